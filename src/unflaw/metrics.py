@@ -1,0 +1,331 @@
+"""AUROC, AP, F1-max and AUPRO on raw scores: exact, without threshold grids, in bounded memory.
+
+Every metric here is a closed form over the distinct values of the positives and, for each, how many negatives lie above
+it and how many at or above it. Positives (defect pixels) are few, negatives only need a sort: that makes it fast.
+
+>>> r = ranking(negatives=np.array([0.1, 0.4, 0.4]), positives=np.array([0.4, 0.9]))
+>>> auroc(r), average_precision(r), f1_max(r)[0]
+(0.8333..., 0.75, 0.6666...)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+Array = NDArray[Any]
+SUMMARY = 64  # a full buffer of n values is summarised with its n / 64 highest exact
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """How positives rank among negatives, for the T distinct values of the positives from the highest down."""
+
+    thresholds: Array  # (T,) strictly decreasing
+    tp: Array  # (T,) float64, weight of the positives >= threshold; the last entry is the weight of all
+    fp_above: Array  # (T,) number of negatives > threshold
+    fp: Array  # (T,) number of negatives >= threshold
+    n_negatives: int
+
+    @property
+    def defined(self) -> bool:
+        """Whether there are positives and negatives; without either, every metric is None."""
+        return len(self.thresholds) > 0 and self.n_negatives > 0
+
+
+def ranking(negatives: ArrayLike, positives: ArrayLike, weights: ArrayLike | None = None) -> Ranking:
+    """Rank scores (any shape, any real dtype; higher is more anomalous) of positives among those of negatives.
+
+    `weights`: one per positive, > 0; 1 by default. Raises ValueError on NaN or infinite scores and unequal shapes.
+    """
+    negatives, positives = np.sort(negatives, axis=None), np.ravel(positives)
+    weights = np.ones(len(positives)) if weights is None else np.asarray(weights, np.float64).ravel()
+    if len(weights) != len(positives):
+        raise ValueError(f"{len(weights)} weights for {len(positives)} positives")
+    if not (np.isfinite(negatives).all() and np.isfinite(positives).all()):
+        raise ValueError("scores hold NaN or infinite values")
+    thresholds, tp = _distinct(*_descending(positives, weights[:, None]))
+    return Ranking(thresholds, tp[:, 0], *_count(negatives, thresholds), len(negatives))
+
+
+def partial_auc(r: Ranking, limit: float) -> float | None:
+    """Area under TPR over FPR from 0 to `limit` (in (0, 1]), divided by `limit`: in [0, 1]. None if undefined.
+
+    A positive counts from its FPR on; one tied with negatives ramps up linearly over their segment of the curve, which
+    is also how a limit inside a segment is interpolated. With region weights (`region_weights`) as weights, TPR is
+    the per-region overlap and this is the AUPRO of Bergmann et al., "The MVTec Anomaly Detection Dataset" (IJCV 2021).
+    Raises ValueError on another limit.
+    """
+    if not 0 < limit <= 1:
+        raise ValueError(f"limit must be in (0, 1], got {limit}")
+    if not r.defined:
+        return None
+    end = limit * r.n_negatives
+    start, stop = np.minimum(r.fp_above, end), np.minimum(r.fp, end)
+    ramp = (stop - start) ** 2 / (2 * np.maximum(r.fp - r.fp_above, 1))
+    return float(np.diff(r.tp, prepend=0) @ (end - stop + ramp) / (r.tp[-1] * end))
+
+
+def auroc(r: Ranking) -> float | None:
+    """Probability that a positive ranks above a negative, ties counting half: in [0, 1]. None if undefined."""
+    return partial_auc(r, 1.0)
+
+
+def average_precision(r: Ranking) -> float | None:
+    """Sum over thresholds of recall gained x precision, as scikit-learn defines it: in (0, 1]. None if undefined."""
+    return float(np.diff(r.tp, prepend=0) @ (r.tp / (r.tp + r.fp)) / r.tp[-1]) if r.defined else None
+
+
+def f1_max(r: Ranking) -> tuple[float, float] | None:
+    """Highest F1 over all thresholds and the highest threshold (score >= threshold) reaching it. None if undefined.
+
+    Between two positives a lower threshold only adds false positives, so only values of positives are candidates.
+    """
+    if not r.defined:
+        return None
+    f1 = 2 * r.tp / (r.tp + r.fp + r.tp[-1])
+    best = int(np.argmax(f1))
+    return float(f1[best]), float(r.thresholds[best])
+
+
+def roc_curve(r: Ranking, n: int | None = None) -> Array | None:
+    """Vertices (FPR, TPR) of the ROC curve from (0, 0) to (1, 1), float64 (V, 2), for plots. None if undefined.
+
+    With region weights: the PRO curve. `n` keeps at most n vertices, evenly spread along the curve, ends included.
+    """
+    if not r.defined:
+        return None
+    # Every threshold: flat until fp_above, then up until fp.
+    fp = np.concatenate([[0], np.column_stack([r.fp_above, r.fp]).ravel(), [r.n_negatives]])
+    tp = np.concatenate([[0], np.column_stack([np.append(0, r.tp[:-1]), r.tp]).ravel(), r.tp[-1:]])
+    points = np.column_stack([fp / r.n_negatives, tp / r.tp[-1]])
+    return _thinned(points, points.sum(axis=1), n)
+
+
+def precision_recall_curve(r: Ranking, n: int | None = None) -> Array | None:
+    """Points (recall, precision), float64 (T, 2), recall rising; `n` keeps at most n of them. None if undefined."""
+    if not r.defined:
+        return None
+    points = np.column_stack([r.tp / r.tp[-1], r.tp / (r.tp + r.fp)])
+    return _thinned(points, points[:, 0], n)
+
+
+def image_ranking(scores: ArrayLike, labels: ArrayLike) -> Ranking:
+    """Ranking of image scores (N,) with labels (N,), 0 or False for good and 1 or True for anomalous images.
+
+    Raises ValueError on unequal shapes, on other labels and on NaN or infinite scores.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if scores.shape != labels.shape or scores.ndim != 1:
+        raise ValueError(f"scores and labels must be (N,) both, got {scores.shape} and {labels.shape}")
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError("labels must be 0 (good) or 1 (anomalous)")
+    return ranking(scores[labels == 0], scores[labels == 1])
+
+
+def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float | None]:
+    """`image_auroc`, `image_ap` and `image_f1_max` of image scores; arguments and errors as in `image_ranking`."""
+    return _classification_metrics("image", image_ranking(scores, labels))
+
+
+def region_weights(mask: Array, valid: Array | None = None) -> Array:
+    """1 / (area of its 8-connected region) for each defect pixel of a bool mask (H, W): float64 (P,), row by row.
+
+    Weighting pixels so gives each region the weight 1. Pixels where the bool `valid` (H, W) is False are left out of
+    the result and of the areas, but still connect regions.
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return np.empty(0)
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    regions = ndimage.label(mask[box], structure=np.ones((3, 3)))[0]
+    regions = regions[mask[box] if valid is None else mask[box] & valid[box]]
+    areas = np.bincount(regions)
+    return (1 / np.maximum(areas, 1))[regions]
+
+
+class PixelAccumulator:
+    """Pixel metrics over all images of a test set, image by image; maps may differ in size.
+
+    Exact up to `limit` defect-free and `limit` / 8 defect pixels. Each time one of these two buffers is full it is
+    summarised: its highest 1/64 stay exact and the others are grouped by rank, which suits any distribution of values
+    and leaves heavy ties exact. A summary moves a pixel's rank, counted from the highest, by at most 128 / buffer of
+    that rank (twice that for defect-free pixels), up or down alike; the metrics move far less. Memory does not grow
+    with the number of images: by default 350 MB in buffers that fill gradually, and 1.2 GB when they are summarised.
+
+    >>> pixels = PixelAccumulator()
+    >>> for anomaly_map, mask in results:
+    ...     pixels.update(anomaly_map, mask)
+    >>> pixels.compute()
+    """
+
+    def __init__(self, limit: int = 2**26) -> None:
+        if limit < 8 * SUMMARY:
+            raise ValueError(f"limit must be at least {8 * SUMMARY}, got {limit}")
+        self._negatives, self._positives = _Store(limit, weighted=False), _Store(limit // 8, weighted=True)
+        self._updates = 0
+        self._rankings: tuple[Ranking, Ranking] | None = None
+
+    def update(self, anomaly_map: ArrayLike, mask: ArrayLike | None = None, valid: ArrayLike | None = None) -> None:
+        """Add one image.
+
+        `anomaly_map`: (H, W), higher is more anomalous; values are compared as float32, to which others are cast.
+        `mask`: (H, W) bool, True on defects; None for a good image. `valid`: (H, W) bool, the pixels that count; all
+        by default. Raises ValueError on unequal shapes and on NaN or infinite values where `valid`; nothing is added
+        then.
+        """
+        with np.errstate(over="ignore"):  # found below, as infinite
+            scores = np.asarray(anomaly_map, np.float32)
+        mask = np.zeros(scores.shape, bool) if mask is None else np.asarray(mask, bool)
+        valid = None if valid is None else np.asarray(valid, bool)
+        for name, array in (("mask", mask), ("valid", valid)):
+            if array is not None and array.shape != scores.shape:
+                raise ValueError(f"anomaly map {scores.shape} and {name} {array.shape} differ in shape")
+        if scores.ndim != 2:
+            raise ValueError(f"anomaly map must be (H, W), got {scores.shape}")
+        if not np.isfinite(scores if valid is None else scores[valid]).all():
+            raise ValueError(f"anomaly map of update {self._updates} (from 0) holds NaN or infinite values")
+        negative, positive = (~mask, mask) if valid is None else (~mask & valid, mask & valid)
+        self._negatives.add(scores[negative])
+        self._positives.add(scores[positive], region_weights(mask, valid))
+        self._updates += 1
+        self._rankings = None
+
+    def compute(self) -> dict[str, float | None]:
+        """`pixel_auroc`, `pixel_ap`, `pixel_f1_max`, `aupro_30`, `aupro_05`; None without defect or defect-free pixels.
+
+        The last two are AUPRO (see `partial_auc`) up to an FPR of 0.3 and 0.05.
+        """
+        by_pixel, by_region = self.rankings()
+        aupro = {"aupro_30": partial_auc(by_region, 0.3), "aupro_05": partial_auc(by_region, 0.05)}
+        return _classification_metrics("pixel", by_pixel) | aupro
+
+    def curves(self, n: int = 200) -> dict[str, Array | None]:
+        """Points for plots, at most `n` each: `roc` (FPR, TPR), `pro` (FPR, PRO) and `pr` (recall, precision)."""
+        by_pixel, by_region = self.rankings()
+        return {
+            "roc": roc_curve(by_pixel, n),
+            "pro": roc_curve(by_region, n),
+            "pr": precision_recall_curve(by_pixel, n),
+        }
+
+    def rankings(self) -> tuple[Ranking, Ranking]:
+        """The defect pixels among the defect-free ones, each pixel weighing 1 and each region weighing 1."""
+        if self._rankings is None:
+            thresholds, tp = _distinct(*_descending(*self._positives.content()))
+            fp_above, fp = self._negatives.count(thresholds)
+            by_pixel = Ranking(thresholds, tp[:, 0], fp_above, fp, self._negatives.total)
+            self._rankings = by_pixel, replace(by_pixel, tp=tp[:, 1])
+        return self._rankings
+
+
+class _Store:
+    """Values with weights in bounded memory: a buffer of raw values and a summary of those it had to let go.
+
+    The weights of a value are its count and, if `weighted`, one more.
+    """
+
+    def __init__(self, limit: int, weighted: bool) -> None:
+        self.keep = limit // SUMMARY
+        self.values = np.empty(limit, np.float32)  # the system commits pages only as they fill
+        self.weights = np.empty(limit if weighted else 0)
+        self.weighted = weighted
+        self.size = self.total = 0  # raw values held, values ever added
+        self.summary = np.empty(0, np.float32), np.empty((0, 1 + weighted))  # descending (S,), weights (S, 1 or 2)
+
+    def add(self, values: Array, weights: Array | None = None) -> None:
+        self.total += len(values)
+        done = 0
+        while done < len(values):
+            if self.size == len(self.values):
+                self.summary = _grouped(*_descending(*self.content()), self.keep)
+                self.size = 0
+            n = min(len(values) - done, len(self.values) - self.size)
+            self.values[self.size : self.size + n] = values[done : done + n]
+            if weights is not None:
+                self.weights[self.size : self.size + n] = weights[done : done + n]
+            self.size, done = self.size + n, done + n
+
+    def content(self) -> tuple[Array, Array]:
+        """Values (N,) and weights (N, 1 or 2) of all that was added; raw values without weights come grouped."""
+        values = self.values[: self.size]
+        if self.weighted:
+            weights = np.column_stack([np.ones(self.size), self.weights[: self.size]])
+        else:
+            values.sort()
+            values, weights = _grouped(values[::-1], np.arange(1, self.size + 1, dtype=np.int32)[:, None], self.keep)
+        return np.concatenate([values, self.summary[0]]), np.concatenate([weights, self.summary[1]])
+
+    def count(self, thresholds: Array) -> tuple[Array, Array]:
+        """How many values lie above and how many at or above each threshold."""
+        raw = self.values[: self.size]
+        raw.sort()
+        above, at_or_above = _count(raw, thresholds)
+        if len(self.summary[0]):
+            summarised = _count(self.summary[0][::-1], thresholds, self.summary[1][::-1, 0])
+            above, at_or_above = above + summarised[0], at_or_above + summarised[1]
+        return above, at_or_above
+
+
+def _count(values: Array, thresholds: Array, counts: Array | None = None) -> tuple[Array, Array]:
+    """How many ascending values, each standing for `counts`, lie above and how many at or above each threshold."""
+    right, left = (np.searchsorted(values, thresholds, side) for side in ("right", "left"))
+    if counts is None:
+        return len(values) - right, len(values) - left
+    from_here = np.append(np.cumsum(counts[::-1])[::-1], 0)
+    return from_here[right], from_here[left]
+
+
+def _descending(values: Array, weights: Array) -> tuple[Array, Array]:
+    """Values (N,) sorted from the highest down and their cumulative weights, from weights (N, W)."""
+    order = np.argsort(values)[::-1]
+    return values[order], np.cumsum(weights[order], axis=0, dtype=np.float64)
+
+
+def _distinct(values: Array, cumulative: Array) -> tuple[Array, Array]:
+    """Distinct ones of descending values (N,), and the cumulative weights (N, W) at the last of each."""
+    last = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=last[:-1])
+    return values[last], cumulative[last]
+
+
+def _grouped(values: Array, cumulative: Array, keep: int) -> tuple[Array, Array]:
+    """Summarise descending values (N,) with cumulative weights (N, W); returns fewer values and their weights.
+
+    Equal values merge, and the first `keep` distinct ones stay alone. Below, each cumulative weight is cut at factors
+    of exp(1 / keep), and the values that end in the same cell become one of them, drawn by count so as to shift ranks
+    neither up nor down. Only the first of them can outweigh the cell: then it stays. So no rank moves by more than the
+    weight of two cells.
+    """
+    values, cumulative = _distinct(values, cumulative)
+    begins = np.zeros(len(values) + 1, bool)
+    begins[:keep] = True
+    for column in cumulative.T:
+        head, total = column[:keep][-1], column[-1]
+        cuts = head * np.exp(np.arange(keep * np.log(total / head)) / keep)
+        begins[np.searchsorted(column, cuts.astype(column.dtype), side="right")] = True
+    first = np.flatnonzero(begins[:-1])
+    last = np.append(first[1:], len(values)) - 1
+    weights = np.diff(cumulative[last], axis=0, prepend=0)
+    own = weights - (cumulative[last] - cumulative[first])
+    count, spread = cumulative[:, 0], np.arange(len(first)) * 0.6180339887 % 1  # golden ratio: evenly spread in [0, 1)
+    drawn = np.searchsorted(count, count[last] - (spread * weights[:, 0]).astype(count.dtype))
+    stays = (own * keep > cumulative[first]).any(axis=1)
+    return values[np.where(stays, first, drawn)], weights.astype(np.float64)
+
+
+def _thinned(points: Array, position: Array, n: int | None) -> Array:
+    """At most n >= 2 of the points (V, 2), nearest from above to n even steps of the rising position (V,)."""
+    if n is None or len(points) <= n:
+        return points
+    steps = np.linspace(position[0], position[-1], n)
+    return points[np.unique(np.searchsorted(position, steps).clip(max=len(points) - 1))]
+
+
+def _classification_metrics(name: str, r: Ranking) -> dict[str, float | None]:
+    best = f1_max(r)
+    return {f"{name}_auroc": auroc(r), f"{name}_ap": average_precision(r), f"{name}_f1_max": best and best[0]}
