@@ -1,0 +1,117 @@
+"""What an inspection returns: plain data without torch, the same from a trained detector and an exported one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Verdict = Literal["good", "defect"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected area of the anomaly map above the detector's pixel threshold.
+
+    Attributes:
+        box: `(x0, y0, x1, y1)` in pixels of the original picture; x1 and y1 are exclusive.
+        area: Pixels of the original picture.
+        peak: Largest map value inside.
+    """
+
+    box: tuple[int, int, int, int]
+    area: int
+    peak: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"box": list(self.box), "area": self.area, "peak": self.peak}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The inspection of one picture. All maps are (size, size) float32 on the prepared canvas (see `Preparation`).
+
+    Attributes:
+        score: Image score, raw and unbounded; comparable between pictures of one detector only.
+        p_value: Share of held-out good pictures that score at least as high, in (0, 1]: `(1 + #{s_i >= s}) / (n + 1)`.
+        verdict: "defect" where the score exceeds the threshold calibrated for the stated false-alarm rate.
+        map: Anomaly map, raw values.
+        regions: Areas above the pixel threshold, largest peak first.
+        image: (size, size, 3) uint8, the picture as the detector saw it.
+        valid: `(x0, y0, x1, y1)`, the part of the canvas which the picture covers; the rest is padding.
+        layers: The method's own pictures by name. Maps in [0, 1] such as "mean", "uncertainty" and "mask" (URA-Net's
+            U, V and M_final); "restored" is (size, size, 3) uint8. Empty where the method has none.
+        path: Where the picture came from, if from a file.
+    """
+
+    score: float
+    p_value: float
+    verdict: Verdict
+    map: np.ndarray
+    regions: tuple[Region, ...]
+    image: np.ndarray
+    valid: tuple[int, int, int, int]
+    layers: dict[str, np.ndarray] = field(default_factory=dict)
+    path: str | None = None
+
+    @property
+    def uncertainty(self) -> np.ndarray | None:
+        """The uncertainty map V, or None where the method does not estimate one."""
+        return self.layers.get("uncertainty")
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of `results.jsonl`: numbers only, no maps."""
+        return {
+            "path": self.path,
+            "score": self.score,
+            "p_value": self.p_value,
+            "verdict": self.verdict,
+            "regions": [region.to_json() for region in self.regions],
+        }
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The fixed colour scale of every heat map of a detector, set once from held-out good pictures.
+
+    `low` (the median value on good pictures) is shown as 0 and `threshold` (the pixel threshold) as 0.5, so that a good
+    part never glows, whatever its neighbours look like.
+    """
+
+    low: float
+    threshold: float
+
+    def __call__(self, anomaly_map: np.ndarray) -> np.ndarray:
+        """Brings raw map values to [0, 1] for display."""
+        return np.clip(0.5 * (anomaly_map - self.low) / max(self.threshold - self.low, 1e-12), 0, 1)
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One labelled test picture and its inspection."""
+
+    result: Result
+    label: int
+    defect: str
+    mask: np.ndarray | None
+
+
+@dataclass
+class Evaluation:
+    """A detector measured on a labelled set.
+
+    Attributes:
+        metrics: The JSON record: `image_auroc image_ap image_f1_max pixel_auroc pixel_ap pixel_f1_max aupro_30 aupro_05
+            per_defect n_images`, verdict counts, timing and configuration. None where a metric is undefined.
+        rows: Per picture `path label defect score p_value verdict`.
+        curves: Points for plots, `name -> (x, y)`: "roc" and "pr" over images, "pro" over pixels.
+        shown: Pictures kept whole for the report: mistakes and a sample of each defect type, worst mistakes first.
+        skipped: `(path, reason)` of pictures that could not be read.
+    """
+
+    metrics: dict[str, Any]
+    rows: list[dict[str, Any]]
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    shown: list[Inspected]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
