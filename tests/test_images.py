@@ -1,0 +1,356 @@
+import io
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+
+from unflaw.images import ImageError, Preparation, image_size, list_images, prepare, prepare_mask, read, read_mask
+
+RNG = np.random.default_rng(0)
+COLOUR = RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8)
+GREY = COLOUR[..., 0]
+WIDE = RNG.integers(0, 65536, (7, 5), dtype=np.uint16)
+WIDE_COLOUR = RNG.integers(0, 65536, (7, 5, 3), dtype=np.uint16)
+
+
+def triple(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def tiff(path: Path, pixels: np.ndarray, **options) -> Path:
+    tifffile.imwrite(path, pixels, **options)
+    return path
+
+
+# What is read
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WebP"])
+def test_lossless_colour_comes_as_stored(kind):
+    pixels = read(encoded(COLOUR, kind, **({"lossless": True} if kind == "WebP" else {})))
+    assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+    np.testing.assert_array_equal(pixels, COLOUR)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF"])
+def test_grey_is_repeated(kind):
+    np.testing.assert_array_equal(read(encoded(GREY, kind)), triple(GREY))
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("TIFF", "CMYK")])
+def test_other_colour_models(kind, mode):
+    flat = Image.new("RGB", (16, 16), (200, 200, 200)).convert(mode)
+    assert np.abs(read(encoded(flat, kind)).astype(int) - 200).max() <= 2
+
+
+def test_palette_and_one_bit():
+    palette = Image.fromarray(COLOUR).quantize(8)
+    np.testing.assert_array_equal(read(encoded(palette)), np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(read(encoded(Image.fromarray(GREY > 99))), triple((GREY > 99) * np.uint8(255)))
+
+
+def test_transparency_is_put_on_black():
+    alpha = np.array([[0, 128, 255]], np.uint8)
+    rgba = np.dstack([np.full((1, 3, 3), 200, np.uint8), alpha])
+    for pixels in read(encoded(rgba)), read(rgba), read(encoded(np.dstack([rgba[..., 0], alpha]))):
+        np.testing.assert_array_equal(pixels[0, :, 1], [0, 100, 200])
+    np.testing.assert_allclose(read(rgba / np.float32(255))[0, :, 0], [0, 0.3937, 0.7843], atol=1e-4)
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([250, 0, 0, 0, 250, 0])
+    np.testing.assert_array_equal(read(encoded(palette, transparency=0)), [[[0, 0, 0], [0, 250, 0]]])
+
+
+def test_16_bits_keep_their_depth(tmp_path):
+    for source in encoded(WIDE), encoded(WIDE, "TIFF"), encoded(WIDE, "TIFF", compression="tiff_lzw"), WIDE:
+        pixels = read(source)
+        assert pixels.dtype == np.float32
+        np.testing.assert_array_equal(pixels, triple(WIDE / np.float32(65535)))
+    np.testing.assert_array_equal(read(tiff(tmp_path / "b.tif", WIDE, byteorder=">")), triple(WIDE / np.float32(65535)))
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_16_bit_colour_tiff(tmp_path, planar, compression):
+    stored = WIDE_COLOUR if planar == "contig" else np.moveaxis(WIDE_COLOUR, 2, 0)
+    path = tiff(tmp_path / "c.tif", stored, photometric="rgb", planarconfig=planar, compression=compression)
+    np.testing.assert_array_equal(read(path), WIDE_COLOUR / np.float32(65535))
+    assert image_size(path) == (5, 7)
+
+
+@pytest.mark.parametrize(("extra", "on_black"), [("unassalpha", True), ("assocalpha", False), ("unspecified", False)])
+def test_16_bit_tiff_with_a_fourth_channel(tmp_path, extra, on_black):
+    stored = np.dstack([WIDE_COLOUR, np.full((7, 5), 32768, np.uint16)])
+    pixels = read(tiff(tmp_path / "a.tif", stored, photometric="rgb", extrasamples=[extra]))
+    np.testing.assert_allclose(pixels, WIDE_COLOUR / 65535 * (32768 / 65535 if on_black else 1), atol=1e-6)
+
+
+def test_float_tiff(tmp_path):
+    unit = RNG.random((7, 5), dtype=np.float32)
+    np.testing.assert_array_equal(read(tiff(tmp_path / "g.tif", unit)), triple(unit))
+    np.testing.assert_array_equal(read(tiff(tmp_path / "c.tif", triple(unit), photometric="rgb")), triple(unit))
+    for bad in unit * 300, unit - 0.5, np.where(unit > 0.5, np.nan, unit), np.where(unit > 0.5, np.inf, unit):
+        with pytest.raises(ImageError, match=r"bad\.tif: .*divide"):
+            read(tiff(tmp_path / "bad.tif", bad.astype(np.float32)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_agrees_in_every_reader(tmp_path, orientation):
+    def exif() -> Image.Exif:
+        tags = Image.Exif()
+        tags[0x0112] = orientation
+        return tags
+
+    upright = read(encoded(COLOUR, exif=exif()))
+    by_hand = {1: COLOUR, 2: COLOUR[:, ::-1], 3: COLOUR[::-1, ::-1], 4: COLOUR[::-1]}
+    by_hand |= {5: COLOUR.swapaxes(0, 1), 6: np.rot90(COLOUR, -1), 8: np.rot90(COLOUR)}
+    by_hand[7] = by_hand[5][::-1, ::-1]
+    np.testing.assert_array_equal(upright, by_hand[orientation])
+    assert read(encoded(COLOUR, "JPEG", exif=exif())).shape == upright.shape
+    np.testing.assert_array_equal(read(encoded(COLOUR, "TIFF", exif=exif())), upright)
+    deep = COLOUR.astype(np.uint16) * 257
+    path = tiff(tmp_path / "o.tif", deep, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+    np.testing.assert_allclose(read(path), upright / 255, atol=1e-6)
+    for kind in "PNG", "JPEG", "TIFF":
+        (tmp_path / "o").write_bytes(encoded(COLOUR, kind, exif=exif()))
+        assert image_size(tmp_path / "o") == upright.shape[1::-1]
+
+
+def test_every_source_gives_the_same(tmp_path):
+    path = tmp_path / "ä b.png"
+    path.write_bytes(encoded(COLOUR))
+    with path.open("rb") as stream:
+        sources = [path, str(path), path.read_bytes(), stream, io.BytesIO(path.read_bytes()), Image.open(path), COLOUR]
+        for source in sources:
+            np.testing.assert_array_equal(read(source), COLOUR)
+    assert image_size(path) == (5, 7)
+
+
+def test_arrays():
+    np.testing.assert_array_equal(read(GREY[..., None]), triple(GREY))
+    np.testing.assert_array_equal(read(GREY > 9), triple((GREY > 9) * np.uint8(255)))
+    half = read(np.full((2, 2), 0.5))
+    assert half.dtype == np.float32 and (half == 0.5).all()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("array", [np.zeros(3), np.zeros((2, 2, 5)), np.zeros((0, 4, 3)), np.zeros((2, 2, 3), int)])
+def test_arrays_of_other_shapes_and_types_are_refused(array):
+    with pytest.raises(ImageError, match=r"^the picture: .*give"):
+        read(array)
+
+
+DAMAGED = {
+    "empty": (b"", "is empty"),
+    "text": (b"hello, world", "not a picture"),
+    "vector": (b"%!PS-Adobe-3.0 EPSF-3.0", "not a picture"),
+    "head": (encoded(COLOUR)[:20], "damaged"),
+    "flipped": (encoded(COLOUR).replace(b"IDAT", b"IDAT\1", 1), "damaged"),
+    **{f"half_{kind}": (encoded(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), kind), "damaged")
+       for kind in ("PNG", "JPEG", "BMP", "TIFF", "WebP", "GIF")},
+    "animation": (encoded(Image.fromarray(GREY), "GIF", save_all=True, append_images=[Image.fromarray(GREY.T)]), "2 f"),
+    "pages": (encoded(Image.fromarray(GREY), "TIFF", save_all=True, append_images=[Image.fromarray(GREY)]), "2 f"),
+    "signed": (encoded(Image.fromarray(np.full((3, 3), -5, np.int32)), "TIFF"), "whole numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_bad_files_are_named(tmp_path, case):
+    data, message = DAMAGED[case]
+    path = tmp_path / f"{case}.png"
+    path.write_bytes(data[: len(data) // 2] if case.startswith("half") else data)
+    with pytest.raises(ImageError, match=message) as caught:
+        read(path)
+    assert str(caught.value).count(str(path)) == 1
+
+
+def test_deep_tiff_of_several_pages_or_odd_colours(tmp_path):
+    with pytest.raises(ImageError, match="2 frames"):
+        read(tiff(tmp_path / "p.tif", np.stack([WIDE_COLOUR, WIDE_COLOUR]), photometric="rgb"))
+    with pytest.raises(ImageError, match="SEPARATED"):
+        read(tiff(tmp_path / "k.tif", np.dstack([WIDE_COLOUR, WIDE]), photometric="separated"))
+
+
+def test_no_file_or_a_folder(tmp_path):
+    with pytest.raises(ImageError, match=r"gone\.png: there is no such file"):
+        read(tmp_path / "gone.png")
+    with pytest.raises(ImageError, match="is a folder"):
+        read(tmp_path)
+    with pytest.raises(ImageError, match="no such folder"):
+        list_images(tmp_path / "gone")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(tmp_path):
+    (tmp_path / "x.png").write_bytes(encoded(COLOUR))
+    (tmp_path / "x.png").chmod(0)
+    with pytest.raises(ImageError, match="may not be read"):
+        read(tmp_path / "x.png")
+
+
+def test_size_is_checked_before_decoding(tmp_path):
+    # the header announces 40000 × 40000 pixels: decoding would fail as damaged, Pillow's own guard would name a bomb
+    header = bytearray(encoded(COLOUR, "BMP"))
+    header[18:26] = (40000).to_bytes(4, "little") * 2
+    with pytest.raises(ImageError, match=r"40000 × 40000 pixels, over the limit of 200,000,000"):
+        read(bytes(header))
+    for source in encoded(COLOUR), Image.fromarray(COLOUR), tiff(tmp_path / "c.tif", WIDE_COLOUR, photometric="rgb"):
+        with pytest.raises(ImageError, match="over the limit of 34"):
+            read(source, max_pixels=34)
+        assert read(source, max_pixels=35).shape == (7, 5, 3)
+
+
+def test_the_limit_is_ours_and_warns_of_nothing(recwarn, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    assert read(encoded(COLOUR)).shape == (7, 5, 3)
+    assert not recwarn.list
+
+
+def test_uploads_can_be_named():
+    with pytest.raises(ImageError, match=r"^part 7: is empty"):
+        read(b"", name="part 7")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damage_raises_nothing_else(data):
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WebP", "GIF"]))
+    content = bytearray(encoded(COLOUR, kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(4, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(ImageError):
+        assert read(bytes(content), max_pixels=10_000).shape[2] == 3
+
+
+# Folders and masks
+
+
+def test_list_images(tmp_path):
+    for name in ["b.png", "a.JPG", "sub/c.tiff", ".hidden.png", ".cache/d.png", "notes.txt", "sub/._e.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)] == ["a.JPG", "b.png", "sub/c.tiff"]
+
+
+def test_read_mask(tmp_path):
+    mask = GREY > 99
+    for name, image in {
+        "255": mask,
+        "1": mask.astype(np.uint8),
+        "colour": np.dstack([mask * 0, mask * 0, mask * 7]),
+    }.items():
+        (tmp_path / name).write_bytes(encoded(image if image.dtype == bool else image.astype(np.uint8)))
+        found = read_mask(tmp_path / name)
+        assert found.dtype == bool
+        np.testing.assert_array_equal(found, mask)
+    square = np.zeros((32, 32), bool)
+    square[5:20, 9:21] = True
+    (tmp_path / "m.jpg").write_bytes(encoded(square * np.uint8(255), "JPEG", quality=60))
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.jpg"), square)
+
+
+# Preparation
+
+
+def test_preparation_is_strict_and_frozen():
+    for wrong in {"size": 31}, {"size": 4097}, {"fit": "crop"}, {"resize": 256}:
+        with pytest.raises(ValidationError):
+            Preparation(**wrong)
+    with pytest.raises(ValidationError):
+        Preparation().size = 64
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("shape", [(64, 64, 3), (50, 200, 3), (33, 20, 3), (1, 300, 3)])
+def test_8_and_16_bits_are_prepared_alike(fit, shape):
+    image = RNG.integers(0, 256, shape, dtype=np.uint8)
+    preparation = Preparation(size=48, fit=fit)
+    narrow, wide = prepare(image, preparation), prepare(image / np.float32(255), preparation)
+    assert narrow.pixels.shape == (3, 48, 48) and narrow.pixels.dtype == wide.pixels.dtype == np.float32
+    assert narrow.pixels.flags.c_contiguous and narrow.original_size == shape[1::-1] and narrow.box == wide.box
+    np.testing.assert_allclose(narrow.pixels, wide.pixels, atol=1.5 / 255)  # two passes, each rounded to 8 bits
+
+
+def test_shrinking_is_antialiased():
+    stripes = triple(np.tile(np.array([0, 255], np.uint8), (256, 128)))
+    inner = prepare(stripes, Preparation(size=64)).pixels[:, :, 2:-2]
+    np.testing.assert_allclose(inner, 0.5, atol=0.02)
+
+
+def test_same_size_is_left_alone():
+    image = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(
+        prepare(image, Preparation(size=32)).pixels, image.transpose(2, 0, 1) / np.float32(255)
+    )
+
+
+def test_padding_repeats_the_edge():
+    prepared = prepare(RNG.integers(0, 256, (100, 50, 3), dtype=np.uint8), Preparation(size=64, fit="pad"))
+    assert prepared.box == (16, 0, 48, 64)
+    np.testing.assert_array_equal(prepared.pixels[:, :, :16], np.repeat(prepared.pixels[:, :, 16:17], 16, axis=2))
+    np.testing.assert_array_equal(prepared.pixels[:, :, 48:], np.repeat(prepared.pixels[:, :, 47:48], 16, axis=2))
+    assert prepared.area_to_original(32 * 64) == 5000
+    assert prepared.to_original((0, 0, 10, 64)) == (0, 0, 0, 100)  # wholly padding: no area
+
+
+geometry = {
+    "width": st.integers(1, 400),
+    "height": st.integers(1, 400),
+    "size": st.integers(32, 300),
+    "fit": st.sampled_from(["stretch", "pad"]),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(**geometry, corners=st.tuples(*[st.floats(0, 1)] * 4))
+def test_boxes_come_back(width, height, size, fit, corners):
+    preparation = Preparation(size=size, fit=fit)
+    prepared = prepare(np.zeros((height, width, 3), np.uint8), preparation)
+    left, top, right, bottom = prepared.box
+    assert 0 <= left < right <= size and 0 <= top < bottom <= size
+    assert prepared.to_original(prepared.box) == prepared.to_original((0, 0, size, size)) == (0, 0, width, height)
+    assert prepared.area_to_original((right - left) * (bottom - top)) == pytest.approx(width * height)
+    (x0, x1), (y0, y1) = (
+        sorted(round(c * side) for c in cs) for cs, side in ((corners[:2], width), (corners[2:], height))
+    )
+    sx, sy = (right - left) / width, (bottom - top) / height
+    there = (int(left + x0 * sx), int(top + y0 * sy), int(np.ceil(left + x1 * sx)), int(np.ceil(top + y1 * sy)))
+    back = prepared.to_original(there)
+    slack = [1 + 1 / s for s in (sx, sy, sx, sy)]  # a pixel of the canvas and one of the original
+    assert all(abs(a - b) <= s for a, b, s in zip(back, (x0, y0, x1, y1), slack, strict=True))
+    assert back[0] <= x0 and back[1] <= y0 and back[2] >= x1 and back[3] >= y1
+
+
+@settings(max_examples=40, deadline=None)
+@given(**geometry)
+def test_masks_share_the_geometry_of_pictures(width, height, size, fit):
+    preparation = Preparation(size=size, fit=fit)
+    mask = prepare_mask(np.ones((height, width), bool), preparation)
+    left, top, right, bottom = prepare(np.zeros((height, width, 3), np.uint8), preparation).box
+    assert mask.shape == (size, size) and mask.dtype == bool
+    assert mask[top:bottom, left:right].all() and mask.sum() == (right - left) * (bottom - top)
+
+
+def test_mask_lies_on_the_defect():
+    image, mask = np.zeros((120, 80, 3), np.uint8), np.zeros((120, 80), bool)
+    image[30:60, 20:50], mask[30:60, 20:50] = 255, True
+    for fit in "stretch", "pad":
+        preparation = Preparation(size=64, fit=fit)
+        bright = prepare(image, preparation).pixels[0] > 0.5
+        assert (bright != prepare_mask(mask, preparation)).mean() < 0.02
