@@ -1,0 +1,255 @@
+"""Data sets in: recognise how pictures are laid out on disk and list them as samples, which carry paths, not pixels."""
+
+import csv
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from unflaw.images import SUFFIXES, ImageError, image_size, list_images, read_mask, visible_files
+
+GOOD_LABELS = ("good", "normal", "nominal", "ok", "0")
+DEFECT_LABELS = ("defect", "defective", "anomaly", "anomalous", "abnormal", "bad", "ng", "1")
+_TEST_EVERY = 5  # of the good rows of a table that have no split
+
+_LAYOUTS = """Read are:
+  - the layout of MVTec AD: train/good/*, test/good/*, test/<defect>/*, and ground_truth/<defect>/<name>_mask.*
+  - a folder of good pictures, with no folders of pictures inside
+  - a table (.csv) with the columns path, label[, mask][, defect][, split]"""
+
+
+class DatasetError(ValueError):
+    """A data set that cannot be used. The message names the path, what was found there and what to do."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and what is known of it."""
+
+    path: Path
+    label: int  # 0 good, 1 defect
+    mask: Path | None = None  # a picture of the same size, not 0 where the defect is
+    defect: str = "good"  # "good", or the kind of defect
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The samples of one category of products."""
+
+    name: str
+    layout: str  # "mvtec", "folder" or "table"
+    train: tuple[Sample, ...]  # good ones only
+    test: tuple[Sample, ...]
+    problems: tuple[str, ...]  # what is wrong with the data, yet not enough to stop; a sentence each
+
+
+Found = tuple[list[Sample], list[Sample], list[str]]  # train, test, problems
+
+
+def load_dataset(path: str | Path) -> Dataset:
+    """Read a data set, recognising its layout.
+
+    Layouts: that of MVTec AD (a mask is `<name>_mask.*` or `<name>.*`; without ground_truth there are image labels
+    only), a plain folder of good pictures, or a table, for which see `_table`. Masks that are unreadable, empty, or of
+    another size than their picture are left out and reported. The pixels of the pictures are not looked at.
+
+    Raises:
+        DatasetError: Nothing there, no pictures, no known layout, or several categories at once.
+    """
+    path = Path(path)
+    root = path if path.is_dir() else path.parent
+    if path.is_file():
+        name, layout, (train, test, problems) = path.stem, "table", _table(path)
+    elif not path.is_dir():
+        raise DatasetError(f"{path}: there is no such folder or table; check the path")
+    elif _is_mvtec(path):
+        name, layout, (train, test, problems) = path.resolve().name, "mvtec", _mvtec(path)
+    else:
+        name, layout, (train, test, problems) = path.resolve().name, "folder", _folder(path)
+    if not train and not test:
+        raise DatasetError("\n".join([f"{path}: holds no pictures that can be used.", *problems, _LAYOUTS]))
+    test, mask_problems = _check_masks(test, root)
+    problems += mask_problems + _check_overlap(train, test, root)
+    if not train:
+        problems.append("There are no pictures to train on: this can only be used to evaluate.")
+    if len({sample.label for sample in test}) == 1:
+        problems.append(f"All test pictures are {'defective' if test[0].label else 'good'}: AUROC needs both kinds.")
+    return Dataset(name, layout, tuple(train), tuple(test), tuple(problems))
+
+
+def digest(samples: Iterable[Sample]) -> str:
+    """SHA-256, in hex, of the names and contents of pictures: the same in any order, and wherever their folder lies."""
+    paths = [sample.path.absolute() for sample in samples]
+    root = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    lines = sorted(f"{path.relative_to(root).as_posix()}\0{_sha256(path)}\n" for path in paths)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _is_mvtec(root: Path) -> bool:
+    return (root / "train" / "good").is_dir() or (not (root / "train").exists() and (root / "test" / "good").is_dir())
+
+
+def _mvtec(root: Path) -> Found:
+    train = [Sample(path, 0) for path in _images(root / "train" / "good")]
+    test, problems = [], []
+    for folder in _subfolders(root / "test"):
+        images = _images(folder)
+        if not images:
+            problems.append(f"test/{folder.name} holds no pictures.")
+        is_defect = folder.name != "good"
+        truth = root / "ground_truth" / folder.name
+        masks = {_stem(path, truth): path for path in _images(truth)} if is_defect else {}
+        for path in images:
+            mask = masks.get(_stem(path, folder) + "_mask") or masks.get(_stem(path, folder))
+            test.append(Sample(path, int(is_defect), mask, folder.name))
+    return train, test, problems + _report_unused([root / "train", root / "test"], [*train, *test], root)
+
+
+def _folder(root: Path) -> Found:
+    counts = {folder.name: len(_images(folder)) for folder in _subfolders(root)}
+    categories = [name for name in counts if _is_mvtec(root / name)]
+    if categories:
+        raise DatasetError(f"{root}: holds categories; name one, as in {root / categories[0]}: {', '.join(categories)}")
+    images = _images(root)
+    if any(counts.values()):
+        found = [f"{name}/ with {count} pictures" for name, count in counts.items()]
+        found.append(f"{len(images) - sum(counts.values())} pictures beside them")
+        raise DatasetError(f"{root}: this layout is not known: {', '.join(found)}.\n{_LAYOUTS}")
+    train = [Sample(path, 0) for path in images]
+    return train, [], _report_unused([root], train, root)
+
+
+def _table(path: Path) -> Found:
+    """A table with the columns path, label[, mask][, defect][, split], parted by commas, semicolons or tabs; UTF-8.
+
+    Paths are absolute or relative to the table, labels are GOOD_LABELS or DEFECT_LABELS, splits are `train` or `test`.
+    A row without a split is for testing if it is defective; of the good ones every fifth is, counted down the table, if
+    the table has defective rows at all. So no row changes sides when rows are appended to a table that has
+    defective ones. Mask and defect of good rows are not looked at.
+    """
+    if path.suffix.lower() not in {".csv", ".tsv", ".txt"}:
+        raise DatasetError(f"{path}: is neither a folder nor a table.\n{_LAYOUTS}")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header = file.readline().lower()
+            delimiter = max(",;\t", key=header.count)
+            columns = [column.strip() for column in next(csv.reader([header], delimiter=delimiter), [])]
+            reader = csv.DictReader(file, columns, delimiter=delimiter, restval="")
+            rows = [(reader.line_num + 1, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path}: cannot be read as a table ({error}); save it as CSV in UTF-8") from error
+    if missing := [column for column in ("path", "label") if column not in columns]:
+        raise DatasetError(f"{path}: the first line lacks {' and '.join(missing)}.\n{_LAYOUTS}")
+    placed, problems = [], []
+    for line, row in rows:
+        try:
+            placed.append(_row(row, path.parent))
+        except ValueError as error:
+            problems.append(f"{path.name}, line {line}: {error}; the row is left out.")
+    has_defects = any(sample.label for sample, _ in placed)
+    sides: dict[str, list[Sample]] = {"train": [], "test": []}
+    open_rows = 0
+    for sample, split in placed:
+        open_rows += not split and not sample.label
+        for_test = sample.label or (has_defects and open_rows % _TEST_EVERY == 0)
+        sides[split or ("test" if for_test else "train")].append(sample)
+    return sides["train"], sides["test"], problems
+
+
+def _row(row: dict[str, str], folder: Path) -> tuple[Sample, str]:
+    """The sample and the split ("train", "test", or "") of a row of a table; ValueError says what is wrong with it."""
+    if None in row:
+        raise ValueError("more cells than the first line has; quote paths that contain the separator")
+    name, label, split, mask, defect = (row.get(c, "").strip() for c in ("path", "label", "split", "mask", "defect"))
+    label, split, path = label.lower(), split.lower(), folder / name
+    if label not in GOOD_LABELS + DEFECT_LABELS:
+        raise ValueError(f"label {label!r} is none of {', '.join(GOOD_LABELS + DEFECT_LABELS)}")
+    if split not in ("", "train", "test"):
+        raise ValueError(f"split {split!r} is neither train nor test")
+    if split == "train" and label in DEFECT_LABELS:
+        raise ValueError("a defective picture cannot train")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{name!r} is not a picture by its suffix ({', '.join(sorted(SUFFIXES))})")
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long
+        raise ValueError(f"there is no file {name!r} beside the table")
+    if label in GOOD_LABELS:
+        return Sample(path, 0), split
+    return Sample(path, 1, folder / mask if mask else None, defect or "defect"), split
+
+
+def _check_masks(samples: list[Sample], root: Path) -> tuple[list[Sample], list[str]]:
+    """The samples without the masks that cannot be used, and what was wrong."""
+    wrong: dict[str, list[str]] = defaultdict(list)
+    any_masks = any(sample.mask for sample in samples)
+    checked = []
+    for sample in samples:
+        reason = _mask_problem(sample, any_masks)
+        if reason:
+            wrong[reason].append(_relative(sample.path, root))
+        checked.append(replace(sample, mask=None) if reason else sample)
+    return checked, [f"{reason}: {_some(names)}." for reason, names in wrong.items()]
+
+
+def _mask_problem(sample: Sample, any_masks: bool) -> str:
+    if not sample.mask:
+        return "Defective, but without a mask" if sample.label and any_masks else ""
+    try:
+        mask = read_mask(sample.mask)
+        if not mask.any():
+            return "The mask is empty and was left out"
+        same = image_size(sample.path) == mask.shape[::-1]
+        return "" if same else "The mask has another size than the picture and was left out"
+    except ImageError:
+        return "The mask, or the picture itself, cannot be read; the mask was left out"
+
+
+def _check_overlap(train: list[Sample], test: list[Sample], root: Path) -> list[str]:
+    """Pictures that are byte for byte in both; only files of equal size are opened."""
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for sample in train:
+        by_size[sample.path.stat().st_size].append(sample.path)
+    digests: dict[int, dict[str, Path]] = {}
+    same = []
+    for sample in test:
+        size = sample.path.stat().st_size
+        if size in by_size:
+            if size not in digests:
+                digests[size] = {_sha256(path): path for path in by_size[size]}
+            if twin := digests[size].get(_sha256(sample.path)):
+                same.append(f"{_relative(sample.path, root)} = {_relative(twin, root)}")
+    return (
+        [f"Test pictures that are also training pictures, which flatters the results: {_some(same)}."] if same else []
+    )
+
+
+def _report_unused(folders: Iterable[Path], samples: Iterable[Sample], root: Path) -> list[str]:
+    used = {sample.path for sample in samples}
+    files = [path for folder in folders if folder.is_dir() for path in visible_files(folder) if path not in used]
+    return [f"Files that were not used: {_some([_relative(path, root) for path in files])}."] if files else []
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    return f"{', '.join(names[:limit])}{', …' if len(names) > limit else ''} ({len(names)} in all)"
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _images(folder: Path) -> list[Path]:
+    return list_images(folder) if folder.is_dir() else []
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    visible = folder.iterdir() if folder.is_dir() else ()
+    return sorted(entry for entry in visible if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _stem(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
