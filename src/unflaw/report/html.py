@@ -1,0 +1,148 @@
+"""The report of an evaluation: one HTML file that needs nothing beside itself, neither hosts nor files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unflaw.report.panels import heat_map, label, views
+from unflaw.results import Evaluation, Inspected, Scale
+
+_METRICS = {
+    "image_auroc": ("Image AUROC", "chance that a defective picture scores above a good one"),
+    "image_ap": ("Image AP", "average precision over pictures"),
+    "image_f1_max": ("Image F1 max", "best F1 of all thresholds; chosen on these pictures, so an upper bound"),
+    "pixel_auroc": ("Pixel AUROC", "chance that a defective pixel scores above a good one"),
+    "pixel_ap": ("Pixel AP", "average precision over pixels"),
+    "pixel_f1_max": ("Pixel F1 max", "best F1 of all pixel thresholds, likewise an upper bound"),
+    "aupro_30": ("AUPRO 30%", "share found of each defect, averaged while up to 30% of good pixels are marked"),
+    "aupro_05": ("AUPRO 5%", "the same up to 5%, which is closer to use in practice"),
+}
+# name -> title, x axis, y axis, end of the x axis. PRO is only of interest where few good pixels are marked.
+_CURVES = {
+    "roc": ("ROC, pictures", "false-alarm rate", "detection rate", 1.0),
+    "pr": ("Precision and recall, pictures", "recall", "precision", 1.0),
+    "pro": ("Per-region overlap, pixels", "false-positive rate", "overlap", 0.3),
+}
+
+
+def write_report(evaluation: Evaluation, path: Path, *, title: str, scale: Scale, notes: Sequence[str] = ()) -> None:
+    """Writes an evaluation as one self-contained HTML page; a page of that name is replaced in one step.
+
+    Args:
+        evaluation: What was measured. Besides the metrics, `threshold`, `per_defect`, `config` and `timing` of
+            `evaluation.metrics` are shown where present. Pictures appear in the order of `evaluation.shown`.
+        path: The file to write; missing folders are made.
+        title: Heading, such as "URA-Net on screw".
+        scale: The detector's fixed scale, for all heat maps.
+        notes: Sentences to put under the summary, such as "Synthetic defects on real textures".
+
+    Raises:
+        ImportError: Jinja2 is not installed.
+        OSError: The file cannot be written.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise ImportError("the report needs Jinja2; install it with: pip install 'unflaw[report]'") from error
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["number"] = _number
+    metrics, curves = evaluation.metrics, evaluation.curves
+    rows = [row | {"outcome": _outcome(row["label"], row["verdict"])} for row in evaluation.rows]
+    per_defect = (metrics.get("per_defect") or {}).values()
+    page = environment.from_string((resources.files(__package__) / "report.html.j2").read_text("utf-8")).render(
+        title=title,
+        summary=_summary(rows),
+        notes=notes,
+        metrics=metrics,
+        meanings=_METRICS,
+        defect_columns=list(dict.fromkeys(column for values in per_defect for column in values)),
+        scores=_histogram(rows, metrics.get("threshold")) if rows else None,
+        curves=[(_points(*curves[name], about[-1]), *about) for name, about in _CURVES.items() if name in curves],
+        cards=[_card(inspected, scale) for inspected in evaluation.shown],
+        scale=scale,
+        colour_bar=_data_uri(heat_map(np.linspace(scale.low, 2 * scale.threshold - scale.low, 256)[None], scale)),
+        rows=rows,
+        skipped=evaluation.skipped,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _outcome(label: int, verdict: str) -> str:
+    """What a verdict was worth: "correct", "missed" or "false alarm"."""
+    mistake = "missed" if label else "false alarm"
+    return "correct" if (verdict == "defect") == bool(label) else mistake
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many pictures, false alarms and missed defects, in one sentence."""
+    clauses, kinds = [], {"good": ("false alarm", "raised a false alarm"), "defective": ("missed", "passed as good")}
+    for kind, (mistake, happened) in kinds.items():
+        outcomes = [row["outcome"] for row in rows if bool(row["label"]) == (kind == "defective")]
+        if outcomes:
+            count, total = outcomes.count(mistake), len(outcomes)
+            clauses.append(f"{count} of {total} {kind} pictures ({count / total:.1%}) {happened}")
+    return f"At the calibrated threshold, {' and '.join(clauses)}." if clauses else "No picture was inspected."
+
+
+def _card(inspected: Inspected, scale: Scale) -> dict[str, Any]:
+    pictures = views(inspected.result, scale, inspected.mask)
+    return {
+        "result": inspected.result,
+        "name": label(inspected.result),
+        "defect": inspected.defect,
+        "outcome": _outcome(inspected.label, inspected.result.verdict),
+        "pictures": {caption: _data_uri(pixels) for caption, pixels in pictures.items()},
+    }
+
+
+def _data_uri(pixels: np.ndarray, side: int = 384) -> str:
+    """An image for `src`, at most `side` pixels long, so that a report of 40 pictures stays at a few megabytes."""
+    image, data = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(data, "JPEG", quality=90, subsampling=0)  # coarser colour would let outlines bleed
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _histogram(rows: Sequence[Mapping[str, Any]], threshold: float | None, bins: int = 48) -> dict[str, Any]:
+    """Counts of good and defective scores between common edges. The threshold is one: no bar stands on both sides."""
+    scores, defective = np.array([(row["score"], bool(row["label"])) for row in rows], float).T
+    origin = scores.min() if threshold is None else threshold
+    low, high = min(scores.min(), origin), max(scores.max(), origin)
+    step = (high - low) / bins or 1.0
+    edges = origin + step * np.arange(np.floor((low - origin) / step), np.ceil((high - origin) / step) + 1.5)
+    scores = np.clip(scores, edges[0], edges[-1])  # rounding may leave the lowest or highest outside
+    good, bad = (np.histogram(scores[defective == kind], edges)[0] for kind in (0, 1))
+    return {"edges": edges, "good": good, "defective": bad, "threshold": threshold}
+
+
+def _points(x: np.ndarray, y: np.ndarray, end: float) -> str:
+    """A curve for SVG, in the unit square, y downward, cut at x = `end` and no denser than the eye can tell."""
+    shown = x <= end
+    x, y = np.append(x[shown], min(end, x.max())), np.append(y[shown], np.interp(end, x, y))
+    points = np.round(np.column_stack([x / end, 1 - y]), 3)
+    points = points[np.append(True, np.diff(points, axis=0).any(axis=1))]
+    return " ".join(f"{right:g},{down:g}" for right, down in points)
+
+
+def _number(value: Any, form: str = ".3f") -> str:
+    """A value for a table: "–" for None and NaN, floats in the given form."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return format(value, form) if isinstance(value, float) else str(value)
