@@ -1,0 +1,292 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from unflaw.detector import Detector
+    from unflaw.training import Progress
+
+app = typer.Typer(
+    name="unflaw",
+    help="Visual anomaly detection trained on good images only.",
+    epilog="Example:  unflaw train --data parts/good --out parts.safetensors"
+    "  then  unflaw predict parts.safetensors parts/new --out results --pictures",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[
+    Path, typer.Option("--data", help="Data set: MVTec layout, a folder of good pictures, or a CSV table.")
+]
+ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors).")]
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Where to write the detector (.safetensors).")],
+    method: Annotated[str, typer.Option(help="uranet or lookup.")] = "uranet",
+    profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
+    backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Backbone weights, .safetensors or .pth.")] = None,
+    levels: Annotated[str | None, typer.Option(help="Feature levels, such as 1,2,3.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to.")] = None,
+    fit: Annotated[str | None, typer.Option(help="stretch, or pad to keep the aspect ratio.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same detector.")] = None,
+    rate: Annotated[float | None, typer.Option(help="False-alarm rate to calibrate for, such as 0.01.")] = None,
+    textures: Annotated[Path | None, typer.Option(help="Folder of texture pictures for artificial anomalies.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, such as training.steps=200.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint after an interruption.")] = False,
+) -> None:
+    """Learn from good pictures and write a detector.
+
+    Example:  unflaw train --data parts/good --out parts.safetensors
+    """
+    changes: dict[str, Any] = {
+        "features.backbone": backbone,
+        "features.levels": _levels(levels),
+        "preparation.size": size,
+        "preparation.fit": fit,
+        "training.seed": seed,
+        "training.textures": str(textures) if textures else None,
+        "calibration.false_alarm_rate": rate,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    with _errors():
+        from unflaw.config import make_config
+
+        config = make_config(method, profile, changes | dict(map(_setting, setting or [])))
+        _writable(out)
+        from unflaw.datasets import load_dataset
+        from unflaw.detector import Detector
+
+        dataset = load_dataset(data)
+        _report_problems(dataset.problems)
+        checkpoint = out.with_name(out.name + ".checkpoint")
+        if checkpoint.exists() and not resume:
+            checkpoint.unlink()
+        detector = Detector(config=config, weights=weights)
+        with _progress() as progress:
+            detector.fit(dataset.train, progress=progress, checkpoint=checkpoint)
+        detector.save(out)
+        _report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
+        assert detector.calibration_ is not None
+        typer.echo(
+            f"{out}: trained in {detector.record_['seconds']['total']:.0f} s; {detector.calibration_.describe()}"
+        )
+
+
+@app.command()
+def evaluate(
+    model: ModelFile,
+    data: Data,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics there.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report there.")] = None,
+) -> None:
+    """Measure a detector on labelled test pictures.
+
+    Example:  unflaw evaluate screw.safetensors --data mvtec_ad/screw --json screw.json --report screw.html
+    """
+    with _errors():
+        for path in filter(None, (json_file, report)):
+            _writable(path)
+        from unflaw.datasets import load_dataset
+        from unflaw.evaluation import evaluate as measure
+
+        detector = _load(model)
+        dataset = load_dataset(data)
+        _report_problems(dataset.problems)
+        with _progress() as progress:
+            evaluation = measure(detector, dataset, progress=progress)
+        _report_problems(f"skipped {reason}" for _, reason in evaluation.skipped)
+        if json_file:
+            json_file.write_text(json.dumps(evaluation.metrics, indent=2) + "\n")
+        if report:
+            from unflaw.report import write_report
+
+            assert detector.calibration_ is not None
+            write_report(evaluation, report, title=dataset.name, scale=detector.calibration_.scale)
+        _print_metrics(evaluation.metrics)
+
+
+@app.command()
+def predict(
+    model: ModelFile,
+    inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and pictures.")],
+    pictures: Annotated[bool, typer.Option("--pictures", help="Also write a panel for each picture.")] = False,
+) -> None:
+    """Inspect pictures: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
+
+    Example:  unflaw predict parts.safetensors parts/new 0001.png --out results --pictures
+    """
+    with _errors():
+        from unflaw.prediction import predict as run
+
+        paths = _pictures(inputs)
+        out.mkdir(parents=True, exist_ok=True)
+        detector = _load(model)
+        with _progress() as progress:
+            counts = run(detector, paths, out, pictures=pictures, progress=progress)
+        typer.echo(
+            f"{out / 'results.jsonl'}: {counts['good']} good, {counts['defect']} defective, "
+            f"{counts['error']} not readable"
+        )
+        if counts["error"]:
+            raise typer.Exit(3)
+
+
+@app.command()
+def info(model: ModelFile) -> None:
+    """Say what a detector is, how it was trained and calibrated.
+
+    Example:  unflaw info parts.safetensors
+    """
+    with _errors():
+        from safetensors import safe_open
+
+        from unflaw.calibration import Calibration
+        from unflaw.files import read_metadata
+
+        metadata = read_metadata(model)
+        with safe_open(model, "np") as file:
+            slices = [file.get_slice(name).get_shape() for name in file.keys()]
+        numbers = sum(math.prod(shape) for shape in slices)
+        calibration = Calibration.model_validate(metadata["calibration"])
+        record = {name: value for name, value in metadata["record"].items() if name != "history"}
+        typer.echo(f"{model}: {model.stat().st_size / 1e6:.1f} MB, {numbers / 1e6:.2f} million numbers")
+        typer.echo(f"calibration: {calibration.describe()}; threshold {calibration.threshold:.4g}")
+        typer.echo(json.dumps({"record": record, "config": metadata["config"]}, indent=2))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, detector, metrics and report.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="For the data and the detector.")] = 0,
+) -> None:
+    """Make defects on real textures, train URA-Net, evaluate, and write a report to look at."""
+    with _errors():
+        from unflaw.datasets import load_dataset
+        from unflaw.demo_data import make_demo_data
+
+        data = out / "data"
+        if not (data / "train").is_dir():
+            make_demo_data(data, seed)
+        count = len(load_dataset(data).train)
+        typer.echo(f"{data}: {count} good pictures to learn from; defects are synthetic, on real textures")
+    model = out / "detector.safetensors"
+    train(data=data, out=model, seed=seed)
+    evaluate(model=model, data=data, json_file=out / "metrics.json", report=out / "report.html")
+    typer.echo(f"Look at {out / 'report.html'}")
+
+
+def main() -> None:
+    app()
+
+
+def _levels(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,2,3", param_hint="--levels") from None
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r} is not of the form name=value", param_hint="--set")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _writable(path: Path) -> None:
+    """Fails before the work, not after it."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _pictures(inputs: list[Path]) -> list[Path]:
+    from unflaw.images import list_images
+
+    paths = [p for item in inputs for p in (list_images(item) if item.is_dir() else [item])]
+    if not paths:
+        raise ValueError(f"{', '.join(map(str, inputs))}: there are no pictures to inspect")
+    return paths
+
+
+def _load(model: Path) -> Detector:
+    from unflaw.detector import Detector
+
+    return Detector.load(model)
+
+
+def _report_problems(problems: Any) -> None:
+    for problem in problems:
+        typer.echo(f"note: {problem}", err=True)
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    for kind in ("image", "pixel", "aupro"):
+        named = {name: value for name, value in metrics.items() if name.startswith(f"{kind}_")}
+        shown = "  ".join(f"{name} {'–' if value is None else format(value, '.4f')}" for name, value in named.items())
+        typer.echo(shown)
+    typer.echo(
+        f"{metrics['n_images']} pictures: {metrics['false_alarms']} false alarms among {metrics['n_good']} good ones, "
+        f"{metrics['missed']} missed of {metrics['n_images'] - metrics['n_good']} defective ones"
+    )
+    typer.echo(metrics["calibration"])
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar per stage with loss and remaining time; on a pipe, nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+
+        def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, loss="")
+            bars.update(tasks[stage], completed=done, total=total, loss="" if loss is None else f"loss {loss:.4f}")
+
+        yield progress
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What a user can mend is one line and exit code 2, not a stack trace."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, ImportError) and "unflaw[" not in str(error):
+            error = ImportError(f"{error}; this command needs: pip install 'unflaw[all]'")
+        elif isinstance(error, RuntimeError) and type(error).__name__ != "WeightsError":
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error

@@ -1,0 +1,187 @@
+"""The whole configuration of a detector: plain, validated, saved with it as JSON. Importing it does not import torch.
+
+Defaults are the CPU profile; `make_config("uranet", "paper")` gives the paper-scale settings.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unflaw.images import Preparation
+
+
+class Settings(BaseModel):
+    """Immutable settings which refuse unknown names, so that a typing slip is not silently a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Features(Settings):
+    """Frozen backbone and aggregation (METHODS: common ground)."""
+
+    backbone: str = Field("tf_efficientnet_lite0", description="any timm model that supports features_only")
+    levels: tuple[int, ...] = Field((1, 2, 3), description="timm feature indices; 1, 2, 3 have strides 4, 8, 16")
+    grid: int = Field(32, ge=4, le=256, description="side of the common grid that all levels are resized to")
+    smooth: int = Field(3, ge=1, description="side of the mean filter over each level, odd; 1 switches it off")
+    standardise: Literal["level", "channel", "none"] = Field(
+        "level", description="divide centred features by one scale per level, per channel, or not at all"
+    )
+    components: int | None = Field(128, ge=1, description="principal components kept; None keeps all channels")
+
+
+class Synthesis(Settings):
+    """FASM: how artificial anomalies are made at feature level. A share of 0 switches a source off."""
+
+    clean: float = Field(0.3, ge=0, le=1, description="share of samples left without anomaly")
+    max_scale: int = Field(5, ge=0, le=7, description="Perlin frequency is 2^0 .. 2^max_scale per axis")
+    threshold: float = Field(0.5, description="Perlin noise above this is anomalous")
+    textures: float = Field(1.0, ge=0, description="weight of features of texture pictures")
+    others: float = Field(1.0, ge=0, description="weight of features of other good pictures, at other places")
+    shuffles: float = Field(1.0, ge=0, description="weight of the picture's own features, shuffled among places")
+    jitter: float = Field(1.0, ge=0, description="weight of Gaussian noise scaled by the feature norm")
+    strength: tuple[float, float] = Field((0.2, 1.0), description="range of the opacity β")
+
+
+class Perception(Settings):
+    """UIAPM: the Bayesian network that marks anomalous regions and ambiguous boundaries."""
+
+    width: int = Field(64, ge=1)
+    depth: int = Field(2, ge=1, description="hidden Bayesian convolutions of 3×3")
+    draws: int = Field(8, ge=1, description="weight samples S at inspection")
+    prior: float = Field(0.1, gt=0, description="standard deviation of the Gaussian prior over weights")
+    kl_weight: float = Field(1.0, ge=0, description="weight of KL / N")
+    bayesian: bool = Field(True, description="False: plain convolutions, no uncertainty map, M_final = M_U")
+    mean_threshold: float = Field(0.5, ge=0, le=1, description="τ_U: M_U = [U ≥ τ_U]")
+    deviation_threshold: float = Field(0.2, ge=0, description="τ_V: M_final = M_U ∨ [V ≥ τ_V]")
+
+
+class Restoration(Settings):
+    """RAM: restoration attention."""
+
+    patch: int = Field(2, ge=1, description="side of a token in feature cells")
+    width: int = Field(192, ge=4, multiple_of=4)
+    depth: int = Field(3, ge=0)
+    heads: int = Field(6, ge=1)
+    masked: bool = Field(True, description="keys only where M_final marks nothing; False: plain self-attention")
+    prototypes: int = Field(4096, ge=0, description="memory of normal tokens across pictures; 0: the picture alone")
+    sharpness: float = Field(2.0, gt=0, description="softmax(−sharpness·d²/radius²) over prototypes")
+
+
+class URANetOptions(Settings):
+    """URA-Net (arXiv 2603.22840)."""
+
+    method: Literal["uranet"] = "uranet"
+    synthesis: Synthesis = Synthesis()
+    perception: Perception = Perception()
+    restoration: Restoration = Restoration()
+
+
+class LookupOptions(Settings):
+    """Distance to the nearest normal prototype; nothing is trained."""
+
+    method: Literal["lookup"] = "lookup"
+    prototypes: int = Field(4096, ge=1)
+
+
+class Training(Settings):
+    """The loop, and the cache it runs on."""
+
+    steps: int = Field(400, ge=0, description="optimiser steps")
+    batch: int = Field(16, ge=1, description="pictures per step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
+    weight_decay: float = Field(0.01, ge=0)
+    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of matrix products in training")
+    seed: int = Field(0, ge=0, description="same seed, same machine: same detector, bit for bit")
+    cache_gb: float = Field(4.0, gt=0, description="cached features above this are memory-mapped on disk")
+    textures: str | None = Field(
+        None, description="folder of texture pictures; None: those that come with scikit-image"
+    )
+    display_steps: int = Field(150, ge=0, description="steps for the decoder that draws restored pictures; 0: none")
+    checkpoint_seconds: float = Field(30.0, ge=0, description="time between checkpoints for --resume")
+
+
+class Scoring(Settings):
+    """From residual to map to image score."""
+
+    smooth: float = Field(4.0, ge=0, description="deviation of the Gaussian over the map, pixels at a side of 256")
+    share: float = Field(0.01, gt=0, le=1, description="the image score is the mean of this highest share of the map")
+
+
+class CalibrationOptions(Settings):
+    """Good pictures kept out of training, and the promise made from them."""
+
+    holdout: float = Field(0.2, gt=0, lt=1, description="share of the good pictures kept out of training")
+    false_alarm_rate: float = Field(0.01, gt=0, lt=1)
+
+
+Network = Annotated[URANetOptions | LookupOptions, Field(discriminator="method")]
+_OPTIONS: dict[str, type[Settings]] = {"uranet": URANetOptions, "lookup": LookupOptions}
+METHODS = tuple(_OPTIONS)
+
+
+class Config(Settings):
+    """Everything that makes a detector, but for data and weights."""
+
+    network: Network = URANetOptions()
+    preparation: Preparation = Preparation()
+    features: Features = Features()
+    training: Training = Training()
+    scoring: Scoring = Scoring()
+    calibration: CalibrationOptions = CalibrationOptions()
+
+    @property
+    def method(self) -> str:
+        return self.network.method
+
+
+# What the paper-scale profile changes: WideResNet-50 on a 64×64 grid, eight 768-wide blocks (METHODS).
+PAPER: dict[str, Any] = {
+    "features.backbone": "wide_resnet50_2",
+    "features.grid": 64,
+    "features.components": 512,
+    "training.steps": 20_000,
+    "training.batch": 16,
+    "training.learning_rate": 1e-4,
+    "network.restoration.width": 768,
+    "network.restoration.depth": 8,
+    "network.restoration.heads": 12,
+    "network.restoration.patch": 4,
+    "network.restoration.prototypes": 0,
+    "network.perception.width": 256,
+    "network.perception.draws": 16,
+}
+PROFILES: dict[str, dict[str, Any]] = {"cpu": {}, "paper": PAPER}
+
+
+def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str, Any] | None = None) -> Config:
+    """A configuration from a method, a profile and dotted changes such as `{"training.steps": 100}`.
+
+    Raises:
+        ValueError: Unknown method, profile or setting, or a value out of range; the message names it.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; there are {', '.join(PROFILES)}")
+    profiled = {name: value for name, value in PROFILES[profile].items() if _applies(name, method)}
+    tree: dict[str, Any] = {"network": {"method": method}}
+    for name, value in {**profiled, **(changes or {})}.items():
+        *parents, leaf = name.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != method)
+        raise ValueError(f"setting {where}: {first['msg']} (given: {first['input']!r})") from error
+
+
+def _applies(name: str, method: str) -> bool:
+    """Whether a method has this setting: profiles name settings of all methods."""
+    room, field, *_ = name.split(".")
+    return room != "network" or field in _OPTIONS[method].model_fields

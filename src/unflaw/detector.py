@@ -1,0 +1,299 @@
+"""Detector: fit, inspect, save, load. The one object a user holds; it only assembles the parts."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unflaw import __version__
+from unflaw.calibration import Calibration, calibrate
+from unflaw.config import Config, make_config
+from unflaw.datasets import Sample, digest, load_dataset
+from unflaw.display import DisplayDecoder
+from unflaw.files import FORMAT, DetectorError, read_metadata, write_atomically
+from unflaw.images import ImageError, Prepared, prepare, read
+from unflaw.methods import Inspection, create
+from unflaw.results import Result
+from unflaw.scoring import find_regions, image_score
+from unflaw.synthesis import texture_pictures
+from unflaw.training import (
+    Cache,
+    Progress,
+    TrainingError,
+    ahead,
+    batched,
+    build_cache,
+    load,
+    optimise,
+    silent,
+    stack,
+    step_rng,
+)
+
+
+class Detector:
+    """Learns what good looks like and says of a new picture whether and where it differs.
+
+    Args:
+        method: "uranet" or "lookup".
+        profile: "cpu" (default) or "paper".
+        weights: Backbone weight file; see `FeatureExtractor` for what happens without.
+        config: A whole configuration, instead of method, profile and settings.
+        **settings: Dotted settings with `__` for the dot, such as `training__seed=1`, `features__backbone="resnet18"`.
+
+    Attributes set by `fit`:
+        calibration_: Threshold, p-values and heat-map scale, from good pictures outside of training.
+        record_: How it was trained: data, digest, times, losses, versions.
+
+    Example:
+        >>> detector = Detector().fit("parts/good")        # doctest: +SKIP
+        >>> detector.inspect("parts/new/0001.png").verdict  # doctest: +SKIP
+        'defect'
+    """
+
+    def __init__(
+        self,
+        method: str = "uranet",
+        *,
+        profile: str = "cpu",
+        weights: str | Path | None = None,
+        config: Config | None = None,
+        **settings: Any,
+    ) -> None:
+        changes = {name.replace("__", "."): value for name, value in settings.items()}
+        self.config = config or make_config(method, profile, changes)
+        self.weights = str(weights) if weights is not None else None
+        self.calibration_: Calibration | None = None
+        self.record_: dict[str, Any] = {}
+        self.network = create(self.config, self.weights).eval()
+        self.display: DisplayDecoder | None = None
+        self.device = torch.device("cpu")
+
+    def fit(
+        self,
+        data: str | Path | Sequence[str | Path | Sample],
+        *,
+        progress: Progress = silent,
+        checkpoint: Path | None = None,
+    ) -> Detector:
+        """Learns from good pictures: features once, training on them, calibration on those held out.
+
+        Args:
+            data: A data set that `load_dataset` recognises (its training part), or pictures.
+            progress: Called as `progress(stage, done, total, loss)`.
+            checkpoint: Where to save progress; an interrupted `fit` with the same arguments goes on from there and
+                gives the same detector.
+
+        Raises:
+            TrainingError, DatasetError: Data that cannot work.
+        """
+        started = time.perf_counter()
+        settings = self.config.training
+        samples = self._samples(data)
+        torch.manual_seed(settings.seed)
+        self.network = create(self.config, self.weights).eval()  # the same start, however often `fit` is called
+        paths = [sample.path for sample in samples]
+        extractor = self.network.features
+        cache = build_cache(extractor, paths, self.config.preparation, settings.cache_gb * 2**30, progress)
+        rng = step_rng(settings.seed, 2**31)
+        order = torch.randperm(len(cache.paths), generator=rng)
+        held = max(2, round(self.config.calibration.holdout * len(order)))
+        train, holdout = cache.subset(order[held:]), cache.subset(order[:held])
+        cached = time.perf_counter()
+        history = self._train(train, rng, progress, checkpoint)
+        self._fit_display(train, progress)
+        trained = time.perf_counter()
+        self.network.finish(holdout.features)
+        self._calibrate(holdout)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        self.record_ = {
+            "unflaw": __version__,
+            "torch": torch.__version__,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "weights": self.weights or "default",
+            "good_pictures": len(cache.paths),
+            "held_out": held,
+            "digest": digest([Sample(path, 0) for path in cache.paths]),
+            "skipped": cache.skipped,
+            "history": history,
+            "seconds": {
+                "features": round(cached - started, 2),
+                "training": round(trained - cached, 2),
+                "total": round(time.perf_counter() - started, 2),
+            },
+        }
+        return self
+
+    def inspect(self, image: str | Path | bytes | np.ndarray) -> Result:
+        """Inspects one picture.
+
+        Args:
+            image: Whatever `images.read` takes.
+
+        Raises:
+            ImageError: The picture cannot be read. DetectorError: not fitted.
+        """
+        path = str(image) if isinstance(image, str | Path) else None
+        return self._inspect_batch([prepare(read(image), self.config.preparation)], [path])[0]
+
+    def inspect_many(self, paths: Iterable[str | Path], *, batch: int = 8) -> Iterator[Result | tuple[str, ImageError]]:
+        """Inspects files in order, decoding ahead in threads. A file that cannot be read comes as (path, error)."""
+        loaded = ahead(lambda path: (str(path), load(Path(path), self.config.preparation)), paths)
+        for group in batched(loaded, batch):
+            good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
+            results = iter(self._inspect_batch([p for _, p in good], [path for path, _ in good]) if good else [])
+            for path, picture in group:
+                yield next(results) if isinstance(picture, Prepared) else (path, picture)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the detector as one `.safetensors` file, backbone included; never a half-written one."""
+        self._fitted()
+        assert self.calibration_ is not None
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        if self.display is not None:
+            tensors |= {f"display.{name}": tensor for name, tensor in self.display.state_dict().items()}
+        metadata = {
+            "format": FORMAT,
+            "config": self.config.model_dump(mode="json"),
+            "calibration": self.calibration_.model_dump(mode="json"),
+            "record": self.record_,
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(metadata)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Detector:
+        """Reads a saved detector. Needs no network and executes nothing from the file.
+
+        Raises:
+            DetectorError: Missing, damaged, not a detector, or of a newer format.
+        """
+        metadata = read_metadata(path)
+        detector = cls(config=Config.model_validate(metadata["config"]), weights="later")
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "display": {}}
+        for name, tensor in tensors.items():
+            part, rest = name.split(".", 1)
+            parts[part][rest] = tensor
+        try:
+            detector.network.load_state_dict(parts["network"])
+            if parts["display"]:
+                detector.display = DisplayDecoder(detector.network.features.channels).eval()
+                detector.display.load_state_dict(parts["display"])
+        except RuntimeError as error:
+            raise DetectorError(f"{path}: its tensors do not fit its configuration ({error})") from error
+        detector.calibration_ = Calibration.model_validate(metadata["calibration"])
+        detector.record_ = metadata["record"]
+        return detector
+
+    def _samples(self, data: str | Path | Sequence[str | Path | Sample]) -> list[Sample]:
+        if isinstance(data, str | Path):
+            samples = list(load_dataset(data).train)
+        else:
+            samples = [item if isinstance(item, Sample) else Sample(Path(item), 0) for item in data]
+        if not samples:
+            raise TrainingError(f"{data}: there are no good pictures to train on")
+        return samples
+
+    def _train(
+        self, cache: Cache, rng: torch.Generator, progress: Progress, checkpoint: Path | None
+    ) -> list[dict[str, float]]:
+        network, settings = self.network, self.config.training
+        textures = None
+        if self.config.method == "uranet":
+            pictures = texture_pictures(settings.textures, self.config.preparation)
+            textures = network.embed(torch.from_numpy(np.stack(pictures)))
+        progress("memory", 0, 1, None)
+        with torch.no_grad():
+            extras = network.setup(cache.features, textures, rng)
+        progress("memory", 1, 1, None)
+        tensors = {"features": cache.features, **extras}
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bfloat16")
+
+        def loss(indices: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+            with autocast:
+                return network.loss({name: t[indices].float() for name, t in tensors.items()}, rng)
+
+        if not any(p.requires_grad for p in network.parameters()):
+            return []
+        return optimise(
+            network, loss, len(cache.paths), settings.steps, settings, progress=progress, checkpoint=checkpoint
+        )
+
+    def _fit_display(self, cache: Cache, progress: Progress) -> None:
+        settings = self.config.training
+        if not settings.display_steps:
+            return
+        decoder = self.display = DisplayDecoder(self.network.features.channels)
+
+        def loss(indices: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+            drawn = decoder(cache.features[indices].float())
+            return {"loss": (drawn - cache.thumbnails[indices].float() / 255).abs().mean()}
+
+        n, steps = len(cache.paths), settings.display_steps
+        optimise(decoder, loss, n, steps, settings, stage="display", progress=progress)
+
+    @torch.inference_mode()
+    def _calibrate(self, cache: Cache) -> None:
+        maps = np.concatenate(
+            [self.network.anomaly_map(self.network(features.float())).numpy() for features in cache.features.split(8)]
+        )
+        whole = (0, 0, maps.shape[2], maps.shape[1])
+        scores = [image_score(m, whole, self.config.scoring.share) for m in maps]
+        rate = self.config.calibration.false_alarm_rate
+        self.calibration_ = calibrate(scores, maps.max((1, 2)).tolist(), float(np.median(maps)), rate)
+
+    def _fitted(self) -> Calibration:
+        if self.calibration_ is None:
+            raise DetectorError("this detector has not learned yet; call fit first, or load a saved one")
+        return self.calibration_
+
+    @torch.inference_mode()
+    def _inspect_batch(self, pictures: Sequence[Prepared], paths: Sequence[str | None]) -> list[Result]:
+        calibration = self._fitted()
+        inspection: Inspection = self.network(self.network.embed(stack(pictures)))
+        maps = self.network.anomaly_map(inspection).numpy()
+        layers = self._layers(inspection)
+        results = []
+        for i, (picture, path) in enumerate(zip(pictures, paths, strict=True)):
+            score = image_score(maps[i], picture.box, self.config.scoring.share)
+            results.append(
+                Result(
+                    score=score,
+                    p_value=calibration.p_value(score),
+                    verdict=calibration.verdict(score),
+                    map=maps[i],
+                    regions=find_regions(maps[i], calibration.pixel_threshold, picture),
+                    image=(picture.pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8),
+                    valid=picture.box,
+                    layers={name: layer[i] for name, layer in layers.items()},
+                    path=path,
+                )
+            )
+        return results
+
+    def _layers(self, inspection: Inspection) -> dict[str, np.ndarray]:
+        """The method's own maps at canvas size; masks by nearest neighbour, the rest bilinear."""
+        size = (self.config.preparation.size,) * 2
+        layers = {}
+        for name, layer in inspection.layers.items():
+            mode = "nearest" if name == "mask" else "bilinear"
+            layers[name] = torch.nn.functional.interpolate(layer.float(), size, mode=mode)[:, 0].numpy()
+        if self.display is not None and inspection.restored is not None:
+            drawn = torch.nn.functional.interpolate(self.display(inspection.restored.float()), size, mode="bilinear")
+            layers["restored"] = (drawn.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        return layers

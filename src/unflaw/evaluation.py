@@ -1,0 +1,159 @@
+"""A detector measured on a labelled set: metrics on raw scores, in bounded memory, and what a report shows."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from unflaw.datasets import Dataset, Sample
+from unflaw.detector import Detector
+from unflaw.images import ImageError, prepare_mask, read_mask
+from unflaw.metrics import PixelAccumulator, auroc, image_metrics, image_ranking, precision_recall_curve, roc_curve
+from unflaw.results import Evaluation, Inspected, Result
+from unflaw.training import Progress, TrainingError, silent
+
+SHOWN = 40  # pictures kept whole for the report
+
+
+def evaluate(detector: Detector, dataset: Dataset, *, progress: Progress = silent) -> Evaluation:
+    """Inspects the test part of a data set and measures.
+
+    Pixel metrics are taken on the prepared canvas (masks by nearest neighbour) over good pictures and those defective
+    ones that have a mask; None where no picture has one. Training pictures never take part.
+
+    Raises:
+        TrainingError: The data set has no test pictures, or none could be read.
+    """
+    if not dataset.test:
+        raise TrainingError(
+            f"{dataset.name}: there are no test pictures; give a folder with test/good and test/<defect>"
+        )
+    masks_known = any(sample.mask for sample in dataset.test)
+    pixels = PixelAccumulator()
+    per_defect_pixels: dict[str, PixelAccumulator] = {}
+    rows: list[dict[str, Any]] = []
+    skipped: list[tuple[str, str]] = []
+    gallery = _Gallery(SHOWN)
+    started, cpu = time.perf_counter(), time.process_time()
+    for sample, result in _inspected(detector, dataset.test, skipped, progress):
+        mask = _mask(detector, sample)
+        row = {"path": str(sample.path), "label": sample.label, "defect": sample.defect}
+        rows.append(row | {"score": result.score, "p_value": result.p_value, "verdict": result.verdict})
+        gallery.add(Inspected(result, sample.label, sample.defect, mask))
+        if masks_known and (sample.label == 0 or mask is not None):
+            x0, y0, x1, y1 = result.valid
+            crop = result.map[y0:y1, x0:x1]
+            truth = None if mask is None else mask[y0:y1, x0:x1]
+            pixels.update(crop, truth)
+            if sample.label:
+                per_defect_pixels.setdefault(sample.defect, PixelAccumulator(limit=2**22)).update(crop, truth)
+    elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
+    if not rows:
+        raise TrainingError(f"{dataset.name}: none of the {len(skipped)} test pictures could be read; {skipped[0][1]}")
+    labels = np.array([row["label"] for row in rows])
+    scores = np.array([row["score"] for row in rows])
+    started_metrics = time.perf_counter()
+    pixel_metrics = pixels.compute()
+    if not masks_known:
+        pixel_metrics = dict.fromkeys(pixel_metrics)
+    metrics: dict[str, Any] = {
+        **image_metrics(scores, labels),
+        **pixel_metrics,
+        "per_defect": _per_defect(rows, per_defect_pixels),
+        "n_images": len(rows),
+        "n_good": int((labels == 0).sum()),
+        "false_alarms": sum(row["verdict"] == "defect" and not row["label"] for row in rows),
+        "missed": sum(row["verdict"] == "good" and bool(row["label"]) for row in rows),
+        "skipped": skipped,
+        "problems": list(dataset.problems),
+        "dataset": dataset.name,
+    }
+    calibration = detector.calibration_
+    assert calibration is not None
+    metrics["threshold"] = calibration.threshold
+    metrics["calibration"] = calibration.describe()
+    metrics["timing"] = {
+        "seconds": round(elapsed, 2),
+        "seconds_per_image": round(elapsed / len(rows), 4),
+        "cpu_seconds_per_image": round(cpu / len(rows), 4),
+        "metric_seconds": round(time.perf_counter() - started_metrics, 3),
+        "training": detector.record_.get("seconds"),
+    }
+    metrics["config"] = detector.config.model_dump(mode="json")
+    ranking = image_ranking(scores, labels)
+    curves = {"roc": roc_curve(ranking), "pr": precision_recall_curve(ranking)}
+    if masks_known:
+        curves["pro"] = pixels.curves()["pro"]
+    points = {name: (curve[:, 0], curve[:, 1]) for name, curve in curves.items() if curve is not None}
+    return Evaluation(metrics, rows, points, gallery.pictures(), skipped)
+
+
+def _inspected(
+    detector: Detector, samples: tuple[Sample, ...], skipped: list[tuple[str, str]], progress: Progress
+) -> Iterator[tuple[Sample, Result]]:
+    outcomes = detector.inspect_many(sample.path for sample in samples)
+    for i, (sample, outcome) in enumerate(zip(samples, outcomes, strict=True)):
+        if isinstance(outcome, Result):
+            yield sample, outcome
+        else:
+            skipped.append((outcome[0], str(outcome[1])))
+        progress("evaluating", i + 1, len(samples), None)
+
+
+def _mask(detector: Detector, sample: Sample) -> np.ndarray | None:
+    """The mask on the canvas; None for good pictures and where there is none or it cannot be read."""
+    if not sample.label or sample.mask is None:
+        return None
+    try:
+        return prepare_mask(read_mask(sample.mask), detector.config.preparation)
+    except ImageError:
+        return None  # `load_dataset` reports unreadable masks
+
+
+def _per_defect(rows: list[dict[str, Any]], pixels: dict[str, PixelAccumulator]) -> dict[str, dict[str, Any]]:
+    """Each defect type against all good pictures; pixel AUROC within the pictures of that type."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["defect"] if row["label"] else ""].append(row)
+    good = [row["score"] for row in groups.pop("", [])]
+    table = {}
+    for defect, members in sorted(groups.items()):
+        scores = [row["score"] for row in members]
+        ranking = image_ranking([*good, *scores], [0] * len(good) + [1] * len(scores))
+        table[defect] = {
+            "n_images": len(members),
+            "image_auroc": auroc(ranking),
+            "pixel_auroc": pixels[defect].compute()["pixel_auroc"] if defect in pixels else None,
+            "found": sum(row["verdict"] == "defect" for row in members),
+        }
+    return table
+
+
+class _Gallery:
+    """Keeps the pictures a report shows, in bounded memory: mistakes first, then the least certain of each kind."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.kept: dict[tuple[bool, str], list[Inspected]] = defaultdict(list)
+
+    def add(self, item: Inspected) -> None:
+        wrong = (item.result.verdict == "defect") != bool(item.label)
+        group = self.kept[wrong, item.defect]
+        group.append(replace(item, result=replace(item.result, image=item.result.image.copy())))
+        # the worst mistakes and, of right verdicts, those nearest to being mistakes
+        group.sort(key=lambda i: i.result.score if (i.label == 1) else -i.result.score)
+        del group[self.size // 2 if wrong else self.size // 4 :]
+
+    def pictures(self) -> list[Inspected]:
+        mistakes = [i for (wrong, _), group in self.kept.items() if wrong for i in group]
+        right = [group for (wrong, _), group in sorted(self.kept.items(), key=lambda g: g[0]) if not wrong]
+        longest = max((len(group) for group in right), default=0)
+        in_turn = [group[i] for i in range(longest) for group in right if i < len(group)]  # every kind is represented
+        half = self.size // 2
+        shown = mistakes[: max(half, self.size - len(in_turn))]
+        return shown + in_turn[: self.size - len(shown)]

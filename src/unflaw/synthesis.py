@@ -1,0 +1,134 @@
+"""FASM, feature-level artificial anomaly synthesis (URA-Net): Perlin masks and sources of foreign features.
+
+Anomalies are made on cached features, so that no picture passes the backbone again during training. Randomness comes
+from the given generator only: the same generator state gives the same anomalies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from unflaw.config import Synthesis
+from unflaw.images import Preparation, list_images, prepare, read
+
+# Photographs of textures and things inside the scikit-image package (its data/README names origins and licences).
+PACKAGED_TEXTURES = ("brick", "grass", "gravel", "coins", "camera", "cell", "coffee", "chelsea", "text", "rocket")
+
+
+@dataclass(frozen=True)
+class Anomalies:
+    """FASM's output: altered features (N, C, g, g) and the mask M of what was altered, (N, 1, g, g) in {0, 1}."""
+
+    features: Tensor
+    mask: Tensor
+
+
+def perlin(n: int, side: int, max_scale: int, rng: Generator) -> Tensor:
+    """Perlin noise (n, side, side) in about [-1, 1], with frequency 2^0 … 2^max_scale drawn per axis and sample.
+
+    Values are those of classic gradient noise with quintic fade, times √2 so that the theoretical range is [-1, 1].
+    """
+    noise = torch.empty(n, side, side)
+    exponents = torch.randint(0, max_scale + 1, (n, 2), generator=rng).tolist()
+    for i, (ey, ex) in enumerate(exponents):
+        cells = torch.tensor([2**ey, 2**ex]).clamp_max(side)
+        angles = torch.rand((int(cells[0]) + 1, int(cells[1]) + 1), generator=rng) * 2 * torch.pi
+        # one extra random phase per axis: otherwise noise is always 0 on the lines of the lattice
+        y, x = ((torch.arange(side) + torch.rand(1, generator=rng)) / side * c * (1 - 1e-6) for c in cells.tolist())
+        y, x = y.clamp_max(float(cells[0]) - 1e-4), x.clamp_max(float(cells[1]) - 1e-4)
+        y0, x0 = y.long(), x.long()
+        fy, fx = y - y0, x - x0
+
+        def corner(dy: int, dx: int, y0=y0, x0=x0, fy=fy, fx=fx, angles=angles) -> Tensor:  # type: ignore[no-untyped-def]
+            angle = angles[(y0 + dy)[:, None], (x0 + dx)[None, :]]
+            return angle.sin() * (fy - dy)[:, None] + angle.cos() * (fx - dx)[None, :]
+
+        wy, wx = (t * t * t * (t * (t * 6 - 15) + 10) for t in (fy[:, None], fx[None, :]))
+        top, bottom = (torch.lerp(corner(dy, 0), corner(dy, 1), wx) for dy in (0, 1))
+        noise[i] = torch.lerp(top, bottom, wy)
+    return noise * 2**0.5
+
+
+def perlin_masks(n: int, side: int, config: Synthesis, rng: Generator) -> Tensor:
+    """M, (n, 1, side, side) in {0, 1}: where Perlin noise exceeds the threshold; never empty.
+
+    Where nothing exceeds the threshold it is lowered to nine tenths of that sample's maximum.
+    """
+    noise = perlin(n, side, config.max_scale, rng)
+    peak = noise.flatten(1).amax(1).clamp_min(1e-6)
+    threshold = torch.minimum(torch.full_like(peak, config.threshold), 0.9 * peak)
+    return (noise > threshold.view(-1, 1, 1)).float()[:, None]
+
+
+def _others(features: Tensor, rng: Generator) -> Tensor:
+    """Features of another picture of the batch, moved to other places."""
+    n, side = len(features), features.shape[-1]
+    step = int(torch.randint(1, max(n, 2), (1,), generator=rng))
+    dy, dx = torch.randint(0, side, (2,), generator=rng).tolist()
+    return features.roll((step, dy, dx), dims=(0, 2, 3))
+
+
+def _shuffled(features: Tensor, rng: Generator) -> Tensor:
+    """The picture's own cells, permuted among all places."""
+    flat = features.flatten(2)
+    return flat[..., torch.randperm(flat.shape[-1], generator=rng)].view_as(features)
+
+
+def _jittered(features: Tensor, rng: Generator) -> Tensor:
+    """Gaussian noise whose expected norm is that of a typical feature vector."""
+    scale = features.pow(2).mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return features + scale * torch.randn(features.shape, generator=rng)
+
+
+def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator) -> Anomalies:
+    """F_a = (1 − M) ⊙ F + M ⊙ (β·T + (1 − β)·F), T from one source per sample (METHODS: FASM).
+
+    T is foreign: features of a texture picture (the paper's), or ours: other good pictures, shuffled cells, jitter.
+    β is drawn per sample from `config.strength`; a share `config.clean` of the samples stays as it is.
+
+    Args:
+        features: F (N, C, g, g).
+        textures: Bank of texture features (K, C, g, g), or None.
+    """
+    n, _, side, _ = features.shape
+    sources: list[tuple[float, Callable[[], Tensor]]] = [
+        (config.others, lambda: _others(features, rng)),
+        (config.shuffles, lambda: _shuffled(features, rng)),
+        (config.jitter, lambda: _jittered(features, rng)),
+    ]
+    if textures is not None and len(textures):
+        bank = textures
+        sources.append((config.textures, lambda: bank[torch.randint(len(bank), (n,), generator=rng)].to(features)))
+    weights = torch.tensor([weight for weight, _ in sources])
+    if weights.sum() == 0 or config.clean == 1:
+        return Anomalies(features, torch.zeros(n, 1, side, side))
+    choice = torch.multinomial(weights, n, replacement=True, generator=rng)
+    foreign = torch.zeros_like(features)
+    for i in choice.unique().tolist():
+        foreign = torch.where((choice == i).view(-1, 1, 1, 1), sources[i][1](), foreign)
+    low, high = config.strength
+    beta = low + (high - low) * torch.rand(n, 1, 1, 1, generator=rng)
+    mask = perlin_masks(n, side, config, rng) * (torch.rand(n, 1, 1, 1, generator=rng) >= config.clean)
+    return Anomalies(features + mask * beta * (foreign - features), mask)
+
+
+def texture_pictures(folder: str | Path | None, preparation: Preparation, limit: int = 32) -> list[np.ndarray]:
+    """Prepared texture pictures (3, S, S): the first `limit` of a folder, or those packaged with scikit-image."""
+    if folder is not None:
+        return [prepare(read(path), preparation).pixels for path in list_images(folder)[:limit]]
+    import skimage.data
+
+    pictures = [getattr(skimage.data, name)() for name in PACKAGED_TEXTURES]
+    return [prepare(read(np.asarray(picture)), preparation).pixels for picture in pictures]
+
+
+def blur(features: Tensor, k: int = 3) -> Tensor:
+    """Mean over k×k neighbours, same size."""
+    return F.avg_pool2d(features, k, 1, k // 2, count_include_pad=False)
