@@ -51,6 +51,15 @@ def test_mvtec_layout(bolt):
     assert good == Sample(bolt / "test/good/0.png", 0, None, "good")
 
 
+def test_validation_pictures_calibrate_and_must_not_be_tested_on(bolt):
+    for i in range(3):
+        picture(bolt / f"validation/good/{i}.png", 40 + i)
+    dataset = load_dataset(bolt)
+    assert len(dataset.validation) == 3 and len(dataset.train) == 4 and dataset.problems == ()
+    (bolt / "validation/good/2.png").write_bytes((bolt / "test/good/0.png").read_bytes())
+    assert "test/good/0.png" in only_problem(bolt)
+
+
 def test_without_ground_truth_there_are_image_labels_only(bolt):
     (bolt / "ground_truth").rename(bolt.parent / "elsewhere")
     dataset = load_dataset(bolt)
@@ -164,8 +173,9 @@ def test_table_with_splits(shelf):
     dataset = table(
         shelf,
         "path,label,mask,defect,split\np0.png,good,,,train\np1.png,OK,,,test\n"
-        f"p2.png,1,m.png,crack,test\n{shelf / 'p3.png'},anomaly,m.png,,\n",
+        f"p2.png,1,m.png,crack,test\n{shelf / 'p3.png'},anomaly,m.png,,\np4.png,good,,,validation\n",
     )
+    assert names(dataset.validation) == ["p4"]
     assert (dataset.name, dataset.layout, dataset.problems) == ("list", "table", ())
     assert dataset.train == (Sample(shelf / "p0.png", 0),)
     assert dataset.test == (
@@ -204,8 +214,8 @@ def test_bad_rows_are_reported_by_line(shelf):
     reasons = [
         "no file",
         "'fine'",
-        "neither train nor test",
-        "cannot train",
+        "none of train, validation, test",
+        "neither train nor calibrate",
         "suffix",
         "more cells",
         "no file",

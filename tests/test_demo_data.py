@@ -45,6 +45,7 @@ def test_a_mask_covers_what_was_changed(kind):
 
 def test_the_seed_decides(gravel, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_data, "N_TRAIN", 3)
+    monkeypatch.setattr(demo_data, "N_VALIDATION", 1)
     monkeypatch.setattr(demo_data, "N_GOOD", 1)
     monkeypatch.setattr(demo_data, "N_PER_DEFECT", 1)
     a, b, c = (demo_data.make_demo_data(tmp_path / name, seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))

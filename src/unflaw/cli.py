@@ -79,7 +79,7 @@ def train(
             checkpoint.unlink()
         detector = Detector(config=config, weights=weights)
         with _progress() as progress:
-            detector.fit(dataset.train, progress=progress, checkpoint=checkpoint)
+            detector.fit(dataset, progress=progress, checkpoint=checkpoint)
         detector.save(out)
         _report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
         assert detector.calibration_ is not None

@@ -15,7 +15,8 @@ DEFECT_LABELS = ("defect", "defective", "anomaly", "anomalous", "abnormal", "bad
 _TEST_EVERY = 5  # of the good rows of a table that have no split
 
 _LAYOUTS = """Read are:
-  - the layout of MVTec AD: train/good/*, test/good/*, test/<defect>/*, and ground_truth/<defect>/<name>_mask.*
+  - the layout of MVTec AD: train/good/*, test/good/*, test/<defect>/*, and ground_truth/<defect>/<name>_mask.*;
+    good pictures in validation/good/*, where there are any, calibrate
   - a folder of good pictures, with no folders of pictures inside
   - a table (.csv) with the columns path, label[, mask][, defect][, split]"""
 
@@ -41,11 +42,12 @@ class Dataset:
     name: str
     layout: str  # "mvtec", "folder" or "table"
     train: tuple[Sample, ...]  # good ones only
+    validation: tuple[Sample, ...]  # good ones to calibrate with; where empty, some of `train` are held out for it
     test: tuple[Sample, ...]
     problems: tuple[str, ...]  # what is wrong with the data, yet not enough to stop; a sentence each
 
 
-Found = tuple[list[Sample], list[Sample], list[str]]  # train, test, problems
+Found = tuple[list[Sample], list[Sample], list[Sample], list[str]]  # train, validation, test, problems
 
 
 def load_dataset(path: str | Path) -> Dataset:
@@ -61,22 +63,22 @@ def load_dataset(path: str | Path) -> Dataset:
     path = Path(path)
     root = path if path.is_dir() else path.parent
     if path.is_file():
-        name, layout, (train, test, problems) = path.stem, "table", _table(path)
+        name, layout, (train, validation, test, problems) = path.stem, "table", _table(path)
     elif not path.is_dir():
         raise DatasetError(f"{path}: there is no such folder or table; check the path")
     elif _is_mvtec(path):
-        name, layout, (train, test, problems) = path.resolve().name, "mvtec", _mvtec(path)
+        name, layout, (train, validation, test, problems) = path.resolve().name, "mvtec", _mvtec(path)
     else:
-        name, layout, (train, test, problems) = path.resolve().name, "folder", _folder(path)
+        name, layout, (train, validation, test, problems) = path.resolve().name, "folder", _folder(path)
     if not train and not test:
         raise DatasetError("\n".join([f"{path}: holds no pictures that can be used.", *problems, _LAYOUTS]))
     test, mask_problems = _check_masks(test, root)
-    problems += mask_problems + _check_overlap(train, test, root)
+    problems += mask_problems + _check_overlap([*train, *validation], test, root)
     if not train:
         problems.append("There are no pictures to train on: this can only be used to evaluate.")
     if len({sample.label for sample in test}) == 1:
         problems.append(f"All test pictures are {'defective' if test[0].label else 'good'}: AUROC needs both kinds.")
-    return Dataset(name, layout, tuple(train), tuple(test), tuple(problems))
+    return Dataset(name, layout, tuple(train), tuple(validation), tuple(test), tuple(problems))
 
 
 def digest(samples: Iterable[Sample]) -> str:
@@ -92,7 +94,9 @@ def _is_mvtec(root: Path) -> bool:
 
 
 def _mvtec(root: Path) -> Found:
-    train = [Sample(path, 0) for path in _images(root / "train" / "good")]
+    train, validation = (
+        [Sample(path, 0) for path in _images(root / part / "good")] for part in ("train", "validation")
+    )
     test, problems = [], []
     for folder in _subfolders(root / "test"):
         images = _images(folder)
@@ -104,7 +108,10 @@ def _mvtec(root: Path) -> Found:
         for path in images:
             mask = masks.get(_stem(path, folder) + "_mask") or masks.get(_stem(path, folder))
             test.append(Sample(path, int(is_defect), mask, folder.name))
-    return train, test, problems + _report_unused([root / "train", root / "test"], [*train, *test], root)
+    unused = _report_unused(
+        [root / part for part in ("train", "validation", "test")], [*train, *validation, *test], root
+    )
+    return train, validation, test, problems + unused
 
 
 def _folder(root: Path) -> Found:
@@ -118,13 +125,14 @@ def _folder(root: Path) -> Found:
         found.append(f"{len(images) - sum(counts.values())} pictures beside them")
         raise DatasetError(f"{root}: this layout is not known: {', '.join(found)}.\n{_LAYOUTS}")
     train = [Sample(path, 0) for path in images]
-    return train, [], _report_unused([root], train, root)
+    return train, [], [], _report_unused([root], train, root)
 
 
 def _table(path: Path) -> Found:
     """A table with the columns path, label[, mask][, defect][, split], parted by commas, semicolons or tabs; UTF-8.
 
-    Paths are absolute or relative to the table, labels are GOOD_LABELS or DEFECT_LABELS, splits are `train` or `test`.
+    Paths are absolute or relative to the table, labels are GOOD_LABELS or DEFECT_LABELS, splits are `train`,
+    `validation` or `test`.
     A row without a split is for testing if it is defective; of the good ones every fifth is, counted down the table, if
     the table has defective rows at all. So no row changes sides when rows are appended to a table that has
     defective ones. Mask and defect of good rows are not looked at.
@@ -149,13 +157,13 @@ def _table(path: Path) -> Found:
         except ValueError as error:
             problems.append(f"{path.name}, line {line}: {error}; the row is left out.")
     has_defects = any(sample.label for sample, _ in placed)
-    sides: dict[str, list[Sample]] = {"train": [], "test": []}
+    sides: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
     open_rows = 0
     for sample, split in placed:
         open_rows += not split and not sample.label
         for_test = sample.label or (has_defects and open_rows % _TEST_EVERY == 0)
         sides[split or ("test" if for_test else "train")].append(sample)
-    return sides["train"], sides["test"], problems
+    return sides["train"], sides["validation"], sides["test"], problems
 
 
 def _row(row: dict[str, str], folder: Path) -> tuple[Sample, str]:
@@ -166,10 +174,10 @@ def _row(row: dict[str, str], folder: Path) -> tuple[Sample, str]:
     label, split, path = label.lower(), split.lower(), folder / name
     if label not in GOOD_LABELS + DEFECT_LABELS:
         raise ValueError(f"label {label!r} is none of {', '.join(GOOD_LABELS + DEFECT_LABELS)}")
-    if split not in ("", "train", "test"):
-        raise ValueError(f"split {split!r} is neither train nor test")
-    if split == "train" and label in DEFECT_LABELS:
-        raise ValueError("a defective picture cannot train")
+    if split not in ("", "train", "validation", "test"):
+        raise ValueError(f"split {split!r} is none of train, validation, test")
+    if split in ("train", "validation") and label in DEFECT_LABELS:
+        raise ValueError("a defective picture can neither train nor calibrate")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{name!r} is not a picture by its suffix ({', '.join(sorted(SUFFIXES))})")
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long

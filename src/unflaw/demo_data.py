@@ -8,16 +8,22 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, shift
 
-N_TRAIN, N_GOOD, N_PER_DEFECT = 80, 20, 10
+N_TRAIN, N_VALIDATION, N_GOOD, N_PER_DEFECT = 80, 40, 20, 10
 SIZE = 256  # side of the pictures, pixels
-_CUT = 160  # side of the pieces cut from the photograph, pixels
-_TRAIN_COLUMNS = 340  # training is cut from the left of this column of the photograph, testing from the right of it
+_CUT = 128  # side of the pieces cut from the photograph, pixels
+# Parts of the photograph (rows, columns) that share no stone: pieces of one part overlap each other, so calibrating on
+# pieces of the training part would promise too much.
+_PARTS = {
+    "train": np.s_[:, :272],
+    "validation": np.s_[:256, 272:],
+    "test": np.s_[256:, 272:],
+}
 
 README = """Gravel: a small data set for visual anomaly detection in the layout of MVTec AD, made by unflaw.
 
-The pictures are cut from a real photograph: those under train/ from its left two thirds, those under test/ from its
-right third, so that no stone is in both. THE DEFECTS ARE SYNTHETIC; ground_truth/ holds their masks. What a method
-reaches here says that it works, not how good it is.
+The pictures are cut from a real photograph: those under train/ from its left half, those under validation/ and test/
+from the upper and the lower part of its right half, so that no stone is in two of them. THE DEFECTS ARE SYNTHETIC;
+ground_truth/ holds their masks. What a method reaches here says that it works, not how good it is.
 
 Photographs, all from the package scikit-image and all CC0: `gravel` (CC0Textures), which every picture shows; `brick`
 (CC0Textures) and `coffee` (Rachel Michetti), of which the foreign matter is cut.
@@ -28,7 +34,7 @@ Flaw = Callable[[np.random.Generator, np.ndarray], tuple[np.ndarray, np.ndarray]
 
 
 def make_demo_data(out: str | Path, seed: int = 0) -> Path:
-    """Write 80 good pictures to train on, 20 good and 50 defective ones to test on, with masks; about 11 MB.
+    """Write 80 good pictures to train on, 40 to calibrate with, 20 good and 50 defective ones to test on; about 13 MB.
 
     Args:
         out: The folder to write; it must be empty or new.
@@ -45,14 +51,12 @@ def make_demo_data(out: str | Path, seed: int = 0) -> Path:
         raise FileExistsError(f"{out}: the folder is not empty; name a new one")
     rng = np.random.default_rng(seed)
     gravel = _photograph("gravel")
-    left, right = gravel[:, :_TRAIN_COLUMNS], gravel[:, _TRAIN_COLUMNS:]
-    for i in range(N_TRAIN):
-        _write(out / f"train/good/{i:03d}.png", _piece(rng, left), rng)
-    for i in range(N_GOOD):
-        _write(out / f"test/good/{i:03d}.png", _piece(rng, right), rng)
+    for part, count in (("train", N_TRAIN), ("validation", N_VALIDATION), ("test", N_GOOD)):
+        for i in range(count):
+            _write(out / f"{part}/good/{i:03d}.png", _piece(rng, gravel[_PARTS[part]]), rng)
     for kind, flaw in FLAWS.items():
         for i in range(N_PER_DEFECT):
-            picture = _piece(rng, right)
+            picture = _piece(rng, gravel[_PARTS["test"]])
             changed, alpha = flaw(rng, picture)
             mask = alpha > 0.15  # of a soft edge, what an eye would still count
             _write(out / f"test/{kind}/{i:03d}.png", picture + alpha[..., None] * (changed - picture), rng)

@@ -19,7 +19,7 @@ from torch import Tensor
 from unflaw import __version__
 from unflaw.calibration import Calibration, calibrate
 from unflaw.config import Config, make_config
-from unflaw.datasets import Sample, digest, load_dataset
+from unflaw.datasets import Dataset, Sample, digest, load_dataset
 from unflaw.display import DisplayDecoder
 from unflaw.files import FORMAT, DetectorError, read_metadata, write_atomically
 from unflaw.images import ImageError, Prepared, prepare, read
@@ -82,7 +82,7 @@ class Detector:
 
     def fit(
         self,
-        data: str | Path | Sequence[str | Path | Sample],
+        data: str | Path | Dataset | Sequence[str | Path],
         *,
         progress: Progress = silent,
         checkpoint: Path | None = None,
@@ -90,7 +90,8 @@ class Detector:
         """Learns from good pictures: features once, training on them, calibration on those held out.
 
         Args:
-            data: A data set that `load_dataset` recognises (its training part), or pictures.
+            data: A data set that `load_dataset` recognises, or pictures. Its validation part calibrates; where there is
+                none, a share `calibration.holdout` of the training part is kept out of training for that.
             progress: Called as `progress(stage, done, total, loss)`.
             checkpoint: Where to save progress; an interrupted `fit` with the same arguments goes on from there and
                 gives the same detector.
@@ -100,24 +101,14 @@ class Detector:
         """
         started = time.perf_counter()
         settings = self.config.training
-        samples = self._samples(data)
+        train, validation = self._paths(data)
         torch.manual_seed(settings.seed)
         self.network = create(self.config, self.weights).eval()  # the same start, however often `fit` is called
-        paths = [sample.path for sample in samples]
-        extractor = self.network.features
-        cache = build_cache(extractor, paths, self.config.preparation, settings.cache_gb * 2**30, progress)
-        rng = step_rng(settings.seed, 2**31)
-        order = torch.randperm(len(cache.paths), generator=rng)
-        held = max(2, round(self.config.calibration.holdout * len(order)))
-        train, holdout = cache.subset(order[held:]), cache.subset(order[:held])
+        extractor, budget = self.network.features, settings.cache_gb * 2**30
+        cache = build_cache(extractor, train, self.config.preparation, budget, progress)
+        held = build_cache(extractor, validation, self.config.preparation, budget, fit=False) if validation else None
         cached = time.perf_counter()
-        history = self._train(train, rng, progress, checkpoint)
-        self._fit_display(train, progress)
-        trained = time.perf_counter()
-        self.network.finish(holdout.features)
-        self._calibrate(holdout)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
+        learned = self.learn(cache, held, progress=progress, checkpoint=checkpoint)
         self.record_ = {
             "unflaw": __version__,
             "torch": torch.__version__,
@@ -125,17 +116,43 @@ class Detector:
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "weights": self.weights or "default",
             "good_pictures": len(cache.paths),
-            "held_out": held,
             "digest": digest([Sample(path, 0) for path in cache.paths]),
-            "skipped": cache.skipped,
-            "history": history,
+            "skipped": cache.skipped + (held.skipped if held else []),
+            **learned,
             "seconds": {
                 "features": round(cached - started, 2),
-                "training": round(trained - cached, 2),
+                "training": round(time.perf_counter() - cached, 2),
                 "total": round(time.perf_counter() - started, 2),
             },
         }
         return self
+
+    def learn(
+        self,
+        cache: Cache,
+        validation: Cache | None = None,
+        *,
+        progress: Progress = silent,
+        checkpoint: Path | None = None,
+    ) -> dict[str, Any]:
+        """`fit` from cached features on: hold-out where there is no validation part, training, display, calibration.
+
+        Returns:
+            "history" of losses and the number of pictures "held_out".
+        """
+        rng = step_rng(self.config.training.seed, 2**31)
+        train, holdout = cache, validation
+        if holdout is None:
+            order = torch.randperm(len(cache.paths), generator=rng)
+            held = max(2, round(self.config.calibration.holdout * len(order)))
+            train, holdout = cache.subset(order[held:]), cache.subset(order[:held])
+        history = self._train(train, rng, progress, checkpoint)
+        self._fit_display(train, progress)
+        self.network.finish(holdout.features)
+        self._calibrate(holdout)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return {"history": history, "held_out": len(holdout.paths)}
 
     def inspect(self, image: str | Path | bytes | np.ndarray) -> Result:
         """Inspects one picture.
@@ -200,14 +217,15 @@ class Detector:
         detector.record_ = metadata["record"]
         return detector
 
-    def _samples(self, data: str | Path | Sequence[str | Path | Sample]) -> list[Sample]:
+    def _paths(self, data: str | Path | Dataset | Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+        """Pictures to train on and to calibrate with."""
         if isinstance(data, str | Path):
-            samples = list(load_dataset(data).train)
-        else:
-            samples = [item if isinstance(item, Sample) else Sample(Path(item), 0) for item in data]
-        if not samples:
-            raise TrainingError(f"{data}: there are no good pictures to train on")
-        return samples
+            data = load_dataset(data)
+        if not isinstance(data, Dataset):
+            return [Path(item) for item in data], []
+        if not data.train:
+            raise TrainingError(f"{data.name}: there are no good pictures to train on")
+        return [sample.path for sample in data.train], [sample.path for sample in data.validation]
 
     def _train(
         self, cache: Cache, rng: torch.Generator, progress: Progress, checkpoint: Path | None

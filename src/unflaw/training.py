@@ -100,6 +100,8 @@ def build_cache(
     preparation: Preparation,
     budget: float,
     progress: Progress = silent,
+    *,
+    fit: bool = True,
     batch: int = 16,
 ) -> Cache:
     """Reads every picture once, fits the extractor on the first ones and embeds all.
@@ -107,9 +109,10 @@ def build_cache(
     Args:
         extractor: A `FeatureExtractor`; its `fit` sees at most 64 pictures, spread over the list, or 512 MB.
         budget: Features above this many bytes are memory-mapped in a temporary folder, else kept in RAM.
+        fit: False leaves the extractor as it is, for pictures that only calibrate.
 
     Raises:
-        TrainingError: Fewer than 8 readable pictures, or all identical.
+        TrainingError: To learn from: fewer than 8 readable pictures, or all identical. To calibrate with: none.
     """
     order = np.random.default_rng(0).permutation(len(paths)).tolist()  # so that the first pictures are typical
     skipped: list[tuple[str, str]] = []
@@ -124,7 +127,8 @@ def build_cache(
         """Fits on what was gathered, then embeds it."""
         nonlocal store, folder, fitted, pending
         raw = torch.cat(pending)
-        extractor.fit(raw)
+        if fit:
+            extractor.fit(raw)
         shape = (len(paths), *extractor.project(raw[:1]).shape[1:])
         if np.prod(shape) * 2 > budget:
             folder = tempfile.TemporaryDirectory(prefix="unflaw-cache-")
@@ -158,15 +162,16 @@ def build_cache(
             store[fitted : fitted + len(raw)] = extractor.project(raw)
             fitted += len(raw)
         progress("features", len(kept), len(paths), None)
-    if len(kept) < MINIMUM:
+    if len(kept) < (MINIMUM if fit else 1):
         reasons = f"; {len(skipped)} could not be read, first: {skipped[0][1]}" if skipped else ""
-        raise TrainingError(f"{len(kept)} good pictures are too few to learn from: at least {MINIMUM} needed{reasons}")
+        purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
+        raise TrainingError(f"{len(kept)} good pictures are too few to {purpose}{reasons}")
     if store is None:
         flush()
     assert store is not None
     back = torch.from_numpy(np.argsort(kept))  # the order of the list, whatever was skipped
     pictures = torch.cat(thumbnails)[back]
-    if bool((pictures == pictures[:1]).all()):
+    if fit and bool((pictures == pictures[:1]).all()):
         raise TrainingError("all good pictures are identical; give pictures of different parts")
     features = store[: len(kept)]
     if folder is None:
@@ -232,7 +237,7 @@ def optimise(
         terms["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        window.append({name: float(value) for name, value in terms.items()})
+        window.append({name: float(value.detach()) for name, value in terms.items()})
         if len(window) >= max(1, steps // 100) or step == steps - 1:
             history.append({name: float(np.mean([w[name] for w in window])) for name in window[0]})
             window = []

@@ -1,0 +1,106 @@
+"""Variants of a method, side by side: each a few changed settings, all on features that were computed once.
+
+This is the tool for research and for ablations: a table of metrics per data set, variant and seed. It trains and scores
+exactly as `Detector.fit` and `evaluate` do, from cached features instead of pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unflaw.config import Config
+from unflaw.datasets import Dataset, digest
+from unflaw.detector import Detector
+from unflaw.features import FeatureExtractor
+from unflaw.files import write_atomically
+from unflaw.images import ImageError, prepare_mask, read_mask
+from unflaw.metrics import PixelAccumulator, image_metrics
+from unflaw.scoring import image_score
+from unflaw.training import Cache, Progress, TrainingError, ahead, batched, load, silent, stack
+
+METRICS = ("image_auroc", "pixel_auroc", "aupro_30", "pixel_ap")
+
+
+def raw_features(
+    extractor: FeatureExtractor, paths: Sequence[Path], config: Config, folder: Path, progress: Progress = silent
+) -> Tensor:
+    """Aggregated features (N, C_raw, g, g) float16 of pictures, memory-mapped from a file in `folder`, made if absent.
+
+    The name of the file is a digest of everything it depends on: pictures, preparation, backbone, levels, grid.
+    """
+    from unflaw.datasets import Sample
+
+    parts = config.features.model_dump(include={"backbone", "levels", "grid", "smooth"})
+    parts |= {"preparation": config.preparation.model_dump(), "pictures": digest([Sample(p, 0) for p in paths])}
+    parts |= {"weights": float(sum(p.abs().double().sum() for p in extractor.backbone.parameters()))}
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{key}.npy"
+    if not path.is_file():
+        shape = (len(paths), sum(extractor.level_channels), config.features.grid, config.features.grid)
+
+        def write(temporary: Path) -> None:
+            store, done = np.lib.format.open_memmap(temporary, "w+", np.float16, shape), 0
+            for group in batched(ahead(lambda p: load(p, config.preparation), paths), 16):
+                for picture in group:
+                    if isinstance(picture, ImageError):
+                        raise TrainingError(str(picture))
+                raw = extractor.aggregate(stack([p for p in group if not isinstance(p, ImageError)]))
+                store[done : done + len(raw)] = raw.numpy()
+                done += len(raw)
+                progress("features", done, len(paths), None)
+            store.flush()
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, write)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def project(extractor: FeatureExtractor, raw: Tensor, fit: bool = False) -> Tensor:
+    """Raw features → F (N, C, g, g) float16, after fitting the extractor on 64 of them where asked."""
+    if fit:
+        order = np.random.default_rng(0).permutation(len(raw))[:64]
+        extractor.fit(raw[torch.from_numpy(order)].float())
+    return torch.cat([extractor.project(part.float()).half() for part in raw.split(32)])
+
+
+def run(
+    config: Config, dataset: Dataset, folder: Path, weights: Path | None, progress: Progress = silent
+) -> dict[str, Any]:
+    """Trains and measures one variant on one data set; returns METRICS, seconds, and the false alarms and misses."""
+    detector = Detector(config=config, weights=weights)
+    extractor = detector.network.features
+    train_paths, test = [s.path for s in dataset.train], dataset.test
+    train_raw = raw_features(extractor, train_paths, config, folder, progress)
+    test_raw = raw_features(extractor, [s.path for s in test], config, folder, progress)
+    started = time.perf_counter()
+    features = project(extractor, train_raw, fit=True)
+    detector.learn(Cache(features, torch.empty(len(features), 0), train_paths))
+    seconds = time.perf_counter() - started
+    scores, pixels = [], PixelAccumulator()
+    masks_known = any(sample.mask for sample in test)
+    done = 0
+    for part in test_raw.split(8):
+        with torch.inference_mode():
+            inspection = detector.network(extractor.project(part.float()))
+            maps = detector.network.anomaly_map(inspection).numpy()
+        for anomaly_map in maps:
+            sample = test[done]
+            scores.append(image_score(anomaly_map, (0, 0, *anomaly_map.shape), config.scoring.share))
+            if masks_known and (not sample.label or sample.mask):
+                mask = (
+                    prepare_mask(read_mask(sample.mask), config.preparation) if sample.label and sample.mask else None
+                )
+                pixels.update(anomaly_map, mask)
+            done += 1
+    labels = [sample.label for sample in test]
+    metrics = {**image_metrics(scores, labels), **(pixels.compute() if masks_known else {})}
+    return {"seconds": round(seconds, 1)} | {name: metrics.get(name) for name in METRICS}
