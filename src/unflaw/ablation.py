@@ -24,7 +24,6 @@ from unflaw.features import FeatureExtractor
 from unflaw.files import write_atomically
 from unflaw.images import ImageError, prepare_mask, read_mask
 from unflaw.metrics import PixelAccumulator, image_metrics
-from unflaw.scoring import image_score
 from unflaw.training import Cache, Progress, TrainingError, ahead, batched, load, silent, stack
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro_30", "pixel_ap")
@@ -90,11 +89,10 @@ def run(
     done = 0
     for part in test_raw.split(8):
         with torch.inference_mode():
-            inspection = detector.network(extractor.project(part.float()))
-            maps = detector.network.anomaly_map(inspection).numpy()
-        for anomaly_map in maps:
+            fused, scored = detector.network.fuse(detector.network(extractor.project(part.float())))
+        scores += scored.tolist()
+        for anomaly_map in fused.numpy():
             sample = test[done]
-            scores.append(image_score(anomaly_map, (0, 0, *anomaly_map.shape), config.scoring.share))
             if masks_known and (not sample.label or sample.mask):
                 mask = (
                     prepare_mask(read_mask(sample.mask), config.preparation) if sample.label and sample.mask else None

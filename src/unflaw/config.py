@@ -26,7 +26,10 @@ class Features(Settings):
     grid: int = Field(32, ge=4, le=256, description="side of the common grid that all levels are resized to")
     smooth: int = Field(3, ge=1, description="side of the mean filter over each level, odd; 1 switches it off")
     standardise: Literal["level", "channel", "none"] = Field(
-        "level", description="divide centred features by one scale per level, per channel, or not at all"
+        "level", description="one scale per level, per channel, or none"
+    )
+    level_weights: tuple[float, ...] = Field(
+        (1.0, 2.0, 4.0), description="share of each level, fine to coarse, in the squared norm of F; if standardised"
     )
     components: int | None = Field(128, ge=1, description="principal components kept; None keeps all channels")
 
@@ -63,7 +66,7 @@ class Restoration(Settings):
     patch: int = Field(2, ge=1, description="side of a token in feature cells")
     width: int = Field(192, ge=4, multiple_of=4)
     depth: int = Field(3, ge=0)
-    heads: int = Field(6, ge=1)
+    heads: int = Field(3, ge=1)
     masked: bool = Field(True, description="keys only where M_final marks nothing; False: plain self-attention")
     prototypes: int = Field(4096, ge=0, description="memory of normal tokens across pictures; 0: the picture alone")
     sharpness: float = Field(2.0, gt=0, description="softmax(−sharpness·d²/radius²) over prototypes")
@@ -106,7 +109,7 @@ class Scoring(Settings):
     """From residual to map to image score."""
 
     smooth: float = Field(4.0, ge=0, description="deviation of the Gaussian over the map, pixels at a side of 256")
-    share: float = Field(0.01, gt=0, le=1, description="the image score is the mean of this highest share of the map")
+    shares: tuple[float, ...] = Field((0.01, 0.1), description="the image score looks at these highest shares")
 
 
 class CalibrationOptions(Settings):

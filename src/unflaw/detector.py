@@ -25,7 +25,7 @@ from unflaw.files import FORMAT, DetectorError, read_metadata, write_atomically
 from unflaw.images import ImageError, Prepared, prepare, read
 from unflaw.methods import Inspection, create
 from unflaw.results import Result
-from unflaw.scoring import find_regions, image_score
+from unflaw.scoring import find_regions
 from unflaw.synthesis import texture_pictures
 from unflaw.training import (
     Cache,
@@ -267,11 +267,9 @@ class Detector:
 
     @torch.inference_mode()
     def _calibrate(self, cache: Cache) -> None:
-        maps = np.concatenate(
-            [self.network.anomaly_map(self.network(features.float())).numpy() for features in cache.features.split(8)]
-        )
-        whole = (0, 0, maps.shape[2], maps.shape[1])
-        scores = [image_score(m, whole, self.config.scoring.share) for m in maps]
+        fused = [self.network.fuse(self.network(features.float())) for features in cache.features.split(8)]
+        maps = torch.cat([maps for maps, _ in fused]).numpy()
+        scores = torch.cat([scores for _, scores in fused]).tolist()
         rate = self.config.calibration.false_alarm_rate
         self.calibration_ = calibrate(scores, maps.max((1, 2)).tolist(), float(np.median(maps)), rate)
 
@@ -284,11 +282,12 @@ class Detector:
     def _inspect_batch(self, pictures: Sequence[Prepared], paths: Sequence[str | None]) -> list[Result]:
         calibration = self._fitted()
         inspection: Inspection = self.network(self.network.embed(stack(pictures)))
-        maps = self.network.anomaly_map(inspection).numpy()
+        fused, scored = self.network.fuse(inspection, self._valid_cells(pictures))
+        maps, scores = fused.numpy(), scored.tolist()
         layers = self._layers(inspection)
         results = []
         for i, (picture, path) in enumerate(zip(pictures, paths, strict=True)):
-            score = image_score(maps[i], picture.box, self.config.scoring.share)
+            score = scores[i]
             results.append(
                 Result(
                     score=score,
@@ -303,6 +302,16 @@ class Detector:
                 )
             )
         return results
+
+    def _valid_cells(self, pictures: Sequence[Prepared]) -> Tensor | None:
+        """(N, g, g) bool, feature cells that lie in the picture by half at least; None where all do."""
+        if self.config.preparation.fit == "stretch":
+            return None
+        grid, size = self.config.features.grid, self.config.preparation.size
+        centres = (torch.arange(grid) + 0.5) * size / grid
+        boxes = torch.tensor([picture.box for picture in pictures])[..., None]
+        x, y = ((centres >= boxes[:, i]) & (centres < boxes[:, i + 2]) for i in (0, 1))
+        return y[:, :, None] & x[:, None, :]
 
     def _layers(self, inspection: Inspection) -> dict[str, np.ndarray]:
         """The method's own maps at canvas size; masks by nearest neighbour, the rest bilinear."""

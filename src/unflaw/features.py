@@ -73,25 +73,36 @@ class FeatureExtractor(nn.Module):
     def fit(self, raw: Tensor) -> FeatureExtractor:
         """Learns centre, scale and components from raw features (N, C_raw, g, g) of good pictures.
 
-        One scale per *level* (default) keeps the relative strength of channels; one per channel amplifies the noise
-        of channels that hardly vary (METHODS, third trial). Principal components follow the scaled features.
+        One scale per *level* (default) gives each level its share `level_weights` of the mean squared norm, which is 1
+        in all. One per channel instead amplifies the noise of channels that hardly vary (METHODS, third trial).
+        Principal components follow the scaled features.
         """
         self.centre = raw.mean((0, 2, 3))
-        centred = raw - self.centre.view(-1, 1, 1)
-        scale = torch.ones_like(self.centre)
-        if self.config.standardise == "channel":
-            scale = centred.pow(2).mean((0, 2, 3)).sqrt()
-        elif self.config.standardise == "level":
-            parts = centred.split(self.level_channels, dim=1)
-            scale = torch.cat([part.pow(2).mean().sqrt().expand(part.shape[1]) for part in parts])
-        weight = 1 / scale.clamp_min(1e-6)
-        basis = torch.eye(len(scale))
-        if self.config.components is not None:
-            tokens = centred.permute(0, 2, 3, 1).reshape(-1, len(scale)) * weight
-            _, vectors = torch.linalg.eigh((tokens.T @ tokens / len(tokens)).double())  # ascending
+        tokens = raw.transpose(0, 1).flatten(1) - self.centre[:, None]  # (C_raw, N·g²)
+        energy = tokens.square().mean(1)
+        shares = torch.tensor(self._level_shares())
+        if self.config.standardise == "level":
+            parts = zip(energy.split(self.level_channels), shares, strict=True)
+            weight = torch.cat([(share / part.sum().clamp_min(1e-12)).sqrt().expand_as(part) for part, share in parts])
+        elif self.config.standardise == "channel":
+            sizes = torch.tensor(self.level_channels)
+            per_channel = (shares / sizes).repeat_interleave(sizes)
+            weight = (per_channel / energy.clamp_min(1e-12)).sqrt()
+        else:
+            weight = torch.ones_like(energy)
+        basis = torch.eye(len(weight))
+        if self.channels < len(weight):
+            tokens = tokens * weight[:, None]
+            _, vectors = torch.linalg.eigh((tokens @ tokens.T / tokens.shape[1]).double())  # ascending
             basis = vectors[:, -self.channels :].flip(1).float()
         self.basis = weight[:, None] * basis
         return self
+
+    def _level_shares(self) -> list[float]:
+        """The weights of the levels, summing to 1; the first is repeated or left out to fit their number."""
+        n, given = len(self.level_channels), self.config.level_weights
+        weights = (given[:1] * n + given)[-n:]
+        return [weight / sum(weights) for weight in weights]
 
     def project(self, raw: Tensor) -> Tensor:
         """(N, C_raw, g, g) → F (N, C, g, g)."""

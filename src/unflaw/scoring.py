@@ -1,27 +1,14 @@
-"""From an anomaly map to an image score and to regions. NumPy and SciPy only, so that every runtime shares it."""
+"""From an anomaly map to regions. NumPy and SciPy only, so that every runtime shares it."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
 
-from unflaw.images import Box, Prepared
+from unflaw.images import Prepared
 from unflaw.results import Region
 
 EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
-
-
-def image_score(anomaly_map: np.ndarray, valid: Box, share: float = 0.01) -> float:
-    """Mean of the highest `share` of the map's values inside `valid`; of one value at least.
-
-    Args:
-        anomaly_map: (size, size).
-        valid: The part of the canvas that the picture covers.
-    """
-    x0, y0, x1, y1 = valid
-    values = anomaly_map[y0:y1, x0:x1].ravel()
-    k = max(1, round(share * values.size))
-    return float(np.partition(values, values.size - k)[values.size - k :].mean())
 
 
 def find_regions(anomaly_map: np.ndarray, threshold: float, prepared: Prepared, limit: int = 100) -> tuple[Region, ...]:

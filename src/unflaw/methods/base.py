@@ -20,23 +20,31 @@ class Inspection:
     """What a method says of a batch, on the feature grid.
 
     Attributes:
-        map: Anomaly map, (N, 1, g, g), raw.
+        witnesses: Anomaly maps (N, W, g, g), raw: W kinds of evidence, such as the residual of the restoration and the
+            distance to the memory. `Method.fuse` makes them one map.
         restored: F̂ (N, C, g, g), or None where the method restores nothing.
         layers: Further maps (N, 1, g, g) in [0, 1], by name: "mean", "uncertainty", "mask".
     """
 
-    map: Tensor
+    witnesses: Tensor
     restored: Tensor | None = None
     layers: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method(nn.Module):
-    """A method on frozen features. Subclasses implement `forward`, and what they need of `setup`, `loss`, `finish`."""
+    """A method on frozen features. Subclasses implement `forward`, and what they need of `setup` and `loss`."""
+
+    kinds = 1  # W, kinds of evidence
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
         super().__init__()
         self.config = config
         self.features = FeatureExtractor(config.features, weights)
+        self.normal: Tensor
+        self.normal_scores: Tensor
+        # mean and deviation on held-out good pictures: of every witness, and of the statistics that judge a picture
+        self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(self.kinds, 1))
+        self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(len(config.scoring.shares), 1))
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g), without gradient."""
@@ -54,16 +62,47 @@ class Method(nn.Module):
         """Terms by name; "loss" is minimised. `batch["features"]` is F (B, C, g, g) float32."""
         raise TypeError(f"{type(self).__name__} has nothing to train")
 
-    def finish(self, features: Tensor) -> None:
-        """After training: learns from the features (N, C, g, g, float16) of held-out good pictures what is normal."""
-
     def forward(self, features: Tensor) -> Inspection:
-        """F (N, C, g, g) → maps on the feature grid. Deterministic."""
+        """F (N, C, g, g) → evidence on the feature grid. Deterministic."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def anomaly_map(self, inspection: Inspection) -> Tensor:
-        """The map at canvas size, (N, S, S): bilinear, then a Gaussian of `scoring.smooth` / 256 of the side."""
+    def finish(self, features: Tensor) -> None:
+        """After training: how large evidence normally is, from held-out good pictures, F (N, C, g, g, float16)."""
+        witnesses = torch.cat([self(part.float()).witnesses for part in features.split(8)])
+        self.normal.copy_(torch.stack([witnesses.mean((0, 2, 3)), witnesses.std((0, 2, 3)).clamp_min(1e-6)], dim=-1))
+        statistics = self._statistics(self._evidence_map(witnesses))
+        self.normal_scores.copy_(torch.stack([statistics.mean(0), statistics.std(0).clamp_min(1e-6)], dim=-1))
+
+    def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Evidence → anomaly maps at canvas size, (N, S, S), and image scores (N,).
+
+        The map is the mean of the witnesses, each in deviations from its normal mean; bilinear, then a Gaussian. The
+        score is the mean over shares q of how far the mean of the map's highest share q lies above its normal value, in
+        deviations: a small q sees small defects, a large one wide and faint ones.
+
+        Args:
+            inspection: Of N pictures.
+            valid: (N, g, g) bool, the cells that the picture covers; None: all.
+        """
         size = self.config.preparation.size
-        maps = F.interpolate(inspection.map.float(), (size, size), mode="bilinear", align_corners=False)
-        return gaussian_blur(maps, self.config.scoring.smooth * size / 256)[:, 0]
+        maps = self._evidence_map(inspection.witnesses)
+        mean, deviation = self.normal_scores.unbind(-1)
+        scores = ((self._statistics(maps, valid) - mean) / deviation).mean(1)
+        maps = F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)
+        return gaussian_blur(maps, self.config.scoring.smooth * size / 256)[:, 0], scores
+
+    def _evidence_map(self, witnesses: Tensor) -> Tensor:
+        """(N, W, g, g) → (N, g, g)."""
+        mean, deviation = self.normal[..., None, None].unbind(1)
+        return ((witnesses - mean) / deviation).mean(1)
+
+    def _statistics(self, maps: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(N, g, g) → (N, Q): mean of the highest share q of the valid cells, after a 3×3 mean."""
+        smooth = F.avg_pool2d(maps[:, None], 3, 1, 1, count_include_pad=False).flatten(1)
+        cells = smooth if valid is None else smooth.masked_fill(~valid.flatten(1), -torch.inf)
+        ordered = cells.sort(dim=1, descending=True).values
+        present = torch.full((len(maps),), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)
+        rank = torch.arange(cells.shape[1], device=maps.device)
+        counts = [(q * present).round().clamp_min(1)[:, None] for q in self.config.scoring.shares]
+        return torch.stack([torch.where(rank < k, ordered, 0).sum(1) / k[:, 0] for k in counts], dim=1)

@@ -10,17 +10,16 @@ from torch import Generator, Tensor
 
 from unflaw.config import Config, LookupOptions
 from unflaw.methods.base import Batch, Inspection, Method
-from unflaw.methods.layers import to_grid, to_tokens
 from unflaw.methods.memory import Memory
 
 
 class Lookup(Method):
-    """See the module. `options.prototypes` bounds the memory."""
+    """See the module."""
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
-        super().__init__(config, weights)
         options = config.network
         assert isinstance(options, LookupOptions)
+        super().__init__(config, weights)
         self.memory = Memory(options.prototypes, self.features.channels)
 
     def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
@@ -28,6 +27,5 @@ class Lookup(Method):
         return {}
 
     def forward(self, features: Tensor) -> Inspection:
-        tokens = to_tokens(features)
-        distance, nearest = self.memory.nearest(tokens)
-        return Inspection(to_grid(distance[..., None]), restored=to_grid(nearest))
+        recalled, distance = self.memory(features)
+        return Inspection(distance, restored=recalled)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor, nn
 
-from unflaw.methods.layers import greedy_coreset, squared_distances, to_tokens
+from unflaw.methods.layers import greedy_coreset, squared_distances, to_grid, to_tokens
 
-CHUNK = 2048  # tokens compared with the memory at a time: bounds the (tokens, M) matrix to a few dozen megabytes
+CHUNK = 256  # tokens compared with the memory at a time: their (256, M) matrix stays in the processor's cache
 
 
 class Memory(nn.Module):
-    """M prototypes out of the tokens of all good pictures, and attention to them.
+    """M prototypes and attention to them.
 
     Args:
         size: M; fewer tokens are repeated to fill it.
         channels: C.
+        sharpness: Attention is softmax(−sharpness · d² / radius²) over prototypes.
     """
 
-    def __init__(self, size: int, channels: int) -> None:
+    def __init__(self, size: int, channels: int, sharpness: float = 2.0) -> None:
         super().__init__()
+        self.sharpness = sharpness
         self.prototypes: Tensor
         self.radius: Tensor
         self.register_buffer("prototypes", torch.zeros(size, channels))
@@ -27,34 +29,34 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Tensor, rng: Generator) -> None:
-        """Chooses the prototypes among all tokens of cached features (N, C, g, g).
+        """Chooses the prototypes among all tokens of cached features (N, C, g, g) by k-centre greedy coreset.
 
-        `radius` becomes the median distance of a sample of tokens to their nearest prototype: the unit of length.
+        `radius` becomes the median distance of a sample of tokens to the nearest prototype.
         """
         tokens = to_tokens(features.float()).flatten(0, 1)
-        chosen = tokens[greedy_coreset(tokens, len(self.prototypes), rng)]
-        self.prototypes.copy_(chosen.repeat(-(-len(self.prototypes) // len(chosen)), 1)[: len(self.prototypes)])
+        size = len(self.prototypes)
+        chosen = tokens[greedy_coreset(tokens, size, rng)]
+        self.prototypes.copy_(chosen.repeat(-(-size // len(chosen)), 1)[:size])
         sample = tokens[torch.randint(len(tokens), (4096,), generator=rng)]
-        self.radius.copy_(self.nearest(sample)[0].median())
+        self.radius.copy_(squared_distances(sample, self.prototypes).amin(1).sqrt().median().clamp_min(1e-6))
 
-    def nearest(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, C) → distance to the nearest prototype (…), and that prototype (…, C)."""
-        flat = tokens.reshape(-1, tokens.shape[-1])
-        squared, index = zip(
-            *(squared_distances(part, self.prototypes).min(-1) for part in flat.split(CHUNK)), strict=True
-        )
-        return torch.cat(squared).sqrt().view(tokens.shape[:-1]), self.prototypes[torch.cat(index)].view(tokens.shape)
+    def recall(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, C) → attended mixture of prototypes (T, C), and distance to the nearest one (T,).
 
-    def attend(self, tokens: Tensor, sharpness: float) -> Tensor:
-        """Attention to the prototypes, softmax(−sharpness·d²/radius²): a soft nearest neighbour, (…, C) → (…, C).
-
-        This is dot-product attention with the bias −‖p‖² of each key; untrained it already restores.
+        The mixture is dot-product attention whose keys have the bias −‖p‖²: a soft nearest neighbour that needs no
+        training.
         """
-        flat = tokens.reshape(-1, tokens.shape[-1])
-        scale = sharpness / self.radius.square()
-        bias = -scale * self.prototypes.square().sum(1)
-        parts = [
-            torch.softmax(torch.addmm(bias, part * (2 * scale), self.prototypes.T), -1) @ self.prototypes
-            for part in flat.split(CHUNK)
-        ]
-        return torch.cat(parts).view(tokens.shape)
+        parts = [self._recall(part) for part in tokens.split(CHUNK)]
+        return torch.cat([mixture for mixture, _ in parts]), torch.cat([distance for _, distance in parts])
+
+    def _recall(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        squared = squared_distances(tokens, self.prototypes)  # (T, M)
+        nearest = squared.amin(1)
+        weights = ((nearest[:, None] - squared) * (self.sharpness / self.radius.square())).exp_()
+        return (weights @ self.prototypes) / weights.sum(1, keepdim=True), nearest.sqrt()
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """F (N, C, g, g) → recalled (N, C, g, g) and distance (N, 1, g, g)."""
+        n = len(features)
+        mixture, distance = self.recall(to_tokens(features).flatten(0, 1))
+        return to_grid(mixture.unflatten(0, (n, -1))), to_grid(distance.unflatten(0, (n, -1))[..., None])

@@ -16,7 +16,7 @@ from unflaw.config import Config, Perception, Restoration, URANetOptions
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
 from unflaw.methods.memory import Memory
-from unflaw.synthesis import synthesise
+from unflaw.synthesis import Anomalies, synthesise
 
 
 class UIAPM(nn.Module):
@@ -75,9 +75,9 @@ class UIAPM(nn.Module):
 class RAM(nn.Module):
     """Restoration attention: F̂ from what is unmarked in the picture and from the memory of normal tokens.
 
-    1. Attention to the prototypes turns each token into a mixture of normal ones. It is not trained; alone it is a
-       soft nearest-neighbour lookup, where restoration starts. Nothing but this mixture goes on, so what is not normal
-       cannot be copied through.
+    1. Attention to the prototypes turns each token into a mixture of normal ones (`Memory`). It is not trained; alone
+       it is a soft nearest-neighbour lookup, where restoration starts. Nothing but this mixture goes on, so what is not
+       normal cannot be copied through.
     2. Marked tokens become a learned mask token.
     3. A transformer over p×p patches, keys restricted to unmarked ones, predicts the rest of F from context.
 
@@ -88,27 +88,19 @@ class RAM(nn.Module):
         super().__init__()
         self.options = options
         p, width = options.patch, options.width
-        self.side = grid // p
         if grid % p:
             raise ValueError(f"the grid of {grid} cells cannot be cut into patches of {p}; choose a divisor")
-        self.memory = Memory(options.prototypes, channels) if options.prototypes else None
         self.narrow = nn.Conv2d(channels, width, p, p)
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.positions: Tensor
-        self.register_buffer("positions", sincos_positions(self.side, width), persistent=False)
+        self.register_buffer("positions", sincos_positions(grid // p, width), persistent=False)
         self.blocks = nn.ModuleList(AttentionBlock(width, options.heads) for _ in range(options.depth))
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, channels * p * p)
         nn.init.zeros_(self.widen.weight)  # training starts at the lookup and corrects it
         nn.init.zeros_(self.widen.bias)
 
-    def recall(self, features: Tensor) -> Tensor:
-        """Step 1, (N, C, g, g) → (N, C, g, g)."""
-        if self.memory is None:
-            return features
-        return to_grid(self.memory.attend(to_tokens(features), self.options.sharpness))
-
-    def restore(self, recalled: Tensor, marked: Tensor) -> Tensor:
+    def forward(self, recalled: Tensor, marked: Tensor) -> Tensor:
         """Steps 2 and 3. recalled (N, C, g, g), marked (N, 1, g, g) in {0, 1} → F̂ (N, C, g, g)."""
         p = self.options.patch
         hidden = F.max_pool2d(marked, p)  # (N, 1, side, side): a patch is marked if any of its cells is
@@ -125,51 +117,66 @@ class RAM(nn.Module):
         correction = F.pixel_shuffle(to_grid(self.widen(self.norm(x))), p)
         return recalled * (1 - F.interpolate(hidden, scale_factor=p)) + correction
 
-    def forward(self, features: Tensor, marked: Tensor) -> Tensor:
-        return self.restore(self.recall(features), marked)
-
 
 class URANet(Method):
     """Assembly; see the module."""
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
-        super().__init__(config, weights)
         options = config.network
         assert isinstance(options, URANetOptions)
+        self.kinds = 2 if options.restoration.prototypes else 1  # residual and, with a memory, distance to it
+        super().__init__(config, weights)
         self.options = options
-        self.perception = UIAPM(self.features.channels, options.perception)
-        self.restoration = RAM(self.features.channels, config.features.grid, options.restoration)
+        channels, prototypes = self.features.channels, options.restoration.prototypes
+        self.memory = Memory(prototypes, channels, options.restoration.sharpness) if prototypes else None
+        # the perception network sees F and, with a memory, how F departs from its recall
+        self.perception = UIAPM(channels * self.kinds, options.perception)
+        self.restoration = RAM(channels, config.features.grid, options.restoration)
         self.textures: Tensor | None = None
         self.n_pictures = 1
-        self.scales: Tensor
-        self.register_buffer("scales", torch.tensor([[0.0, 1.0], [0.0, 1.0]]))  # median, spread of residual and of U
 
     def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
         self.textures, self.n_pictures = textures, len(features)
         for layer in self.perception.bayesian_layers():
             layer.freeze(rng)
-        if self.restoration.memory is None:
+        if self.memory is None:
             return {}
-        self.restoration.memory.fit(features, rng)
-        recalled = [self.restoration.recall(part.float()).half() for part in features.split(16)]
-        return {"recalled": torch.cat(recalled)}
+        self.memory.fit(features, rng)
+        return {"recalled": torch.cat([self.memory(part.float())[0].half() for part in features.split(16)])}
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
-        """FASM on F; UIAPM against M; RAM from what M leaves of F, against the clean F."""
+        """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
         clean = batch["features"]
         anomalies = synthesise(clean, self.textures, self.options.synthesis, rng)
-        terms = self.perception.loss(self.perception.sample(anomalies.features, rng), anomalies.mask, self.n_pictures)
-        # marked cells become mask tokens and unmarked ones are clean, so the cached recall of F serves for F_a
-        restored = self.restoration.restore(batch.get("recalled", anomalies.features), anomalies.mask)
-        squared = (restored - clean).square().sum(1).mean() / clean.square().sum(1).mean()
-        cosine = 1 - F.cosine_similarity(restored, clean, dim=1).mean()
-        terms["restoration"] = squared + cosine
+        seen = self._evidence(anomalies.features, self._recall_altered(anomalies, batch))
+        terms = self.perception.loss(self.perception.sample(seen, rng), anomalies.mask, self.n_pictures)
+        # altered cells are the marked ones, which become mask tokens: the recall of F serves for F_a
+        restored = self.restoration(batch.get("recalled", anomalies.features), anomalies.mask)
+        terms["restoration"] = (restored - clean).square().sum(1).mean() / clean.square().sum(1).mean()
         terms["loss"] = sum(terms.values(), torch.zeros(()))
         return terms
 
     def forward(self, features: Tensor) -> Inspection:
-        mean, deviation = self.perception(features)
+        recalled, distance = (features, None) if self.memory is None else self.memory(features)
+        mean, deviation = self.perception(self._evidence(features, recalled))
         _, final = self.perception.masks(mean, deviation)
-        restored = self.restoration(features, final)
+        restored = self.restoration(recalled, final)
         residual = (features - restored).square().sum(1, keepdim=True).sqrt()
-        return Inspection(residual, restored, {"mean": mean, "uncertainty": deviation, "mask": final})
+        witnesses = residual if distance is None else torch.cat([residual, distance], dim=1)
+        return Inspection(witnesses, restored, {"mean": mean, "uncertainty": deviation, "mask": final})
+
+    def _evidence(self, features: Tensor, recalled: Tensor) -> Tensor:
+        """What the perception network sees: F alone or, with a memory, F and its departure from the recall."""
+        return features if self.memory is None else torch.cat([features, features - recalled], dim=1)
+
+    def _recall_altered(self, anomalies: Anomalies, batch: Batch) -> Tensor:
+        """The recall of F_a: cached where nothing was altered, computed anew in the altered cells only."""
+        if self.memory is None:
+            return anomalies.features
+        recalled = to_tokens(batch["recalled"]).flatten(0, 1)
+        altered = anomalies.mask.flatten().nonzero()[:, 0]
+        with torch.no_grad():
+            mixture, _ = self.memory.recall(to_tokens(anomalies.features).flatten(0, 1)[altered])
+        return to_grid(
+            recalled.index_copy(0, altered, mixture.to(recalled)).view(len(batch["recalled"]), -1, recalled.shape[1])
+        )
