@@ -1,0 +1,88 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unflaw.calibration import Calibration, calibrate
+
+SCORES = [3.0, 1.0, 2.0, 2.0]
+finite = st.floats(-1e6, 1e6)
+# few distinct values, so that ties are frequent
+score_lists = st.lists(finite | st.integers(0, 4).map(float), min_size=1, max_size=60)
+rates = st.floats(0.001, 0.9) | st.sampled_from([0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5])
+
+
+@pytest.mark.parametrize(
+    "score, expected",
+    [(0.0, 5 / 5), (1.0, 5 / 5), (1.5, 4 / 5), (2.0, 4 / 5), (2.5, 2 / 5), (3.0, 2 / 5), (3.1, 1 / 5)],
+)
+def test_p_value_counts_good_pictures_that_score_at_least_as_high(score, expected):
+    assert calibrate(SCORES, SCORES, 0.0, 0.2).p_value(score) == expected
+
+
+@given(score_lists, rates, st.data())
+def test_above_the_threshold_is_the_same_as_a_p_value_within_the_rate(scores, rate, data):
+    calibration = calibrate(scores, scores, 0.0, rate)
+    score = data.draw(finite | st.sampled_from(scores))
+    assert (calibration.verdict(score) == "defect") == (score > calibration.threshold)
+    assert (score > calibration.threshold) == (calibration.p_value(score) <= calibration.rate)
+
+
+@given(score_lists, rates)
+def test_the_certified_rate_is_the_asked_one_or_the_smallest_there_is(scores, rate):
+    calibration = calibrate(scores, scores, 0.0, rate)
+    n = len(scores)
+    smallest = 1 / (n + 1)
+    assert calibration.rate == pytest.approx(max(smallest, math.floor(rate * (n + 1) + 1e-6) / (n + 1)))
+    assert calibration.certified == (calibration.rate <= rate)
+    assert list(calibration.scores) == sorted(scores)
+    assert calibration.pixel_threshold == calibration.threshold  # the same rule over peaks
+
+
+@pytest.mark.parametrize("n, rate", [(30, 0.1), (99, 0.01), (7, 0.25)])
+def test_good_pictures_raise_alarm_no_more_often_than_promised(n, rate):
+    """Averaged over calibration sets, P(alarm) = ⌊rate·(n + 1)⌋ / (n + 1) for continuous scores: exact for every n."""
+    rng = np.random.default_rng(0)
+    trials, fresh = 400, 200
+    alarms = 0
+    for _ in range(trials):
+        calibration = calibrate(rng.gumbel(size=n).tolist(), [0.0] * n, 0.0, rate)
+        alarms += int((rng.gumbel(size=fresh) > calibration.threshold).sum())
+    expected = calibration.rate
+    assert expected <= rate
+    # the share of alarms given one calibration set has the variance of a beta distribution
+    deviation = math.sqrt(expected * (1 - expected) * (1 / (n + 2) + 1 / fresh) / trials)
+    assert alarms / (trials * fresh) == pytest.approx(expected, abs=4 * deviation)
+
+
+def test_too_few_pictures_are_told_with_the_rate_they_certify_and_how_many_would_do():
+    few = calibrate([float(i) for i in range(19)], [0.0] * 19, 0.0, 0.01)
+    assert not few.certified and few.rate == 1 / 20
+    assert few.threshold == 18.0  # the highest: nothing stricter can be promised
+    text = few.describe()
+    assert "19 good pictures" in text and "5.00%" in text and "1.00%" in text and "99 would" in text
+    enough = calibrate([float(i) for i in range(99)], [0.0] * 99, 0.0, 0.01)
+    assert enough.certified and "1.00%" in enough.describe() and "99 good pictures" in enough.describe()
+
+
+def test_peaks_have_a_threshold_of_their_own():
+    calibration = calibrate([1.0, 2.0, 3.0, 4.0], [40.0, 10.0, 30.0, 20.0], 5.0, 0.4)
+    assert (calibration.threshold, calibration.pixel_threshold) == (3.0, 30.0)
+    scale = calibration.scale
+    assert scale(np.array([0.0, 5.0, 30.0, 55.0, 99.0])).tolist() == [0, 0, 0.5, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "scores, peaks",
+    [([], []), ([1.0, math.nan], [1.0, 1.0]), ([1.0, math.inf], [1.0, 1.0]), ([1.0, 1.0], [-math.inf, 1.0])],
+)
+def test_nothing_and_infinite_scores_are_refused(scores, peaks):
+    with pytest.raises(ValueError, match="finite"):
+        calibrate(scores, peaks, 0.0)
+
+
+def test_it_survives_json():
+    calibration = calibrate([0.1, 1 / 3, math.pi], [1e-30, 2.5, 1e30], 0.1 + 0.2, 0.3)
+    assert Calibration.model_validate_json(calibration.model_dump_json()) == calibration

