@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unflaw.cache import Cache, Progress, TrainingError, ahead, batched, load, silent, stack
 from unflaw.config import Config
 from unflaw.datasets import Dataset, digest
 from unflaw.detector import Detector
@@ -24,7 +25,6 @@ from unflaw.features import FeatureExtractor
 from unflaw.files import write_atomically
 from unflaw.images import ImageError, prepare_mask, read_mask
 from unflaw.metrics import PixelAccumulator, image_metrics
-from unflaw.training import Cache, Progress, TrainingError, ahead, batched, load, silent, stack
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro_30", "pixel_ap")
 
@@ -82,7 +82,12 @@ def run(
     test_raw = raw_features(extractor, [s.path for s in test], config, folder, progress)
     started = time.perf_counter()
     features = project(extractor, train_raw, fit=True)
-    detector.learn(Cache(features, torch.empty(len(features), 0), train_paths))
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(config.training.seed))
+    boxes = torch.tensor([[0, 0, config.preparation.size, config.preparation.size]]).expand(len(features), 4)
+    textures = detector._textures()
+    embedded = detector.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
+    cache = Cache(features[order], torch.empty(len(features), 0), boxes, [train_paths[i] for i in order.tolist()])
+    detector.learn(cache, textures=embedded)
     seconds = time.perf_counter() - started
     scores, pixels = [], PixelAccumulator()
     masks_known = any(sample.mask for sample in test)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from unflaw.cache import Progress
     from unflaw.detector import Detector
-    from unflaw.training import Progress
 
 app = typer.Typer(
     name="unflaw",

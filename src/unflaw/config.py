@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unflaw.images import Preparation
 
@@ -22,14 +22,18 @@ class Features(Settings):
     """Frozen backbone and aggregation (METHODS: common ground)."""
 
     backbone: str = Field("tf_efficientnet_lite0", description="any timm model that supports features_only")
-    levels: tuple[int, ...] = Field((1, 2, 3), description="timm feature indices; 1, 2, 3 have strides 4, 8, 16")
+    levels: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (1, 2, 3), min_length=1, description="timm feature indices; 1, 2, 3 have strides 4, 8, 16"
+    )
     grid: int = Field(32, ge=4, le=256, description="side of the common grid that all levels are resized to")
-    smooth: int = Field(3, ge=1, description="side of the mean filter over each level, odd; 1 switches it off")
+    smooth: Literal[1, 3, 5, 7] = Field(3, description="side of the mean filter over each level; 1 switches it off")
     standardise: Literal["level", "channel", "none"] = Field(
         "level", description="one scale per level, per channel, or none"
     )
-    level_weights: tuple[float, ...] = Field(
-        (1.0, 2.0, 4.0), description="share of each level, fine to coarse, in the squared norm of F; if standardised"
+    level_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 2.0, 4.0),
+        min_length=1,
+        description="share of each level, fine to coarse, in the squared norm of F; if standardised",
     )
     components: int | None = Field(128, ge=1, description="principal components kept; None keeps all channels")
 
@@ -71,6 +75,12 @@ class Restoration(Settings):
     prototypes: int = Field(4096, ge=0, description="memory of normal tokens across pictures; 0: the picture alone")
     sharpness: float = Field(2.0, gt=0, description="softmax(−sharpness·d²/radius²) over prototypes")
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Restoration:
+        if self.width % self.heads:
+            raise ValueError(f"the width of {self.width} cannot be cut into {self.heads} heads; choose a divisor")
+        return self
+
 
 class URANetOptions(Settings):
     """URA-Net (arXiv 2603.22840)."""
@@ -96,7 +106,7 @@ class Training(Settings):
     learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.01, ge=0)
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of matrix products in training")
-    seed: int = Field(0, ge=0, description="same seed, same machine: same detector, bit for bit")
+    seed: int = Field(0, ge=0, lt=2**32, description="same seed, same machine: same detector, bit for bit")
     cache_gb: float = Field(4.0, gt=0, description="cached features above this are memory-mapped on disk")
     textures: str | None = Field(
         None, description="folder of texture pictures; None: those that come with scikit-image"
@@ -109,7 +119,9 @@ class Scoring(Settings):
     """From residual to map to image score."""
 
     smooth: float = Field(4.0, ge=0, description="deviation of the Gaussian over the map, pixels at a side of 256")
-    shares: tuple[float, ...] = Field((0.01, 0.1), description="the image score looks at these highest shares")
+    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.01, 0.1), min_length=1, description="the image score looks at these highest shares"
+    )
 
 
 class CalibrationOptions(Settings):
@@ -172,9 +184,11 @@ def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str,
     tree: dict[str, Any] = {"network": {"method": method}}
     for name, value in {**profiled, **(changes or {})}.items():
         *parents, leaf = name.split(".")
-        branch = tree
+        branch: Any = tree
         for parent in parents:
             branch = branch.setdefault(parent, {})
+            if not isinstance(branch, dict):
+                raise ValueError(f"setting {name}: {parent} is a value and has no settings of its own")
         branch[leaf] = value
     try:
         return Config.model_validate(tree)

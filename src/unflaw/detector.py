@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unflaw import __version__
+from unflaw.cache import Cache, Progress, TrainingError, ahead, batched, build_cache, load, silent, stack
 from unflaw.calibration import Calibration, calibrate
-from unflaw.config import Config, make_config
+from unflaw.config import Config, URANetOptions, make_config
 from unflaw.datasets import Dataset, Sample, digest, load_dataset
 from unflaw.display import DisplayDecoder
 from unflaw.files import FORMAT, DetectorError, read_metadata, write_atomically
@@ -27,19 +28,9 @@ from unflaw.methods import Inspection, create
 from unflaw.results import Result
 from unflaw.scoring import find_regions
 from unflaw.synthesis import texture_pictures
-from unflaw.training import (
-    Cache,
-    Progress,
-    TrainingError,
-    ahead,
-    batched,
-    build_cache,
-    load,
-    optimise,
-    silent,
-    stack,
-    step_rng,
-)
+from unflaw.training import optimise, step_rng
+
+FINISHED_ON = 64  # training pictures that say how large evidence normally is
 
 
 class Detector:
@@ -102,20 +93,24 @@ class Detector:
         started = time.perf_counter()
         settings = self.config.training
         train, validation = self._paths(data)
+        self.calibration_, self.display, self.record_ = None, None, {}
+        textures = self._textures()
         torch.manual_seed(settings.seed)
         self.network = create(self.config, self.weights).eval()  # the same start, however often `fit` is called
         extractor, budget = self.network.features, settings.cache_gb * 2**30
-        cache = build_cache(extractor, train, self.config.preparation, budget, progress)
-        held = build_cache(extractor, validation, self.config.preparation, budget, fit=False) if validation else None
+        preparation, seed = self.config.preparation, settings.seed
+        cache = build_cache(extractor, train, preparation, budget, seed=seed, progress=progress)
+        held = build_cache(extractor, validation, preparation, budget, fit=False) if validation else None
         cached = time.perf_counter()
-        learned = self.learn(cache, held, progress=progress, checkpoint=checkpoint)
+        embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
+        learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint)
         self.record_ = {
             "unflaw": __version__,
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "weights": self.weights or "default",
-            "good_pictures": len(cache.paths),
+            "good_pictures": len(cache),
             "digest": digest([Sample(path, 0) for path in cache.paths]),
             "skipped": cache.skipped + (held.skipped if held else []),
             **learned,
@@ -132,6 +127,7 @@ class Detector:
         cache: Cache,
         validation: Cache | None = None,
         *,
+        textures: Tensor | None = None,
         progress: Progress = silent,
         checkpoint: Path | None = None,
     ) -> dict[str, Any]:
@@ -143,12 +139,14 @@ class Detector:
         rng = step_rng(self.config.training.seed, 2**31)
         train, holdout = cache, validation
         if holdout is None:
-            order = torch.randperm(len(cache.paths), generator=rng)
-            held = max(2, round(self.config.calibration.holdout * len(order)))
-            train, holdout = cache.subset(order[held:]), cache.subset(order[:held])
-        history = self._train(train, rng, progress, checkpoint)
+            held = max(2, round(self.config.calibration.holdout * len(cache)))
+            if len(cache) - held < 2:
+                raise TrainingError(f"calibration.holdout leaves {len(cache) - held} pictures to train on; lower it")
+            train, holdout = cache[held:], cache[:held]
+        history = self._train(train, textures, rng, progress, checkpoint)
         self._fit_display(train, progress)
-        self.network.finish(holdout.features)
+        # from training pictures: what is learned from those that calibrate would make them unlike new pictures
+        self.network.finish(train.features[:FINISHED_ON], self._valid_cells(train.boxes[:FINISHED_ON]))
         self._calibrate(holdout)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -199,22 +197,29 @@ class Detector:
             DetectorError: Missing, damaged, not a detector, or of a newer format.
         """
         metadata = read_metadata(path)
-        detector = cls(config=Config.model_validate(metadata["config"]), weights="later")
+        try:
+            calibration = Calibration.model_validate(metadata["calibration"])
+            detector = cls(config=Config.model_validate(metadata["config"]), weights="later")
+        except (KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DetectorError(f"{path}: its metadata cannot be used ({reason}); train it again") from error
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "display": {}}
         for name, tensor in tensors.items():
-            part, rest = name.split(".", 1)
-            parts[part][rest] = tensor
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
         try:
+            if len(parts) > 2:
+                raise RuntimeError(f"unknown parts {sorted(set(parts) - {'network', 'display'})}")
             detector.network.load_state_dict(parts["network"])
             if parts["display"]:
                 detector.display = DisplayDecoder(detector.network.features.channels).eval()
                 detector.display.load_state_dict(parts["display"])
         except RuntimeError as error:
             raise DetectorError(f"{path}: its tensors do not fit its configuration ({error})") from error
-        detector.calibration_ = Calibration.model_validate(metadata["calibration"])
-        detector.record_ = metadata["record"]
+        detector.calibration_ = calibration
+        detector.record_ = metadata.get("record", {})
         return detector
 
     def _paths(self, data: str | Path | Dataset | Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
@@ -228,13 +233,14 @@ class Detector:
         return [sample.path for sample in data.train], [sample.path for sample in data.validation]
 
     def _train(
-        self, cache: Cache, rng: torch.Generator, progress: Progress, checkpoint: Path | None
+        self,
+        cache: Cache,
+        textures: Tensor | None,
+        rng: torch.Generator,
+        progress: Progress,
+        checkpoint: Path | None,
     ) -> list[dict[str, float]]:
         network, settings = self.network, self.config.training
-        textures = None
-        if self.config.method == "uranet":
-            pictures = texture_pictures(settings.textures, self.config.preparation)
-            textures = network.embed(torch.from_numpy(np.stack(pictures)))
         progress("memory", 0, 1, None)
         with torch.no_grad():
             extras = network.setup(cache.features, textures, rng)
@@ -248,9 +254,24 @@ class Detector:
 
         if not any(p.requires_grad for p in network.parameters()):
             return []
+        identity = digest([Sample(path, 0) for path in cache.paths]) + self.config.model_dump_json()
         return optimise(
-            network, loss, len(cache.paths), settings.steps, settings, progress=progress, checkpoint=checkpoint
+            network,
+            loss,
+            len(cache),
+            settings.steps,
+            settings,
+            progress=progress,
+            checkpoint=checkpoint,
+            identity=identity if checkpoint else "",
         )
+
+    def _textures(self) -> list[np.ndarray]:
+        """Prepared texture pictures, for methods that use them; read first, so that a wrong folder is noticed first."""
+        network = self.config.network
+        if not isinstance(network, URANetOptions) or not network.synthesis.textures:
+            return []
+        return texture_pictures(self.config.training.textures, self.config.preparation)
 
     def _fit_display(self, cache: Cache, progress: Progress) -> None:
         settings = self.config.training
@@ -262,16 +283,23 @@ class Detector:
             drawn = decoder(cache.features[indices].float())
             return {"loss": (drawn - cache.thumbnails[indices].float() / 255).abs().mean()}
 
-        n, steps = len(cache.paths), settings.display_steps
+        n, steps = len(cache), settings.display_steps
         optimise(decoder, loss, n, steps, settings, stage="display", progress=progress)
 
     @torch.inference_mode()
     def _calibrate(self, cache: Cache) -> None:
-        fused = [self.network.fuse(self.network(features.float())) for features in cache.features.split(8)]
-        maps = torch.cat([maps for maps, _ in fused]).numpy()
-        scores = torch.cat([scores for _, scores in fused]).tolist()
-        rate = self.config.calibration.false_alarm_rate
-        self.calibration_ = calibrate(scores, maps.max((1, 2)).tolist(), float(np.median(maps)), rate)
+        scores: list[float] = []
+        peaks: list[float] = []
+        medians: list[float] = []
+        for features, boxes in zip(cache.features.split(8), cache.boxes.split(8), strict=True):
+            maps, scored = self.network.fuse(self.network(features.float()), self._valid_cells(boxes))
+            scores += scored.tolist()
+            for anomaly_map, (x0, y0, x1, y1) in zip(maps.numpy(), boxes.tolist(), strict=True):
+                peaks.append(float(anomaly_map[y0:y1, x0:x1].max()))
+                medians.append(float(np.median(anomaly_map[y0:y1, x0:x1])))
+        self.calibration_ = calibrate(
+            scores, peaks, float(np.median(medians)), self.config.calibration.false_alarm_rate
+        )
 
     def _fitted(self) -> Calibration:
         if self.calibration_ is None:
@@ -282,7 +310,8 @@ class Detector:
     def _inspect_batch(self, pictures: Sequence[Prepared], paths: Sequence[str | None]) -> list[Result]:
         calibration = self._fitted()
         inspection: Inspection = self.network(self.network.embed(stack(pictures)))
-        fused, scored = self.network.fuse(inspection, self._valid_cells(pictures))
+        boxes = torch.tensor([picture.box for picture in pictures])
+        fused, scored = self.network.fuse(inspection, self._valid_cells(boxes))
         maps, scores = fused.numpy(), scored.tolist()
         layers = self._layers(inspection)
         results = []
@@ -303,14 +332,14 @@ class Detector:
             )
         return results
 
-    def _valid_cells(self, pictures: Sequence[Prepared]) -> Tensor | None:
-        """(N, g, g) bool, feature cells that lie in the picture by half at least; None where all do."""
+    def _valid_cells(self, boxes: Tensor) -> Tensor | None:
+        """Boxes (N, 4) → (N, g, g) bool, feature cells whose centre lies in the picture; None where all do."""
         if self.config.preparation.fit == "stretch":
             return None
         grid, size = self.config.features.grid, self.config.preparation.size
         centres = (torch.arange(grid) + 0.5) * size / grid
-        boxes = torch.tensor([picture.box for picture in pictures])[..., None]
-        x, y = ((centres >= boxes[:, i]) & (centres < boxes[:, i + 2]) for i in (0, 1))
+        edges = boxes[..., None]
+        x, y = ((centres >= edges[:, i]) & (centres < edges[:, i + 2]) for i in (0, 1))
         return y[:, :, None] & x[:, None, :]
 
     def _layers(self, inspection: Inspection) -> dict[str, np.ndarray]:

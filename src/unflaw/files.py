@@ -47,7 +47,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             metadata = json.loads((file.metadata() or {}).get("unflaw", "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise DetectorError(f"{path}: not a readable .safetensors file ({error}); copy or train it again") from error
-    if not isinstance(metadata, dict) or "format" not in metadata:
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("format"), int):
         raise DetectorError(f"{path}: a .safetensors file, but not a detector of unflaw")
     if metadata["format"] > FORMAT:
         raise DetectorError(f"{path}: made by a newer unflaw; update with pip install --upgrade unflaw")

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from unflaw.cache import Progress, silent
 from unflaw.detector import Detector
 from unflaw.results import Result
-from unflaw.training import Progress, silent
 
 
 def predict(
@@ -29,14 +29,17 @@ def predict(
         from unflaw.report import panel
 
         folder.mkdir(parents=True, exist_ok=True)
-    with (out / "results.jsonl").open("w", encoding="utf-8") as file:
+    with (out / "results.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         for i, outcome in enumerate(detector.inspect_many(paths)):
             if isinstance(outcome, Result):
                 counts[outcome.verdict] += 1
                 line = outcome.to_json()
                 if pictures:
                     assert detector.calibration_ is not None
-                    name = f"{i:05d}_{paths[i].stem[:100]}.png"
+                    stem = (
+                        paths[i].stem.encode(errors="replace")[:100].decode(errors="ignore")
+                    )  # whole names can be too long
+                    name = f"{i:05d}_{stem}.png"
                     panel(outcome, detector.calibration_.scale).save(folder / name)
                     line["picture"] = f"pictures/{name}"
             else:

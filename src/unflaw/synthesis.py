@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unflaw.config import Synthesis
-from unflaw.images import Preparation, list_images, prepare, read
+from unflaw.images import ImageError, Preparation, list_images, prepare, read
 
 # Photographs of textures and things inside the scikit-image package (its data/README names origins and licences).
 PACKAGED_TEXTURES = ("brick", "grass", "gravel", "coins", "camera", "cell", "coffee", "chelsea", "text", "rocket")
@@ -59,12 +59,12 @@ def perlin(n: int, side: int, max_scale: int, rng: Generator) -> Tensor:
 def perlin_masks(n: int, side: int, config: Synthesis, rng: Generator) -> Tensor:
     """M, (n, 1, side, side) in {0, 1}: where Perlin noise exceeds the threshold; never empty.
 
-    Where nothing exceeds the threshold it is lowered to nine tenths of that sample's maximum.
+    Where nothing exceeds the threshold it is lowered to a tenth below that sample's maximum.
     """
     noise = perlin(n, side, config.max_scale, rng)
-    peak = noise.flatten(1).amax(1).clamp_min(1e-6)
-    threshold = torch.minimum(torch.full_like(peak, config.threshold), 0.9 * peak)
-    return (noise > threshold.view(-1, 1, 1)).float()[:, None]
+    peak = noise.flatten(1).amax(1)
+    threshold = torch.minimum(torch.full_like(peak, config.threshold), peak - 0.1 * peak.abs())
+    return (noise >= threshold.view(-1, 1, 1)).float()[:, None]
 
 
 def _others(features: Tensor, rng: Generator) -> Tensor:
@@ -122,7 +122,10 @@ def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng
 def texture_pictures(folder: str | Path | None, preparation: Preparation, limit: int = 32) -> list[np.ndarray]:
     """Prepared texture pictures (3, S, S): the first `limit` of a folder, or those packaged with scikit-image."""
     if folder is not None:
-        return [prepare(read(path), preparation).pixels for path in list_images(folder)[:limit]]
+        paths = list_images(folder)[:limit]
+        if not paths:
+            raise ImageError(f"{folder}: holds no texture pictures; name a folder of photographs, or none")
+        return [prepare(read(path), preparation).pixels for path in paths]
     import skimage.data
 
     pictures = [getattr(skimage.data, name)() for name in PACKAGED_TEXTURES]

@@ -42,7 +42,7 @@ class Method(nn.Module):
         self.features = FeatureExtractor(config.features, weights)
         self.normal: Tensor
         self.normal_scores: Tensor
-        # mean and deviation on held-out good pictures: of every witness, and of the statistics that judge a picture
+        # mean and deviation on good training pictures: of every witness, and of the statistics that judge a picture
         self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(self.kinds, 1))
         self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(len(config.scoring.shares), 1))
 
@@ -67,12 +67,15 @@ class Method(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def finish(self, features: Tensor) -> None:
-        """After training: how large evidence normally is, from held-out good pictures, F (N, C, g, g, float16)."""
+    def finish(self, features: Tensor, valid: Tensor | None = None) -> None:
+        """After training: how large evidence is on good training pictures, F (N, C, g, g, float16)."""
         witnesses = torch.cat([self(part.float()).witnesses for part in features.split(8)])
-        self.normal.copy_(torch.stack([witnesses.mean((0, 2, 3)), witnesses.std((0, 2, 3)).clamp_min(1e-6)], dim=-1))
-        statistics = self._statistics(self._evidence_map(witnesses))
-        self.normal_scores.copy_(torch.stack([statistics.mean(0), statistics.std(0).clamp_min(1e-6)], dim=-1))
+        cells = witnesses.transpose(0, 1)
+        cells = cells.flatten(1) if valid is None else cells[:, valid]
+        self.normal.copy_(torch.stack([cells.mean(1), cells.std(1).clamp_min(1e-6)], dim=-1))
+        statistics = self._statistics(self._evidence_map(witnesses), valid)
+        deviation = statistics.std(0, correction=0).clamp_min(1e-3)
+        self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
 
     def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Evidence → anomaly maps at canvas size, (N, S, S), and image scores (N,).
@@ -99,7 +102,9 @@ class Method(nn.Module):
 
     def _statistics(self, maps: Tensor, valid: Tensor | None = None) -> Tensor:
         """(N, g, g) → (N, Q): mean of the highest share q of the valid cells, after a 3×3 mean."""
-        smooth = F.avg_pool2d(maps[:, None], 3, 1, 1, count_include_pad=False).flatten(1)
+        inside = torch.ones_like(maps) if valid is None else valid.to(maps)
+        share = F.avg_pool2d(inside[:, None], 3, 1, 1)  # so that the padding does not blur into the picture
+        smooth = (F.avg_pool2d((maps * inside)[:, None], 3, 1, 1) / share.clamp_min(1e-6)).flatten(1)
         cells = smooth if valid is None else smooth.masked_fill(~valid.flatten(1), -torch.inf)
         ordered = cells.sort(dim=1, descending=True).values
         present = torch.full((len(maps),), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)

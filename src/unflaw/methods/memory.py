@@ -9,6 +9,8 @@ from unflaw.methods.layers import greedy_coreset, squared_distances, to_grid, to
 
 CHUNK = 256  # tokens compared with the memory at a time: their (256, M) matrix stays in the processor's cache
 
+MOST_TOKENS = 2**20  # that prototypes are chosen among: whole pictures, drawn at random where there are more
+
 
 class Memory(nn.Module):
     """M prototypes and attention to them.
@@ -33,7 +35,9 @@ class Memory(nn.Module):
 
         `radius` becomes the median distance of a sample of tokens to the nearest prototype.
         """
-        tokens = to_tokens(features.float()).flatten(0, 1)
+        n, _, side, _ = features.shape
+        rows = torch.randperm(n, generator=rng)[: max(1, MOST_TOKENS // side**2)].sort().values
+        tokens = to_tokens(features[rows].float()).flatten(0, 1)
         size = len(self.prototypes)
         chosen = tokens[greedy_coreset(tokens, size, rng)]
         self.prototypes.copy_(chosen.repeat(-(-size // len(chosen)), 1)[:size])

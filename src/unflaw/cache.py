@@ -1,0 +1,181 @@
+"""The feature cache: every good picture is read once and passes the backbone once; training runs on what is kept."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from unflaw.features import FeatureExtractor
+from unflaw.images import ImageError, Preparation, Prepared, prepare, read
+
+T = TypeVar("T")
+R = TypeVar("R")
+Progress = Callable[[str, int, int, float | None], None]  # stage, done, total, loss
+
+THUMBNAIL = 128  # side of the pictures that the display decoder learns to draw
+MINIMUM = 8  # good pictures to learn from
+FITTED_ON = 64  # pictures, or half a gigabyte of features, that standardisation and components are learned from
+
+
+class TrainingError(ValueError):
+    """Data or settings that cannot give a detector. The message says why and what to do."""
+
+
+def silent(stage: str, done: int, total: int, loss: float | None = None) -> None:
+    """Progress that nobody watches."""
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 2, depth: int = 8) -> Iterator[R]:
+    """`map` in threads that stays at most `depth` items ahead of the consumer, in order."""
+    with ThreadPoolExecutor(workers) as pool:
+        iterator = iter(items)
+        waiting = [pool.submit(function, item) for item in islice(iterator, depth)]
+        while waiting:
+            result = waiting.pop(0).result()
+            waiting += [pool.submit(function, item) for item in islice(iterator, 1)]
+            yield result
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def load(path: Path, preparation: Preparation) -> Prepared | ImageError:
+    """A prepared picture, or why it could not be read: one bad file must not end a batch."""
+    try:
+        return prepare(read(path), preparation)
+    except ImageError as error:
+        return error
+
+
+def stack(prepared: Sequence[Prepared]) -> Tensor:
+    """Prepared pictures as (N, 3, S, S) float32 in [0, 1]."""
+    return torch.from_numpy(np.stack([p.pixels for p in prepared]))
+
+
+def allocate(shape: tuple[int, ...], budget: float) -> tuple[Tensor, tempfile.TemporaryDirectory[str] | None]:
+    """An empty float16 tensor in RAM, or above `budget` bytes in a file of a temporary folder that lives as long."""
+    if np.prod(shape) * 2 <= budget:
+        return torch.empty(shape, dtype=torch.float16), None
+    folder = tempfile.TemporaryDirectory(prefix="unflaw-cache-")
+    return torch.from_numpy(np.memmap(Path(folder.name) / "features", np.float16, "w+", shape=shape)), folder
+
+
+@dataclass
+class Cache:
+    """What training needs of each good picture, in random order.
+
+    Attributes:
+        features: F (N, C, g, g), float16, in RAM or memory-mapped.
+        thumbnails: (N, 3, t, t) uint8.
+        boxes: (N, 4) int64, the part of the canvas that each picture covers (x0, y0, x1, y1).
+        paths: The N pictures.
+        skipped: `(path, reason)` of pictures that could not be read.
+    """
+
+    features: Tensor
+    thumbnails: Tensor
+    boxes: Tensor
+    paths: list[Path]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, part: slice) -> Cache:
+        """Some of the pictures, without copying their features."""
+        return Cache(
+            self.features[part], self.thumbnails[part], self.boxes[part], self.paths[part], self.skipped, self._folder
+        )
+
+
+def build_cache(
+    extractor: FeatureExtractor,
+    paths: Sequence[Path],
+    preparation: Preparation,
+    budget: float,
+    *,
+    seed: int = 0,
+    fit: bool = True,
+    batch: int = 16,
+    progress: Progress = silent,
+) -> Cache:
+    """Reads every picture once, in random order, fits the extractor on the first ones and embeds all.
+
+    Args:
+        extractor: Its `fit` sees the first 64 pictures, or half a gigabyte of their features.
+        budget: Features above this many bytes are memory-mapped, else kept in RAM.
+        seed: Of the order.
+        fit: False leaves the extractor as it is, for pictures that only calibrate.
+
+    Raises:
+        TrainingError: To learn from: fewer than 8 readable pictures, or all identical. To calibrate with: none.
+    """
+    order = [paths[i] for i in torch.randperm(len(paths), generator=Generator().manual_seed(seed)).tolist()]
+    features: Tensor | None = None
+    folder = None
+    filled = 0
+    first: list[Tensor] = []  # raw features of the first pictures, until there are enough to fit
+    kept: list[Path] = []
+    boxes: list[tuple[int, int, int, int]] = []
+    thumbnails: list[Tensor] = []
+    skipped: list[tuple[str, str]] = []
+
+    def keep(raw: Tensor) -> None:
+        nonlocal features, folder, filled
+        projected = extractor.project(raw)
+        if features is None:
+            features, folder = allocate((len(paths), *projected.shape[1:]), budget)
+        features[filled : filled + len(raw)] = projected
+        filled += len(raw)
+
+    def fit_first() -> None:
+        nonlocal first
+        if fit:
+            extractor.fit(torch.cat(first))
+        for raw in first:
+            keep(raw)
+        first = []
+
+    for group in batched(ahead(lambda path: (path, load(path, preparation)), order), batch):
+        skipped += [(str(path), str(picture)) for path, picture in group if isinstance(picture, ImageError)]
+        good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
+        if not good:
+            continue
+        images = stack([picture for _, picture in good])
+        kept += [path for path, _ in good]
+        boxes += [picture.box for _, picture in good]
+        thumbnails.append((F.interpolate(images, (THUMBNAIL, THUMBNAIL), mode="area") * 255).round().byte())
+        raw = extractor.aggregate(images)
+        if features is None:
+            first.append(raw)
+            if len(kept) >= FITTED_ON or sum(part.nbytes for part in first) >= 2**29:
+                fit_first()
+        else:
+            keep(raw)
+        progress("features", len(kept) + len(skipped), len(paths), None)
+    if len(kept) < (MINIMUM if fit else 1):
+        reasons = f"; {len(skipped)} could not be read, first: {skipped[0][1]}" if skipped else ""
+        purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
+        raise TrainingError(f"{len(kept)} good pictures are too few to {purpose}{reasons}")
+    pictures = torch.cat(thumbnails)
+    if fit and bool((pictures == pictures[:1]).all()):
+        raise TrainingError("all good pictures are identical; give pictures of different parts")
+    if first:
+        fit_first()
+    assert features is not None
+    return Cache(features[:filled], pictures, torch.tensor(boxes), kept, sorted(skipped), folder)
