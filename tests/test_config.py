@@ -62,10 +62,11 @@ def test_the_paper_profile_changes_what_it_says_and_gives_way_to_changes():
         ("calibration.false_alarm_rate", 0),
         ("calibration.false_alarm_rate", 1),
         ("calibration.holdout", 1),
-        ("scoring.shares", (0.0, 0.1)),
+        ("features.level_weights", ()),
         ("scoring.shares", ()),
-        ("scoring.locating", ()),
+        ("scoring.locating", ()),  # those of earlier versions are not silently taken
         ("scoring.judging", (0.0, 0.0, 0.0)),
+        ("training.seed", 2**32),
     ],
 )
 def test_a_setting_that_is_unknown_or_out_of_range_is_named(name, value):
@@ -74,6 +75,41 @@ def test_a_setting_that_is_unknown_or_out_of_range_is_named(name, value):
     message = str(caught.value)
     assert name in message and repr(value) in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "name, values, place",
+    [
+        ("scoring.shares", (0.0, 0.1), 0),
+        ("scoring.shares", (0.1, 1.5), 1),
+        ("features.levels", (1, -1), 1),
+        ("features.levels", (1, 2, "coarse"), 2),
+        ("features.level_weights", (1.0, 0.0, 4.0), 1),
+        ("features.level_weights", (-1.0,), 0),
+    ],
+)
+def test_a_wrong_one_among_several_values_is_named_by_its_place(name, values, place):
+    with pytest.raises(ValueError) as caught:
+        make_config("uranet", "cpu", {name: values})
+    message = str(caught.value)
+    assert f"{name}.{place}" in message and repr(values[place]) in message
+    assert "\n" not in message
+
+
+def test_heads_that_do_not_divide_the_width_are_named():
+    with pytest.raises(ValueError, match=r"network\.restoration.* 48 .* 5 heads") as caught:
+        make_config("uranet", "cpu", {"network.restoration.width": 48, "network.restoration.heads": 5})
+    assert "\n" not in str(caught.value)
+    make_config("uranet", "cpu", {"network.restoration.width": 48, "network.restoration.heads": 6})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"features.smooth": k} for k in (1, 3, 5, 7)] + [{"training.seed": 2**32 - 1}, {"scoring.shares": (1,)}]
+)
+def test_the_ends_of_ranges_are_in_them(changes):
+    ((name, value),) = changes.items()
+    group, field = name.split(".")
+    assert make_config("uranet", "cpu", changes).model_dump(mode="json")[group][field] in (value, [1.0])
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from unflaw import detector as module
 from unflaw import features, load
+from unflaw.cache import Cache, TrainingError
 from unflaw.datasets import DatasetError, Sample, load_dataset
 from unflaw.detector import Detector
 from unflaw.files import FORMAT, DetectorError, read_metadata
 from unflaw.images import ImageError
 from unflaw.results import Result
-from unflaw.training import Cache, TrainingError
 
 
 def network_state(detector: Detector) -> dict[str, torch.Tensor]:
@@ -169,20 +169,25 @@ def test_calibration_leaves_padding_out_as_inspection_does(parts, weights, tiny,
     assert made.calibration_.pixel_threshold == pytest.approx(max(peaks), rel=0.02, abs=0.02)
 
 
-def test_good_pictures_raise_no_more_alarms_than_certified(tiny):
+@pytest.mark.parametrize("method", ["lookup", "uranet"])
+def test_good_pictures_raise_no_more_alarms_than_certified(tiny, method):
     """Averaged over draws of the held-out pictures: the promise of `Calibration`, kept by the whole of `learn`."""
-    changes = {"features.grid": 4, "network.prototypes": 16, "training.display_steps": 0}
-    made = Detector(config=tiny("lookup", **changes, **{"calibration.false_alarm_rate": 0.1}), weights="random")
+    changes = {"features.grid": 4, "training.steps": 1, "training.display_steps": 0, "scoring.shares": (0.05, 0.3, 1.0)}
+    changes |= {f"network.{'' if method == 'lookup' else 'restoration.'}prototypes": 16}
+    made = Detector(config=tiny(method, **changes, **{"calibration.false_alarm_rate": 0.1}), weights="random")
     rng = torch.Generator().manual_seed(0)
 
     def pictures(n: int) -> torch.Tensor:
-        """Good ones, some of them far less usual than others, at some level."""
-        levels = made.network.features.level_sizes
-        usual = [torch.randn(n, size, 4, 4, generator=rng) for size in levels]
-        return torch.cat([u * torch.randn(n, 1, 1, 1, generator=rng).mul(1.5).exp() for u in usual], dim=1).half()
+        """Good ones, some of them far less usual than others: all over, or in a cell or some."""
+        channels = made.network.features.channels
+        usual = torch.randn(n, channels, 4, 4, generator=rng)
+        scale = torch.randn(n, 1, 1, 1, generator=rng).mul(0.7).exp()
+        spots = (torch.rand(n, 1, 4, 4, generator=rng) < 0.1) * torch.randn(n, 1, 1, 1, generator=rng).mul(1.5).exp()
+        return (usual * (scale + spots)).half()
 
     def cache(features: torch.Tensor) -> Cache:
-        return Cache(features, torch.zeros(len(features), 3, 8, 8, dtype=torch.uint8), [Path("x")] * len(features))
+        n = len(features)
+        return Cache(features, torch.zeros(n, 0), torch.tensor([[0, 0, 64, 64]] * n), [Path(__file__)] * n)
 
     train, held, fresh, trials, alarms = cache(pictures(20)), 9, 20, 150, 0
     for _ in range(trials):
@@ -193,7 +198,7 @@ def test_good_pictures_raise_no_more_alarms_than_certified(tiny):
     rate = made.calibration_.rate
     assert rate == 0.1
     deviation = math.sqrt(rate * (1 - rate) * (1 / (held + 2) + 1 / fresh) / trials)
-    assert alarms / (trials * fresh) < rate + 4 * deviation
+    assert abs(alarms / (trials * fresh) - rate) < 4 * deviation  # not far fewer either: exchangeable
 
 
 def test_one_picture_to_calibrate_with_is_enough(parts, weights, tiny):

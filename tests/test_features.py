@@ -51,9 +51,9 @@ def test_one_grid_of_all_levels(images, levels, channels, grid):
     assert made.aggregate(images).shape == made(images).shape == (4, channels, grid, grid)
     assert made.channels == channels
     reduced = extractor(levels=levels, grid=grid, components=10)
-    assert reduced.level_sizes == [10] * len(levels)
-    assert reduced(images).shape == (4, reduced.channels, grid, grid)
-    assert reduced.channels == 10 * len(levels)
+    assert reduced.channels == 10  # of all levels together
+    assert reduced.aggregate(images).shape == (4, channels, grid, grid)
+    assert reduced(images).shape == (4, 10, grid, grid)
 
 
 def test_no_more_components_than_channels(raw):
@@ -90,39 +90,61 @@ def per_channel(projected: Tensor) -> Tensor:
     return projected.transpose(0, 1).flatten(1)
 
 
+WEIGHTS = {"(1, 2, 4)": (1.0, 2.0, 4.0), "one alone": (3.0,), "(5, 1, 2)": (5.0, 1.0, 2.0)}
+SHARES = {"(1, 2, 4)": [1 / 7, 2 / 7, 4 / 7], "one alone": [1 / 3] * 3, "(5, 1, 2)": [5 / 8, 1 / 8, 2 / 8]}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("standardise", ["level", "channel", "none"])
-def test_standardised_features_are_centred_and_scaled_as_asked(raw, standardise):
-    made = extractor(standardise=standardise).fit(raw)
+def test_standardised_features_are_centred_and_scaled_as_asked(raw, standardise, weights):
+    made = extractor(standardise=standardise, level_weights=WEIGHTS[weights]).fit(raw)
     values = per_channel(made.project(raw))
     torch.testing.assert_close(values.mean(1), torch.zeros(448), atol=1e-3, rtol=0)
     power = values.square().mean(1)
     before = per_channel(raw).var(1, correction=0)
-    if standardise == "channel":
-        for level in power.split(LEVELS):
-            torch.testing.assert_close(level, torch.full_like(level, 1 / len(level)), atol=1e-5, rtol=1e-3)
-    elif standardise == "none":
+    if standardise == "none":
         torch.testing.assert_close(power, before, atol=1e-4, rtol=1e-3)
-    else:
-        for level, was in zip(power.split(LEVELS), before.split(LEVELS), strict=True):
-            assert level.sum().item() == pytest.approx(1, abs=1e-3)  # the mean squared norm of a token
-            torch.testing.assert_close(level / was, (1 / was.sum()).expand_as(was), atol=1e-4, rtol=1e-3)
+        return
+    assert power.sum().item() == pytest.approx(1, abs=1e-3)  # the mean squared norm of a token
+    for level, was, share in zip(power.split(LEVELS), before.split(LEVELS), SHARES[weights], strict=True):
+        assert level.sum().item() == pytest.approx(share, abs=1e-3)
+        if standardise == "channel":
+            torch.testing.assert_close(level, torch.full_like(level, share / len(level)), atol=1e-5, rtol=1e-3)
+        else:
+            torch.testing.assert_close(level / was, (share / was.sum()).expand_as(was), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "levels, shares",
+    [
+        ((2,), [1]),
+        ((2, 3), [2 / 6, 4 / 6]),
+        ((1, 2, 3), [1 / 7, 2 / 7, 4 / 7]),
+        ((0, 1, 2, 3), [1 / 8, 1 / 8, 2 / 8, 4 / 8]),
+    ],
+)
+def test_weights_of_levels_are_fitted_to_their_number(images, levels, shares):
+    """Of (1, 2, 4), the first is left out, or repeated for finer levels."""
+    made = extractor(levels=levels, level_weights=(1.0, 2.0, 4.0))
+    found = made.aggregate(images)
+    power = per_channel(made.fit(found).project(found)).square().mean(1)
+    assert [part.sum().item() for part in power.split(made.level_channels)] == pytest.approx(shares, abs=1e-3)
 
 
 @pytest.mark.parametrize("standardise", ["level", "channel", "none"])
-def test_components_are_the_principal_ones(raw, standardise):
+def test_components_are_the_principal_ones_of_all_levels_together(raw, standardise):
     full = extractor(standardise=standardise).fit(raw)
     reduced = extractor(standardise=standardise, components=20).fit(raw)
-    assert reduced.level_sizes == [20, 20, 20]
-    scaled, kept = per_channel(full.project(raw)).double(), per_channel(reduced.project(raw)).double()
+    assert reduced.channels == 20
+    was, now = per_channel(full.project(raw)).double(), per_channel(reduced.project(raw)).double()
     directions = reduced.basis / full.basis.diagonal()[:, None]  # without the scale: orthonormal
-    torch.testing.assert_close(directions.T @ directions, torch.eye(60), atol=1e-4, rtol=0)
-    for was, now in zip(scaled.split(LEVELS), kept.split(20), strict=True):  # each level by itself
-        covariance = now @ now.T / now.shape[1]
-        variances = covariance.diagonal()
-        assert (variances.diff() <= 1e-6 * variances[0]).all()
-        assert (covariance - variances.diag()).abs().max() < 1e-3 * variances[0]
-        expected = torch.linalg.svdvals(was)[:20].square() / was.shape[1]
-        torch.testing.assert_close(variances, expected, atol=0, rtol=1e-3)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(20), atol=1e-4, rtol=0)
+    covariance = now @ now.T / now.shape[1]
+    variances = covariance.diagonal()
+    assert (variances.diff() <= 1e-6 * variances[0]).all()
+    assert (covariance - variances.diag()).abs().max() < 1e-3 * variances[0]
+    expected = torch.linalg.svdvals(was)[:20].square() / was.shape[1]
+    torch.testing.assert_close(variances, expected, atol=0, rtol=1e-3)
 
 
 def test_a_channel_that_never_varies_does_no_harm(raw):
@@ -227,9 +249,11 @@ def test_names_with_a_tag_are_timm_names_too():
     assert create_backbone("resnet18.a1_in1k", (1, 2), "random").feature_info.channels() == [64, 128]
 
 
-def test_levels_that_there_are_not_are_named():
+@pytest.mark.parametrize("weights", ["random", None, "nowhere.pth"])
+def test_levels_that_there_are_not_are_named(weights):
+    """Before any weights are looked for."""
     with pytest.raises(WeightsError, match=r"levels \(1, 9\)"):
-        create_backbone("resnet18", (1, 9), "random")
+        create_backbone("resnet18", (1, 9), weights)
 
 
 @pytest.mark.parametrize("error", [OSError("offline"), RuntimeError("No pretrained weights exist"), KeyError("x")])
@@ -244,7 +268,7 @@ def test_without_weights_three_ways_are_named(monkeypatch, error):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(WeightsError, match="resnet18") as caught:
         create_backbone("resnet18", (1, 2, 3))
-    for way in ("--weights", "pip install", "hub"):
+    for way in ("--weights", "installed package", "tf_efficientnet_lite0", "hub"):
         assert way in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -1,130 +1,15 @@
 import itertools
-import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Features, Training
-from unflaw.features import FeatureExtractor
-from unflaw.images import Preparation, prepare, read
-from unflaw.training import TrainingError, ahead, batched, build_cache, learning_rate, optimise, stack, step_rng
-
-PREPARATION = Preparation(size=32)
-PLENTY, NOTHING = 1e9, 0.0  # bytes of RAM
-
-
-@pytest.fixture(scope="module")
-def extractor(weights) -> FeatureExtractor:
-    return FeatureExtractor(Features(backbone="resnet18", grid=4, components=8), weights)
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory) -> list[Path]:
-    """70 pictures, more than the extractor is fitted on, in no alphabetical order; two of them broken."""
-    folder = tmp_path_factory.mktemp("many")
-    rng = np.random.default_rng(0)
-    paths = [folder / f"{i:02d}.png" for i in rng.permutation(70)]
-    for path in paths:
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-    paths[10].write_bytes(b"no picture")
-    paths[40].unlink()
-    return paths
-
-
-def embedded(extractor: FeatureExtractor, path: Path) -> Tensor:
-    return extractor(stack([prepare(read(path), PREPARATION)]))[0]
-
-
-# Iteration
-
-
-def test_ahead_keeps_the_order_and_does_not_run_away():
-    started, lock = [], threading.Lock()
-
-    def work(i: int) -> int:
-        with lock:
-            started.append(i)
-        return i * i
-
-    results = ahead(work, itertools.count(), workers=2, depth=5)  # endless
-    assert list(itertools.islice(results, 20)) == [i * i for i in range(20)]
-    results.close()
-    assert max(started) < 20 + 5
-    assert list(ahead(work, [])) == []
-
-
-def test_ahead_passes_errors_on():
-    results = ahead(lambda i: 1 // i, [1, 0, 1])
-    assert next(results) == 1
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-
-
-def test_batched_leaves_nothing_out():
-    assert list(batched(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert list(batched([], 3)) == []
-
-
-# The cache
-
-
-def test_cache_holds_every_readable_picture_in_order(extractor, many):
-    seen = []
-    cache = build_cache(extractor, many, PREPARATION, PLENTY, lambda *report: seen.append(report))
-    readable = [p for i, p in enumerate(many) if i not in (10, 40)]
-    assert cache.paths == readable
-    assert {Path(path) for path, _ in cache.skipped} == {many[10], many[40]}
-    assert all(path in reason for path, reason in cache.skipped)
-    assert cache.features.shape == (68, extractor.channels, 4, 4) and cache.features.dtype == torch.float16
-    assert len(cache.thumbnails) == 68 and cache.thumbnails.dtype == torch.uint8
-    for i in (0, 9, 10, 39, 67):
-        torch.testing.assert_close(cache.features[i].float(), embedded(extractor, readable[i]), atol=1e-2, rtol=1e-2)
-        side = cache.thumbnails.shape[-1] // 32
-        thumbnail = cache.thumbnails[i].float().unfold(1, side, side).unfold(2, side, side).mean((-1, -2))
-        picture = torch.from_numpy(prepare(read(readable[i]), PREPARATION).pixels) * 255
-        torch.testing.assert_close(thumbnail, picture, atol=1.0, rtol=0)
-    assert [report[0] for report in seen] == ["features"] * len(seen) and seen[-1][1] == 68
-
-
-def test_features_on_disk_are_those_in_memory(extractor, many):
-    ram = build_cache(extractor, many, PREPARATION, PLENTY)
-    basis = extractor.basis.clone()
-    disk = build_cache(extractor, many, PREPARATION, NOTHING)
-    assert torch.equal(extractor.basis, basis)  # fitted on the same pictures
-    assert sorted(disk.paths) == sorted(ram.paths)
-    where = [disk.paths.index(path) for path in ram.paths]
-    assert torch.equal(disk.features[where], ram.features)
-    assert torch.equal(disk.thumbnails[where], ram.thumbnails)
-
-
-def test_a_part_of_a_cache(extractor, many):
-    cache = build_cache(extractor, many[:10], PREPARATION, PLENTY)
-    part = cache.subset(torch.tensor([7, 2]))
-    assert part.paths == [cache.paths[7], cache.paths[2]]
-    assert torch.equal(part.features, cache.features[[7, 2]])
-    assert torch.equal(part.thumbnails, cache.thumbnails[[7, 2]])
-
-
-def test_too_few_pictures_are_refused_with_the_reason(extractor, many):
-    with pytest.raises(TrainingError, match="7 good pictures are too few"):
-        build_cache(extractor, many[:7], PREPARATION, PLENTY)
-    some = [*many[:7], many[10], many[40]]
-    with pytest.raises(TrainingError, match=rf"2 could not be read, first: .*({many[10].name}|{many[40].name})"):
-        build_cache(extractor, some, PREPARATION, PLENTY)
-    with pytest.raises(TrainingError, match="0 good pictures"):
-        build_cache(extractor, [many[10]] * 9, PREPARATION, PLENTY)
-
-
-def test_copies_of_one_picture_are_refused(extractor, many):
-    with pytest.raises(TrainingError, match="identical"):
-        build_cache(extractor, [many[0]] * 10, PREPARATION, PLENTY)
-
-
-# The loop
+from unflaw.cache import TrainingError
+from unflaw.config import Training
+from unflaw.training import learning_rate, optimise, step_rng
 
 
 class Line(nn.Module):
@@ -202,14 +87,57 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, steps, stop_at):
     assert reports[0] > stop_at - 3  # it went on, rather than from the start
 
 
-def test_a_checkpoint_of_another_stage_is_left_alone(tmp_path):
-    checkpoint, line, other = tmp_path / "run.checkpoint", Line(), Line()
+def interrupted(path, identity: str = "these pictures", steps: int = 10) -> None:
+    """Leaves a checkpoint of an unfinished run."""
+    line = Line()
     with pytest.raises(KeyboardInterrupt):
-        optimise(line, line.loss_on(DATA, 5), 50, 10, settings(), checkpoint=checkpoint, stage="first")
-    whole = Line()
+        optimise(line, line.loss_on(DATA, 5), 50, steps, settings(), checkpoint=path, identity=identity)
+
+
+def test_a_checkpoint_of_other_data_or_settings_is_refused(tmp_path):
+    checkpoint, line = tmp_path / "run.checkpoint", Line()
+    interrupted(checkpoint)
+    content = checkpoint.read_bytes()
+    for other in ("other pictures", ""):
+        with pytest.raises(TrainingError, match=r"run\.checkpoint.*other pictures or settings.*--resume"):
+            optimise(line, line.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity=other)
+    assert not line.w.any()  # nothing of it was taken over
+    assert checkpoint.read_bytes() == content  # and it is still there for those it belongs to
+    whole, resumed = Line(), Line()
     optimise(whole, whole.loss_on(DATA), 50, 10, settings())
-    optimise(other, other.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, stage="second")
-    assert torch.equal(other.w, whole.w)
+    optimise(resumed, resumed.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity="these pictures")
+    assert torch.equal(resumed.w, whole.w)
+
+
+@pytest.mark.parametrize(
+    "kind", ["empty", "no safetensors", "cut off", "other names", "other shapes", "no step", "no history", "odd names"]
+)
+def test_a_damaged_checkpoint_is_named(tmp_path, kind):
+    checkpoint, line = tmp_path / "run.checkpoint", Line()
+    interrupted(checkpoint)
+    tensors, content = load_file(checkpoint), checkpoint.read_bytes()
+    with safe_open(checkpoint, "pt") as file:
+        metadata = file.metadata()
+    if kind == "empty":
+        checkpoint.write_bytes(b"")
+    elif kind == "no safetensors":
+        checkpoint.write_bytes(b"half of it")
+    elif kind == "cut off":
+        checkpoint.write_bytes(content[:-5])
+    else:
+        if kind == "other names":
+            tensors["module.v"] = tensors.pop("module.w")
+        elif kind == "other shapes":
+            tensors["module.w"] = torch.zeros(5)
+        elif kind == "odd names":
+            tensors["optimiser.w.exp_avg"] = tensors.pop("optimiser.0.exp_avg")
+        elif kind == "no step":
+            del metadata["step"]
+        else:
+            metadata["history"] = "[{"
+        save_file(tensors, checkpoint, metadata)
+    with pytest.raises(TrainingError, match=r"run\.checkpoint.*damaged"):
+        optimise(line, line.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity="these pictures")
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_advice():

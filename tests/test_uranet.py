@@ -4,11 +4,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unflaw.config import Perception, Restoration
+from unflaw.methods.base import Batch
 from unflaw.methods.uranet import RAM, UIAPM, URANet
+from unflaw.synthesis import Anomalies, synthesise
 from unflaw.training import optimise
 
-LEVELS = [8, 8, 8]  # components of each level in the tiny configuration
-CHANNELS, GRID = sum(LEVELS), 8
+CHANNELS, GRID = 8, 8  # components and grid of the tiny configuration
 SOURCES = ("textures", "others", "shuffles", "jitter")
 
 
@@ -38,7 +39,7 @@ def train(network: URANet, features: Tensor, textures: Tensor | None, steps: int
         return network.loss({name: t[indices].float() for name, t in tensors.items()}, rng)
 
     history = optimise(network, loss, len(features), steps, network.config.training)
-    network.finish(features[:3])
+    network.finish(features)
     return history
 
 
@@ -109,6 +110,19 @@ def test_more_pictures_weaken_the_prior():
     part = UIAPM(CHANNELS, Perception(width=4))
     few, many = (part.loss(torch.zeros(2, 1, 8, 8), square(), n)["kl"].item() for n in (10, 100))
     assert few == pytest.approx(10 * many) and many > 0
+
+
+def test_thresholds_rise_until_hardly_a_good_cell_is_marked():
+    part = UIAPM(CHANNELS, Perception(width=4, mean_threshold=0.5, deviation_threshold=0.2))
+    assert "thresholds" in part.state_dict()  # a saved detector needs them
+    assert part.thresholds.tolist() == pytest.approx([0.5, 0.2])
+    mean, deviation = torch.rand(2, 50, 1, 20, 20, generator=rng())
+    part.fit_thresholds(0.4 * mean, 0.1 * deviation)  # nothing is marked as it is
+    assert part.thresholds.tolist() == pytest.approx([0.5, 0.2])
+    part.fit_thresholds(mean, deviation)
+    marked, final = part.masks(mean, deviation)
+    assert part.thresholds[0] > 0.99 and part.thresholds[1] > 0.99
+    assert 0 < marked.sum() <= 1e-4 * marked.numel() + 1 and final.sum() <= 2e-4 * marked.numel() + 2
 
 
 # Restoration
@@ -203,16 +217,20 @@ def test_inspection_is_what_the_contract_says(trained, features):
         found = network(features.float())
         again = network(features.float())
         alone = network(features[3:4].float())
-    assert found.witnesses.shape == (12, network.kinds, 3, GRID, GRID) and found.witnesses.isfinite().all()
+    assert found.witnesses.shape == (12, 2, GRID, GRID) and network.kinds == 2
     assert found.restored.shape == features.shape
+    residual = (features.float() - found.restored).norm(dim=1)
+    torch.testing.assert_close(found.witnesses[:, 0], residual)
+    torch.testing.assert_close(found.witnesses[:, 1], network.memory(features.float())[1][:, 0])
     assert {"mean", "uncertainty", "mask"} <= set(found.layers)
     for layer in found.layers.values():
         assert layer.shape == (12, 1, GRID, GRID) and layer.min() >= 0 and layer.max() <= 1
     assert torch.equal(found.witnesses, again.witnesses)
     torch.testing.assert_close(found.witnesses[3:4], alone.witnesses, atol=1e-4, rtol=1e-4)
-    options = network.config.network.perception
-    marked = found.layers["mean"] >= options.mean_threshold
-    ambiguous = found.layers["uncertainty"] >= options.deviation_threshold
+    options, (of_mean, of_deviation) = network.config.network.perception, network.perception.thresholds.tolist()
+    assert of_mean >= options.mean_threshold - 1e-6 and of_deviation >= options.deviation_threshold - 1e-6
+    marked = found.layers["mean"] >= of_mean
+    ambiguous = found.layers["uncertainty"] >= of_deviation
     assert torch.equal(found.layers["mask"].bool(), marked | ambiguous)
 
 
@@ -225,15 +243,77 @@ def test_a_foreign_patch_stands_out(trained, features, textures):
         (maps, scores), (_, plain_scores) = network.fuse(found), network.fuse(plain)
     inside = torch.zeros(GRID, GRID, dtype=torch.bool)
     inside[3:5, 3:5] = True
-    levels = network.levels(found.witnesses)
-    assert (levels[..., inside].mean(-1) > levels[..., ~inside].mean(-1) + 2).all()  # deviations, at every level
+    mean, deviation = network.normal[..., None, None].unbind(1)
+    standard = (found.witnesses - mean) / deviation
+    assert (standard[..., inside].mean(-1) > standard[..., ~inside].mean(-1) + 2).all()  # deviations, of every kind
     assert (scores > plain_scores).all()
     peaks = maps.flatten(1).argmax(1)
     cell = maps.shape[-1] // GRID
     rows, columns = peaks // maps.shape[-1], peaks % maps.shape[-1]
     assert all(3 * cell <= int(i) < 5 * cell for i in (*rows, *columns))
-    mean = found.layers["mean"][:, 0]
-    assert mean[:, inside].mean() > mean[:, ~inside].mean()
+    marked = found.layers["mean"][:, 0]
+    assert marked[:, inside].mean() > marked[:, ~inside].mean()
+
+
+def altered(network: URANet, features: Tensor, textures: Tensor | None, seed: int = 4) -> tuple[Anomalies, Batch]:
+    batch = {"features": features.float(), "recalled": network.setup(features, textures, rng())["recalled"].float()}
+    return synthesise(batch["features"], textures, network.options.synthesis, rng(seed)), batch
+
+
+def test_recall_is_cached_and_that_of_altered_cells_is_not(trained, features, textures):
+    """As if all altered features had been recalled. What the memory knows is no anomaly, whatever was done to it."""
+    network = trained[0]
+    with torch.no_grad():
+        anomalies, batch = altered(network, features, textures)
+        assert anomalies.mask.any() and not anomalies.mask.all()
+        recalled, abnormal = network._recall_altered(anomalies, batch)
+        expected, distance = network.memory(anomalies.features)
+    torch.testing.assert_close(recalled, expected, atol=5e-3, rtol=5e-3)
+    clear = (distance - network.memory.limit).abs() > 1e-4
+    unknown = (distance > network.memory.limit) & anomalies.mask.bool()
+    assert abnormal.shape == anomalies.mask.shape and torch.equal(abnormal.bool()[clear], unknown[clear])
+    assert abnormal.any()
+
+
+def test_normal_in_place_of_normal_is_no_anomaly(tiny, features):
+    """All that there is to know is in the memory: cells that changed places are as normal as they were."""
+    sources = {f"network.synthesis.{source}": float(source == "shuffles") for source in SOURCES}
+    changes = {"network.restoration.prototypes": 12 * GRID**2, "network.synthesis.strength": (1.0, 1.0)}
+    network = URANet(tiny(**sources, **changes), "random")
+    with torch.no_grad():
+        anomalies, batch = altered(network, features, None)
+        network.memory.limit.fill_(0.01)
+        assert anomalies.mask.any()
+        assert not network._recall_altered(anomalies, batch)[1].any()
+
+
+def test_restoration_learns_from_the_recall_of_what_was_there(trained, features, monkeypatch):
+    """Altered cells are mask tokens: nothing of what they became reaches the restoration."""
+    network, given = trained[0], []
+    forward = network.restoration.forward
+    monkeypatch.setattr(
+        network.restoration, "forward", lambda x, marked: given.append((x, marked)) or forward(x, marked)
+    )
+    batch = {"features": features.float(), "recalled": network.setup(features, None, rng())["recalled"].float()}
+    with torch.no_grad():
+        terms = network.loss(batch, rng(4))
+    ((recalled, marked),) = given
+    assert torch.equal(recalled, batch["recalled"])
+    anomalies = synthesise(batch["features"], None, network.options.synthesis, rng(4))
+    assert torch.equal(marked, anomalies.mask) and marked.any()
+    restored, clean = forward(recalled, marked).detach(), batch["features"]
+    expected = (restored - clean).square().sum() / clean.square().sum()
+    assert terms["restoration"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_without_prototypes_the_picture_alone_is_restored(tiny, features):
+    """As in the paper: one kind of evidence, no memory, nothing to cache."""
+    network = URANet(tiny(**{"network.restoration.prototypes": 0}), "random")
+    assert network.memory is None and network.setup(features, None, rng()) == {}
+    with torch.no_grad():
+        found = network(features.float())
+    assert network.kinds == 1 and found.witnesses.shape == (12, 1, GRID, GRID)
+    torch.testing.assert_close(found.witnesses[:, 0], (features.float() - found.restored).norm(dim=1))
 
 
 ABLATIONS = {
@@ -244,6 +324,7 @@ ABLATIONS = {
     "no Bayesian weights": {"network.perception.bayesian": False},
     "one draw": {"network.perception.draws": 1},
     "never clean": {"network.synthesis.clean": 0.0},
+    "wide mask": {"network.synthesis.threshold": -2.0},
     "always clean": {"network.synthesis.clean": 1.0},
     **{f"no {source}": {f"network.synthesis.{source}": 0.0} for source in SOURCES},
     "no source": {f"network.synthesis.{source}": 0.0 for source in SOURCES},

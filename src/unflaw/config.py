@@ -101,7 +101,7 @@ class LookupOptions(Settings):
 class Training(Settings):
     """The loop, and the cache it runs on."""
 
-    steps: int = Field(400, ge=0, description="optimiser steps")
+    steps: int = Field(300, ge=0, description="optimiser steps")
     batch: int = Field(16, ge=1, description="pictures per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.01, ge=0)

@@ -27,13 +27,16 @@ class Memory(nn.Module):
         self.prototypes: Tensor
         self.radius: Tensor
         self.register_buffer("prototypes", torch.zeros(size, channels))
+        self.limit: Tensor
         self.register_buffer("radius", torch.ones(()))
+        self.register_buffer("limit", torch.ones(()))
 
     @torch.no_grad()
     def fit(self, features: Tensor, rng: Generator) -> None:
         """Chooses the prototypes among all tokens of cached features (N, C, g, g) by k-centre greedy coreset.
 
-        `radius` becomes the median distance of a sample of tokens to the nearest prototype.
+        `radius` becomes the median distance of a sample of tokens to the nearest prototype, `limit` its 99th
+        percentile: what lies nearer is as normal as a token can be shown to be.
         """
         n, _, side, _ = features.shape
         rows = torch.randperm(n, generator=rng)[: max(1, MOST_TOKENS // side**2)].sort().values
@@ -42,7 +45,9 @@ class Memory(nn.Module):
         chosen = tokens[greedy_coreset(tokens, size, rng)]
         self.prototypes.copy_(chosen.repeat(-(-size // len(chosen)), 1)[:size])
         sample = tokens[torch.randint(len(tokens), (4096,), generator=rng)]
-        self.radius.copy_(squared_distances(sample, self.prototypes).amin(1).sqrt().median().clamp_min(1e-6))
+        distances = squared_distances(sample, self.prototypes).amin(1).sqrt().clamp_min(1e-6)
+        self.radius.copy_(distances.median())
+        self.limit.copy_(distances.quantile(0.99))
 
     def recall(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(T, C) → attended mixture of prototypes (T, C), and distance to the nearest one (T,).

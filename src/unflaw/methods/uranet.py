@@ -37,6 +37,14 @@ class UIAPM(nn.Module):
         )
         nn.init.constant_(self.bayesian_layers()[-1].bias, -3.0)  # anomalies are rare
 
+        self.thresholds: Tensor
+        self.register_buffer("thresholds", torch.tensor([options.mean_threshold, options.deviation_threshold]))
+
+    def fit_thresholds(self, mean: Tensor, deviation: Tensor) -> None:
+        """Raises τ_U and τ_V to the 99.99th percentile of U and V of good pictures, where that is higher (ours)."""
+        found = [m.flatten().sort().values[int(0.9999 * (m.numel() - 1))] for m in (mean, deviation)]
+        self.thresholds.copy_(torch.maximum(self.thresholds, torch.stack(found)))
+
     def bayesian_layers(self) -> list[BayesianConv2d]:
         return [layer for layer in self.layers if isinstance(layer, BayesianConv2d)]
 
@@ -58,8 +66,7 @@ class UIAPM(nn.Module):
 
     def masks(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
         """M_U = [U ≥ τ_U] and M_final = M_U ∨ [V ≥ τ_V], as 0 or 1."""
-        marked = mean >= self.options.mean_threshold
-        ambiguous = deviation >= self.options.deviation_threshold
+        marked, ambiguous = mean >= self.thresholds[0], deviation >= self.thresholds[1]
         return marked.float(), (marked | ambiguous).float()
 
     def loss(self, logits: Tensor, mask: Tensor, n_pictures: int) -> dict[str, Tensor]:
@@ -148,8 +155,9 @@ class URANet(Method):
         """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
         clean = batch["features"]
         anomalies = synthesise(clean, self.textures, self.options.synthesis, rng)
-        seen = self._evidence(anomalies.features, self._recall_altered(anomalies, batch))
-        terms = self.perception.loss(self.perception.sample(seen, rng), anomalies.mask, self.n_pictures)
+        recalled, abnormal = self._recall_altered(anomalies, batch)
+        logits = self.perception.sample(self._evidence(anomalies.features, recalled), rng)
+        terms = self.perception.loss(logits, abnormal, self.n_pictures)
         # altered cells are the marked ones, which become mask tokens: the recall of F serves for F_a
         restored = self.restoration(batch.get("recalled", anomalies.features), anomalies.mask)
         terms["restoration"] = (restored - clean).square().sum(1).mean() / clean.square().sum(1).mean()
@@ -169,14 +177,26 @@ class URANet(Method):
         """What the perception network sees: F alone or, with a memory, F and its departure from the recall."""
         return features if self.memory is None else torch.cat([features, features - recalled], dim=1)
 
-    def _recall_altered(self, anomalies: Anomalies, batch: Batch) -> Tensor:
-        """The recall of F_a: cached where nothing was altered, computed anew in the altered cells only."""
+    def _recall_altered(self, anomalies: Anomalies, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The recall of F_a (N, C, g, g), and which cells are abnormal (N, 1, g, g): M, less what is normal after all.
+
+        Recalled anew are the altered cells only. Those that the memory knows (distance within its `limit`) are not
+        anomalies, whatever was done to them: background put in place of background, say. Labelling them so would teach
+        that normal is abnormal.
+        """
         if self.memory is None:
-            return anomalies.features
-        recalled = to_tokens(batch["recalled"]).flatten(0, 1)
+            return anomalies.features, anomalies.mask
+        n, channels = batch["recalled"].shape[:2]
         altered = anomalies.mask.flatten().nonzero()[:, 0]
         with torch.no_grad():
-            mixture, _ = self.memory.recall(to_tokens(anomalies.features).flatten(0, 1)[altered])
-        return to_grid(
-            recalled.index_copy(0, altered, mixture.to(recalled)).view(len(batch["recalled"]), -1, recalled.shape[1])
-        )
+            mixture, distance = self.memory.recall(to_tokens(anomalies.features).flatten(0, 1)[altered])
+        recalled = to_tokens(batch["recalled"]).flatten(0, 1).index_copy(0, altered, mixture.to(batch["recalled"]))
+        abnormal = anomalies.mask.flatten().index_copy(0, altered, (distance > self.memory.limit).to(anomalies.mask))
+        return to_grid(recalled.view(n, -1, channels)), abnormal.view_as(anomalies.mask)
+
+    @torch.no_grad()
+    def finish(self, features: Tensor, valid: Tensor | None = None) -> None:
+        """Also raises τ_U and τ_V so far that hardly any cell of good training pictures is marked."""
+        maps = [self(part.float()).layers for part in features.split(8)]
+        self.perception.fit_thresholds(*(torch.cat([m[name] for m in maps]) for name in ("mean", "uncertainty")))
+        super().finish(features, valid)

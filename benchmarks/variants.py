@@ -1,11 +1,15 @@
-"""Variants of a method, side by side: each a few changed settings, all on features that were computed once.
+"""The tool for research: variants of a method side by side, each a few changed settings, features computed once.
 
-This is the tool for research and for ablations: a table of metrics per data set, variant and seed. It trains and scores
-exactly as `Detector.fit` and `evaluate` do, from cached features instead of pictures.
+    python benchmarks/variants.py --data ../shared/data/mvtec_ad/screw --backbone resnet18=WEIGHTS --seeds 3 \\
+        'lookup: method=lookup' 'base:' 'deep: network.restoration.depth=6; training.steps=800'
+
+It trains and scores as `Detector.fit` and `evaluate` do, from cached features instead of pictures, and prints a row per
+data set, variant and seed. Features stay in `--cache` for the next call.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import time
@@ -17,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unflaw.cache import Cache, Progress, TrainingError, ahead, batched, load, silent, stack
-from unflaw.config import Config
-from unflaw.datasets import Dataset, digest
+from unflaw.cache import Cache, TrainingError, ahead, batched, load, stack
+from unflaw.config import Config, make_config
+from unflaw.datasets import Dataset, Sample, digest, load_dataset
 from unflaw.detector import Detector
 from unflaw.features import FeatureExtractor
 from unflaw.files import write_atomically
@@ -29,15 +33,11 @@ from unflaw.metrics import PixelAccumulator, image_metrics
 METRICS = ("image_auroc", "pixel_auroc", "aupro_30", "pixel_ap")
 
 
-def raw_features(
-    extractor: FeatureExtractor, paths: Sequence[Path], config: Config, folder: Path, progress: Progress = silent
-) -> Tensor:
+def raw_features(extractor: FeatureExtractor, paths: Sequence[Path], config: Config, folder: Path) -> Tensor:
     """Aggregated features (N, C_raw, g, g) float16 of pictures, memory-mapped from a file in `folder`, made if absent.
 
     The name of the file is a digest of everything it depends on: pictures, preparation, backbone, levels, grid.
     """
-    from unflaw.datasets import Sample
-
     parts = config.features.model_dump(include={"backbone", "levels", "grid", "smooth"})
     parts |= {"preparation": config.preparation.model_dump(), "pictures": digest([Sample(p, 0) for p in paths])}
     parts |= {"weights": float(sum(p.abs().double().sum() for p in extractor.backbone.parameters()))}
@@ -55,7 +55,6 @@ def raw_features(
                 raw = extractor.aggregate(stack([p for p in group if not isinstance(p, ImageError)]))
                 store[done : done + len(raw)] = raw.numpy()
                 done += len(raw)
-                progress("features", done, len(paths), None)
             store.flush()
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,15 +70,13 @@ def project(extractor: FeatureExtractor, raw: Tensor, fit: bool = False) -> Tens
     return torch.cat([extractor.project(part.float()).half() for part in raw.split(32)])
 
 
-def run(
-    config: Config, dataset: Dataset, folder: Path, weights: Path | None, progress: Progress = silent
-) -> dict[str, Any]:
+def run(config: Config, dataset: Dataset, folder: Path, weights: Path | None) -> dict[str, Any]:
     """Trains and measures one variant on one data set; returns METRICS, seconds, and the false alarms and misses."""
     detector = Detector(config=config, weights=weights)
     extractor = detector.network.features
     train_paths, test = [s.path for s in dataset.train], dataset.test
-    train_raw = raw_features(extractor, train_paths, config, folder, progress)
-    test_raw = raw_features(extractor, [s.path for s in test], config, folder, progress)
+    train_raw = raw_features(extractor, train_paths, config, folder)
+    test_raw = raw_features(extractor, [s.path for s in test], config, folder)
     started = time.perf_counter()
     features = project(extractor, train_raw, fit=True)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(config.training.seed))
@@ -107,3 +104,42 @@ def run(
     labels = [sample.label for sample in test]
     metrics = {**image_metrics(scores, labels), **(pixels.compute() if masks_known else {})}
     return {"seconds": round(seconds, 1)} | {name: metrics.get(name) for name in METRICS}
+
+
+def variant(text: str, backbone: str, seed: int) -> tuple[str, Config]:
+    """A name and its configuration from `name: setting=value; …`; `method=NAME` chooses the method."""
+    name, _, rest = text.partition(":")
+    settings = dict(part.strip().split("=", 1) for part in rest.split(";") if part.strip())
+    method = settings.pop("method", "uranet")
+    changes: dict[str, Any] = {"features.backbone": backbone, "training.seed": seed, "training.display_steps": 0}
+    for key, value in settings.items():
+        try:
+            changes[key] = json.loads(value)
+        except ValueError:
+            changes[key] = value
+    return name.strip(), make_config(method, "cpu", changes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, action="append", required=True)
+    parser.add_argument("--backbone", default="tf_efficientnet_lite0", help="NAME or NAME=WEIGHTS")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--cache", type=Path, default=Path("runs/features"))
+    parser.add_argument("variants", nargs="+", help="'name: setting=value; …'")
+    args = parser.parse_args()
+    backbone, _, weights = args.backbone.partition("=")
+    columns = ("seconds", *METRICS)
+    print(f"| data | variant | seed | {' | '.join(columns)} |\n|{'---|' * (3 + len(columns))}")
+    for data in args.data:
+        dataset = load_dataset(data)
+        for text in args.variants:
+            for seed in range(args.seeds):
+                name, config = variant(text, backbone, seed)
+                row = run(config, dataset, args.cache, Path(weights) if weights else None)
+                cells = ["–" if row[c] is None else f"{row[c]:.4f}" if c != "seconds" else str(row[c]) for c in columns]
+                print(f"| {dataset.name} | {name} | {seed} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
