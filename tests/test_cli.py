@@ -204,7 +204,8 @@ def test_a_checkpoint_that_does_not_fit_is_named(tiny_training, tmp_path, monkey
     if kind == "damaged":
         checkpoint.write_bytes(b"half of it")
     else:
-        save_file({"module.restoration.mask_token": torch.zeros(5)}, checkpoint, {"stage": "training", "step": "3"})
+        metadata = {"identity": "of other settings", "step": "3", "history": "[]"}
+        save_file({"module.restoration.mask_token": torch.zeros(24)}, checkpoint, metadata)
     assert checkpoint.name in complaint(unflaw(*tiny_training, "--out", out, "--resume"))
 
 
@@ -247,6 +248,7 @@ def complaint(done: Result) -> str:
         (["--fit", "crop"], "preparation.fit"),
         (["--seed", "-1"], "training.seed"),
         (["--levels", "1,9"], "levels"),
+        (["--levels", "2,2"], "levels"),
         (["--backbone", "resnet18x"], "resnet18x"),
         (["--weights", "nothing.pth"], "nothing.pth"),
         (["--weights", "README.md"], "README.md"),

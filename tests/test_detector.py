@@ -16,6 +16,7 @@ from unflaw import features, load
 from unflaw.cache import Cache, TrainingError
 from unflaw.datasets import DatasetError, Sample, load_dataset
 from unflaw.detector import Detector
+from unflaw.features import WeightsError
 from unflaw.files import FORMAT, DetectorError, read_metadata
 from unflaw.images import ImageError
 from unflaw.results import Result
@@ -107,6 +108,30 @@ def test_an_interrupted_fit_goes_on_to_the_same_detector(detector, parts, weight
     assert not checkpoint.exists()
 
 
+@pytest.mark.parametrize("other", ["settings", "pictures", "weights"])
+def test_a_checkpoint_of_another_fit_is_refused(parts, weights, tiny, tmp_path, other):
+    checkpoint = tmp_path / "run.checkpoint"
+    changes = {"training.checkpoint_seconds": 0.0}
+    paths = sorted((parts / "train/good").iterdir())
+
+    def stop(stage: str, done: int, total: int, loss: float | None = None) -> None:
+        if stage == "training" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Detector(config=tiny(**changes), weights=weights).fit(paths, progress=stop, checkpoint=checkpoint)
+    if other == "settings":
+        changes["network.synthesis.clean"] = 0.25
+    elif other == "pictures":
+        paths = paths[1:]
+    else:
+        state = {name: 2 * t if name.endswith("conv1.weight") else t for name, t in load_file(weights).items()}
+        weights = tmp_path / "other.safetensors"
+        save_file(state, weights)
+    with pytest.raises(TrainingError, match=r"run\.checkpoint.*other pictures or settings"):
+        Detector(config=tiny(**changes), weights=weights).fit(paths, checkpoint=checkpoint)
+
+
 def test_the_record_says_how_it_was_trained(detector, parts, weights):
     record = detector.record_
     held = record["held_out"]
@@ -169,36 +194,76 @@ def test_calibration_leaves_padding_out_as_inspection_does(parts, weights, tiny,
     assert made.calibration_.pixel_threshold == pytest.approx(max(peaks), rel=0.02, abs=0.02)
 
 
+def unfitted(tiny, method: str, **changes) -> Detector:
+    own = {"network.prototypes" if method == "lookup" else "network.restoration.prototypes": 16}
+    small = {"features.grid": 4, "training.display_steps": 0, "scoring.shares": (0.05, 0.3, 1.0)}
+    config = tiny(method, **small, **own, **{"calibration.false_alarm_rate": 0.1}, **changes)
+    return Detector(config=config, weights="random")
+
+
+def good_ones(n: int, rng: torch.Generator, channels: int = 8) -> Cache:
+    """Some of them far less usual than others: all over, or in a cell or some."""
+    usual = torch.randn(n, channels, 4, 4, generator=rng)
+    scale = torch.randn(n, 1, 1, 1, generator=rng).mul(0.7).exp()
+    spots = (torch.rand(n, 1, 4, 4, generator=rng) < 0.1) * torch.randn(n, 1, 1, 1, generator=rng).mul(1.5).exp()
+    thumbnails, boxes = torch.zeros(n, 0), torch.tensor([[0, 0, 64, 64]] * n)
+    return Cache((usual * (scale + spots)).half(), thumbnails, boxes, [Path(__file__)] * n)
+
+
+def scores_of(detector: Detector, cache: Cache) -> list[float]:
+    with torch.inference_mode():
+        return detector.network.fuse(detector.network(cache.features.float()))[1].tolist()
+
+
 @pytest.mark.parametrize("method", ["lookup", "uranet"])
 def test_good_pictures_raise_no_more_alarms_than_certified(tiny, method):
     """Averaged over draws of the held-out pictures: the promise of `Calibration`, kept by the whole of `learn`."""
-    changes = {"features.grid": 4, "training.steps": 1, "training.display_steps": 0, "scoring.shares": (0.05, 0.3, 1.0)}
-    changes |= {f"network.{'' if method == 'lookup' else 'restoration.'}prototypes": 16}
-    made = Detector(config=tiny(method, **changes, **{"calibration.false_alarm_rate": 0.1}), weights="random")
-    rng = torch.Generator().manual_seed(0)
-
-    def pictures(n: int) -> torch.Tensor:
-        """Good ones, some of them far less usual than others: all over, or in a cell or some."""
-        channels = made.network.features.channels
-        usual = torch.randn(n, channels, 4, 4, generator=rng)
-        scale = torch.randn(n, 1, 1, 1, generator=rng).mul(0.7).exp()
-        spots = (torch.rand(n, 1, 4, 4, generator=rng) < 0.1) * torch.randn(n, 1, 1, 1, generator=rng).mul(1.5).exp()
-        return (usual * (scale + spots)).half()
-
-    def cache(features: torch.Tensor) -> Cache:
-        n = len(features)
-        return Cache(features, torch.zeros(n, 0), torch.tensor([[0, 0, 64, 64]] * n), [Path(__file__)] * n)
-
-    train, held, fresh, trials, alarms = cache(pictures(20)), 9, 20, 150, 0
+    made, rng = unfitted(tiny, method, **{"training.steps": 1}), torch.Generator().manual_seed(0)
+    train, held, fresh, trials, alarms = good_ones(20, rng), 9, 20, 150, 0
     for _ in range(trials):
-        made.learn(train, cache(pictures(held)))
-        with torch.inference_mode():
-            scores = made.network.fuse(made.network(pictures(fresh).float()))[1]
-        alarms += sum(made.calibration_.verdict(score) == "defect" for score in scores.tolist())
+        made.learn(train, good_ones(held, rng))
+        alarms += sum(made.calibration_.verdict(score) == "defect" for score in scores_of(made, good_ones(fresh, rng)))
     rate = made.calibration_.rate
     assert rate == 0.1
     deviation = math.sqrt(rate * (1 - rate) * (1 / (held + 2) + 1 / fresh) / trials)
     assert abs(alarms / (trials * fresh) - rate) < 4 * deviation  # not far fewer either: exchangeable
+
+
+@pytest.mark.parametrize("method", ["lookup", "uranet"])
+def test_pictures_that_calibrate_have_no_other_part(tiny, method):
+    """What makes the promise exact: of ten pictures, each in turn the new one, a single one raises an alarm."""
+    made, rng = unfitted(tiny, method, **{"training.steps": 0}), torch.Generator().manual_seed(1)
+    train, ten, states, alarms = good_ones(20, rng), good_ones(10, rng), [], []
+    for i in range(10):
+        others = [j for j in range(10) if j != i]
+        held = Cache(ten.features[others], ten.thumbnails[others], ten.boxes[others], ten.paths[:9])
+        made.learn(train, held)
+        (score,) = scores_of(made, ten[i : i + 1])
+        alarms.append(made.calibration_.verdict(score) == "defect")
+        states.append({name: tensor.clone() for name, tensor in made.network.state_dict().items()})
+    assert sum(alarms) == 1
+    for state in states[1:]:
+        assert [name for name, tensor in state.items() if not torch.equal(tensor, states[0][name])] == []
+
+
+def test_a_picture_too_thin_for_any_cell_is_judged_all_the_same(parts, weights, tiny):
+    """Padded, it covers the centre of no feature cell; its score must still be a number that JSON has."""
+    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0})
+    made = Detector(config=config, weights=weights).fit(parts)
+    thin = np.random.default_rng(0).integers(0, 256, (8, 256, 3), dtype=np.uint8)
+    result = made.inspect(thin)
+    assert result.valid == (0, 31, 64, 33)
+    assert math.isfinite(result.score)
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_it_learns_from_pictures_too_thin_for_any_cell(weights, tiny, tmp_path):
+    for i in range(12):
+        thin = np.random.default_rng(i).integers(0, 256, (8, 256, 3), dtype=np.uint8)
+        Image.fromarray(thin).save(tmp_path / f"{i:02d}.png")
+    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0})
+    made = Detector(config=config, weights=weights).fit(tmp_path)
+    assert math.isfinite(made.inspect(tmp_path / "00.png").score)
 
 
 def test_one_picture_to_calibrate_with_is_enough(parts, weights, tiny):
@@ -349,6 +414,18 @@ def test_a_loaded_detector_is_the_saved_one(detector, saved, bad):
 def test_saving_a_loaded_detector_changes_nothing(saved, tmp_path):
     Detector.load(saved).save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_a_loaded_detector_learns_again_on_its_own_backbone_or_says_that_it_cannot(saved, detector, parts, bad):
+    loaded = Detector.load(saved)
+    backbone = {name: tensor.clone() for name, tensor in loaded.network.features.backbone.state_dict().items()}
+    try:
+        loaded.fit(parts)
+    except (DetectorError, TrainingError, WeightsError):
+        return  # fair as well: the file of the weights is not known
+    again = loaded.network.features.backbone.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in backbone.items())
+    assert_same(loaded.inspect(bad[0]), detector.inspect(bad[0]))
 
 
 def test_loading_needs_neither_network_nor_weight_files(monkeypatch, detector, saved, bad):

@@ -249,6 +249,19 @@ def test_names_with_a_tag_are_timm_names_too():
     assert create_backbone("resnet18.a1_in1k", (1, 2), "random").feature_info.channels() == [64, 128]
 
 
+@pytest.mark.parametrize("levels", [(3, 1), (2, 2), (1, 3, 2)])
+def test_levels_out_of_order_or_twice_are_named_or_taken_as_meant(images, levels):
+    """The channels of a level are where its weight applies."""
+    try:
+        made = extractor(levels=levels)
+    except (ValueError, WeightsError) as error:
+        assert "levels" in str(error)
+        return
+    assert [f.shape[1] for f in made.backbone(images)] == made.level_channels
+    found = made.aggregate(images)
+    assert made.fit(found).project(found).shape == found.shape
+
+
 @pytest.mark.parametrize("weights", ["random", None, "nowhere.pth"])
 def test_levels_that_there_are_not_are_named(weights):
     """Before any weights are looked for."""

@@ -316,6 +316,34 @@ def test_without_prototypes_the_picture_alone_is_restored(tiny, features):
     torch.testing.assert_close(found.witnesses[:, 0], (features.float() - found.restored).norm(dim=1))
 
 
+def marking(tiny, features: Tensor) -> URANet:
+    """Thresholds of 0, so that they are what good pictures say."""
+    torch.manual_seed(0)
+    zero = {"network.perception.mean_threshold": 0.0, "network.perception.deviation_threshold": 0.0}
+    network = URANet(tiny(**zero), "random")
+    network.setup(features, None, rng())
+    return network
+
+
+def test_padding_has_no_part_in_thresholds(tiny, features):
+    network = marking(tiny, features)
+    with torch.no_grad():
+        layers = network(features.float()).layers
+    mean, deviation = layers["mean"][:, 0], layers["uncertainty"][:, 0]
+    valid = (mean < mean.quantile(0.8)) & (deviation < deviation.quantile(0.8))  # all that is high is padding
+    network.finish(features, valid)
+    for found, threshold in zip((mean, deviation), network.perception.thresholds, strict=True):
+        assert 0 < threshold <= found[valid].max() + 1e-5
+
+
+def test_thresholds_are_those_of_the_latest_training(tiny, features):
+    network = marking(tiny, features)
+    network.finish(30 * features)
+    high = network.perception.thresholds.clone()
+    network.finish(features)
+    assert (network.perception.thresholds < high).all()
+
+
 ABLATIONS = {
     "as it is": {},
     "no prototypes": {"network.restoration.prototypes": 0},

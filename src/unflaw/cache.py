@@ -154,6 +154,7 @@ def build_cache(
     for group in batched(ahead(lambda path: (path, load(path, preparation)), order), batch):
         skipped += [(str(path), str(picture)) for path, picture in group if isinstance(picture, ImageError)]
         good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
+        progress("features", len(kept) + len(good) + len(skipped), len(paths), None)
         if not good:
             continue
         images = stack([picture for _, picture in good])
@@ -167,7 +168,6 @@ def build_cache(
                 fit_first()
         else:
             keep(raw)
-        progress("features", len(kept) + len(skipped), len(paths), None)
     if len(kept) < (MINIMUM if fit else 1):
         reasons = f"; {len(skipped)} could not be read, first: {skipped[0][1]}" if skipped else ""
         purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"

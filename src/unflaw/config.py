@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unflaw.images import Preparation
 
@@ -36,6 +36,13 @@ class Features(Settings):
         description="share of each level, fine to coarse, in the squared norm of F; if standardised",
     )
     components: int | None = Field(128, ge=1, description="principal components kept; None keeps all channels")
+
+    @field_validator("levels")
+    @classmethod
+    def _ascending(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if list(levels) != sorted(set(levels)):
+            raise ValueError(f"levels must ascend, each named once: {', '.join(map(str, sorted(set(levels))))}")
+        return levels
 
 
 class Synthesis(Settings):

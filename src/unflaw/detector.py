@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import time
@@ -96,7 +97,9 @@ class Detector:
         self.calibration_, self.display, self.record_ = None, None, {}
         textures = self._textures()
         torch.manual_seed(settings.seed)
-        self.network = create(self.config, self.weights).eval()  # the same start, however often `fit` is called
+        backbone = self.network.features.backbone
+        self.network = create(self.config, "later").eval()  # the same start, however often `fit` is called
+        self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
         extractor, budget = self.network.features, settings.cache_gb * 2**30
         preparation, seed = self.config.preparation, settings.seed
         cache = build_cache(extractor, train, preparation, budget, seed=seed, progress=progress)
@@ -254,7 +257,13 @@ class Detector:
 
         if not any(p.requires_grad for p in network.parameters()):
             return []
-        identity = digest([Sample(path, 0) for path in cache.paths]) + self.config.model_dump_json()
+        identity = ""
+        if checkpoint is not None:
+            backbone = hashlib.sha256()
+            for tensor in network.features.backbone.state_dict().values():
+                backbone.update(tensor.numpy().tobytes())
+            pictures = digest([Sample(path, 0) for path in cache.paths])
+            identity = f"{pictures} {backbone.hexdigest()} {self.config.model_dump_json()}"
         return optimise(
             network,
             loss,
@@ -263,7 +272,7 @@ class Detector:
             settings,
             progress=progress,
             checkpoint=checkpoint,
-            identity=identity if checkpoint else "",
+            identity=identity,
         )
 
     def _textures(self) -> list[np.ndarray]:
@@ -333,13 +342,12 @@ class Detector:
         return results
 
     def _valid_cells(self, boxes: Tensor) -> Tensor | None:
-        """Boxes (N, 4) → (N, g, g) bool, feature cells whose centre lies in the picture; None where all do."""
+        """Boxes (N, 4) → (N, g, g) bool, feature cells that touch the picture; None where all do."""
         if self.config.preparation.fit == "stretch":
             return None
         grid, size = self.config.features.grid, self.config.preparation.size
-        centres = (torch.arange(grid) + 0.5) * size / grid
-        edges = boxes[..., None]
-        x, y = ((centres >= edges[:, i]) & (centres < edges[:, i + 2]) for i in (0, 1))
+        start, edges = torch.arange(grid) * size / grid, boxes[..., None]
+        x, y = ((start + size / grid > edges[:, i]) & (start < edges[:, i + 2]) for i in (0, 1))
         return y[:, :, None] & x[:, None, :]
 
     def _layers(self, inspection: Inspection) -> dict[str, np.ndarray]:

@@ -127,5 +127,7 @@ def _restore(
                     state.setdefault(int(index), {})[term] = tensor
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         return int(metadata["step"]), json.loads(metadata["history"])
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+    except TrainingError:
+        raise
+    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         raise TrainingError(f"{path}: the checkpoint is damaged ({error}); delete it and train again") from error

@@ -42,8 +42,9 @@ class UIAPM(nn.Module):
 
     def fit_thresholds(self, mean: Tensor, deviation: Tensor) -> None:
         """Raises τ_U and τ_V to the 99.99th percentile of U and V of good pictures, where that is higher (ours)."""
-        found = [m.flatten().sort().values[int(0.9999 * (m.numel() - 1))] for m in (mean, deviation)]
-        self.thresholds.copy_(torch.maximum(self.thresholds, torch.stack(found)))
+        found = torch.stack([m.flatten().sort().values[int(0.9999 * (m.numel() - 1))] for m in (mean, deviation)])
+        asked = torch.tensor([self.options.mean_threshold, self.options.deviation_threshold])
+        self.thresholds.copy_(torch.maximum(asked, found))
 
     def bayesian_layers(self) -> list[BayesianConv2d]:
         return [layer for layer in self.layers if isinstance(layer, BayesianConv2d)]
@@ -198,5 +199,7 @@ class URANet(Method):
     def finish(self, features: Tensor, valid: Tensor | None = None) -> None:
         """Also raises τ_U and τ_V so far that hardly any cell of good training pictures is marked."""
         maps = [self(part.float()).layers for part in features.split(8)]
-        self.perception.fit_thresholds(*(torch.cat([m[name] for m in maps]) for name in ("mean", "uncertainty")))
+        mean, deviation = (torch.cat([m[name] for m in maps])[:, 0] for name in ("mean", "uncertainty"))
+        inside = torch.ones_like(mean, dtype=torch.bool) if valid is None else valid
+        self.perception.fit_thresholds(mean[inside], deviation[inside])
         super().finish(features, valid)
