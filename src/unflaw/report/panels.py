@@ -72,7 +72,10 @@ def views(result: Result, scale: Scale, mask: np.ndarray | None = None) -> dict[
         shown["Ground truth"] = outline(image, mask[valid])
     shown["Heat map"] = _boxed(overlay(image, anomaly_map, scale), anomaly_map, scale.threshold, len(result.regions))
     for name, layer in result.layers.items():
-        pixels = layer if layer.ndim == 3 else np.repeat(np.clip(layer, 0, 1)[..., None] * 255, 3, axis=2).round()
+        gain = 2 if name == "uncertainty" else 1  # a deviation of values in [0, 1] is at most one half
+        pixels = (
+            layer if layer.ndim == 3 else np.repeat(np.clip(gain * layer, 0, 1)[..., None] * 255, 3, axis=2).round()
+        )
         shown[_CAPTIONS.get(name, name)] = pixels[valid].astype(np.uint8)
     return shown
 
