@@ -63,10 +63,9 @@ def raw_features(extractor: FeatureExtractor, paths: Sequence[Path], config: Con
 
 
 def project(extractor: FeatureExtractor, raw: Tensor, fit: bool = False) -> Tensor:
-    """Raw features → F (N, C, g, g) float16, after fitting the extractor on 64 of them where asked."""
+    """Raw features → F (N, C, g, g) float16, after fitting the extractor on the first 50 where asked."""
     if fit:
-        order = np.random.default_rng(0).permutation(len(raw))[:64]
-        extractor.fit(raw[torch.from_numpy(order)].float())
+        extractor.fit(raw[:50].float())
     return torch.cat([extractor.project(part.float()).half() for part in raw.split(32)])
 
 
@@ -78,12 +77,12 @@ def run(config: Config, dataset: Dataset, folder: Path, weights: Path | None) ->
     train_raw = raw_features(extractor, train_paths, config, folder)
     test_raw = raw_features(extractor, [s.path for s in test], config, folder)
     started = time.perf_counter()
-    features = project(extractor, train_raw, fit=True)
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(config.training.seed))
+    order = torch.randperm(len(train_raw), generator=torch.Generator().manual_seed(config.training.seed))
+    features = project(extractor, train_raw[order], fit=True)
     boxes = torch.tensor([[0, 0, config.preparation.size, config.preparation.size]]).expand(len(features), 4)
     textures = detector._textures()
     embedded = detector.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
-    cache = Cache(features[order], torch.empty(len(features), 0), boxes, [train_paths[i] for i in order.tolist()])
+    cache = Cache(features, torch.empty(len(features), 0), boxes, [train_paths[i] for i in order.tolist()])
     detector.learn(cache, textures=embedded)
     seconds = time.perf_counter() - started
     scores, pixels = [], PixelAccumulator()

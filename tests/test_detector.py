@@ -504,3 +504,15 @@ def test_saving_never_leaves_half_a_file(monkeypatch, detector, saved, tmp_path)
         detector.save(tmp_path / "new.safetensors")
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["parts.safetensors"]
+
+
+def test_nothing_is_learned_from_the_pictures_that_calibrate(parts, weights, tiny, monkeypatch):
+    """Neither standardisation nor components: the extractor is fitted on pictures that stay in training."""
+    from unflaw.features import FeatureExtractor
+
+    seen: list[int] = []
+    fit = FeatureExtractor.fit
+    monkeypatch.setattr(FeatureExtractor, "fit", lambda self, raw: (seen.append(len(raw)), fit(self, raw))[1])
+    made = Detector(config=tiny("lookup", **{"calibration.holdout": 0.5}), weights=weights).fit(parts)
+    record = made.record_
+    assert 2 <= seen[0] <= record["good_pictures"] - record["held_out"]

@@ -111,16 +111,18 @@ def build_cache(
     *,
     seed: int = 0,
     fit: bool = True,
+    held_out: float = 0.0,
     batch: int = 16,
     progress: Progress = silent,
 ) -> Cache:
     """Reads every picture once, in random order, fits the extractor on the first ones and embeds all.
 
     Args:
-        extractor: Its `fit` sees the first 64 pictures, or half a gigabyte of their features.
+        extractor: Its `fit` sees the first 64 pictures (or 512 MB of features), less the share `held_out`.
         budget: Features above this many bytes are memory-mapped, else kept in RAM.
         seed: Of the order.
         fit: False leaves the extractor as it is, for pictures that only calibrate.
+        held_out: Share of the pictures, the last ones, that will calibrate: nothing may be learned from them.
 
     Raises:
         TrainingError: To learn from: fewer than 8 readable pictures, or all identical. To calibrate with: none.
@@ -146,9 +148,10 @@ def build_cache(
     def fit_first() -> None:
         nonlocal first
         if fit:
-            extractor.fit(torch.cat(first))
-        for raw in first:
-            keep(raw)
+            raw = torch.cat(first)
+            extractor.fit(raw[: max(2, int((1 - held_out) * len(raw)) - 1)] if held_out else raw)
+        for part in first:
+            keep(part)
         first = []
 
     for group in batched(ahead(lambda path: (path, load(path, preparation)), order), batch):

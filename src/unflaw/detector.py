@@ -70,7 +70,6 @@ class Detector:
         self.record_: dict[str, Any] = {}
         self.network = create(self.config, self.weights).eval()
         self.display: DisplayDecoder | None = None
-        self.device = torch.device("cpu")
 
     def fit(
         self,
@@ -102,7 +101,8 @@ class Detector:
         self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
         extractor, budget = self.network.features, settings.cache_gb * 2**30
         preparation, seed = self.config.preparation, settings.seed
-        cache = build_cache(extractor, train, preparation, budget, seed=seed, progress=progress)
+        share = 0.0 if validation else self.config.calibration.holdout
+        cache = build_cache(extractor, train, preparation, budget, seed=seed, held_out=share, progress=progress)
         held = build_cache(extractor, validation, preparation, budget, fit=False) if validation else None
         cached = time.perf_counter()
         embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
@@ -145,7 +145,7 @@ class Detector:
             held = max(2, round(self.config.calibration.holdout * len(cache)))
             if len(cache) - held < 2:
                 raise TrainingError(f"calibration.holdout leaves {len(cache) - held} pictures to train on; lower it")
-            train, holdout = cache[held:], cache[:held]
+            train, holdout = cache[:-held], cache[-held:]
         history = self._train(train, textures, rng, progress, checkpoint)
         self._fit_display(train, progress)
         # from training pictures: what is learned from those that calibrate would make them unlike new pictures
