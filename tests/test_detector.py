@@ -169,7 +169,7 @@ def test_a_validation_part_calibrates_and_is_not_trained_on(parts, weights, tiny
     """Of any size: what is too few to learn from is not too few to calibrate with."""
     dataset = load_dataset(parts)
     validation = tuple(sample for sample in dataset.test if not sample.label)[:3]
-    config = tiny("lookup", **{"training.display_steps": 0})
+    config = tiny("lookup", **{"training.display_steps": 0, "calibration.extend": False})
     made = Detector(config=config, weights=weights).fit(replace(dataset, validation=validation))
     assert (made.record_["good_pictures"], made.record_["held_out"]) == (12, 3)
     inspected = sorted(made.inspect(sample.path).score for sample in validation)
@@ -183,7 +183,7 @@ def test_calibration_leaves_padding_out_as_inspection_does(parts, weights, tiny,
     for path in sorted((parts / "train/good").iterdir()):
         Image.open(path).crop((0, 0, 64, 24)).save(tmp_path / path.name)
     paths = sorted(tmp_path.iterdir())
-    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0})
+    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0, "calibration.extend": False})
     dataset = load_dataset(tmp_path)
     samples = tuple(Sample(path, 0) for path in paths)
     made = Detector(config=config, weights=weights).fit(replace(dataset, train=samples[:9], validation=samples[9:]))
@@ -218,7 +218,8 @@ def scores_of(detector: Detector, cache: Cache) -> list[float]:
 @pytest.mark.parametrize("method", ["lookup", "uranet"])
 def test_good_pictures_raise_no_more_alarms_than_certified(tiny, method):
     """Averaged over draws of the held-out pictures: the promise of `Calibration`, kept by the whole of `learn`."""
-    made, rng = unfitted(tiny, method, **{"training.steps": 1}), torch.Generator().manual_seed(0)
+    changes = {"training.steps": 1, "calibration.extend": False}
+    made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(0)
     train, held, fresh, trials, alarms = good_ones(20, rng), 9, 20, 150, 0
     for _ in range(trials):
         made.learn(train, good_ones(held, rng))
@@ -232,7 +233,8 @@ def test_good_pictures_raise_no_more_alarms_than_certified(tiny, method):
 @pytest.mark.parametrize("method", ["lookup", "uranet"])
 def test_pictures_that_calibrate_have_no_other_part(tiny, method):
     """What makes the promise exact: of ten pictures, each in turn the new one, a single one raises an alarm."""
-    made, rng = unfitted(tiny, method, **{"training.steps": 0}), torch.Generator().manual_seed(1)
+    changes = {"training.steps": 0, "calibration.extend": False}
+    made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(1)
     train, ten, states, alarms = good_ones(20, rng), good_ones(10, rng), [], []
     for i in range(10):
         others = [j for j in range(10) if j != i]
@@ -329,8 +331,24 @@ def test_p_values_are_those_of_held_out_pictures(detector, good, bad):
         assert (result.verdict == "defect") == (result.p_value <= detector.calibration_.rate)
 
 
-def test_a_picture_that_it_was_calibrated_on_is_good(detector, parts):
+@pytest.mark.parametrize("method", ["lookup", "uranet"])
+def test_learning_what_calibrated_raises_no_score(tiny, method):
+    """So the certified rate holds of the extended detector, whose pictures score lower if at all otherwise."""
+    scores, thresholds = [], []
+    for extend in (False, True):
+        torch.manual_seed(0)
+        rng = torch.Generator().manual_seed(2)
+        made = unfitted(tiny, method, **{"training.steps": 1, "calibration.extend": extend})
+        made.learn(good_ones(20, rng), good_ones(9, rng))
+        scores.append(scores_of(made, good_ones(40, rng)))
+        thresholds.append((made.calibration_.threshold, made.calibration_.pixel_threshold))
+    assert thresholds[0] == thresholds[1]
+    assert all(after <= before + 1e-5 for before, after in zip(*scores, strict=True)) and scores[0] != scores[1]
+
+
+def test_a_picture_that_it_was_calibrated_on_is_good(parts, weights, tiny):
     """Held-out pictures are among the training ones: each calibration score is found again, and none is above them."""
+    detector = Detector(config=tiny(**{"calibration.extend": False}), weights=weights).fit(parts)
     scores = detector.calibration_.scores
     inspected = [detector.inspect(path).score for path in sorted((parts / "train/good").iterdir())]
     for score in scores:  # cached features are in half precision

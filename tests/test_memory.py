@@ -136,3 +136,19 @@ def test_pictures_that_are_mostly_one_colour_do_not_break_recall():
     assert recalled.isfinite().all() and distance.isfinite().all()
     same = torch.ones(1, CHANNELS, 1, 1)
     torch.testing.assert_close(memory(same)[0], same, atol=1e-3, rtol=0)
+
+
+def test_extending_can_only_lower_distances_and_leaves_the_recall_alone():
+    """So that what calibrated the detector may be learned afterwards: no picture scores higher than before."""
+    rng = torch.Generator().manual_seed(0)
+    known, held, new = (torch.randn(n, 6, 4, 4, generator=rng) + shift for n, shift in ((8, 0), (4, 3), (4, 3)))
+    memory = Memory(32, 6)
+    memory.fit(known, rng)
+    before = memory(torch.cat([known, held, new]))
+    memory.extend(held, rng)
+    after = memory(torch.cat([known, held, new]))
+    assert torch.equal(before[0], after[0])
+    assert (after[1] <= before[1]).all()
+    assert after[1][8:].mean() < 0.8 * before[1][8:].mean()  # pictures like those held out, too
+    memory.fit(known, torch.Generator().manual_seed(0))
+    assert (memory.extra == memory.extra[0, 0]).all()  # fitting anew forgets them

@@ -19,7 +19,7 @@ class Settings(BaseModel):
 
 
 class Features(Settings):
-    """Frozen backbone and aggregation (METHODS: common ground)."""
+    """Frozen backbone and aggregation."""
 
     backbone: str = Field("tf_efficientnet_lite0", description="any timm model that supports features_only")
     levels: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -136,6 +136,7 @@ class CalibrationOptions(Settings):
 
     holdout: float = Field(0.2, gt=0, lt=1, description="share of the good pictures kept out of training")
     false_alarm_rate: float = Field(0.01, gt=0, lt=1)
+    extend: bool = Field(True, description="once they have calibrated, the memory learns the held-out pictures too")
 
 
 Network = Annotated[URANetOptions | LookupOptions, Field(discriminator="method")]
@@ -158,7 +159,7 @@ class Config(Settings):
         return self.network.method
 
 
-# What the paper-scale profile changes: WideResNet-50 on a 64×64 grid, eight 768-wide blocks (METHODS).
+# What the paper-scale profile changes: WideResNet-50 on a 64×64 grid, eight 768-wide blocks.
 PAPER: dict[str, Any] = {
     "features.backbone": "wide_resnet50_2",
     "features.grid": 64,

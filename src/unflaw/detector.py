@@ -151,6 +151,8 @@ class Detector:
         # from training pictures: what is learned from those that calibrate would make them unlike new pictures
         self.network.finish(train.features[:FINISHED_ON], self._valid_cells(train.boxes[:FINISHED_ON]))
         self._calibrate(holdout)
+        if self.config.calibration.extend:
+            self.network.extend(holdout.features, rng)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         return {"history": history, "held_out": len(holdout.paths)}

@@ -32,7 +32,7 @@ class WeightsError(RuntimeError):
 
 
 class FeatureExtractor(nn.Module):
-    """φ and agg of METHODS: levels smoothed, brought to one grid, concatenated, standardised, reduced.
+    """φ and agg: levels smoothed, brought to one grid, concatenated, standardised, reduced.
 
     Standardisation and principal components are learned once from good features by `fit`.
 
@@ -75,7 +75,7 @@ class FeatureExtractor(nn.Module):
         """Learns centre, scale and components from raw features (N, C_raw, g, g) of good pictures.
 
         One scale per *level* (default) gives each level its share `level_weights` of the mean squared norm, which is 1
-        in all. One per channel instead amplifies the noise of channels that hardly vary (METHODS, third trial).
+        in all. One per channel instead amplifies the noise of channels that hardly vary (docs/research.md).
         Principal components follow the scaled features.
         """
         self.centre = raw.mean((0, 2, 3))

@@ -88,7 +88,7 @@ def _jittered(features: Tensor, rng: Generator) -> Tensor:
 
 
 def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator) -> Anomalies:
-    """F_a = (1 − M) ⊙ F + M ⊙ (β·T + (1 − β)·F), T from one source per sample (METHODS: FASM).
+    """F_a = (1 − M) ⊙ F + M ⊙ (β·T + (1 − β)·F), T from one source per sample (our reading of FASM).
 
     T is foreign: features of a texture picture (the paper's), or ours: other good pictures, shuffled cells, jitter.
     β is drawn per sample from `config.strength`; a share `config.clean` of the samples stays as it is.

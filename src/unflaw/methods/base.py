@@ -77,6 +77,12 @@ class Method(nn.Module):
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
         self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
 
+    def extend(self, features: Tensor, rng: Generator) -> None:
+        """After calibration: learns from the pictures that calibrated, F (N, C, g, g, float16).
+
+        Only what can lower the evidence of a picture and never raise it, or the calibration would not hold.
+        """
+
     def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Evidence → anomaly maps at canvas size, (N, S, S), and image scores (N,).
 

@@ -26,6 +26,9 @@ class Lookup(Method):
         self.memory.fit(features, rng)
         return {}
 
+    def extend(self, features: Tensor, rng: Generator) -> None:
+        self.memory.extend(features, rng)
+
     def forward(self, features: Tensor) -> Inspection:
         recalled, distance = self.memory(features)
         return Inspection(distance, restored=recalled)

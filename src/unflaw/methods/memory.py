@@ -11,6 +11,8 @@ CHUNK = 256  # tokens compared with the memory at a time: their (256, M) matrix 
 
 MOST_TOKENS = 2**20  # that prototypes are chosen among: whole pictures, drawn at random where there are more
 
+FAR = 1e4  # where prototypes lie that are not there: no token comes near
+
 
 class Memory(nn.Module):
     """M prototypes and attention to them.
@@ -26,7 +28,9 @@ class Memory(nn.Module):
         self.sharpness = sharpness
         self.prototypes: Tensor
         self.radius: Tensor
+        self.extra: Tensor
         self.register_buffer("prototypes", torch.zeros(size, channels))
+        self.register_buffer("extra", torch.full((size // 4, channels), FAR))
         self.limit: Tensor
         self.register_buffer("radius", torch.ones(()))
         self.register_buffer("limit", torch.ones(()))
@@ -44,10 +48,25 @@ class Memory(nn.Module):
         size = len(self.prototypes)
         chosen = tokens[greedy_coreset(tokens, size, rng)]
         self.prototypes.copy_(chosen.repeat(-(-size // len(chosen)), 1)[:size])
+        self.extra.fill_(FAR)
         sample = tokens[torch.randint(len(tokens), (4096,), generator=rng)]
         distances = squared_distances(sample, self.prototypes).amin(1).sqrt().clamp_min(1e-6)
         self.radius.copy_(distances.median())
         self.limit.copy_(distances.quantile(0.99))
+
+    @torch.no_grad()
+    def extend(self, features: Tensor, rng: Generator) -> None:
+        """Adds prototypes out of held-out pictures, F (N, C, g, g), after these have calibrated (ours).
+
+        They serve the distance only, which can but fall by them, of every token. So no picture scores higher than when
+        the threshold was set, and the certified false-alarm rate holds; yet what the held-out pictures show is known.
+        """
+        parts = [to_tokens(part.float()).flatten(0, 1) for part in features.split(8)]
+        distance = torch.cat([self.recall(part)[1] for part in parts])
+        far = distance.argsort(descending=True)[: 16 * len(self.extra)]
+        tokens = torch.cat(parts)[far]
+        chosen = tokens[greedy_coreset(tokens, len(self.extra), rng)]
+        self.extra[: len(chosen)] = chosen
 
     def recall(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(T, C) → attended mixture of prototypes (T, C), and distance to the nearest one (T,).
@@ -62,6 +81,8 @@ class Memory(nn.Module):
         squared = squared_distances(tokens, self.prototypes)  # (T, M)
         nearest = squared.amin(1)
         weights = ((nearest[:, None] - squared) * (self.sharpness / self.radius.square())).exp_()
+        if len(self.extra):
+            nearest = torch.minimum(nearest, squared_distances(tokens, self.extra).amin(1))
         return (weights @ self.prototypes) / weights.sum(1, keepdim=True), nearest.sqrt()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from unflaw.cache import allocate
 from unflaw.config import Config, Perception, Restoration, URANetOptions
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
@@ -71,7 +72,7 @@ class UIAPM(nn.Module):
         return marked.float(), (marked | ambiguous).float()
 
     def loss(self, logits: Tensor, mask: Tensor, n_pictures: int) -> dict[str, Tensor]:
-        """BCE + Dice against M, and KL / N (METHODS: our reading of the loss)."""
+        """BCE + Dice against M, and KL / N (our reading of the loss)."""
         bce = F.binary_cross_entropy_with_logits(logits, mask)
         p = logits.sigmoid()
         dice = 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
@@ -150,7 +151,10 @@ class URANet(Method):
         if self.memory is None:
             return {}
         self.memory.fit(features, rng)
-        return {"recalled": torch.cat([self.memory(part.float())[0].half() for part in features.split(16)])}
+        recalled, self._folder = allocate(tuple(features.shape), self.config.training.cache_gb * 2**30)
+        for part, target in zip(features.split(16), recalled.split(16), strict=True):
+            target.copy_(self.memory(part.float())[0])
+        return {"recalled": recalled}
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
@@ -164,6 +168,10 @@ class URANet(Method):
         terms["restoration"] = (restored - clean).square().sum(1).mean() / clean.square().sum(1).mean()
         terms["loss"] = sum(terms.values(), torch.zeros(()))
         return terms
+
+    def extend(self, features: Tensor, rng: Generator) -> None:
+        if self.memory is not None:
+            self.memory.extend(features, rng)
 
     def forward(self, features: Tensor) -> Inspection:
         recalled, distance = (features, None) if self.memory is None else self.memory(features)
