@@ -46,12 +46,12 @@ def perlin(n: int, side: int, max_scale: int, rng: Generator) -> Tensor:
         y0, x0 = y.long(), x.long()
         fy, fx = y - y0, x - x0
 
-        def corner(dy: int, dx: int, y0=y0, x0=x0, fy=fy, fx=fx, angles=angles) -> Tensor:  # type: ignore[no-untyped-def]
+        corners = []
+        for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
             angle = angles[(y0 + dy)[:, None], (x0 + dx)[None, :]]
-            return angle.sin() * (fy - dy)[:, None] + angle.cos() * (fx - dx)[None, :]
-
+            corners.append(angle.sin() * (fy - dy)[:, None] + angle.cos() * (fx - dx)[None, :])
         wy, wx = (t * t * t * (t * (t * 6 - 15) + 10) for t in (fy[:, None], fx[None, :]))
-        top, bottom = (torch.lerp(corner(dy, 0), corner(dy, 1), wx) for dy in (0, 1))
+        top, bottom = torch.lerp(corners[0], corners[1], wx), torch.lerp(corners[2], corners[3], wx)
         noise[i] = torch.lerp(top, bottom, wy)
     return noise * 2**0.5
 
