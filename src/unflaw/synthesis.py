@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unflaw.config import Synthesis
@@ -130,8 +129,3 @@ def texture_pictures(folder: str | Path | None, preparation: Preparation, limit:
 
     pictures = [getattr(skimage.data, name)() for name in PACKAGED_TEXTURES]
     return [prepare(read(np.asarray(picture)), preparation).pixels for picture in pictures]
-
-
-def blur(features: Tensor, k: int = 3) -> Tensor:
-    """Mean over k×k neighbours, same size."""
-    return F.avg_pool2d(features, k, 1, k // 2, count_include_pad=False)
