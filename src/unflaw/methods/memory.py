@@ -78,12 +78,14 @@ class Memory(nn.Module):
         return torch.cat([mixture for mixture, _ in parts]), torch.cat([distance for _, distance in parts])
 
     def _recall(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        squared = squared_distances(tokens, self.prototypes)  # (T, M)
-        nearest = squared.amin(1)
-        weights = ((nearest[:, None] - squared) * (self.sharpness / self.radius.square())).exp_()
+        scale = self.sharpness / self.radius.square()
+        # −scale · d² but for the term of the token itself, which softmax does not see; one product makes it all
+        logits = torch.addmm(-scale * self.prototypes.square().sum(1), tokens * (2 * scale), self.prototypes.T)
+        closeness = logits.amax(1) / scale
         if len(self.extra):
-            nearest = torch.minimum(nearest, squared_distances(tokens, self.extra).amin(1))
-        return (weights @ self.prototypes) / weights.sum(1, keepdim=True), nearest.sqrt()
+            more = torch.addmm(-self.extra.square().sum(1), 2 * tokens, self.extra.T).amax(1)
+            closeness = torch.maximum(closeness, more)
+        return logits.softmax(1) @ self.prototypes, (tokens.square().sum(1) - closeness).clamp_min(0).sqrt()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """F (N, C, g, g) → recalled (N, C, g, g) and distance (N, 1, g, g)."""
