@@ -32,7 +32,9 @@ TINY_URANET: dict[str, Any] = {
     "network.restoration.depth": 1,
     "network.restoration.patch": 2,
     "network.restoration.prototypes": 64,
+    "network.restoration.coarse_prototypes": 32,
 }
+TINY_LOOKUP: dict[str, Any] = {"network.prototypes": 64, "network.coarse_prototypes": 32}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,7 +103,7 @@ def tiny() -> Callable[..., Any]:
     from unflaw.config import make_config
 
     def make(method: str = "uranet", **changes: Any) -> Any:
-        own = TINY_URANET if method == "uranet" else {"network.prototypes": 64}
+        own = TINY_URANET if method == "uranet" else TINY_LOOKUP
         return make_config(method, "cpu", TINY | own | changes)
 
     return make

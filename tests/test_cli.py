@@ -156,7 +156,8 @@ def test_options_and_settings_reach_the_configuration(parts, weights, tmp_path):
     out = tmp_path / "lookup.safetensors"
     arguments = ["--method", "lookup", "--backbone", "resnet18", "--weights", weights, "--levels", "2,3"]
     arguments += ["--size", 48, "--fit", "pad", "--seed", 3, "--rate", 0.25]
-    arguments += settings({"network.prototypes": 20, "features.grid": 6, "training.display_steps": 0})
+    network = {"network.prototypes": 20, "network.coarse_prototypes": 10}
+    arguments += settings({**network, "features.grid": 6, "training.display_steps": 0})
     arguments += ["--set", "features.standardise=channel"]  # no JSON: taken as it stands
     done = unflaw("train", "--data", parts, "--out", out, *arguments)
     assert done.exit_code == 0, done.output
@@ -164,7 +165,7 @@ def test_options_and_settings_reach_the_configuration(parts, weights, tmp_path):
     assert config["features"] | {"levels": [2, 3], "grid": 6, "standardise": "channel"} == config["features"]
     assert config["preparation"] == {"size": 48, "fit": "pad"}
     assert (config["training"]["seed"], config["calibration"]["false_alarm_rate"]) == (3, 0.25)
-    assert config["network"] == {"method": "lookup", "prototypes": 20}
+    assert config["network"] == {"method": "lookup", "prototypes": 20, "coarse_prototypes": 10}
 
 
 def test_an_interrupted_training_goes_on_with_resume(model, tiny_training, tmp_path, monkeypatch):

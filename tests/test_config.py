@@ -57,6 +57,7 @@ def test_the_paper_profile_changes_what_it_says_and_gives_way_to_changes():
         ("network.restoration.width", 30),
         ("network.synthesis.clean", 1.5),
         ("network.synthesis.others", -1),
+        ("network.restoration.coarse_prototypes", 0),
         ("preparation.size", 1),
         ("preparation.fit", "crop"),
         ("calibration.false_alarm_rate", 0),
@@ -64,6 +65,9 @@ def test_the_paper_profile_changes_what_it_says_and_gives_way_to_changes():
         ("calibration.holdout", 1),
         ("features.level_weights", ()),
         ("scoring.shares", ()),
+        ("scoring.coarse_share", 0),
+        ("scoring.coarse_share", 1.5),
+        ("scoring.coarse_weight", -0.1),
         ("scoring.locating", ()),  # those of earlier versions are not silently taken
         ("scoring.judging", (0.0, 0.0, 0.0)),
         ("training.seed", 2**32),

@@ -155,6 +155,70 @@ def test_a_channel_that_never_varies_does_no_harm(raw):
         assert projected.isfinite().all() and projected.abs().max() < 1e3
 
 
+# Whole regions
+
+
+def cut(raw: Tensor, grid: int) -> Tensor:
+    return raw[..., :grid, :grid]
+
+
+def pooled(features: Tensor) -> Tensor:
+    """Means of 2×2 cells, of those that there are at an odd edge."""
+    starts = range(0, features.shape[-1], 2)
+    rows = [torch.stack([features[..., y : y + 2, x : x + 2].mean((2, 3)) for x in starts], -1) for y in starts]
+    return torch.stack(rows, -2)
+
+
+@pytest.mark.parametrize("grid", [8, 7])
+@pytest.mark.parametrize("standardise", ["level", "channel", "none"])
+def test_a_region_is_as_long_as_the_last_level_of_F(raw, standardise, grid):
+    full = extractor(standardise=standardise).fit(cut(raw, grid))
+    made = extractor(standardise=standardise, components=20).fit(cut(raw, grid))
+    features = made.project(cut(raw, grid))
+    directions = made.basis / full.basis.diagonal()[:, None]  # without the scale: orthonormal
+    last = torch.einsum("nkij,ck->ncij", features, directions[-LEVELS[-1] :])
+    found = made.coarsen(features)
+    assert found.shape == (6, made.coarse_channels, 4, 4) and made.coarse_channels == 20
+    torch.testing.assert_close(found.norm(dim=1), pooled(last).norm(dim=1), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("grid", [8, 7])
+@pytest.mark.parametrize("levels, channels, share", [((1,), 64, 1), ((0, 1), 128, 3 / 4)])
+def test_regions_are_as_far_apart_as_in_the_last_level(raw, levels, channels, share, grid):
+    """Nothing is lost where all components are kept."""
+    given = cut(raw, grid)[:, 200 - channels : 200]  # of two scales
+    made = extractor(levels=levels, level_weights=(1.0, 3.0)).fit(given)
+    last = given[:, -64:] - given[:, -64:].mean((0, 2, 3), keepdim=True)
+    last = last * (share / last.square().sum(1).mean()).sqrt()
+    expected = per_channel(pooled(last)).T
+    found = per_channel(made.coarsen(made.project(given))).T
+    assert found.shape == (6 * 16, 64)
+    torch.testing.assert_close(torch.cdist(found, found), torch.cdist(expected, expected), atol=2e-3, rtol=1e-3)
+
+
+def test_of_a_wide_last_level_the_principal_components_are_kept(raw):
+    made = extractor().fit(raw)
+    assert made.coarse_channels == made.coarse_basis.shape[1] == module.COARSE_COMPONENTS < LEVELS[-1]
+    features = made.project(raw)
+    found = (made.coarse_basis.T @ per_channel(features)).double()
+    covariance = found @ found.T / found.shape[1]
+    variances = covariance.diagonal()
+    assert (variances.diff() <= 1e-6 * variances[0]).all()
+    assert (covariance - variances.diag()).abs().max() < 1e-3 * variances[0]
+    last = per_channel(features[:, -LEVELS[-1] :]).double()
+    expected = torch.linalg.svdvals(last)[: len(variances)].square() / last.shape[1]
+    torch.testing.assert_close(variances, expected, atol=1e-6, rtol=1e-3)
+
+
+def test_finer_levels_say_nothing_of_a_region(raw):
+    made = extractor().fit(raw)
+    other = raw.clone()
+    other[:, : -LEVELS[-1]] = torch.randn(6, 192, 8, 8, generator=torch.Generator().manual_seed(1))
+    features, changed = made.project(raw), made.project(other)
+    assert not torch.allclose(features, changed)
+    torch.testing.assert_close(made.coarsen(changed), made.coarsen(features), atol=1e-4, rtol=1e-4)
+
+
 # The backbone is frozen
 
 
@@ -339,3 +403,4 @@ def test_a_saved_state_brings_back_the_same_features(weights, images, tmp_path, 
     again = FeatureExtractor(config(components=12), "later")
     again.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert torch.equal(again(images), made(images))
+    assert torch.equal(again.coarsen(again(images)), made.coarsen(made(images)))

@@ -13,7 +13,6 @@ from unflaw.methods.layers import (
     gaussian_blur,
     greedy_coreset,
     sincos_positions,
-    squared_distances,
     to_grid,
     to_tokens,
 )
@@ -242,13 +241,6 @@ def test_coreset_leaves_the_tokens_alone_and_depends_on_the_generator_only():
 
 
 # Small things
-
-
-def test_squared_distances_are_those_of_cdist():
-    tokens, prototypes = randn(2, 9, 6), randn(5, 6, seed=1)
-    expected = torch.cdist(tokens, prototypes).square()
-    torch.testing.assert_close(squared_distances(tokens, prototypes), expected, atol=1e-5, rtol=1e-4)
-    assert squared_distances(100 * tokens[0], 100 * tokens[0]).min() >= 0
 
 
 def test_tokens_and_grid_are_inverse():

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from unflaw.methods.memory import CHUNK, MOST_TOKENS, Memory
+from unflaw.methods.memory import CHUNK, MOST_TOKENS, Judge, Memory
 
 CHANNELS = 6
 
@@ -16,8 +19,8 @@ def features() -> Tensor:
     return torch.randn(4, CHANNELS, 8, 8, generator=rng())
 
 
-def filled(features: Tensor, size: int = 20, sharpness: float = 2.0, seed: int = 1) -> Memory:
-    memory = Memory(size, CHANNELS, sharpness)
+def filled(features: Tensor, size: int = 20, sharpness: float = 2.0, neighbours: int = 8, seed: int = 1) -> Memory:
+    memory = Memory(size, CHANNELS, sharpness, neighbours)
     memory.fit(features, rng(seed))
     return memory
 
@@ -32,6 +35,13 @@ def brute_force(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     return distances.amin(1), prototypes[distances.argmin(1)]
 
 
+def not_of(picture: Tensor, prototypes: Tensor) -> Tensor:
+    """The prototypes that are no tokens of this picture (C, g, g)."""
+    own = (prototypes[:, None] == as_tokens(picture[None])).all(-1).any(1)
+    assert own.any() and not own.all()
+    return prototypes[~own]
+
+
 def test_prototypes_are_tokens_of_the_pictures(features):
     memory, tokens = filled(features), as_tokens(features)
     assert memory.prototypes.shape == (20, CHANNELS)
@@ -42,12 +52,12 @@ def test_prototypes_are_tokens_of_the_pictures(features):
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
-def test_the_radius_is_a_typical_distance_and_the_limit_a_rare_one(features, scale):
+def test_the_radius_is_the_median_distance_to_what_other_pictures_taught(features, scale):
     scaled = scale * features
     memory = filled(scaled)
-    distances = brute_force(as_tokens(scaled), memory.prototypes)[0]
-    assert memory.radius.item() == pytest.approx(distances.median().item(), rel=0.1)
-    assert distances.quantile(0.97) <= memory.limit <= distances.max() + 1e-3
+    distances = [brute_force(as_tokens(f[None]), not_of(f, memory.prototypes))[0] for f in scaled]
+    assert memory.radius.item() == pytest.approx(torch.cat(distances).median().item(), rel=1e-4)
+    assert memory.radius > brute_force(as_tokens(scaled), memory.prototypes)[0].median()
 
 
 def test_half_precision_features_are_taken_as_cached(features):
@@ -55,14 +65,21 @@ def test_half_precision_features_are_taken_as_cached(features):
     assert memory.prototypes.dtype == torch.float32 and memory.prototypes.abs().sum() > 0
 
 
+def numbered(features: Tensor) -> Tensor:
+    """With the number of the picture, in hundreds, in all of its tokens."""
+    return features + torch.arange(4.0).mul(100).view(4, 1, 1, 1)
+
+
 def test_of_more_pictures_than_it_can_look_at_it_takes_some(monkeypatch, features):
     """Whole ones, drawn from everywhere."""
     monkeypatch.setattr("unflaw.methods.memory.MOST_TOKENS", 2 * 64)
     assert MOST_TOKENS > 2 * 64
-    numbered = features + torch.arange(4.0).mul(100).view(4, 1, 1, 1)
-    seen = {
-        tuple((filled(numbered, seed=seed).prototypes.mean(1) / 100).round().unique().tolist()) for seed in range(20)
-    }
+    seen = set()
+    for seed in range(20):
+        memory = filled(numbered(features), seed=seed)
+        pictures = (memory.prototypes.mean(1) / 100).round()
+        assert memory.owners.tolist() == pictures.tolist()  # by their rows among all
+        seen.add(tuple(pictures.unique().tolist()))
     assert all(len(pictures) == 2 for pictures in seen)
     assert {picture for pictures in seen for picture in pictures} == {0, 1, 2, 3}
 
@@ -70,34 +87,40 @@ def test_of_more_pictures_than_it_can_look_at_it_takes_some(monkeypatch, feature
 def test_distances_are_those_of_a_full_search(features):
     memory = filled(features)
     tokens = torch.randn(10 * CHUNK + 1, CHANNELS, generator=rng(2))  # more than one chunk, the last one smaller
-    distance = memory.recall(tokens)[1]
+    _, distance, least = memory.recall(tokens)
     assert distance.shape == (len(tokens),)
     expected = brute_force(tokens, memory.prototypes)[0]
     torch.testing.assert_close(distance, expected, atol=1e-3, rtol=1e-4)
+    assert torch.equal(least, distance)  # as long as it was not extended
 
 
-@pytest.mark.parametrize("sharpness", [0.1, 2.0])
-def test_recall_is_attention_to_prototypes(features, sharpness):
-    memory = filled(features, sharpness=sharpness)
-    tokens = torch.randn(CHUNK + 100, CHANNELS, generator=rng(2))
-    mixture = memory.recall(tokens)[0]
-    keys = memory.prototypes
+def attention(memory: Memory, tokens: Tensor, keys: Tensor) -> Tensor:
+    """Softmax over the nearest keys, as the words say it."""
     squared = (tokens[:, None] - keys).square().sum(-1)
-    expected = (-sharpness * squared / memory.radius**2).softmax(-1) @ keys
-    torch.testing.assert_close(mixture, expected, atol=1e-4, rtol=1e-4)
+    squared, nearest = squared.topk(min(memory.neighbours, len(keys)), largest=False)
+    weights = (-memory.sharpness * squared / memory.radius**2).softmax(-1)
+    return (weights[..., None] * keys[nearest]).sum(1)
 
 
-def test_sharp_recall_is_the_nearest_prototype_and_flat_recall_their_mean(features):
+@pytest.mark.parametrize("neighbours", [1, 3, 8, 100])
+@pytest.mark.parametrize("sharpness", [0.1, 2.0])
+def test_recall_is_attention_to_the_nearest_prototypes(features, sharpness, neighbours):
+    memory = filled(features, sharpness=sharpness, neighbours=neighbours)
+    tokens = torch.randn(CHUNK + 100, CHANNELS, generator=rng(2))
+    expected = attention(memory, tokens, memory.prototypes)
+    torch.testing.assert_close(memory.recall(tokens)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sharp_recall_is_the_nearest_prototype_and_flat_recall_the_mean_of_the_nearest(features):
     tokens = torch.randn(100, CHANNELS, generator=rng(2))
     sharp, flat = (filled(features, sharpness=sharpness) for sharpness in (1e4, 1e-7))
     keys = sharp.prototypes
-    two = (tokens[:, None] - keys).norm(dim=-1).topk(2, largest=False).values
-    clear = two[:, 1] - two[:, 0] > 0.05  # no tie
+    ordered, order = (tokens[:, None] - keys).norm(dim=-1).sort()
+    clear = ordered[:, 1] - ordered[:, 0] > 0.05  # no tie
     assert clear.any()
     nearest = brute_force(tokens, keys)[1]
     torch.testing.assert_close(sharp.recall(tokens)[0][clear], nearest[clear], atol=1e-3, rtol=1e-3)
-    mean = flat.prototypes.mean(0).expand_as(tokens)
-    torch.testing.assert_close(flat.recall(tokens)[0], mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(flat.recall(tokens)[0], keys[order[:, :8]].mean(1), atol=1e-4, rtol=1e-4)
 
 
 def test_recall_never_leaves_the_prototypes(features):
@@ -110,21 +133,67 @@ def test_recall_never_leaves_the_prototypes(features):
 
 def test_grids_are_their_tokens(features):
     memory = filled(features)
-    recalled, distance = memory(features)
-    assert recalled.shape == features.shape and distance.shape == (4, 1, 8, 8)
-    mixture, expected = memory.recall(as_tokens(features))
+    memory.extend(2 * features, rng(2))
+    recalled, *distances = memory(features)
+    mixture, *expected = memory.recall(as_tokens(features))
+    assert recalled.shape == features.shape
     torch.testing.assert_close(as_tokens(recalled), mixture)
-    torch.testing.assert_close(distance.flatten(), expected)
+    for grid, tokens in zip(distances, expected, strict=True):
+        assert grid.shape == (4, 1, 8, 8)
+        torch.testing.assert_close(grid.flatten(), tokens)
+
+
+def test_what_a_picture_taught_is_left_out_for_it(features):
+    """As if only the others had been there, wherever in a batch it stands."""
+    memory = filled(features)
+    rows = torch.tensor([2, 0, 3])
+    recalled, distance, least = memory(features[rows], rows)
+    for i, row in enumerate(rows.tolist()):
+        tokens, others = as_tokens(features[row : row + 1]), not_of(features[row], memory.prototypes)
+        expected = attention(memory, tokens, others)
+        torch.testing.assert_close(as_tokens(recalled[i : i + 1]), expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(distance[i].flatten(), brute_force(tokens, others)[0], atol=1e-3, rtol=1e-4)
+    assert torch.equal(least, distance)
+    assert (distance >= memory(features[rows])[1] - 1e-4).all()
+
+
+def test_a_picture_that_taught_nothing_has_nothing_left_out(features):
+    memory = filled(features)
+    for found, expected in zip(memory(features, torch.arange(4, 8)), memory(features), strict=True):
+        torch.testing.assert_close(found, expected, atol=3e-3, rtol=1e-4)
 
 
 def test_fewer_tokens_than_prototypes_fill_the_memory(features):
-    few = features[:1, :, :2, :2]
-    memory = filled(few, size=10)
-    assert len(memory.prototypes.unique(dim=0)) == 4
-    recalled, distance = memory(few)
-    assert recalled.isfinite().all() and distance.isfinite().all()
-    torch.testing.assert_close(recalled, few, atol=1e-2, rtol=1e-2)
+    few = features[:2, :, :2, :2]
+    memory = filled(few, size=20)
+    assert len(memory.prototypes.unique(dim=0)) == 8
+    recalled, distance, _ = memory(few)
+    assert recalled.isfinite().all()
+    torch.testing.assert_close(distance, torch.zeros(2, 1, 2, 2), atol=2e-3, rtol=0)
+    rows = torch.arange(2)
+    apart = torch.cdist(as_tokens(few[:1]), as_tokens(few[1:]))
+    expected = torch.cat([apart.amin(1), apart.amin(0)])  # all copies of a token have the same owner
+    torch.testing.assert_close(memory(few, rows)[1].flatten(), expected, atol=1e-3, rtol=1e-4)
     assert all(t.isfinite().all() for t in memory(torch.randn(1, CHANNELS, 3, 3, generator=rng(1))))
+
+
+def test_a_single_picture_gives_finite_numbers(features):
+    memory = filled(features[:1])
+    for found in (memory(features), memory(features[:1], torch.arange(1))):
+        assert all(t.isfinite().all() for t in found)
+    assert memory.radius.isfinite() and memory.radius > 0
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_memory_of_next_to_nothing_works(features, size):
+    """Too small to be extended."""
+    memory = filled(features, size=size)
+    memory.extend(features, rng())
+    expected = brute_force(as_tokens(features), memory.prototypes)[0]
+    _, distance, least = memory(features)
+    torch.testing.assert_close(distance.flatten(), expected, atol=3e-3, rtol=1e-4)
+    assert torch.equal(least, distance)
+    assert all(t.isfinite().all() for t in memory(features, torch.arange(4)))
 
 
 def test_pictures_that_are_mostly_one_colour_do_not_break_recall():
@@ -132,23 +201,74 @@ def test_pictures_that_are_mostly_one_colour_do_not_break_recall():
     features = torch.ones(4, CHANNELS, 8, 8)
     features[:, :, 0] = torch.randn(4, CHANNELS, 8, generator=rng())
     memory = filled(features, size=10)
-    recalled, distance = memory(torch.randn(1, CHANNELS, 3, 3, generator=rng(1)))
-    assert recalled.isfinite().all() and distance.isfinite().all()
+    assert all(t.isfinite().all() for t in memory(torch.randn(1, CHANNELS, 3, 3, generator=rng(1))))
     same = torch.ones(1, CHANNELS, 1, 1)
     torch.testing.assert_close(memory(same)[0], same, atol=1e-3, rtol=0)
 
 
-def test_extending_can_only_lower_distances_and_leaves_the_recall_alone():
+def test_extending_can_only_lower_the_least_distance_and_leaves_the_rest_alone():
     """So that what calibrated the detector may be learned afterwards: no picture scores higher than before."""
     rng = torch.Generator().manual_seed(0)
     known, held, new = (torch.randn(n, 6, 4, 4, generator=rng) + shift for n, shift in ((8, 0), (4, 3), (4, 3)))
+    everything = torch.cat([known, held, new])
     memory = Memory(32, 6)
     memory.fit(known, rng)
-    before = memory(torch.cat([known, held, new]))
+    before = memory(everything)
     memory.extend(held, rng)
-    after = memory(torch.cat([known, held, new]))
-    assert torch.equal(before[0], after[0])
-    assert (after[1] <= before[1]).all()
-    assert after[1][8:].mean() < 0.8 * before[1][8:].mean()  # pictures like those held out, too
+    after = memory(everything)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert (after[2] <= before[2]).all()
+    assert after[2][12:].mean() < 0.8 * before[2][12:].mean()  # pictures like those held out, too
+    expected = brute_force(as_tokens(everything), torch.cat([memory.prototypes, memory.extra]))[0]
+    torch.testing.assert_close(after[2].flatten(), expected, atol=5e-3, rtol=1e-4)
+    assert all((as_tokens(held) == p).all(1).any() for p in memory.extra)
     memory.fit(known, torch.Generator().manual_seed(0))
     assert (memory.extra == memory.extra[0, 0]).all()  # fitting anew forgets them
+
+
+# Whole regions
+
+
+def coarsen(features: Tensor) -> Tensor:
+    return -F.avg_pool2d(features, 2, ceil_mode=True)
+
+
+def judge(features: Tensor, size: int = 20) -> Judge:
+    made = Judge(size, SimpleNamespace(coarse_channels=CHANNELS, coarsen=coarsen))
+    made.fit(features, rng(1))
+    return made
+
+
+@pytest.mark.parametrize("side", [8, 7])
+def test_a_judge_says_how_far_the_nearest_known_region_is(features, side):
+    """Those of the picture itself left out, for one of training."""
+    cut = features[..., :side, :side]
+    made, regions = judge(cut), coarsen(cut)
+    prototypes = made.memory.prototypes
+    assert all((as_tokens(regions) == p).all(1).any() for p in prototypes)
+    found, new = made(cut), made(cut + 1)
+    assert found.shape == (4, 1, 4, 4)
+    torch.testing.assert_close(found.flatten(), brute_force(as_tokens(regions), prototypes)[0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(new.flatten(), brute_force(as_tokens(regions - 1), prototypes)[0], atol=1e-3, rtol=0)
+    rows = torch.tensor([3, 1])
+    for row, alone in zip(rows.tolist(), made(cut[rows], rows), strict=True):
+        expected = brute_force(as_tokens(regions[row : row + 1]), not_of(regions[row], prototypes))[0]
+        torch.testing.assert_close(alone.flatten(), expected, atol=1e-3, rtol=0)
+
+
+def test_a_judge_learns_from_all_cached_pictures(features):
+    many = torch.cat([features] * 10).half()
+    many[-1] += 100  # far from all others, in the second part
+    assert (judge(many).memory.prototypes.mean(1) < -50).any()
+
+
+def test_extending_a_judge_can_only_lower_what_it_says(features):
+    made, held, new = judge(features), 2 * features[:2], 3 * features
+    before = made(held), made(new)
+    made.extend(held.half(), rng(2))
+    after = made(held), made(new)
+    assert all((a <= b).all() for a, b in zip(after, before, strict=True))
+    assert after[0].mean() < 0.9 * before[0].mean()
+    known = torch.cat([made.memory.prototypes, made.memory.extra])
+    expected = brute_force(as_tokens(coarsen(new)), known)[0]
+    torch.testing.assert_close(after[1].flatten(), expected, atol=1e-3, rtol=0)

@@ -11,17 +11,30 @@ from unflaw.methods.lookup import Lookup
 from unflaw.methods.uranet import URANet
 
 GRID = 8
-SHARES = (0.1, 1.0)
+SHARES, COARSE_SHARE = (0.1, 1.0), 0.3
+ALONE = {"network.restoration.prototypes": 0}
 
 
-def evidence(n: int = 5, kinds: int = 1, seed: int = 0) -> Tensor:
+def evidence(kinds: int, n: int = 5, seed: int = 0) -> Tensor:
     return torch.rand(n, kinds, GRID, GRID, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["lookup", "uranet"])
+def random_inspection(method: Method) -> Inspection:
+    coarse = torch.rand(5, 1, GRID // 2, GRID // 2, generator=torch.Generator().manual_seed(1))
+    perceived = evidence(1, seed=2) if method.perceives else None
+    return Inspection(evidence(method.kinds), perceived, coarse if method.judges else None)
+
+
+@pytest.fixture(params=["lookup", "uranet", "alone"])
 def method(request, tiny) -> Method:
-    """One and two kinds of evidence. Knows nothing of what is normal yet: mean 0 and deviation 1."""
-    return create(tiny(request.param, **{"scoring.shares": SHARES}), "random")
+    """One kind of evidence or two, with perceived and coarse evidence or without. Knows nothing of what is normal yet:
+    mean 0 and deviation 1."""
+    settings = {"scoring.shares": SHARES, "scoring.coarse_share": COARSE_SHARE, "scoring.coarse_weight": 0.5}
+    if request.param != "alone":
+        return create(tiny(request.param, **settings), "random")
+    made = create(tiny(**settings, **ALONE), "random")
+    torch.nn.init.normal_(made.restoration.widen.weight, generator=torch.Generator().manual_seed(0))  # else no residual
+    return made
 
 
 def learned(method: Method, good: int = 10) -> Tensor:
@@ -38,30 +51,64 @@ def test_methods_by_name(tiny):
 
 
 def test_kinds_of_evidence_are_counted(tiny):
-    alone = create(tiny(**{"network.restoration.prototypes": 0}), "random")
-    for network, kinds in ((create(tiny("lookup"), "random"), 1), (create(tiny(), "random"), 2), (alone, 1)):
-        assert network.kinds == kinds and network.normal.shape == (kinds, 2)
-        assert network.normal_scores.shape == (len(network.config.scoring.shares), 2)
+    made = (create(tiny("lookup"), "random"), create(tiny(), "random"), create(tiny(**ALONE), "random"))
+    for network, kinds, perceives, judges in zip(made, (1, 2, 1), (0, 1, 0), (1, 1, 0), strict=True):
+        assert (network.kinds, network.judges) == (kinds, judges) and network.normal.shape == (kinds + judges, 2)
+        shares = len(network.config.scoring.shares)
+        assert network.perceives == perceives
+        assert network.normal_scores.shape == (shares * (1 + perceives) + judges, 2)
         with torch.no_grad():
-            assert network(torch.randn(3, network.features.channels, GRID, GRID)).witnesses.shape[:2] == (3, kinds)
+            found = network(torch.randn(3, network.features.channels, GRID, GRID))
+        assert found.witnesses.shape == (3, kinds, GRID, GRID)
+        assert found.coarse.shape == (3, 1, GRID // 2, GRID // 2) if judges else found.coarse is None
+        assert found.perceived.shape == (3, 1, GRID, GRID) if perceives else found.perceived is None
 
 
-def test_the_map_is_the_mean_of_the_evidence_and_keeps_constants(method):
-    flat = torch.tensor([2.0, 5.0])[: method.kinds].view(1, -1, 1, 1).expand(2, -1, GRID, GRID)
-    maps, scores = method.fuse(Inspection(flat))
+def test_the_judge_is_saved_and_the_extractor_only_once(tiny):
+    for name in ("lookup", "uranet"):
+        state = create(tiny(name), "random").state_dict()
+        judge = {key for key in state if key.startswith("judge.")}
+        assert {"judge.memory.prototypes", "judge.memory.extra"} <= judge
+        assert all(key.startswith("judge.memory.") for key in judge)
+
+
+def test_the_map_is_the_mean_of_the_evidence_and_a_part_of_the_coarse_and_keeps_constants(method):
+    flat = torch.tensor([2.0, 2.0] if method.kinds == 1 else [-1.0, 5.0])[: method.kinds].view(1, -1, 1, 1)
+    flat = flat.expand(2, -1, GRID, GRID)
+    perceived = torch.tensor([1.0, 4.0]).view(2, 1, 1, 1).expand(-1, 1, GRID, GRID) if method.perceives else None
+    coarse = torch.full((2, 1, 4, 4), 3.0) if method.judges else None
+    maps, scores = method.fuse(Inspection(flat, perceived, coarse))
     assert maps.shape == (2, 64, 64) and scores.shape == (2,)
-    mean = 3.5 if method.kinds == 2 else 2.0
-    torch.testing.assert_close(maps, torch.full((2, 64, 64), mean))
-    torch.testing.assert_close(scores, torch.full((2,), mean))
+    torch.testing.assert_close(maps, torch.full((2, 64, 64), 2 + 0.5 * 3 if method.judges else 2.0))
+    fine = torch.tensor([2.0, 4.0 if method.perceives else 2.0])  # the larger of both
+    torch.testing.assert_close(scores, (fine + 2 * 3) / 3 if method.judges else fine)
+
+
+@pytest.mark.parametrize("name", ["lookup", "uranet"])
+def test_coarse_evidence_shows_where_it_lies_and_only_with_a_weight(tiny, name):
+    weighted, off = (create(tiny(name, **{"scoring.coarse_weight": weight}), "random") for weight in (0.3, 0.0))
+    flat, coarse = torch.zeros(1, weighted.kinds, GRID, GRID), torch.zeros(1, 1, 4, 4)
+    perceived = flat[:, :1] if weighted.perceives else None
+    coarse[..., 3, 1] = 8.0
+    (maps, scores), (none, same) = (m.fuse(Inspection(flat, perceived, coarse)) for m in (weighted, off))
+    row, column = divmod(int(maps.argmax()), 64)
+    assert row >= 48 and 16 <= column < 32
+    assert 0 < maps.max() <= 0.3 * 8
+    assert not none.any()
+    assert torch.equal(scores, same) and (scores > 0).all()
 
 
 def test_evidence_counts_in_its_own_deviations(method):
     """However small the numbers of a kind are."""
-    expected = method.fuse(Inspection(evidence(kinds=method.kinds)))
-    mean, deviation = (torch.tensor(v)[: method.kinds] for v in ([3.0, -1.0], [100.0, 0.01]))
-    method.normal.copy_(torch.stack([mean, deviation], dim=-1))
-    scaled = evidence(kinds=method.kinds) * deviation.view(-1, 1, 1) + mean.view(-1, 1, 1)
-    for a, b in zip(method.fuse(Inspection(scaled)), expected, strict=True):
+    inspection = random_inspection(method)
+    expected = method.fuse(inspection)
+    mean, deviation = (torch.tensor(v)[: method.kinds] for v in ([3.0, -1.0, 0.0], [100.0, 0.01, 2.0]))
+    rows, coarse = torch.stack([mean, deviation], dim=-1), inspection.coarse
+    if coarse is not None:
+        rows, coarse = torch.cat([rows, torch.tensor([[7.0, 0.1]])]), 0.1 * coarse + 7
+    method.normal.copy_(rows)
+    scaled = inspection.witnesses * deviation.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    for a, b in zip(method.fuse(Inspection(scaled, inspection.perceived, coarse)), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
@@ -74,71 +121,151 @@ def smoothed(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return out
 
 
-def score_by_hand(witnesses: Tensor, valid: np.ndarray, normal: np.ndarray) -> float:
-    values = np.sort(smoothed(witnesses.mean(0).numpy(), valid)[valid])[::-1]
-    highest = [values[: max(1, round(q * values.size))].mean() for q in SHARES]
-    return float(np.mean([(h - mean) / deviation for h, (mean, deviation) in zip(highest, normal, strict=True)]))
+def highest_by_hand(values: np.ndarray, valid: np.ndarray, share: float) -> float:
+    ordered = np.sort(smoothed(values, valid)[valid])[::-1]
+    return float(ordered[: max(1, round(share * ordered.size))].mean())
 
 
-@pytest.mark.parametrize("normal", [[[0.0, 1.0], [0.0, 1.0]], [[0.7, 0.05], [0.5, 0.2]]])
-def test_the_score_is_the_mean_of_highest_shares_in_their_own_deviations(method, normal):
+def holding_any(valid: np.ndarray) -> np.ndarray:
+    starts = range(0, len(valid), 2)
+    return np.array([[valid[y : y + 2, x : x + 2].any() for x in starts] for y in starts])
+
+
+def scores_by_hand(inspection: Inspection, valid: np.ndarray, normal: np.ndarray) -> list[float]:
+    scores = []
+    for i, inside in enumerate(valid):
+        found = statistics_by_hand(inspection, inspection.witnesses[i].mean(0).numpy(), inside, i)
+        above = [(f - mean) / dev for f, (mean, dev) in zip(found, normal, strict=True)]
+        fine = max(np.mean(above[:2]), np.mean(above[2:4])) if inspection.perceived is not None else np.mean(above[:2])
+        scores.append(float(fine if inspection.coarse is None else (fine + 2 * above[-1]) / 3))
+    return scores
+
+
+def statistics_by_hand(inspection: Inspection, fused: np.ndarray, inside: np.ndarray, i: int) -> list[float]:
+    found = [highest_by_hand(fused, inside, share) for share in SHARES]
+    if inspection.perceived is not None:
+        found += [highest_by_hand(inspection.perceived[i, 0].numpy(), inside, share) for share in SHARES]
+    if inspection.coarse is not None:
+        found.append(highest_by_hand(inspection.coarse[i, 0].numpy(), holding_any(inside), COARSE_SHARE))
+    return found
+
+
+NORMAL = [[0.7, 0.05], [0.5, 0.2], [0.4, 0.1], [0.6, 0.3], [-0.3, 4.0]]
+
+
+@pytest.mark.parametrize("normal", [[[0.0, 1.0]] * 5, NORMAL])
+def test_the_score_is_made_of_highest_shares_in_their_own_deviations(method, normal):
+    normal = normal[: len(method.normal_scores)]
     method.normal_scores.copy_(torch.tensor(normal))
-    witnesses, everywhere = evidence(kinds=method.kinds), np.ones((GRID, GRID), bool)
-    expected = [score_by_hand(w, everywhere, np.array(normal)) for w in witnesses]
-    np.testing.assert_allclose(method.fuse(Inspection(witnesses))[1].numpy(), expected, rtol=1e-4)
+    inspection, everywhere = random_inspection(method), np.ones((5, GRID, GRID), bool)
+    expected = scores_by_hand(inspection, everywhere, np.array(normal))
+    np.testing.assert_allclose(method.fuse(inspection)[1].numpy(), expected, rtol=1e-4)
+
+
+def strips() -> Tensor:
+    """Valid cells of five pictures of different size in a batch."""
+    valid = torch.zeros(5, GRID, GRID, dtype=torch.bool)
+    valid[:, 2:6] = True
+    valid[3:, 2:4] = False
+    valid[3:, 5] = False  # one row alone, of which the coarse cells hold but a half
+    return valid
 
 
 def test_padding_has_no_part_in_the_score(method):
-    witnesses = evidence(kinds=method.kinds)
-    valid = torch.zeros(5, GRID, GRID, dtype=torch.bool)
-    valid[:, 2:6] = True
-    valid[3:, 3] = False  # pictures of a batch differ in size
-    valid[3:, 5] = False
-    normal = np.array([[0.0, 1.0]] * 2)
-    expected = [score_by_hand(w, v.numpy(), normal) for w, v in zip(witnesses, valid, strict=True)]
-    scores = method.fuse(Inspection(witnesses), valid)[1]
+    inspection, valid = random_inspection(method), strips()
+    expected = scores_by_hand(inspection, valid.numpy(), np.array([[0.0, 1.0]] * len(method.normal_scores)))
+    scores = method.fuse(inspection, valid)[1]
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-5)
-    shouting = torch.where(valid[:, None], witnesses, 100.0)
-    torch.testing.assert_close(method.fuse(Inspection(shouting), valid)[1], scores)
+    witnesses, coarse = torch.where(valid[:, None], inspection.witnesses, 100.0), inspection.coarse
+    perceived = torch.where(valid[:, None], inspection.perceived, 100.0) if method.perceives else None
+    if coarse is not None:
+        held = torch.from_numpy(np.stack([holding_any(v) for v in valid.numpy()]))
+        assert not held.all() and (held.flatten(1).sum(1) * 4 > valid.flatten(1).sum(1)).any()
+        coarse = torch.where(held[:, None], coarse, 100.0)
+    torch.testing.assert_close(method.fuse(Inspection(witnesses, perceived, coarse), valid)[1], scores)
     everywhere = torch.ones_like(valid)
-    torch.testing.assert_close(method.fuse(Inspection(witnesses), everywhere)[1], method.fuse(Inspection(witnesses))[1])
+    torch.testing.assert_close(method.fuse(inspection, everywhere)[1], method.fuse(inspection)[1])
 
 
-def standardised(method: Method, witnesses: Tensor) -> Tensor:
-    mean, deviation = method.normal[..., None, None].unbind(1)
-    return (witnesses - mean) / deviation
+def test_a_last_cell_of_an_odd_grid_has_a_coarse_cell_of_its_own(tiny):
+    method = create(tiny("lookup", **{"features.grid": 7}), "random")
+    valid = torch.zeros(1, 7, 7, dtype=torch.bool)
+    valid[..., 6, 6] = True
+    coarse = torch.arange(16.0).view(1, 1, 4, 4)
+    score = method.fuse(Inspection(torch.ones(1, 1, 7, 7), coarse=coarse), valid)[1]
+    assert score.item() == pytest.approx((1 + 2 * 15) / 3)
+
+
+@pytest.mark.parametrize("grid", [7, 8])
+def test_coarse_evidence_lies_where_its_cells_lie(tiny, grid):
+    """A ramp over coarse cells stays that ramp on the canvas, also where half of the last cell is off the grid."""
+    method = create(
+        tiny("lookup", **{"features.grid": grid, "scoring.coarse_weight": 1.0, "scoring.smooth": 0}), "random"
+    )
+    coarse = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 1, 4, 4)
+    maps = method.fuse(Inspection(torch.zeros(1, 1, grid, grid), coarse=coarse))[0]
+    rows = (torch.arange(64) + 0.5) / 64 * grid / 2 - 0.5
+    torch.testing.assert_close(maps[0, :, 30], rows.clamp(0, 3), atol=0.02, rtol=0)
+
+
+def standardised(method: Method, inspection: Inspection) -> list[Tensor]:
+    """Each kind of evidence, (N, g, g) or (N, h, h), the coarse one last."""
+    kinds = list(inspection.witnesses.unbind(1))
+    kinds += [] if inspection.coarse is None else [inspection.coarse[:, 0]]
+    return [(kind - mean) / deviation for kind, (mean, deviation) in zip(kinds, method.normal, strict=True)]
 
 
 def test_after_training_evidence_counts_in_deviations_of_good_pictures(method):
+    """Of training pictures as if they were new: what they taught the memory is left out."""
     features = learned(method)
     method.finish(features)
     with torch.no_grad():
-        found = method(features.float())
-        standard = standardised(method, found.witnesses)
+        found = method(features.float(), torch.arange(len(features)))
+        standard = standardised(method, found)
         maps, scores = method.fuse(found)
-    torch.testing.assert_close(standard.mean((0, 2, 3)), torch.zeros(method.kinds), atol=1e-3, rtol=0)
-    torch.testing.assert_close(standard.std((0, 2, 3)), torch.ones(method.kinds), atol=1e-3, rtol=0)
-    torch.testing.assert_close(maps.mean(), torch.tensor(0.0), atol=0.05, rtol=0)  # the mean of both
-    assert scores.mean().item() == pytest.approx(0, abs=1e-3)
-    statistics = method._statistics(standard.mean(1))
+    assert len(standard) == method.kinds + method.judges
+    for kind in standard:
+        assert kind.mean().item() == pytest.approx(0, abs=1e-3)
+        assert kind.std().item() == pytest.approx(1, abs=1e-3)
+    assert maps.mean().item() == pytest.approx(0, abs=0.05)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-3) or method.perceives  # the larger of two has no mean of 0
+    fused, everywhere = torch.stack(standard[: method.kinds], 1).mean(1).numpy(), np.ones((GRID, GRID), bool)
+    judged = Inspection(found.witnesses, found.perceived, standard[-1][:, None] if method.judges else None)
+    statistics = [statistics_by_hand(judged, f, everywhere, i) for i, f in enumerate(fused)]
     mean, deviation = method.normal_scores.unbind(-1)
-    torch.testing.assert_close(statistics.mean(0), mean, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(statistics.std(0, correction=0), deviation, atol=1e-4, rtol=1e-3)
+    np.testing.assert_allclose(np.mean(statistics, 0), mean.numpy(), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(np.std(statistics, 0), deviation.numpy(), atol=1e-4, rtol=1e-3)
     assert {"normal", "normal_scores"} <= method.state_dict().keys()  # a saved detector needs them
 
 
+@pytest.mark.parametrize("name", ["lookup", "uranet"])
+def test_training_pictures_are_not_judged_by_what_they_taught(tiny, name):
+    """With their own prototypes they would look far more usual than new ones."""
+    method = create(tiny(name), "random")
+    features = learned(method, 48)
+    new = torch.randn(16, *features.shape[1:], generator=torch.Generator().manual_seed(9))
+    method.finish(features)
+    distances = [method.kinds - 1, method.kinds]  # the last witness and the coarse evidence
+    with torch.no_grad():
+        found = (standardised(method, method(f)) for f in (features.float(), new))
+        itself, unseen = (torch.stack([kinds[i].mean() for i in distances]) for kinds in found)
+    assert (itself < -0.15).all()
+    assert (unseen > itself / 2).all()
+
+
 def test_padding_has_no_part_in_what_is_normal(method):
-    features = learned(method)
+    features, rows = learned(method), torch.arange(10)
     valid = torch.zeros(10, GRID, GRID, dtype=torch.bool)
     valid[:, 2:6] = True
     method.finish(features, valid)
     before = method.normal.clone(), method.normal_scores.clone()
     with torch.no_grad():
-        found = method(features.float())
-        inside = standardised(method, found.witnesses)[:, :, 2:6]
-        assert method.fuse(found, valid)[1].mean().item() == pytest.approx(0, abs=1e-3)
-    torch.testing.assert_close(inside.mean((0, 2, 3)), torch.zeros(method.kinds), atol=1e-3, rtol=0)
-    torch.testing.assert_close(inside.std((0, 2, 3)), torch.ones(method.kinds), atol=1e-3, rtol=0)
+        found = method(features.float(), rows)
+        assert method.fuse(found, valid)[1].mean().item() == pytest.approx(0, abs=1e-3) or method.perceives
+    for kind in standardised(method, found):
+        inside = kind[:, 2:6] if kind.shape[-1] == GRID else kind[:, 1:3]
+        assert inside.mean().item() == pytest.approx(0, abs=1e-3)
+        assert inside.std().item() == pytest.approx(1, abs=1e-3)
     if isinstance(method, Lookup):  # which looks at each cell by itself: what stands in the padding is all the same
         method.finish(torch.where(valid[:, None], features, 9.0), valid)
         torch.testing.assert_close((method.normal, method.normal_scores), before)
@@ -150,6 +277,33 @@ def test_one_training_picture_gives_finite_numbers(method):
     with torch.no_grad():
         maps, scores = method.fuse(method(features[:3].float()))
     assert maps.isfinite().all() and scores.isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_extending_raises_no_evidence_of_any_picture(method, seed):
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in method.parameters():  # weights that nobody trained and nobody shrank
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3, generator=rng)
+    features = learned(method)
+    method.finish(features)
+    held, new = (2 * torch.randn(6, *features.shape[1:], generator=rng) for _ in range(2))
+    everything = torch.cat([features.float(), held, new, 100 * new])
+    with torch.no_grad():
+        before = method(everything)
+        method.extend(held.half(), rng)
+        after = method(everything)
+        maps, scores = zip(method.fuse(before), method.fuse(after), strict=True)
+    assert (after.witnesses <= before.witnesses).all()
+    assert after.perceived is None or (after.perceived <= before.perceived).all()
+    assert (scores[1] <= scores[0] + 1e-5).all() and (maps[1] <= maps[0] + 1e-4).all()
+    if not method.judges:
+        assert torch.equal(after.witnesses, before.witnesses)
+        return
+    assert (after.coarse <= before.coarse).all()
+    learned_now, calibrated = slice(10, 16), before.coarse[10:16].mean()
+    assert after.coarse[learned_now].mean() < 0.9 * calibrated
+    assert (scores[1][learned_now] < scores[0][learned_now]).any()
 
 
 @pytest.mark.parametrize("levels", [(2,), (2, 3), (1, 2, 3), (0, 1, 2, 3)])
@@ -168,10 +322,15 @@ def test_any_number_of_levels_gives_one_map(tiny, name, levels):
 def test_lookup_is_the_distance_to_the_memory(tiny):
     method = create(tiny("lookup"), "random")
     features = learned(method)
-    with torch.no_grad():
-        found = method(features.float())
-    recalled, distance = method.memory(features.float())
-    assert torch.equal(found.witnesses, distance) and torch.equal(found.restored, recalled)
+    method.extend(3 * features[:4], torch.Generator().manual_seed(1))
+    everything, rows = torch.cat([features, 3 * features]).float(), torch.arange(20)  # the second ten taught nothing
+    for pictures in (None, rows):
+        found = method(everything, pictures)
+        recalled, distance, least = method.memory(everything, pictures)
+        assert torch.equal(found.witnesses, least) and torch.equal(found.restored, recalled)
+        assert torch.equal(found.coarse, method.judge(everything, pictures))
+        assert not torch.equal(least, distance)
+    assert not torch.equal(method(everything).coarse, method(everything, rows).coarse)
     assert not list(p for p in method.parameters() if p.requires_grad)
     with pytest.raises(TypeError, match="Lookup has nothing to train"):
         method.loss({"features": features.float()}, torch.Generator())

@@ -31,11 +31,11 @@ class Features(Settings):
         "level", description="one scale per level, per channel, or none"
     )
     level_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1.0, 2.0, 4.0),
+        (1.0, 1.0, 1.0),
         min_length=1,
         description="share of each level, fine to coarse, in the squared norm of F; if standardised",
     )
-    components: int | None = Field(128, ge=1, description="principal components kept; None keeps all channels")
+    components: int | None = Field(192, ge=1, description="principal components kept; None keeps all channels")
 
     @field_validator("levels")
     @classmethod
@@ -61,7 +61,7 @@ class Synthesis(Settings):
 class Perception(Settings):
     """UIAPM: the Bayesian network that marks anomalous regions and ambiguous boundaries."""
 
-    width: int = Field(64, ge=1)
+    width: int = Field(32, ge=1)
     depth: int = Field(2, ge=1, description="hidden Bayesian convolutions of 3×3")
     draws: int = Field(8, ge=1, description="weight samples S at inspection")
     prior: float = Field(0.1, gt=0, description="standard deviation of the Gaussian prior over weights")
@@ -80,7 +80,8 @@ class Restoration(Settings):
     heads: int = Field(3, ge=1)
     masked: bool = Field(True, description="keys only where M_final marks nothing; False: plain self-attention")
     prototypes: int = Field(4096, ge=0, description="memory of normal tokens across pictures; 0: the picture alone")
-    sharpness: float = Field(2.0, gt=0, description="softmax(−sharpness·d²/radius²) over prototypes")
+    coarse_prototypes: int = Field(16384, ge=1, description="memory of whole regions, for the image score")
+    sharpness: float = Field(2.0, gt=0, description="softmax(−sharpness·d²/radius²) over the nearest prototypes")
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Restoration:
@@ -103,6 +104,7 @@ class LookupOptions(Settings):
 
     method: Literal["lookup"] = "lookup"
     prototypes: int = Field(4096, ge=1)
+    coarse_prototypes: int = Field(16384, ge=1, description="memory of whole regions, for the image score")
 
 
 class Training(Settings):
@@ -127,8 +129,11 @@ class Scoring(Settings):
 
     smooth: float = Field(4.0, ge=0, description="deviation of the Gaussian over the map, pixels at a side of 256")
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        (0.01, 0.1), min_length=1, description="the image score looks at these highest shares"
+        (0.01,), min_length=1, description="the image score looks at these highest shares of the witnesses"
     )
+    coarse_share: float = Field(0.4, gt=0, le=1, description="and at this highest share of the coarse evidence")
+    coarse_say: float = Field(2.0, ge=0, description="weight of the coarse evidence in the image score")
+    coarse_weight: float = Field(0.4, ge=0, description="weight of the coarse evidence in the map")
 
 
 class CalibrationOptions(Settings):

@@ -26,6 +26,8 @@ WEIGHT_PACKAGES = {
     for n, digest in enumerate(("57934424", "77cc7160", "9656183e"))
 }
 
+COARSE_COMPONENTS = 64  # of the coarsest level, for judging whole regions
+
 
 class WeightsError(RuntimeError):
     """Weights for a backbone that cannot be found or do not fit. The message names the remedies."""
@@ -61,6 +63,9 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("deviation", torch.tensor(cfg["std"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("centre", torch.zeros(raw))
         self.register_buffer("basis", torch.eye(raw, self.channels))  # standardisation is folded into it
+        self.coarse_basis: Tensor
+        self.coarse_channels = min(COARSE_COMPONENTS, self.channels)
+        self.register_buffer("coarse_basis", torch.eye(self.channels, self.coarse_channels))
 
     @torch.no_grad()
     def aggregate(self, images: Tensor) -> Tensor:
@@ -76,11 +81,11 @@ class FeatureExtractor(nn.Module):
 
         One scale per *level* (default) gives each level its share `level_weights` of the mean squared norm, which is 1
         in all. One per channel instead amplifies the noise of channels that hardly vary (docs/research.md).
-        Principal components follow the scaled features.
+        Principal components follow the scaled features. What `coarsen` does is learned as well.
         """
         self.centre = raw.mean((0, 2, 3))
-        tokens = raw.transpose(0, 1).flatten(1) - self.centre[:, None]  # (C_raw, N·g²)
-        energy = tokens.square().mean(1)
+        tokens_raw = raw.transpose(0, 1).flatten(1) - self.centre[:, None]  # (C_raw, N·g²)
+        energy = tokens_raw.square().mean(1)
         shares = torch.tensor(self._level_shares())
         if self.config.standardise == "level":
             parts = zip(energy.split(self.level_channels), shares, strict=True)
@@ -93,11 +98,24 @@ class FeatureExtractor(nn.Module):
             weight = torch.ones_like(energy)
         basis = torch.eye(len(weight))
         if self.channels < len(weight):
-            tokens = tokens * weight[:, None]
+            tokens = tokens_raw * weight[:, None]
             _, vectors = torch.linalg.eigh((tokens @ tokens.T / tokens.shape[1]).double())  # ascending
             basis = vectors[:, -self.channels :].flip(1).float()
         self.basis = weight[:, None] * basis
+        self._fit_coarse(basis, self.basis.T @ (tokens_raw @ tokens_raw.T / tokens_raw.shape[1]) @ self.basis)
         return self
+
+    def _fit_coarse(self, basis: Tensor, covariance: Tensor) -> None:
+        """From orthonormal `basis` (C_raw, C) and covariance of F (C, C): the map of F to components of its last level.
+
+        ‖F·B‖ is the length of the last level's part of F where B·Bᵀ = basisᵀ·I_last·basis; principal components of
+        F·B follow.
+        """
+        last = basis[-self.level_channels[-1] :].double()
+        values, vectors = torch.linalg.eigh(last.T @ last)
+        root = vectors * values.clamp_min(0).sqrt()
+        _, components = torch.linalg.eigh(root.T @ covariance.double() @ root)
+        self.coarse_basis = (root @ components[:, -self.coarse_channels :].flip(1)).float()
 
     def _level_shares(self) -> list[float]:
         """The weights of the levels, summing to 1; the first is repeated or left out to fit their number."""
@@ -108,6 +126,11 @@ class FeatureExtractor(nn.Module):
     def project(self, raw: Tensor) -> Tensor:
         """(N, C_raw, g, g) → F (N, C, g, g)."""
         return torch.einsum("ncij,ck->nkij", raw - self.centre.view(-1, 1, 1), self.basis)
+
+    def coarsen(self, features: Tensor) -> Tensor:
+        """F (N, C, g, g) → its coarsest level on half the grid, (N, C', ⌈g/2⌉, ⌈g/2⌉): how a whole region looks."""
+        pooled = F.avg_pool2d(features, 2, ceil_mode=True)
+        return torch.einsum("ncij,ck->nkij", pooled, self.coarse_basis)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g)."""

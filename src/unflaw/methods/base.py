@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,11 +23,17 @@ class Inspection:
     Attributes:
         witnesses: Anomaly maps (N, W, g, g), raw: W kinds of evidence, such as the residual of the restoration and the
             distance to the memory. `Method.fuse` makes them one map.
+        perceived: One more map (N, 1, g, g) of evidence, raw, that judges the picture and has no part in the map; or
+            None.
+        coarse: One more map (N, 1, h, h) of evidence, raw, on a coarser grid: says whether a picture is anomalous
+            better than where; or None.
         restored: F̂ (N, C, g, g), or None where the method restores nothing.
         layers: Further maps (N, 1, g, g) in [0, 1], by name: "mean", "uncertainty", "mask".
     """
 
     witnesses: Tensor
+    perceived: Tensor | None = None
+    coarse: Tensor | None = None
     restored: Tensor | None = None
     layers: dict[str, Tensor] = field(default_factory=dict)
 
@@ -35,6 +42,8 @@ class Method(nn.Module):
     """A method on frozen features. Subclasses implement `forward`, and what they need of `setup` and `loss`."""
 
     kinds = 1  # W, kinds of evidence
+    perceives = False  # whether `Inspection.perceived` is given
+    judges = False  # whether `Inspection.coarse` is given
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
         super().__init__()
@@ -42,9 +51,10 @@ class Method(nn.Module):
         self.features = FeatureExtractor(config.features, weights)
         self.normal: Tensor
         self.normal_scores: Tensor
-        # mean and deviation on good training pictures: of every witness, and of the statistics that judge a picture
-        self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(self.kinds, 1))
-        self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(len(config.scoring.shares), 1))
+        # mean and deviation on good training pictures: of every kind of evidence, and of what judges a picture
+        statistics = len(config.scoring.shares) * (1 + self.perceives) + self.judges
+        self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(self.kinds + self.judges, 1))
+        self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(statistics, 1))
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g), without gradient."""
@@ -62,18 +72,29 @@ class Method(nn.Module):
         """Terms by name; "loss" is minimised. `batch["features"]` is F (B, C, g, g) float32."""
         raise TypeError(f"{type(self).__name__} has nothing to train")
 
-    def forward(self, features: Tensor) -> Inspection:
-        """F (N, C, g, g) → evidence on the feature grid. Deterministic."""
+    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
+        """F (N, C, g, g) → evidence on the feature grid. Deterministic.
+
+        Args:
+            features: Of any pictures.
+            pictures: (N,) rows of the cache that `setup` saw, where they are training pictures: what a memory keeps of
+                them is left out, so that their evidence is that of new good pictures. Only before `extend`.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
     def finish(self, features: Tensor, valid: Tensor | None = None) -> None:
-        """After training: how large evidence is on good training pictures, F (N, C, g, g, float16)."""
-        witnesses = torch.cat([self(part.float()).witnesses for part in features.split(8)])
-        cells = witnesses.transpose(0, 1)
-        cells = cells.flatten(1) if valid is None else cells[:, valid]
-        self.normal.copy_(torch.stack([cells.mean(1), cells.std(1).clamp_min(1e-6)], dim=-1))
-        statistics = self._statistics(self._evidence_map(witnesses), valid)
+        """After training: how large evidence is on the first training pictures, F (N, C, g, g, float16)."""
+        rows = torch.arange(len(features))
+        found = [self(part.float(), i) for part, i in zip(features.split(8), rows.split(8), strict=True)]
+        witnesses = torch.cat([inspection.witnesses for inspection in found])
+        inspection = Inspection(witnesses, _joined(found, "perceived"), _joined(found, "coarse"))
+        cells = [kind if valid is None else kind[valid] for kind in inspection.witnesses.unbind(1)]
+        if inspection.coarse is not None:
+            coarse = inspection.coarse[:, 0]
+            cells.append(coarse if valid is None else coarse[_coarse(valid)])
+        self.normal.copy_(torch.stack([torch.stack([c.mean(), c.std().clamp_min(1e-6)]) for c in cells]))
+        statistics = self._statistics(inspection, valid)
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
         self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
 
@@ -86,34 +107,69 @@ class Method(nn.Module):
     def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Evidence → anomaly maps at canvas size, (N, S, S), and image scores (N,).
 
-        The map is the mean of the witnesses, each in deviations from its normal mean; bilinear, then a Gaussian. The
-        score is the mean over shares q of how far the mean of the map's highest share q lies above its normal value, in
-        deviations: a small q sees small defects, a large one wide and faint ones.
+        The map is the mean of the witnesses, each in deviations from its normal mean, plus `coarse_weight` times the
+        coarse evidence in its deviations; bilinear, then a Gaussian.
+
+        The score is made of statistics, each in deviations above its normal value: the mean of the witnesses' highest
+        `shares` or the same of what is perceived, whichever is larger, and, with the weight `coarse_say`, the mean of
+        the highest `coarse_share` of the coarse evidence.
 
         Args:
             inspection: Of N pictures.
             valid: (N, g, g) bool, the cells that the picture covers; None: all.
         """
-        size = self.config.preparation.size
-        maps = self._evidence_map(inspection.witnesses)
+        scoring, size = self.config.scoring, self.config.preparation.size
+        maps, coarse = self._standardised(inspection)
         mean, deviation = self.normal_scores.unbind(-1)
-        scores = ((self._statistics(maps, valid) - mean) / deviation).mean(1)
-        maps = F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)
-        return gaussian_blur(maps, self.config.scoring.smooth * size / 256)[:, 0], scores
+        statistics = (self._statistics(inspection, valid) - mean) / deviation
+        fine = statistics[:, : len(mean) - self.judges].unflatten(1, (-1, len(scoring.shares))).mean(2).amax(1)
+        scores = fine if coarse is None else (fine + scoring.coarse_say * statistics[:, -1]) / (1 + scoring.coarse_say)
+        canvas = F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)
+        if coarse is not None and scoring.coarse_weight:
+            side = round(size * 2 * coarse.shape[-1] / maps.shape[-1])  # more than the canvas where the grid is odd
+            wide = F.interpolate(coarse[:, None], (side, side), mode="bilinear", align_corners=False)
+            canvas = canvas + scoring.coarse_weight * wide[..., :size, :size]
+        return gaussian_blur(canvas, scoring.smooth * size / 256)[:, 0], scores
 
-    def _evidence_map(self, witnesses: Tensor) -> Tensor:
-        """(N, W, g, g) → (N, g, g)."""
+    def _standardised(self, inspection: Inspection) -> tuple[Tensor, Tensor | None]:
+        """Witnesses as one map (N, g, g), and the coarse evidence (N, h, h), both in deviations from normal."""
         mean, deviation = self.normal[..., None, None].unbind(1)
-        return ((witnesses - mean) / deviation).mean(1)
+        witnesses = ((inspection.witnesses - mean[: self.kinds]) / deviation[: self.kinds]).mean(1)
+        if inspection.coarse is None:
+            return witnesses, None
+        return witnesses, (inspection.coarse[:, 0] - mean[-1]) / deviation[-1]
 
-    def _statistics(self, maps: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(N, g, g) → (N, Q): mean of the highest share q of the valid cells, after a 3×3 mean."""
-        inside = torch.ones_like(maps) if valid is None else valid.to(maps)
-        share = F.avg_pool2d(inside[:, None], 3, 1, 1)  # so that the padding does not blur into the picture
-        smooth = (F.avg_pool2d((maps * inside)[:, None], 3, 1, 1) / share.clamp_min(1e-6)).flatten(1)
-        cells = smooth if valid is None else smooth.masked_fill(~valid.flatten(1), -torch.inf)
-        ordered = cells.sort(dim=1, descending=True).values
-        present = torch.full((len(maps),), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)
-        rank = torch.arange(cells.shape[1], device=maps.device)
-        counts = [(q * present).round().clamp_min(1)[:, None] for q in self.config.scoring.shares]
-        return torch.stack([torch.where(rank < k, ordered, 0).sum(1) / k[:, 0] for k in counts], dim=1)
+    def _statistics(self, inspection: Inspection, valid: Tensor | None = None) -> Tensor:
+        """What judges a picture, (N, Q): shares of the witnesses, shares of what is perceived, the coarse evidence."""
+        scoring = self.config.scoring
+        maps, coarse = self._standardised(inspection)
+        found = [highest(maps, scoring.shares, valid)]
+        if inspection.perceived is not None:
+            found.append(highest(inspection.perceived[:, 0], scoring.shares, valid))
+        if coarse is not None:
+            found.append(highest(coarse, (scoring.coarse_share,), None if valid is None else _coarse(valid)))
+        return torch.cat(found, dim=1)
+
+
+def _joined(found: Sequence[Inspection], name: str) -> Tensor | None:
+    """One kind of evidence of all pictures; None where there is none."""
+    parts = [getattr(inspection, name) for inspection in found]
+    return None if parts[0] is None else torch.cat(parts)
+
+
+def _coarse(valid: Tensor) -> Tensor:
+    """Cells of the coarser grid that hold any valid cell: (N, g, g) → (N, ⌈g/2⌉, ⌈g/2⌉) bool."""
+    return F.max_pool2d(valid.float()[:, None], 2, ceil_mode=True)[:, 0] > 0
+
+
+def highest(maps: Tensor, shares: Sequence[float], valid: Tensor | None = None) -> Tensor:
+    """(N, g, g) → (N, Q): mean of the highest share q of the valid cells, after a 3×3 mean."""
+    inside = torch.ones_like(maps) if valid is None else valid.to(maps)
+    covered = F.avg_pool2d(inside[:, None], 3, 1, 1)  # so that the padding does not blur into the picture
+    smooth = (F.avg_pool2d((maps * inside)[:, None], 3, 1, 1) / covered.clamp_min(1e-6)).flatten(1)
+    cells = smooth if valid is None else smooth.masked_fill(~valid.flatten(1), -torch.inf)
+    ordered = cells.sort(dim=1, descending=True).values
+    present = torch.full((len(maps),), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)
+    rank = torch.arange(cells.shape[1], device=maps.device)
+    counts = [(q * present).round().clamp_min(1)[:, None] for q in shares]
+    return torch.stack([torch.where(rank < k, ordered, 0).sum(1) / k[:, 0] for k in counts], dim=1)

@@ -139,12 +139,6 @@ def greedy_coreset(tokens: Tensor, n: int, rng: Generator, sketch: int = 64) -> 
     return torch.tensor(chosen)
 
 
-def squared_distances(tokens: Tensor, prototypes: Tensor) -> Tensor:
-    """(…, T, C) and (M, C) → (…, T, M) squared Euclidean distances, clamped at 0."""
-    product = tokens @ prototypes.T
-    return (tokens.pow(2).sum(-1, keepdim=True) + prototypes.pow(2).sum(-1) - 2 * product).clamp_min_(0)
-
-
 def to_tokens(features: Tensor) -> Tensor:
     """(N, C, g, g) → (N, g², C)."""
     return features.flatten(2).transpose(1, 2)

@@ -10,25 +10,30 @@ from torch import Generator, Tensor
 
 from unflaw.config import Config, LookupOptions
 from unflaw.methods.base import Batch, Inspection, Method
-from unflaw.methods.memory import Memory
+from unflaw.methods.memory import Judge, Memory
 
 
 class Lookup(Method):
     """See the module."""
+
+    judges = True
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
         options = config.network
         assert isinstance(options, LookupOptions)
         super().__init__(config, weights)
         self.memory = Memory(options.prototypes, self.features.channels)
+        self.judge = Judge(options.coarse_prototypes, self.features)
 
     def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
         self.memory.fit(features, rng)
+        self.judge.fit(features, rng)
         return {}
 
     def extend(self, features: Tensor, rng: Generator) -> None:
         self.memory.extend(features, rng)
+        self.judge.extend(features, rng)
 
-    def forward(self, features: Tensor) -> Inspection:
-        recalled, distance = self.memory(features)
-        return Inspection(distance, restored=recalled)
+    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
+        recalled, _, distance = self.memory(features, pictures)
+        return Inspection(distance, coarse=self.judge(features, pictures), restored=recalled)

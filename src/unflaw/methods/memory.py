@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor, nn
 
-from unflaw.methods.layers import greedy_coreset, squared_distances, to_grid, to_tokens
+from unflaw.features import FeatureExtractor
+from unflaw.methods.layers import greedy_coreset, to_grid, to_tokens
 
 CHUNK = 256  # tokens compared with the memory at a time: their (256, M) matrix stays in the processor's cache
 
@@ -20,39 +21,39 @@ class Memory(nn.Module):
     Args:
         size: M; fewer tokens are repeated to fill it.
         channels: C.
-        sharpness: Attention is softmax(−sharpness · d² / radius²) over prototypes.
+        sharpness: Attention is softmax(−sharpness · d² / radius²) over the nearest prototypes.
+        neighbours: How many. Attention over all of them recalls a blur (docs/research.md).
     """
 
-    def __init__(self, size: int, channels: int, sharpness: float = 2.0) -> None:
+    def __init__(self, size: int, channels: int, sharpness: float = 2.0, neighbours: int = 8) -> None:
         super().__init__()
-        self.sharpness = sharpness
+        self.sharpness, self.neighbours = sharpness, min(neighbours, size)
         self.prototypes: Tensor
-        self.radius: Tensor
         self.extra: Tensor
+        self.radius: Tensor
         self.register_buffer("prototypes", torch.zeros(size, channels))
         self.register_buffer("extra", torch.full((size // 4, channels), FAR))
-        self.limit: Tensor
         self.register_buffer("radius", torch.ones(()))
-        self.register_buffer("limit", torch.ones(()))
+        self.owners: Tensor | None = None  # while training: the picture that each prototype comes from
 
     @torch.no_grad()
     def fit(self, features: Tensor, rng: Generator) -> None:
         """Chooses the prototypes among all tokens of cached features (N, C, g, g) by k-centre greedy coreset.
 
-        `radius` becomes the median distance of a sample of tokens to the nearest prototype, `limit` its 99th
-        percentile: what lies nearer is as normal as a token can be shown to be.
+        `radius` becomes the median distance of training tokens to the nearest prototype from another picture.
         """
         n, _, side, _ = features.shape
         rows = torch.randperm(n, generator=rng)[: max(1, MOST_TOKENS // side**2)].sort().values
         tokens = to_tokens(features[rows].float()).flatten(0, 1)
         size = len(self.prototypes)
-        chosen = tokens[greedy_coreset(tokens, size, rng)]
-        self.prototypes.copy_(chosen.repeat(-(-size // len(chosen)), 1)[:size])
+        chosen = greedy_coreset(tokens, size, rng)
+        chosen = chosen.repeat(-(-size // len(chosen)))[:size]
+        self.prototypes.copy_(tokens[chosen])
+        self.owners = rows[chosen // side**2]
         self.extra.fill_(FAR)
-        sample = tokens[torch.randint(len(tokens), (4096,), generator=rng)]
-        distances = squared_distances(sample, self.prototypes).amin(1).sqrt().clamp_min(1e-6)
+        sample = torch.randperm(n, generator=rng)[: max(2, 2**14 // side**2)]
+        distances = self(features[sample].float(), sample)[1].clamp_min(1e-6).flatten()
         self.radius.copy_(distances.median())
-        self.limit.copy_(distances.quantile(0.99))
 
     @torch.no_grad()
     def extend(self, features: Tensor, rng: Generator) -> None:
@@ -62,33 +63,81 @@ class Memory(nn.Module):
         the threshold was set, and the certified false-alarm rate holds; yet what the held-out pictures show is known.
         """
         parts = [to_tokens(part.float()).flatten(0, 1) for part in features.split(8)]
-        distance = torch.cat([self.recall(part)[1] for part in parts])
+        distance = torch.cat([self.recall(part)[2] for part in parts])
         far = distance.argsort(descending=True)[: 16 * len(self.extra)]
         tokens = torch.cat(parts)[far]
         chosen = tokens[greedy_coreset(tokens, len(self.extra), rng)]
         self.extra[: len(chosen)] = chosen
 
-    def recall(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, C) → attended mixture of prototypes (T, C), and distance to the nearest one (T,).
+    def recall(self, tokens: Tensor, picture: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, C) → attended mixture of prototypes (T, C), distance to the nearest one (T,), and the same with `extra`.
 
         The mixture is dot-product attention whose keys have the bias −‖p‖²: a soft nearest neighbour that needs no
         training.
+
+        Args:
+            tokens: Of any pictures, or all of one training picture.
+            picture: That training picture: what it taught the memory is left out.
         """
-        parts = [self._recall(part) for part in tokens.split(CHUNK)]
-        return torch.cat([mixture for mixture, _ in parts]), torch.cat([distance for _, distance in parts])
+        bias = -self.prototypes.square().sum(1)
+        if picture is not None and self.owners is not None and (own := self.owners == picture).any() and not own.all():
+            bias = bias.masked_fill(own, -torch.inf)
+        parts = [self._recall(part, bias) for part in tokens.split(CHUNK)]
+        mixture, distance, least = (torch.cat(part) for part in zip(*parts, strict=True))
+        return mixture, distance, least
 
-    def _recall(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.sharpness / self.radius.square()
-        # −scale · d² but for the term of the token itself, which softmax does not see; one product makes it all
-        logits = torch.addmm(-scale * self.prototypes.square().sum(1), tokens * (2 * scale), self.prototypes.T)
-        closeness = logits.amax(1) / scale
+    def _recall(self, tokens: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # ‖t‖² − d² = 2·t·p − ‖p‖²: the term of the token itself changes neither order nor softmax
+        closeness, nearest = torch.addmm(bias, 2 * tokens, self.prototypes.T).topk(self.neighbours)
+        weights = (closeness * (self.sharpness / self.radius.square())).softmax(1)
+        mixture = torch.einsum("tk,tkc->tc", weights, self.prototypes[nearest])
+        near = most = closeness[:, 0]
         if len(self.extra):
-            more = torch.addmm(-self.extra.square().sum(1), 2 * tokens, self.extra.T).amax(1)
-            closeness = torch.maximum(closeness, more)
-        return logits.softmax(1) @ self.prototypes, (tokens.square().sum(1) - closeness).clamp_min(0).sqrt()
+            most = torch.addmm(-self.extra.square().sum(1), 2 * tokens, self.extra.T).amax(1).maximum(near)
+        energy = tokens.square().sum(1)
+        return mixture, (energy - near).clamp_min(0).sqrt(), (energy - most).clamp_min(0).sqrt()
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """F (N, C, g, g) → recalled (N, C, g, g) and distance (N, 1, g, g)."""
+    def forward(self, features: Tensor, pictures: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """F (N, C, g, g) → what `recall` says of its tokens: (N, C, g, g) and twice (N, 1, g, g).
+
+        Args:
+            features: Of any pictures.
+            pictures: (N,) rows of the cache that `fit` saw, where they are training pictures (leave one out).
+        """
         n = len(features)
-        mixture, distance = self.recall(to_tokens(features).flatten(0, 1))
-        return to_grid(mixture.unflatten(0, (n, -1))), to_grid(distance.unflatten(0, (n, -1))[..., None])
+        tokens = to_tokens(features)
+        if pictures is None:
+            found = [self.recall(tokens.flatten(0, 1))]
+        else:
+            found = [self.recall(t, i) for t, i in zip(tokens, pictures.tolist(), strict=True)]
+        mixture, *distances = (torch.cat(part).unflatten(0, (n, -1)) for part in zip(*found, strict=True))
+        distance, least = (to_grid(d[..., None]) for d in distances)
+        return to_grid(mixture), distance, least
+
+
+class Judge(nn.Module):
+    """A memory of whole regions: the coarsest level on half the grid (ours).
+
+    Fine levels say where a small defect is; whether a picture as a whole is normal is better seen in the coarsest one
+    (docs/research.md). It has fewer tokens, so more prototypes cost the same.
+    """
+
+    def __init__(self, size: int, extractor: FeatureExtractor) -> None:
+        super().__init__()
+        self.memory = Memory(size, extractor.coarse_channels, neighbours=1)
+        self._coarsen = extractor.coarsen  # a bound method, so that the extractor is not registered twice
+
+    def fit(self, features: Tensor, rng: Generator) -> None:
+        """From cached features F (N, C, g, g)."""
+        self.memory.fit(self._all(features), rng)
+
+    def extend(self, features: Tensor, rng: Generator) -> None:
+        """As `Memory.extend`."""
+        self.memory.extend(self._all(features), rng)
+
+    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Tensor:
+        """F (N, C, g, g) → distance to the nearest region known, (N, 1, ⌈g/2⌉, ⌈g/2⌉)."""
+        return self.memory(self._coarsen(features), pictures)[2]
+
+    def _all(self, features: Tensor) -> Tensor:
+        return torch.cat([self._coarsen(part.float()) for part in features.split(32)])

@@ -3,7 +3,9 @@
     F ──▶ FASM (training only) ──▶ F_a ──▶ UIAPM ──▶ U, V ──▶ M_U, M_final ──▶ RAM ──▶ F̂,   map = residual of F and F̂
 
 The parts and their names are the paper's. Its hyper-parameters are not public to us: sizes, thresholds and losses are
-our own, measured choices, and so is the memory of prototypes in RAM (`restoration.prototypes = 0` leaves it out).
+our own, measured choices. Ours as well, and left out with `restoration.prototypes = 0`, is the memory of prototypes:
+RAM restores from what it recalls, UIAPM sees how far F is from it instead of F, the distance to it joins the map, and
+a second memory of whole regions (`Judge`) joins map and score. Why: docs/research.md.
 """
 
 from __future__ import annotations
@@ -16,15 +18,15 @@ from unflaw.cache import allocate
 from unflaw.config import Config, Perception, Restoration, URANetOptions
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
-from unflaw.methods.memory import Memory
+from unflaw.methods.memory import Judge, Memory
 from unflaw.synthesis import Anomalies, synthesise
 
 
 class UIAPM(nn.Module):
     """Uncertainty-integrated anomaly perception: a Bayesian network from F to the probability of an anomaly.
 
-    One plain 1×1 convolution narrows F; Bayesian 3×3 convolutions and a Bayesian 1×1 head follow, so that the S weight
-    samples share the expensive first layer.
+    With a memory it sees how far F is from normal instead (`URANet`). One plain 1×1 convolution comes first; Bayesian
+    3×3 convolutions and a Bayesian 1×1 head follow, so that the S weight samples share it.
     """
 
     def __init__(self, channels: int, options: Perception) -> None:
@@ -134,12 +136,13 @@ class URANet(Method):
         options = config.network
         assert isinstance(options, URANetOptions)
         self.kinds = 2 if options.restoration.prototypes else 1  # residual and, with a memory, distance to it
+        self.perceives = self.judges = options.restoration.prototypes > 0
         super().__init__(config, weights)
         self.options = options
         channels, prototypes = self.features.channels, options.restoration.prototypes
         self.memory = Memory(prototypes, channels, options.restoration.sharpness) if prototypes else None
-        # the perception network sees F and, with a memory, how F departs from its recall
-        self.perception = UIAPM(channels * self.kinds, options.perception)
+        self.judge = Judge(options.restoration.coarse_prototypes, self.features) if prototypes else None
+        self.perception = UIAPM(2 if prototypes else channels, options.perception)
         self.restoration = RAM(channels, config.features.grid, options.restoration)
         self.textures: Tensor | None = None
         self.n_pictures = 1
@@ -148,21 +151,23 @@ class URANet(Method):
         self.textures, self.n_pictures = textures, len(features)
         for layer in self.perception.bayesian_layers():
             layer.freeze(rng)
-        if self.memory is None:
+        if self.memory is None or self.judge is None:
             return {}
         self.memory.fit(features, rng)
+        self.judge.fit(features, rng)
         recalled, self._folder = allocate(tuple(features.shape), self.config.training.cache_gb * 2**30)
-        for part, target in zip(features.split(16), recalled.split(16), strict=True):
-            target.copy_(self.memory(part.float())[0])
-        return {"recalled": recalled}
+        distance = torch.empty(len(features), 1, *features.shape[2:])
+        for rows in torch.arange(len(features)).split(16):  # as new pictures are recalled: not from themselves
+            mixture, distance[rows], _ = self.memory(features[rows].float(), rows)
+            recalled[rows] = mixture.to(recalled.dtype)
+        return {"recalled": recalled, "distance": distance}
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
         clean = batch["features"]
         anomalies = synthesise(clean, self.textures, self.options.synthesis, rng)
-        recalled, abnormal = self._recall_altered(anomalies, batch)
-        logits = self.perception.sample(self._evidence(anomalies.features, recalled), rng)
-        terms = self.perception.loss(logits, abnormal, self.n_pictures)
+        logits = self.perception.sample(self._altered_evidence(anomalies, batch), rng)
+        terms = self.perception.loss(logits, anomalies.mask, self.n_pictures)
         # altered cells are the marked ones, which become mask tokens: the recall of F serves for F_a
         restored = self.restoration(batch.get("recalled", anomalies.features), anomalies.mask)
         terms["restoration"] = (restored - clean).square().sum(1).mean() / clean.square().sum(1).mean()
@@ -170,44 +175,67 @@ class URANet(Method):
         return terms
 
     def extend(self, features: Tensor, rng: Generator) -> None:
-        if self.memory is not None:
+        if self.memory is not None and self.judge is not None:
             self.memory.extend(features, rng)
+            self.judge.extend(features, rng)
 
-    def forward(self, features: Tensor) -> Inspection:
-        recalled, distance = (features, None) if self.memory is None else self.memory(features)
-        mean, deviation = self.perception(self._evidence(features, recalled))
-        _, final = self.perception.masks(mean, deviation)
-        restored = self.restoration(recalled, final)
-        residual = (features - restored).square().sum(1, keepdim=True).sqrt()
-        witnesses = residual if distance is None else torch.cat([residual, distance], dim=1)
-        return Inspection(witnesses, restored, {"mean": mean, "uncertainty": deviation, "mask": final})
+    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
+        if self.memory is None or self.judge is None:
+            mean, deviation, final = self._perceive(features)
+            restored = self.restoration(features, final)
+            witnesses, perceived, coarse = length(features - restored), None, None
+        else:
+            recalled, distance, least = self.memory(features, pictures)
+            departure = length(features - recalled)
+            mean, deviation, final = self._perceive(self._evidence(distance, departure))
+            restored = self.restoration(recalled, final)
+            # what the memory learned after calibration may speak for a picture, never against it
+            calmed, _ = self.perception(self._evidence(least, departure))
+            witnesses = torch.cat([length(features - restored), least], dim=1)
+            perceived = torch.minimum(mean, calmed).logit(1e-6)
+            coarse = self.judge(features, pictures)
+        return Inspection(
+            witnesses, perceived, coarse, restored, {"mean": mean, "uncertainty": deviation, "mask": final}
+        )
 
-    def _evidence(self, features: Tensor, recalled: Tensor) -> Tensor:
-        """What the perception network sees: F alone or, with a memory, F and its departure from the recall."""
-        return features if self.memory is None else torch.cat([features, features - recalled], dim=1)
+    def _perceive(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """U, V and M_final, each (N, 1, g, g), from what UIAPM sees."""
+        mean, deviation = self.perception(seen)
+        return mean, deviation, self.perception.masks(mean, deviation)[1]
 
-    def _recall_altered(self, anomalies: Anomalies, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The recall of F_a (N, C, g, g), and which cells are abnormal (N, 1, g, g): M, less what is normal after all.
+    def _evidence(self, distance: Tensor, departure: Tensor) -> Tensor:
+        """Distance to the memory and to the recall, both (N, 1, g, g) → (N, 2, g, g) in units of the usual distance.
 
-        Recalled anew are the altered cells only. Those that the memory knows (distance within its `limit`) are not
-        anomalies, whatever was done to them: background put in place of background, say. Labelling them so would teach
-        that normal is abnormal.
+        What UIAPM sees where there is a memory (ours). From F itself it learns to know the artificial anomalies and not
+        the real ones; how far F is from normal means the same for both.
         """
+        assert self.memory is not None
+        return torch.cat([distance, departure], dim=1) / self.memory.radius - 1
+
+    def _altered_evidence(self, anomalies: Anomalies, batch: Batch) -> Tensor:
+        """What UIAPM sees of F_a; recalled anew are the altered cells only."""
         if self.memory is None:
-            return anomalies.features, anomalies.mask
-        n, channels = batch["recalled"].shape[:2]
+            return anomalies.features
+        seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]))
+        tokens = to_tokens(anomalies.features).flatten(0, 1)
         altered = anomalies.mask.flatten().nonzero()[:, 0]
         with torch.no_grad():
-            mixture, distance = self.memory.recall(to_tokens(anomalies.features).flatten(0, 1)[altered])
-        recalled = to_tokens(batch["recalled"]).flatten(0, 1).index_copy(0, altered, mixture.to(batch["recalled"]))
-        abnormal = anomalies.mask.flatten().index_copy(0, altered, (distance > self.memory.limit).to(anomalies.mask))
-        return to_grid(recalled.view(n, -1, channels)), abnormal.view_as(anomalies.mask)
+            mixture, distance, _ = self.memory.recall(tokens[altered])
+        departure = (tokens[altered] - mixture).norm(dim=1)
+        anew = self._evidence(distance.view(-1, 1, 1, 1), departure.view(-1, 1, 1, 1)).flatten(1)
+        return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
 
     @torch.no_grad()
     def finish(self, features: Tensor, valid: Tensor | None = None) -> None:
         """Also raises τ_U and τ_V so far that hardly any cell of good training pictures is marked."""
-        maps = [self(part.float()).layers for part in features.split(8)]
+        rows = torch.arange(len(features)).split(8)
+        maps = [self(part.float(), i).layers for part, i in zip(features.split(8), rows, strict=True)]
         mean, deviation = (torch.cat([m[name] for m in maps])[:, 0] for name in ("mean", "uncertainty"))
         inside = torch.ones_like(mean, dtype=torch.bool) if valid is None else valid
         self.perception.fit_thresholds(mean[inside], deviation[inside])
         super().finish(features, valid)
+
+
+def length(features: Tensor) -> Tensor:
+    """(N, C, g, g) → Euclidean norm over channels, (N, 1, g, g)."""
+    return features.square().sum(1, keepdim=True).sqrt()
