@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from unflaw.config import Config
-from unflaw.features import FeatureExtractor
+from unflaw.features import Extractor, FeatureExtractor
 from unflaw.methods.layers import gaussian_blur
 
 Batch = dict[str, Tensor]
@@ -35,16 +35,22 @@ class Method(nn.Module):
     """A method on frozen features. Subclasses implement `forward`, and what they need of `setup` and `loss`."""
 
     kinds = 1  # W, kinds of evidence
+    window = 3  # side in cells of the mean filter over the map that judges a picture; odd
+    uses_textures = False  # whether `setup` wants texture pictures
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
         super().__init__()
         self.config = config
-        self.features = FeatureExtractor(config.features, weights)
+        self.features = self.extractor(config, weights)
         self.normal: Tensor
         self.normal_scores: Tensor
         # mean and deviation on good training pictures: of every witness, and of the statistics that judge a picture
         self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(self.kinds, 1))
         self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(len(config.scoring.shares), 1))
+
+    def extractor(self, config: Config, weights: str | None) -> Extractor:
+        """What makes F of pictures; a method on pixels has its own, which uses no weights."""
+        return FeatureExtractor(config.features, weights)
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g), without gradient."""
@@ -107,10 +113,11 @@ class Method(nn.Module):
         return ((witnesses - mean) / deviation).mean(1)
 
     def _statistics(self, maps: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(N, g, g) → (N, Q): mean of the highest share q of the valid cells, after a 3×3 mean."""
+        """(N, g, g) → (N, Q): mean of the highest share q of the valid cells, after a mean over `window`."""
         inside = torch.ones_like(maps) if valid is None else valid.to(maps)
-        share = F.avg_pool2d(inside[:, None], 3, 1, 1)  # so that the padding does not blur into the picture
-        smooth = (F.avg_pool2d((maps * inside)[:, None], 3, 1, 1) / share.clamp_min(1e-6)).flatten(1)
+        around = (self.window, 1, self.window // 2)
+        share = F.avg_pool2d(inside[:, None], *around)  # so that the padding does not blur into the picture
+        smooth = (F.avg_pool2d((maps * inside)[:, None], *around) / share.clamp_min(1e-6)).flatten(1)
         cells = smooth if valid is None else smooth.masked_fill(~valid.flatten(1), -torch.inf)
         ordered = cells.sort(dim=1, descending=True).values
         present = torch.full((len(maps),), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)

@@ -134,6 +134,7 @@ class URANet(Method):
         options = config.network
         assert isinstance(options, URANetOptions)
         self.kinds = 2 if options.restoration.prototypes else 1  # residual and, with a memory, distance to it
+        self.uses_textures = options.synthesis.textures > 0
         super().__init__(config, weights)
         self.options = options
         channels, prototypes = self.features.channels, options.restoration.prototypes
