@@ -106,11 +106,12 @@ class LookupOptions(Settings):
 
 
 class MFRNetOptions(Settings):
-    """MFRNet (arXiv 2404.13273). Its hyper-parameters are not public to us: the numbers are ours."""
+    """MFRNet (arXiv 2404.13273). k and n are those of the paper's figure 3; its other hyper-parameters are not public
+    to us: their numbers are ours."""
 
     method: Literal["mfrnet"] = "mfrnet"
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (2, 4), min_length=1, description="side of a mask cell, in feature cells; the maps of several are averaged"
+        (2,), min_length=1, description="side of a mask cell, in feature cells; the maps of several are averaged"
     )
     n: int = Field(3, ge=2, description="crossed masks: disjoint, and together they hide everything once")
     masked: bool = Field(True, description="False: nothing is hidden, a plain autoencoder")
@@ -250,10 +251,10 @@ PAPER: dict[str, Any] = {
     "network.perception.draws": 16,
 }
 PROFILES: dict[str, dict[str, Any]] = {"cpu": {}, "paper": PAPER}
-# What single methods have in a profile in place of that. Widths, optimiser and weights of DRAEM and MemAE are published
-# ones (MemAE's for CIFAR-10); the steps, and what MFRNet has beside its backbone, are ours.
+# What single methods have in a profile in place of that. In `paper`, widths and learning rates of DRAEM and MemAE are
+# published ones (MemAE's widths and items those for CIFAR-10); steps, and all of MFRNet beside its backbone, are ours.
 OWN: dict[tuple[str, str], dict[str, Any]] = {
-    ("mfrnet", "cpu"): {"training.steps": 800, "training.batch": 4, "training.learning_rate": 2e-3},
+    ("mfrnet", "cpu"): {"training.steps": 1200, "training.batch": 4, "training.learning_rate": 2e-3},
     ("mfrnet", "paper"): {
         "features.backbone": "vgg16.tv_in1k",
         "features.levels": (2, 3, 4),
