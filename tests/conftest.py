@@ -34,7 +34,13 @@ TINY_URANET: dict[str, Any] = {
     "network.restoration.prototypes": 64,
     "network.restoration.coarse_prototypes": 32,
 }
-TINY_LOOKUP: dict[str, Any] = {"network.prototypes": 64, "network.coarse_prototypes": 32}
+OWN: dict[str, dict[str, Any]] = {
+    "uranet": TINY_URANET,
+    "lookup": {"network.prototypes": 64, "network.coarse_prototypes": 32},
+    "mfrnet": {"network.k": (1, 2), "network.widths": (8, 16), "network.depth": 1, "network.heads": 2},
+    "draem": {"network.reconstructive": 4, "network.discriminative": 4},
+    "memae": {"network.widths": (8, 8, 16), "network.items": 10},
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -103,8 +109,7 @@ def tiny() -> Callable[..., Any]:
     from unflaw.config import make_config
 
     def make(method: str = "uranet", **changes: Any) -> Any:
-        own = TINY_URANET if method == "uranet" else TINY_LOOKUP
-        return make_config(method, "cpu", TINY | own | changes)
+        return make_config(method, "cpu", TINY | OWN[method] | changes)
 
     return make
 

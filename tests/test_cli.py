@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from conftest import TINY, TINY_URANET, make_parts
+from conftest import OWN, TINY, TINY_URANET, make_parts
 from unflaw import training
 from unflaw.cli import app
 from unflaw.files import read_metadata
@@ -166,6 +166,41 @@ def test_options_and_settings_reach_the_configuration(parts, weights, tmp_path):
     assert config["preparation"] == {"size": 48, "fit": "pad"}
     assert (config["training"]["seed"], config["calibration"]["false_alarm_rate"]) == (3, 0.25)
     assert config["network"] == {"method": "lookup", "prototypes": 20, "coarse_prototypes": 10}
+
+
+@pytest.mark.parametrize("method", ["mfrnet", "draem", "memae"])
+def test_every_method_goes_the_same_way(parts, weights, tmp_path, method):
+    model, out = tmp_path / "m.safetensors", tmp_path / "results"
+    short = settings(TINY | OWN[method] | {"training.steps": 2})
+    done = unflaw("train", "--data", parts, "--method", method, "--weights", weights, *short, "--out", model)
+    assert done.exit_code == 0, done.output
+    assert f'"method": "{method}"' in unflaw("info", model).stdout
+    done = unflaw("evaluate", model, "--data", parts, "--json", tmp_path / "m.json", "--report", tmp_path / "m.html")
+    assert done.exit_code == 0 and json.loads((tmp_path / "m.json").read_text())["pixel_auroc"] is not None
+    assert (tmp_path / "m.html").read_text("utf-8").count("Restored") > 0
+    done = unflaw("predict", model, parts / "test/good", "--out", out, "--pictures")
+    assert done.exit_code == 0 and len(list((out / "pictures").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    "method, setting, named",
+    [
+        ("mfrnet", "network.k=[9]", "network.k"),
+        ("mfrnet", "network.n=1", "network.n"),
+        ("mfrnet", "network.patch=3", "patches of 3"),
+        ("mfrnet", "features.grid=9", "grid of 9"),
+        ("draem", "preparation.size=100", "side of 100 pixels"),
+        ("draem", "training.textures=nowhere", "nowhere"),
+        ("memae", "network.side=100000", "preparation.size"),
+        ("memae", "network.shrinkage=5", "network.shrinkage"),
+    ],
+)
+def test_settings_that_a_method_cannot_work_with_are_named(parts, weights, tmp_path, method, setting, named):
+    base = settings(TINY | OWN[method])
+    if setting.endswith("100000"):
+        base += ["--set", "preparation.size=60"]
+    arguments = ["--method", method, "--weights", weights, *base, "--set", setting]
+    assert named in complaint(unflaw("train", "--data", parts, "--out", tmp_path / "m.safetensors", *arguments))
 
 
 def test_an_interrupted_training_goes_on_with_resume(model, tiny_training, tmp_path, monkeypatch):

@@ -195,7 +195,8 @@ def test_calibration_leaves_padding_out_as_inspection_does(parts, weights, tiny,
 
 
 def unfitted(tiny, method: str, **changes) -> Detector:
-    own = {"network.prototypes" if method == "lookup" else "network.restoration.prototypes": 16}
+    prototypes = {"lookup": "network.prototypes", "uranet": "network.restoration.prototypes"}
+    own = {prototypes[method]: 16} if method in prototypes else {}
     small = {"features.grid": 4, "training.display_steps": 0, "scoring.shares": (0.05, 0.3, 1.0)}
     config = tiny(method, **small, **own, **{"calibration.false_alarm_rate": 0.1}, **changes)
     return Detector(config=config, weights="random")
@@ -215,7 +216,7 @@ def scores_of(detector: Detector, cache: Cache) -> list[float]:
         return detector.network.fuse(detector.network(cache.features.float()))[1].tolist()
 
 
-@pytest.mark.parametrize("method", ["lookup", "uranet"])
+@pytest.mark.parametrize("method", ["lookup", "uranet", "mfrnet"])
 def test_good_pictures_raise_no_more_alarms_than_certified(tiny, method):
     """Averaged over draws of the held-out pictures: the promise of `Calibration`, kept by the whole of `learn`."""
     changes = {"training.steps": 1, "calibration.extend": False}
@@ -230,7 +231,7 @@ def test_good_pictures_raise_no_more_alarms_than_certified(tiny, method):
     assert abs(alarms / (trials * fresh) - rate) < 4 * deviation  # not far fewer either: exchangeable
 
 
-@pytest.mark.parametrize("method", ["lookup", "uranet"])
+@pytest.mark.parametrize("method", ["lookup", "uranet", "mfrnet"])
 def test_pictures_that_calibrate_have_no_other_part(tiny, method):
     """What makes the promise exact: of ten pictures, each in turn the new one, a single one raises an alarm."""
     changes = {"training.steps": 0, "calibration.extend": False}

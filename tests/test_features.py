@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unflaw import features as module
 from unflaw.config import Features
-from unflaw.features import FeatureExtractor, WeightsError, create_backbone, resize
+from unflaw.features import FeatureExtractor, PixelExtractor, WeightsError, create_backbone, resize
 
 LEVELS = [64, 128, 256]  # channels of the levels 1 to 3 of ResNet-18
 LITE = "tf_efficientnet_lite0"
@@ -404,3 +404,21 @@ def test_a_saved_state_brings_back_the_same_features(weights, images, tmp_path, 
     again.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert torch.equal(again(images), made(images))
     assert torch.equal(again.coarsen(again(images)), made.coarsen(made(images)))
+
+
+# Pictures in place of features
+
+
+def test_pixels_are_features_as_they_are(images):
+    whole, half = PixelExtractor(64, None, 3), PixelExtractor(64, 32, 3)
+    assert torch.equal(whole(images), images) and (whole.grid, whole.channels) == (64, 3)
+    raw = half.aggregate(images)
+    torch.testing.assert_close(raw, torch.nn.functional.avg_pool2d(images, 2))
+    assert torch.equal(half.fit(raw).project(raw), raw) and torch.equal(half(images), raw)
+    assert PixelExtractor(64, 128, 3).grid == 64  # never more than there is
+    assert not half.state_dict() and not list(half.parameters())
+
+
+def test_a_side_in_pixels_that_cannot_be_halved_is_named():
+    with pytest.raises(ValueError, match=r"side of 60 pixels.*halved 3 times.*multiple of 8"):
+        PixelExtractor(60, 128, 3)

@@ -5,14 +5,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from skimage.metrics import structural_similarity
 from torch import Generator, Tensor
 
 from unflaw.methods.layers import (
     AttentionBlock,
     BayesianConv2d,
     gaussian_blur,
+    gradient_magnitude,
+    gradient_magnitude_similarity,
     greedy_coreset,
+    local_mean,
     sincos_positions,
+    ssim_map,
     to_grid,
     to_tokens,
 )
@@ -264,3 +269,72 @@ def test_gaussian_blur_keeps_constants_and_does_nothing_at_zero():
     maps = torch.rand(1, 1, 16, 16, generator=rng())
     assert torch.equal(gaussian_blur(maps, 0.0), maps)
     assert gaussian_blur(maps, 30.0).isfinite().all()  # wider than the map
+
+
+# Structural similarity
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 11])
+def test_local_mean_is_that_of_the_places_inside(window):
+    x = randn(2, 3, 9, 6)
+    expected = F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
+    torch.testing.assert_close(local_mean(x, window), expected)
+    with torch.autocast("cpu", torch.bfloat16):  # variances are small differences of means
+        torch.testing.assert_close(local_mean(x, window), expected)
+
+
+@pytest.mark.parametrize("window", [3, 7, 11])
+def test_ssim_of_one_channel_is_that_of_scikit_image(window):
+    x = torch.rand(20, 24, generator=rng())
+    y = (x + 0.2 * randn(20, 24, seed=1)).clamp(0, 1)
+    options = {"win_size": window, "data_range": 1.0, "use_sample_covariance": False}
+    _, expected = structural_similarity(x.double().numpy(), y.double().numpy(), full=True, **options)
+    found = ssim_map(x[None, None], y[None, None], window)[0, 0].numpy()
+    inside = np.s_[window // 2 : -(window // 2), window // 2 : -(window // 2)]
+    np.testing.assert_allclose(found[inside], expected[inside], atol=2e-4)
+
+
+def test_similarity_of_the_same_is_1_and_of_others_less():
+    x, y = randn(2, 5, 16, 16), randn(2, 5, 16, 16, seed=1)
+    for similarity in (ssim_map, gradient_magnitude_similarity):
+        torch.testing.assert_close(similarity(x, x), torch.ones(2, 1, 16, 16), atol=1e-4, rtol=0)
+        assert similarity(x, y).max() < 1
+        torch.testing.assert_close(similarity(x, y), similarity(y, x))
+    torch.testing.assert_close(gradient_magnitude_similarity(x, x, scales=3), torch.ones(2, 1, 16, 16))
+
+
+def test_ssim_counts_channels_by_their_energy():
+    x = torch.cat([randn(1, 1, 12, 12), 1e-3 * randn(1, 1, 12, 12, seed=1)], dim=1)
+    y = torch.cat([x[:, :1], -x[:, 1:]], dim=1)  # all wrong in a channel that hardly counts
+    assert ssim_map(x, y).min() > 0.99
+    y = torch.cat([randn(1, 1, 12, 12, seed=2), x[:, 1:]], dim=1)
+    assert ssim_map(x, y).max() < 0.6
+
+
+def test_gradient_magnitude_by_hand():
+    """A step of 6 between columns: Prewitt gives 6 on both sides. A slope of 2 a row: 4 over two rows, 2 at edges."""
+    step = torch.tensor([0.0, 0, 6, 6]).expand(1, 1, 4, 4)
+    slope = 2 * torch.arange(4.0)[:, None].expand(1, 1, 4, 4)
+    both = gradient_magnitude(torch.cat([step, slope], dim=1))[0]
+    torch.testing.assert_close(both[0], torch.tensor([0.0, 6, 6, 0]).expand(4, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(both[1], torch.tensor([2.0, 4, 4, 2])[:, None].expand(4, 4))
+
+
+def test_gms_by_hand():
+    """Gradients of 6 and 3 beside the step: (2·6·3 + c) / (36 + 9 + c); far from it c / c."""
+    step = torch.tensor([0.0, 0, 6, 6]).expand(1, 1, 4, 4)
+    found = gradient_magnitude_similarity(step, 0.5 * step, constant=5.0)
+    expected = torch.tensor([1.0, 41 / 50, 41 / 50, 1.0]).expand(1, 1, 4, 4)
+    torch.testing.assert_close(found, expected)
+    # at half the size the step is between two places, whose gradients are 6 and 3 too
+    coarse = gradient_magnitude_similarity(step, 0.5 * step, constant=5.0, scales=2)
+    torch.testing.assert_close(coarse, (expected + 41 / 50) / 2)
+    two = torch.cat([step, torch.zeros_like(step)], dim=1)
+    torch.testing.assert_close(gradient_magnitude_similarity(two, 0.5 * two, constant=5.0), expected)
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 9])
+def test_scales_of_any_side_give_finite_gradients(side):
+    x, y = torch.zeros(1, 2, side, side, requires_grad=True), randn(1, 2, side, side)
+    (ssim_map(x, y).sum() + gradient_magnitude_similarity(x, y, scales=4).sum()).backward()
+    assert x.grad.isfinite().all()

@@ -87,6 +87,33 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, steps, stop_at):
     assert reports[0] > stop_at - 3  # it went on, rather than from the start
 
 
+def test_running_statistics_go_on_too(tmp_path):
+    """Batch normalisation changes buffers at every step."""
+
+    def loss_of(module: nn.Module, stop_at: int = -1):
+        steps = itertools.count()
+
+        def loss(indices: Tensor, rng: Generator) -> dict[str, Tensor]:
+            if next(steps) == stop_at:
+                raise KeyboardInterrupt
+            return {"loss": module(DATA[indices]).square().mean()}
+
+        return loss
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(DATA.shape[1], 4), nn.BatchNorm1d(4))
+
+    whole, broken, resumed = made(), made(), made()
+    optimise(whole, loss_of(whole), 50, 20, settings())
+    with pytest.raises(KeyboardInterrupt):
+        optimise(broken, loss_of(broken, 9), 50, 20, settings(), checkpoint=tmp_path / "c")
+    optimise(resumed, loss_of(resumed), 50, 20, settings(), checkpoint=tmp_path / "c")
+    assert whole[1].num_batches_tracked == 20
+    state = resumed.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
+
+
 def interrupted(path, identity: str = "these pictures", steps: int = 10) -> None:
     """Leaves a checkpoint of an unfinished run."""
     line = Line()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from unflaw.features import FeatureExtractor
+from unflaw.features import Extractor
 from unflaw.images import ImageError, Preparation, Prepared, prepare, read
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Cache:
 
 
 def build_cache(
-    extractor: FeatureExtractor,
+    extractor: Extractor,
     paths: Sequence[Path],
     preparation: Preparation,
     budget: float,

@@ -37,7 +37,7 @@ ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors).
 def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="Where to write the detector (.safetensors).")],
-    method: Annotated[str, typer.Option(help="uranet or lookup.")] = "uranet",
+    method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
     profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Backbone weights, .safetensors or .pth.")] = None,

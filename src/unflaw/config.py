@@ -107,6 +107,73 @@ class LookupOptions(Settings):
     coarse_prototypes: int = Field(16384, ge=1, description="memory of whole regions, for the image score")
 
 
+class MFRNetOptions(Settings):
+    """MFRNet (arXiv 2404.13273). k and n are those of the paper's figure 3; its other hyper-parameters are not public
+    to us: their numbers are ours."""
+
+    method: Literal["mfrnet"] = "mfrnet"
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (2,), min_length=1, description="side of a mask cell, in feature cells; the maps of several are averaged"
+    )
+    n: int = Field(3, ge=2, description="crossed masks: disjoint, and together they hide everything once")
+    masked: bool = Field(True, description="False: nothing is hidden, a plain autoencoder")
+    patch: int = Field(2, ge=1, description="side of a token in feature cells, at the finest scale")
+    widths: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = Field(
+        (96, 192), min_length=1, description="of the tokens per scale; each scale halves the side"
+    )
+    depth: int = Field(2, ge=1, description="hybrid blocks per scale of the encoder, and of the decoder")
+    heads: int = Field(4, ge=1)
+    attention: bool = Field(True, description="self-attention in the hybrid blocks")
+    convolution: bool = Field(True, description="convolution in the hybrid blocks")
+    pixel: float = Field(1.0, ge=0, description="weight of L2 in the hybrid loss; 0 also drops it from the map")
+    ssim: float = Field(1.0, ge=0, description="weight of 1 − SSIM, likewise")
+    gms: float = Field(1.0, ge=0, description="weight of 1 − gradient magnitude similarity, likewise")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> MFRNetOptions:
+        for width in self.widths:
+            if width % self.heads:
+                raise ValueError(f"a width of {width} cannot be cut into {self.heads} heads; choose a divisor")
+        if not (self.attention or self.convolution):
+            raise ValueError("a hybrid block needs attention, convolution or both")
+        if not (self.pixel or self.ssim or self.gms):
+            raise ValueError("the hybrid loss needs a weight above 0: pixel, ssim or gms")
+        return self
+
+
+class PixelSynthesis(Synthesis):
+    """DRAEM's artificial anomalies: textures only, half of the pictures clean, β from 0.1 on (sections 3.3 and 4)."""
+
+    clean: float = Field(0.5, ge=0, le=1, description="share of samples left without anomaly")
+    others: float = Field(0.0, ge=0, description="weight of other good pictures, at other places")
+    shuffles: float = Field(0.0, ge=0, description="weight of the picture's own pixels, shuffled among places")
+    jitter: float = Field(0.0, ge=0, description="weight of Gaussian noise scaled by the norm of pixels")
+    strength: tuple[float, float] = Field((0.1, 1.0), description="range of the opacity β")
+
+
+class DRAEMOptions(Settings):
+    """DRAEM (arXiv 2108.07610), on pixels."""
+
+    method: Literal["draem"] = "draem"
+    side: int | None = Field(128, ge=32, description="pixels it works at, at most preparation.size; None: all of them")
+    reconstructive: int = Field(16, ge=1, description="channels at full resolution of the reconstructive network")
+    discriminative: int = Field(16, ge=1, description="channels at full resolution of the discriminative network")
+    synthesis: PixelSynthesis = PixelSynthesis()
+
+
+class MemAEOptions(Settings):
+    """MemAE (arXiv 1904.02639), on pixels."""
+
+    method: Literal["memae"] = "memae"
+    side: int | None = Field(128, ge=32, description="pixels it works at, at most preparation.size; None: all of them")
+    widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (16, 32, 32, 64), min_length=1, description="channels of the encoder's layers, each of which halves the side"
+    )
+    items: int = Field(100, ge=1, description="size of the memory")
+    shrinkage: float = Field(1.0, ge=0, le=3, description="weights up to this multiple of 1 / items become 0")
+    entropy: float = Field(0.0002, ge=0, description="weight of the entropy of addressing weights in the loss")
+
+
 class Training(Settings):
     """The loop, and the cache it runs on."""
 
@@ -144,8 +211,16 @@ class CalibrationOptions(Settings):
     extend: bool = Field(True, description="once they have calibrated, the memory learns the held-out pictures too")
 
 
-Network = Annotated[URANetOptions | LookupOptions, Field(discriminator="method")]
-_OPTIONS: dict[str, type[Settings]] = {"uranet": URANetOptions, "lookup": LookupOptions}
+Network = Annotated[
+    URANetOptions | LookupOptions | MFRNetOptions | DRAEMOptions | MemAEOptions, Field(discriminator="method")
+]
+_OPTIONS: dict[str, type[Settings]] = {
+    "uranet": URANetOptions,
+    "lookup": LookupOptions,
+    "mfrnet": MFRNetOptions,
+    "draem": DRAEMOptions,
+    "memae": MemAEOptions,
+}
 METHODS = tuple(_OPTIONS)
 
 
@@ -181,6 +256,27 @@ PAPER: dict[str, Any] = {
     "network.perception.draws": 16,
 }
 PROFILES: dict[str, dict[str, Any]] = {"cpu": {}, "paper": PAPER}
+# What single methods have in a profile in place of that. In `paper`, widths and learning rates of DRAEM and MemAE are
+# published ones (MemAE's widths and items those for CIFAR-10); steps, and all of MFRNet beside its backbone, are ours.
+OWN: dict[tuple[str, str], dict[str, Any]] = {
+    ("mfrnet", "cpu"): {"training.steps": 1200, "training.batch": 4, "training.learning_rate": 2e-3},
+    ("mfrnet", "paper"): {
+        "features.backbone": "vgg16.tv_in1k",
+        "features.levels": (2, 3, 4),
+        "network.widths": (512, 768),
+        "network.depth": 4,
+        "network.heads": 8,
+    },
+    ("draem", "cpu"): {"training.steps": 600, "training.batch": 4},
+    ("draem", "paper"): {
+        "training.batch": 8,
+        "network.side": None,
+        "network.reconstructive": 128,
+        "network.discriminative": 64,
+    },
+    ("memae", "cpu"): {"training.steps": 1000},
+    ("memae", "paper"): {"network.side": None, "network.widths": (64, 128, 128, 256), "network.items": 500},
+}
 
 
 def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str, Any] | None = None) -> Config:
@@ -194,6 +290,7 @@ def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str,
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; there are {', '.join(PROFILES)}")
     profiled = {name: value for name, value in PROFILES[profile].items() if _applies(name, method)}
+    profiled |= OWN.get((method, profile), {})
     tree: dict[str, Any] = {"network": {"method": method}}
     for name, value in {**profiled, **(changes or {})}.items():
         *parents, leaf = name.split(".")

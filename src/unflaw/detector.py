@@ -20,9 +20,10 @@ from torch import Tensor
 from unflaw import __version__
 from unflaw.cache import Cache, Progress, TrainingError, ahead, batched, build_cache, load, silent, stack
 from unflaw.calibration import Calibration, calibrate
-from unflaw.config import Config, URANetOptions, make_config
+from unflaw.config import Config, make_config
 from unflaw.datasets import Dataset, Sample, digest, load_dataset
 from unflaw.display import DisplayDecoder
+from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, DetectorError, read_metadata, write_atomically
 from unflaw.images import ImageError, Prepared, prepare, read
 from unflaw.methods import Inspection, create
@@ -38,7 +39,7 @@ class Detector:
     """Learns what good looks like and says of a new picture whether and where it differs.
 
     Args:
-        method: "uranet" or "lookup".
+        method: "uranet", "lookup", "mfrnet", "draem" or "memae".
         profile: "cpu" (default) or "paper".
         weights: Backbone weight file; see `FeatureExtractor` for what happens without.
         config: A whole configuration, instead of method, profile and settings.
@@ -279,14 +280,13 @@ class Detector:
 
     def _textures(self) -> list[np.ndarray]:
         """Prepared texture pictures, for methods that use them; read first, so that a wrong folder is noticed first."""
-        network = self.config.network
-        if not isinstance(network, URANetOptions) or not network.synthesis.textures:
+        if not self.network.uses_textures:
             return []
         return texture_pictures(self.config.training.textures, self.config.preparation)
 
     def _fit_display(self, cache: Cache, progress: Progress) -> None:
         settings = self.config.training
-        if not settings.display_steps:
+        if not settings.display_steps or isinstance(self.network.features, PixelExtractor):
             return
         decoder = self.display = DisplayDecoder(self.network.features.channels)
 
@@ -347,7 +347,7 @@ class Detector:
         """Boxes (N, 4) → (N, g, g) bool, feature cells that touch the picture; None where all do."""
         if self.config.preparation.fit == "stretch":
             return None
-        grid, size = self.config.features.grid, self.config.preparation.size
+        grid, size = self.network.features.grid, self.config.preparation.size
         start, edges = torch.arange(grid) * size / grid, boxes[..., None]
         x, y = ((start + size / grid > edges[:, i]) & (start < edges[:, i + 2]) for i in (0, 1))
         return y[:, :, None] & x[:, None, :]
@@ -359,7 +359,14 @@ class Detector:
         for name, layer in inspection.layers.items():
             mode = "nearest" if name == "mask" else "bilinear"
             layers[name] = torch.nn.functional.interpolate(layer.float(), size, mode=mode)[:, 0].numpy()
-        if self.display is not None and inspection.restored is not None:
-            drawn = torch.nn.functional.interpolate(self.display(inspection.restored.float()), size, mode="bilinear")
+        drawn = self._drawn(inspection)
+        if drawn is not None:
+            drawn = torch.nn.functional.interpolate(drawn, size, mode="bilinear")
             layers["restored"] = (drawn.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
         return layers
+
+    def _drawn(self, inspection: Inspection) -> Tensor | None:
+        """What was restored, as pictures (N, 3, h, w): restored pixels are some already."""
+        if inspection.restored is None or isinstance(self.network.features, PixelExtractor):
+            return inspection.restored
+        return None if self.display is None else self.display(inspection.restored.float())

@@ -48,6 +48,7 @@ class FeatureExtractor(nn.Module):
     def __init__(self, config: Features, weights: str | Path | None = None) -> None:
         super().__init__()
         self.config = config
+        self.grid = config.grid
         self.backbone = create_backbone(config.backbone, config.levels, weights).eval().requires_grad_(False)
         self.backbone.to(memory_format=torch.channels_last)
         feature_info: Any = self.backbone.feature_info
@@ -139,6 +140,47 @@ class FeatureExtractor(nn.Module):
     def train(self, mode: bool = True) -> FeatureExtractor:
         """The backbone stays in evaluation mode: its batch statistics must not move."""
         return super().train(False)
+
+
+class PixelExtractor(nn.Module):
+    """Pictures themselves as F (N, 3, g, g) in [0, 1], for methods on pixels; stands where `FeatureExtractor` does.
+
+    Args:
+        size: Side of the canvas, pixels.
+        side: The grid g, at most `size`; None: `size`.
+        halvings: How often the method halves the side.
+    """
+
+    channels = 3
+
+    def __init__(self, size: int, side: int | None, halvings: int) -> None:
+        super().__init__()
+        self.grid = min(side or size, size)
+        self.backbone = nn.Module()  # none
+        if self.grid % 2**halvings:
+            raise ValueError(
+                f"a side of {self.grid} pixels cannot be halved {halvings} times; "
+                f"choose a multiple of {2**halvings} for preparation.size or network.side"
+            )
+
+    def aggregate(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) in [0, 1] → (N, 3, g, g)."""
+        return resize(images, self.grid)
+
+    def fit(self, raw: Tensor) -> PixelExtractor:
+        """Nothing is learned."""
+        return self
+
+    def project(self, raw: Tensor) -> Tensor:
+        """The pictures as they are."""
+        return raw
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) in [0, 1] → F (N, 3, g, g)."""
+        return self.aggregate(images)
+
+
+Extractor = FeatureExtractor | PixelExtractor
 
 
 def resize(features: Tensor, side: int) -> Tensor:

@@ -97,7 +97,9 @@ def _checkpoint(
     history: list[dict[str, float]],
     identity: str,
 ) -> None:
-    tensors: dict[str, Tensor] = {f"module.{n}": t for n, t in module.named_parameters() if t.requires_grad}
+    # buffers too: the running statistics of batch normalisation change from step to step
+    named = [(n, t) for n, t in module.named_parameters() if t.requires_grad] + list(module.named_buffers())
+    tensors: dict[str, Tensor] = {f"module.{n}": t for n, t in named}
     for i, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -115,7 +117,7 @@ def _restore(
             if metadata.get("identity") != identity:
                 raise TrainingError(f"{path}: is of other pictures or settings; delete it, or train without --resume")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        parameters = dict(module.named_parameters())
+        parameters: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         state: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, tensor in tensors.items():

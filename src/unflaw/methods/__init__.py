@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from unflaw.config import Config
 from unflaw.methods.base import Inspection, Method
+from unflaw.methods.draem import DRAEM
 from unflaw.methods.lookup import Lookup
+from unflaw.methods.memae import MemAE
+from unflaw.methods.mfrnet import MFRNet
 from unflaw.methods.uranet import URANet
 
 __all__ = ["Inspection", "Method", "create"]
 
-_CLASSES: dict[str, type[Method]] = {"uranet": URANet, "lookup": Lookup}
+_CLASSES: dict[str, type[Method]] = {
+    "uranet": URANet,
+    "lookup": Lookup,
+    "mfrnet": MFRNet,
+    "draem": DRAEM,
+    "memae": MemAE,
+}
 
 
 def create(config: Config, weights: str | None = None) -> Method:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from unflaw.config import Config
-from unflaw.features import FeatureExtractor
+from unflaw.features import Extractor, FeatureExtractor
 from unflaw.methods.layers import gaussian_blur
 
 Batch = dict[str, Tensor]
@@ -44,17 +44,23 @@ class Method(nn.Module):
     kinds = 1  # W, kinds of evidence
     perceives = False  # whether `Inspection.perceived` is given
     judges = False  # whether `Inspection.coarse` is given
+    window = 3  # side in cells of the mean filter over the map that judges a picture; odd
+    uses_textures = False  # whether `setup` wants texture pictures
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
         super().__init__()
         self.config = config
-        self.features = FeatureExtractor(config.features, weights)
+        self.features = self.extractor(config, weights)
         self.normal: Tensor
         self.normal_scores: Tensor
         # mean and deviation on good training pictures: of every kind of evidence, and of what judges a picture
         statistics = len(config.scoring.shares) * (1 + self.perceives) + self.judges
         self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(self.kinds + self.judges, 1))
         self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(statistics, 1))
+
+    def extractor(self, config: Config, weights: str | None) -> Extractor:
+        """What makes F of pictures; a method on pixels has its own, which uses no weights."""
+        return FeatureExtractor(config.features, weights)
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g), without gradient."""
@@ -143,9 +149,9 @@ class Method(nn.Module):
         """What judges a picture, (N, Q): shares of the witnesses, shares of what is perceived, the coarse evidence."""
         scoring = self.config.scoring
         maps, coarse = self._standardised(inspection)
-        found = [highest(maps, scoring.shares, valid)]
+        found = [highest(maps, scoring.shares, valid, self.window)]
         if inspection.perceived is not None:
-            found.append(highest(inspection.perceived[:, 0], scoring.shares, valid))
+            found.append(highest(inspection.perceived[:, 0], scoring.shares, valid, self.window))
         if coarse is not None:
             found.append(highest(coarse, (scoring.coarse_share,), None if valid is None else _coarse(valid)))
         return torch.cat(found, dim=1)
@@ -162,11 +168,12 @@ def _coarse(valid: Tensor) -> Tensor:
     return F.max_pool2d(valid.float()[:, None], 2, ceil_mode=True)[:, 0] > 0
 
 
-def highest(maps: Tensor, shares: Sequence[float], valid: Tensor | None = None) -> Tensor:
-    """(N, g, g) → (N, Q): mean of the highest share q of the valid cells, after a 3×3 mean."""
+def highest(maps: Tensor, shares: Sequence[float], valid: Tensor | None = None, window: int = 3) -> Tensor:
+    """(N, g, g) → (N, Q): mean of the highest share q of the valid cells, after a mean over a square `window`."""
     inside = torch.ones_like(maps) if valid is None else valid.to(maps)
-    covered = F.avg_pool2d(inside[:, None], 3, 1, 1)  # so that the padding does not blur into the picture
-    smooth = (F.avg_pool2d((maps * inside)[:, None], 3, 1, 1) / covered.clamp_min(1e-6)).flatten(1)
+    around = (window, 1, window // 2)
+    covered = F.avg_pool2d(inside[:, None], *around)  # so that the padding does not blur into the picture
+    smooth = (F.avg_pool2d((maps * inside)[:, None], *around) / covered.clamp_min(1e-6)).flatten(1)
     cells = smooth if valid is None else smooth.masked_fill(~valid.flatten(1), -torch.inf)
     ordered = cells.sort(dim=1, descending=True).values
     present = torch.full((len(maps),), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)

@@ -75,33 +75,48 @@ def sincos_positions(side: int, width: int) -> Tensor:
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
-class AttentionBlock(nn.Module):
-    """Pre-norm transformer block whose keys can be restricted (masked attention).
+class Attention(nn.Module):
+    """Multi-head self-attention whose keys can be restricted (masked attention).
 
     Args:
         width, heads: Token width, divisible by the number of heads.
-        ratio: Hidden width of the feed-forward part over `width`.
     """
 
-    def __init__(self, width: int, heads: int, ratio: int = 2) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
 
     def forward(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
         """x (N, T, width); `allowed` broadcastable to (N, heads, T, T) bool: True where query may see key."""
         n, t, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, width // self.heads)
+        qkv = self.qkv(x).view(n, t, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, width/heads)
         if self.training and x.device.type == "cpu":  # the fused kernel's backward pass takes five times as long there
             logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             attended = (logits if allowed is None else logits.masked_fill(~allowed, -1e4)).softmax(-1).to(v) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        x = x + self.out(attended.transpose(1, 2).reshape(n, t, width))
+        return self.out(attended.transpose(1, 2).reshape(n, t, width))
+
+
+class AttentionBlock(Attention):
+    """Pre-norm transformer block: attention and a feed-forward part, each added to its input.
+
+    Args:
+        width, heads: As `Attention`.
+        ratio: Hidden width of the feed-forward part over `width`.
+    """
+
+    def __init__(self, width: int, heads: int, ratio: int = 2) -> None:
+        super().__init__(width, heads)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
+
+    def forward(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """As `Attention`."""
+        x = x + super().forward(self.norm1(x), allowed)
         return x + self.mlp(self.norm2(x))
 
 
@@ -161,3 +176,69 @@ def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
     kernel = kernel / kernel.sum()
     padded = F.pad(maps, (radius,) * 4, mode="replicate")
     return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+
+
+def ssim_map(x: Tensor, y: Tensor, window: int = 11, constants: tuple[float, float] = (0.01**2, 0.03**2)) -> Tensor:
+    """Structural similarity (Wang et al. 2004) at every place: twice (N, C, h, w) → (N, 1, h, w), at most 1.
+
+    Of vectors (ours): means multiply as inner products, variances and covariances are summed over channels, so that a
+    channel counts by its energy. C = 1 is the published formula. Local statistics are plain means over a window.
+
+    Args:
+        window: Odd side of the window; at the border the part inside.
+        constants: C1 and C2, (0.01 L)² and (0.03 L)² for values of range L.
+    """
+    c1, c2 = constants
+    mx, my = local_mean(x, window), local_mean(y, window)
+    means, crossed = _dot(mx, mx) + _dot(my, my), _dot(mx, my)
+    variances = local_mean(_dot(x, x) + _dot(y, y), window) - means
+    covariance = local_mean(_dot(x, y), window) - crossed
+    return (2 * crossed + c1) * (2 * covariance + c2) / ((means + c1) * (variances + c2))
+
+
+def gradient_magnitude_similarity(x: Tensor, y: Tensor, constant: float = 0.0026, scales: int = 1) -> Tensor:
+    """GMS (Xue et al. 2014) at every place: twice (N, C, h, w) → (N, 1, h, w) in (0, 1].
+
+    (2 Σ g(x)·g(y) + c) / (Σ g(x)² + Σ g(y)² + c) with Prewitt gradient magnitudes g, the sums over channels (ours);
+    C = 1 is the published formula. Several scales, each half the size of the last, are averaged (RIAD's MSGMS).
+
+    Args:
+        constant: c; the default is for values in [0, 1].
+    """
+    total = torch.zeros_like(x[:, :1])
+    for _ in range(scales):
+        a, b = gradient_magnitude(x), gradient_magnitude(y)
+        similarity = (2 * _dot(a, b) + constant) / (_dot(a, a) + _dot(b, b) + constant)
+        total = total + F.interpolate(similarity, total.shape[-2:], mode="nearest") / scales
+        x, y = (F.avg_pool2d(t, 2, ceil_mode=True) for t in (x, y))
+    return total
+
+
+def gradient_magnitude(x: Tensor) -> Tensor:
+    """Length of the Prewitt gradient of every channel, (N, C, h, w) → (N, C, h, w); edges replicated."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    across, down = padded[..., 2:] - padded[..., :-2], padded[..., 2:, :] - padded[..., :-2, :]
+    across = (across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :]) / 3
+    down = (down[..., :-2] + down[..., 1:-1] + down[..., 2:]) / 3
+    return (across.square() + down.square() + 1e-12).sqrt()  # its derivative at 0 would be infinite
+
+
+def local_mean(x: Tensor, window: int) -> Tensor:
+    """(N, C, h, w): mean over window×window, an odd number of places; at the border over those inside.
+
+    Two products with banded matrices: on the processor several times as fast as average pooling.
+    """
+    with torch.autocast(x.device.type, enabled=False):  # variances are small differences of means
+        x = x.float()
+        rows, columns = (_band(side, window).to(x) for side in x.shape[-2:])
+        return rows @ x @ columns.T
+
+
+def _band(side: int, window: int) -> Tensor:
+    place = torch.arange(side)
+    near = ((place - place[:, None]).abs() <= window // 2).float()
+    return near / near.sum(1, keepdim=True)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(1, keepdim=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Generator, Tensor, nn
 
-from unflaw.features import FeatureExtractor
+from unflaw.features import Extractor, FeatureExtractor
 from unflaw.methods.layers import greedy_coreset, to_grid, to_tokens
 
 CHUNK = 256  # tokens compared with the memory at a time: their (256, M) matrix stays in the processor's cache
@@ -122,8 +124,9 @@ class Judge(nn.Module):
     (docs/research.md). It has fewer tokens, so more prototypes cost the same.
     """
 
-    def __init__(self, size: int, extractor: FeatureExtractor) -> None:
+    def __init__(self, size: int, extractor: Extractor) -> None:
         super().__init__()
+        extractor = cast(FeatureExtractor, extractor)  # methods that judge regions have features
         self.memory = Memory(size, extractor.coarse_channels, neighbours=1)
         self._coarsen = extractor.coarsen  # a bound method, so that the extractor is not registered twice
 

@@ -137,6 +137,7 @@ class URANet(Method):
         assert isinstance(options, URANetOptions)
         self.kinds = 2 if options.restoration.prototypes else 1  # residual and, with a memory, distance to it
         self.perceives = self.judges = options.restoration.prototypes > 0
+        self.uses_textures = options.synthesis.textures > 0
         super().__init__(config, weights)
         self.options = options
         channels, prototypes = self.features.channels, options.restoration.prototypes

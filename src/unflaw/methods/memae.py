@@ -1,0 +1,93 @@
+"""MemAE (arXiv 1904.02639): an autoencoder whose code is re-composed from a memory of normal prototypes, on pixels.
+
+    picture ──▶ encoder ──▶ queries z ──▶ memory: sparse addressing ──▶ ẑ ──▶ decoder ──▶ picture,   map = squared error
+
+A reference, small. Addressing and losses are the paper's, the convolutions those of its CIFAR-10 network at widths and
+a side that options reduce. Ours: the optimiser of the common loop and the common score.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from unflaw.config import Config, MemAEOptions
+from unflaw.features import PixelExtractor
+from unflaw.methods.base import Batch, Inspection, Method
+from unflaw.methods.layers import to_grid, to_tokens
+
+
+class AddressedMemory(nn.Module):
+    """Learned prototypes; a query becomes a sparse mixture of them (section 3.3).
+
+    w = softmax of the cosine similarities, hard-shrunk by ŵ = max(w − λ, 0) · w / (|w − λ| + ε),
+    that is w where w > λ, and brought back to the sum 1.
+
+    Args:
+        items: M. channels: C. shrinkage: λ · M. At 1 or less some weight always stays: the largest is at least 1 / M.
+    """
+
+    def __init__(self, items: int, channels: int, shrinkage: float) -> None:
+        super().__init__()
+        self.shrink = shrinkage / items
+        self.items = nn.Parameter(torch.randn(items, channels) / channels**0.5)
+
+    def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, C) → re-composed (…, C), addressing weights (…, M)."""
+        with torch.autocast(queries.device.type, enabled=False):  # all weights are near 1 / M, which λ has to part
+            cosine = F.normalize(queries.float(), dim=-1) @ F.normalize(self.items, dim=-1).T
+            weights = cosine.softmax(-1)
+            above = weights - self.shrink
+            weights = F.normalize(above.relu() * weights / (above.abs() + 1e-12), p=1, dim=-1)
+            return weights @ self.items, weights
+
+
+class MemAE(Method):
+    """Assembly; see the module."""
+
+    def __init__(self, config: Config, weights: str | None = None) -> None:
+        options = config.network
+        assert isinstance(options, MemAEOptions)
+        self.options = options
+        super().__init__(config, weights)
+        self.window = 2 * round(21 * self.features.grid / 512) + 1  # as DRAEM's
+        sides = list(pairwise([3, *options.widths]))
+        self.encoder = nn.Sequential(*(_halve(a, b) for a, b in sides))
+        self.memory = AddressedMemory(options.items, options.widths[-1], options.shrinkage)
+        *inner, (a, b) = reversed(sides)
+        last = nn.ConvTranspose2d(b, a, 3, 2, padding=1, output_padding=1)
+        self.decoder = nn.Sequential(*(_double(b, a) for a, b in inner), last)
+
+    def extractor(self, config: Config, weights: str | None) -> PixelExtractor:
+        options = config.network
+        assert isinstance(options, MemAEOptions)
+        return PixelExtractor(config.preparation.size, options.side, halvings=len(options.widths))
+
+    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
+        """Mean squared error and the entropy of addressing, summed over items (section 3.4)."""
+        restored, weights = self._restore(batch["features"])
+        entropy = -(weights * (weights + 1e-12).log()).sum(-1).mean()
+        terms = {"mse": F.mse_loss(restored, batch["features"]), "entropy": entropy}
+        return terms | {"loss": terms["mse"] + self.options.entropy * entropy}
+
+    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
+        """Pictures (N, 3, g, g) → squared error of the reconstruction at each pixel."""
+        restored, _ = self._restore(features)
+        return Inspection((features - restored).square().mean(1, keepdim=True), restored=restored)
+
+    def _restore(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, g, g) → restored (N, 3, g, g), addressing weights (N, T, M) of the T places of the code."""
+        mixed, weights = self.memory(to_tokens(self.encoder(pictures)))
+        return self.decoder(to_grid(mixed)).float(), weights.float()
+
+
+def _halve(a: int, b: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(a, b, 3, 2, padding=1), nn.BatchNorm2d(b), nn.LeakyReLU(0.2))
+
+
+def _double(a: int, b: int) -> nn.Sequential:
+    convolution = nn.ConvTranspose2d(a, b, 3, 2, padding=1, output_padding=1)
+    return nn.Sequential(convolution, nn.BatchNorm2d(b), nn.LeakyReLU(0.2))

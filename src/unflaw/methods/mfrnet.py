@@ -1,0 +1,196 @@
+"""MFRNet (arXiv 2404.13273): multi-feature reconstruction with crossed masks.
+
+    F ──▶ n crossed masks M_i ──▶ M_i ⊙ F, one batch ──▶ restoration network R ──▶ F̂ = Σ_i (1 − M_i) ⊙ R(M_i ⊙ F)
+
+The map is the hybrid loss of F and F̂. The multi-scale aggregator, the paper's first part, is `FeatureExtractor`. The
+parts are the paper's; its hyper-parameters and the inside of its blocks are not public to us, so all of these are ours.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from unflaw.config import Config, MFRNetOptions
+from unflaw.methods.base import Batch, Inspection, Method
+from unflaw.methods.layers import (
+    Attention,
+    gradient_magnitude_similarity,
+    sincos_positions,
+    ssim_map,
+    to_grid,
+    to_tokens,
+)
+
+WINDOW = 5  # of SSIM, in feature cells
+SCALES = 3  # of gradient magnitude similarity
+STABLE = 0.1  # C1, C2 and c of the two, where the mean squared norm of F is 1
+
+
+def crossed_masks(side: int, k: int, n: int, rng: Generator) -> Tensor:
+    """Crossed-mask generator: n random masks (n, side, side), 0 where hidden and 1 where visible.
+
+    The grid of k×k cells is split at random into n subsets whose sizes differ by one cell at most; each mask hides one.
+    So what they hide is disjoint and together complete. Where k does not divide the side, the last cells are smaller.
+
+    Raises:
+        ValueError: k larger than the side, or more masks than cells.
+    """
+    if k > side:
+        raise ValueError(f"mask cells of {k} are larger than the grid of {side}; choose a smaller network.k")
+    cells = -(-side // k)
+    if n > cells**2:
+        raise ValueError(f"{n} masks cannot share {cells**2} cells; choose a smaller network.n or network.k")
+    subset = torch.randperm(cells**2, generator=rng).view(cells, cells) % n
+    subset = subset.repeat_interleave(k, 0).repeat_interleave(k, 1)[:side, :side]
+    return (subset != torch.arange(n).view(-1, 1, 1)).float()
+
+
+class HybridBlock(nn.Module):
+    """Hybrid transformer block: convolution for detail beside self-attention for context, then a feed-forward part.
+
+    Both branches see the same normalised tokens, and their sum is added to the input (our reading).
+    """
+
+    def __init__(self, width: int, options: MFRNetOptions) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, options.heads) if options.attention else None
+        self.convolution = nn.Conv2d(width, width, 3, padding=1) if options.convolution else None
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, width) → (N, T, width), the T tokens a square grid."""
+        normal = self.norm1(x)
+        if self.attention is not None:
+            x = x + self.attention(normal)
+        if self.convolution is not None:
+            x = x + to_tokens(self.convolution(to_grid(normal)))
+        return x + self.mlp(self.norm2(x))
+
+
+class RestorationNetwork(nn.Module):
+    """R: an encoder–decoder of hybrid blocks from what is visible to all of F.
+
+    Tokens are patches of F and of the mask; each further scale halves the side, and the decoder adds what the encoder
+    had at its scale. Predicted is a correction of `fill`, at first 0: training starts at blurred surroundings.
+    """
+
+    def __init__(self, channels: int, grid: int, options: MFRNetOptions) -> None:
+        super().__init__()
+        p, widths = options.patch, options.widths
+        multiple = p * 2 ** (len(widths) - 1)
+        if grid % multiple:
+            raise ValueError(
+                f"the grid of {grid} cells cannot be cut into patches of {p} and halved {len(widths) - 1} times; "
+                f"choose a multiple of {multiple} for features.grid, another network.patch or fewer network.widths"
+            )
+        self.patch = p
+        self.narrow = nn.Conv2d(channels + 1, widths[0], p, p)
+        *finer, coarsest = (nn.Sequential(*(HybridBlock(w, options) for _ in range(options.depth))) for w in widths)
+        self.encoder, self.bottom = nn.ModuleList(finer), coarsest
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, 2) for a, b in pairwise(widths))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in pairwise(widths))
+        self.decoder = nn.ModuleList(
+            nn.Sequential(*(HybridBlock(w, options) for _ in range(options.depth))) for w in widths[:-1]
+        )
+        self.norm = nn.LayerNorm(widths[0])
+        self.widen = nn.Linear(widths[0], channels * p * p)
+        nn.init.zeros_(self.widen.weight)
+        nn.init.zeros_(self.widen.bias)
+        self.positions: Tensor
+        self.nearness: Tensor
+        self.register_buffer("positions", sincos_positions(grid // p, widths[0]), persistent=False)
+        distance = torch.arange(grid) - torch.arange(grid)[:, None]
+        self.register_buffer("nearness", torch.exp(-0.5 * (distance / (grid / 16)) ** 2), persistent=False)
+
+    def forward(self, seen: Tensor, visible: Tensor) -> Tensor:
+        """M ⊙ F (N, C, g, g) and M (N, 1, g, g) in {0, 1} → R(M ⊙ F), (N, C, g, g)."""
+        x = to_tokens(self.narrow(torch.cat([seen, visible], dim=1))) + self.positions
+        skipped = []
+        for blocks, down in zip(self.encoder, self.down, strict=True):
+            x = blocks(x)
+            skipped.append(x)
+            x = to_tokens(down(to_grid(x)))
+        x = self.bottom(x)
+        for blocks, up in zip(reversed(self.decoder), reversed(self.up), strict=True):
+            x = blocks(to_tokens(up(to_grid(x))) + skipped.pop())
+        return self.fill(seen, visible) + F.pixel_shuffle(to_grid(self.widen(self.norm(x))), self.patch)
+
+    def fill(self, seen: Tensor, visible: Tensor) -> Tensor:
+        """Mean of what is visible around each place, weighted by a Gaussian of a sixteenth of the grid."""
+        around = self.nearness @ seen @ self.nearness
+        return around / (self.nearness @ visible @ self.nearness).clamp_min(1e-6)
+
+
+class MFRNet(Method):
+    """Assembly; see the module. Each term of the hybrid loss that has a weight is a kind of evidence."""
+
+    def __init__(self, config: Config, weights: str | None = None) -> None:
+        options = config.network
+        assert isinstance(options, MFRNetOptions)
+        self.options = options
+        self.terms = {name: w for name in ("pixel", "ssim", "gms") if (w := getattr(options, name))}
+        self.kinds = len(self.terms)
+        super().__init__(config, weights)
+        self.restoration = RestorationNetwork(self.features.channels, self.features.grid, options)
+        self.masks: Tensor
+        self.scale: Tensor
+        self.register_buffer("masks", self._draw(options.k, torch.Generator().manual_seed(0)))
+        self.register_buffer("scale", torch.ones(()))
+
+    def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
+        """Draws the masks of inspection and measures the norm of F, which makes structural terms free of units."""
+        self.masks.copy_(self._draw(self.options.k, rng))
+        energy = torch.stack([part.float().square().sum(1).mean() for part in features.split(16)])
+        self.scale.copy_(energy.mean().sqrt().clamp_min(1e-6))
+        return {}
+
+    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
+        """Hybrid loss of F and F̂; every step draws one k, as RIAD does, and new masks."""
+        k = self.options.k[int(torch.randint(len(self.options.k), (1,), generator=rng))]
+        restored = self.restore(batch["features"], self._draw((k,), rng))[:, 0]
+        terms = {name: term.mean() for name, term in self.compare(batch["features"], restored).items()}
+        terms["loss"] = sum((self.terms[name] * term for name, term in terms.items()), torch.zeros(()))
+        return terms
+
+    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
+        """All masks of all k in one batch; maps and restored features are means over k."""
+        restored = self.restore(features, self.masks)  # (N, K, C, g, g)
+        kinds = len(self.masks)
+        terms = self.compare(features.repeat_interleave(kinds, 0), restored.flatten(0, 1))
+        maps = torch.cat([term.sqrt() if name == "pixel" else term for name, term in terms.items()], dim=1)
+        return Inspection(maps.unflatten(0, (-1, kinds)).mean(1), restored=restored.mean(1))
+
+    def restore(self, features: Tensor, masks: Tensor) -> Tensor:
+        """F (N, C, g, g), K sets of n masks (K, n, g, g) → F̂ of each set, (N, K, C, g, g).
+
+        All K·n masked maps are one batch, and of each only the hidden cells are kept. Unmasked: all of one map.
+        """
+        sets, n = masks.shape[:2]
+        visible = masks.flatten(0, 1)[:, None].repeat(len(features), 1, 1, 1)  # (N·K·n, 1, g, g)
+        seen = features.repeat_interleave(sets * n, 0) * visible
+        kept = self.restoration(seen, visible) * (1 - visible if self.options.masked else 1)
+        return kept.view(len(features), sets, n, *features.shape[1:]).sum(2)
+
+    def compare(self, features: Tensor, restored: Tensor) -> dict[str, Tensor]:
+        """The terms of the hybrid loss at every cell, F and F̂ (N, C, g, g) → (N, 1, g, g) each, 0 where they agree."""
+        x, y = features / self.scale, restored.float() / self.scale
+        terms = {}
+        if "pixel" in self.terms:
+            terms["pixel"] = (x - y).square().sum(1, keepdim=True)
+        if "ssim" in self.terms:
+            terms["ssim"] = 1 - ssim_map(x, y, WINDOW, (STABLE, STABLE))
+        if "gms" in self.terms:
+            terms["gms"] = 1 - gradient_magnitude_similarity(x, y, STABLE, SCALES)
+        return terms
+
+    def _draw(self, sizes: tuple[int, ...], rng: Generator) -> Tensor:
+        """A set of n masks for each k, (K, n, g, g); unmasked: one that hides nothing."""
+        grid = self.features.grid
+        if not self.options.masked:
+            return torch.ones(1, 1, grid, grid)
+        return torch.stack([crossed_masks(grid, k, self.options.n, rng) for k in sizes])

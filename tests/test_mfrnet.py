@@ -1,0 +1,341 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Generator, Tensor
+
+from unflaw.config import MFRNetOptions, make_config
+from unflaw.detector import Detector
+from unflaw.methods.layers import gradient_magnitude_similarity, ssim_map
+from unflaw.methods.mfrnet import SCALES, STABLE, WINDOW, HybridBlock, MFRNet, RestorationNetwork, crossed_masks
+from unflaw.training import optimise
+
+CHANNELS, GRID = 8, 8  # components and grid of the tiny configuration
+
+
+def rng(seed: int = 0) -> Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def network(tiny, **changes) -> MFRNet:
+    torch.manual_seed(0)
+    return MFRNet(tiny("mfrnet", **{f"network.{name}": value for name, value in changes.items()}), "random").eval()
+
+
+@pytest.fixture(scope="module")
+def features() -> Tensor:
+    """A few patterns, smooth over places, and a little noise."""
+    patterns = torch.randn(4, CHANNELS, generator=rng())
+    weights = F.interpolate(torch.randn(12, 4, 3, 3, generator=rng(1)), (GRID, GRID), mode="bicubic")
+    return torch.einsum("nkij,kc->ncij", weights.softmax(1), patterns) + 0.05 * torch.randn(
+        12, CHANNELS, GRID, GRID, generator=rng(2)
+    )
+
+
+def train(made: MFRNet, features: Tensor, steps: int) -> list[dict[str, float]]:
+    made.setup(features.half(), None, rng())
+
+    def loss(indices: Tensor, rng: Generator) -> dict[str, Tensor]:
+        return made.loss({"features": features[indices]}, rng)
+
+    history = optimise(made, loss, len(features), steps, made.config.training)
+    made.finish(features.half())
+    return history
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, features) -> tuple[MFRNet, list[dict[str, float]]]:
+    torch.manual_seed(0)
+    made = MFRNet(tiny("mfrnet", **{"training.learning_rate": 3e-3}), "random")
+    return made, train(made, features, 80)
+
+
+# Crossed masks
+
+
+@given(side=st.integers(1, 40), k=st.integers(1, 40), n=st.integers(2, 9), seed=st.integers(0, 999))
+def test_masks_hide_every_cell_exactly_once(side, k, n, seed):
+    cells = math.ceil(side / k)
+    if k > side or n > cells**2:
+        with pytest.raises(ValueError, match=r"network\.k"):
+            crossed_masks(side, k, n, rng(seed))
+        return
+    masks = crossed_masks(side, k, n, rng(seed))
+    assert masks.shape == (n, side, side) and set(masks.unique().tolist()) <= {0.0, 1.0}
+    hidden = 1 - masks
+    assert torch.equal(hidden.sum(0), torch.ones(side, side))  # disjoint and complete
+    corners = hidden[:, ::k, ::k]
+    assert torch.equal(corners.repeat_interleave(k, 1).repeat_interleave(k, 2)[:, :side, :side], hidden)  # whole cells
+    shares = corners.sum((1, 2))
+    assert shares.sum() == cells**2 and shares.max() - shares.min() <= 1
+
+
+def test_masks_are_random_and_those_of_the_generator():
+    first = crossed_masks(12, 2, 3, rng(1))
+    assert torch.equal(first, crossed_masks(12, 2, 3, rng(1)))
+    assert not torch.equal(first, crossed_masks(12, 2, 3, rng(2)))
+    hidden = torch.stack([1 - crossed_masks(8, 2, 4, rng(seed)) for seed in range(400)]).mean(0)
+    torch.testing.assert_close(hidden, torch.full_like(hidden, 0.25), atol=0.1, rtol=0)
+
+
+# The network
+
+
+@pytest.mark.parametrize("k", [(1,), (2,), (3,), (2, 4), (1, 2, 5)])
+@pytest.mark.parametrize("moment", ["training", "inspection"])
+def test_what_is_hidden_has_no_influence_on_its_own_restoration(tiny, features, k, moment):
+    """The derivative of F̂ at a cell with respect to F anywhere in the same mask's hidden cells is 0."""
+    made = network(tiny, k=k)
+    for parameter in made.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)  # the correction too
+    made.train(moment == "training")
+    x = features[:2].clone().requires_grad_()
+    restored = made.restore(x, made.masks)
+    for which, masks in enumerate(made.masks):
+        for mask in masks:
+            hidden = mask == 0
+            (slope,) = torch.autograd.grad(restored[:, which][..., hidden].sum(), x, retain_graph=True)
+            assert not slope[..., hidden].any()
+            assert slope[..., ~hidden].abs().max() > 1e-4
+
+
+def test_unmasked_it_sees_what_it_restores(tiny, features):
+    made = network(tiny, masked=False)
+    assert made.masks.shape == (1, 1, GRID, GRID) and made.masks.all()
+    x = features[:2].clone().requires_grad_()
+    restored = made.restore(x, made.masks)[:, 0, :, 3, 3].sum()
+    (slope,) = torch.autograd.grad(restored, x)
+    assert slope[:, :, 3, 3].abs().min() > 0
+
+
+def test_one_batch_is_what_the_formula_says(tiny, features):
+    """F̂ = Σ_i (1 − M_i) ⊙ R(M_i ⊙ F), mask by mask."""
+    made = network(tiny, k=(2, 3), n=3)
+    torch.nn.init.normal_(made.restoration.widen.weight, std=0.1)
+    with torch.no_grad():
+        together = made.restore(features[:3], made.masks)
+        assert together.shape == (3, 2, CHANNELS, GRID, GRID)
+        for which, masks in enumerate(made.masks):
+            parts = [(1 - m) * made.restoration(m * features[:3], m.expand(3, 1, -1, -1)) for m in masks]
+            torch.testing.assert_close(together[:, which], sum(parts), atol=1e-5, rtol=1e-4)
+
+
+def test_training_starts_at_blurred_surroundings(tiny):
+    made = network(tiny, k=(1,))
+    flat = torch.full((2, CHANNELS, GRID, GRID), 3.0)
+    with torch.no_grad():
+        torch.testing.assert_close(made.restore(flat, made.masks)[:, 0], flat)
+        ramp = torch.arange(float(GRID)).expand(1, CHANNELS, GRID, GRID)
+        restored = made.restore(ramp, made.masks)[:, 0]
+    assert (restored - ramp).abs().max() < 1.5 and (restored >= 0).all() and (restored <= GRID - 1).all()
+
+
+@pytest.mark.parametrize(
+    "grid, patch, widths", [(8, 2, (8, 12)), (12, 3, (8,)), (12, 1, (4, 8, 12)), (9, 3, (8,)), (4, 1, (8, 8, 8))]
+)
+def test_any_patch_and_any_number_of_scales_gives_back_the_grid(grid, patch, widths):
+    options = MFRNetOptions(patch=patch, widths=widths, heads=2, depth=1)
+    restoration = RestorationNetwork(5, grid, options)
+    x, visible = torch.randn(2, 5, grid, grid, generator=rng()), torch.ones(2, 1, grid, grid)
+    out = restoration(x, visible)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert restoration.widen.weight.grad.abs().sum() > 0
+
+
+def test_a_block_has_two_branches_beside_each_other():
+    x = torch.randn(2, 16, 8, generator=rng())
+    torch.manual_seed(0)
+    both = HybridBlock(8, MFRNetOptions(heads=2))
+    normal = both.norm1(x)
+    grid = normal.transpose(1, 2).view(2, 8, 4, 4)
+    mixed = x + both.attention(normal) + both.convolution(grid).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(both(x), mixed + both.mlp(both.norm2(mixed)))
+    for options, gone in ((MFRNetOptions(attention=False), "attention"), (MFRNetOptions(convolution=False), "convol")):
+        single = HybridBlock(8, options)
+        assert single(x).shape == x.shape
+        assert not [name for name, _ in single.named_parameters() if name.startswith(gone)]
+
+
+def test_without_attention_what_is_far_has_no_influence():
+    """Two 3×3 convolutions reach two places; attention reaches all."""
+    for attention in (True, False):
+        torch.manual_seed(0)
+        options = MFRNetOptions(attention=attention, heads=2)
+        blocks = torch.nn.Sequential(HybridBlock(8, options), HybridBlock(8, options))
+        x = torch.randn(1, 64, 8, generator=rng(), requires_grad=True)
+        (slope,) = torch.autograd.grad(blocks(x)[0, 0].sum(), x)
+        reached = slope[0].abs().sum(1).view(8, 8) > 0
+        assert reached[:3, :3].all()
+        assert reached.all() if attention else not reached[3:].any() and not reached[:, 3:].any()
+
+
+# The hybrid loss
+
+
+def test_the_loss_and_the_evidence_are_the_same_terms(trained, features):
+    made = trained[0]
+    with torch.no_grad():
+        found = made(features)
+        terms = {"pixel": 0.0, "ssim": 0.0, "gms": 0.0}
+        restored = made.restore(features, made.masks)
+        for which in range(restored.shape[1]):
+            x, y = features / made.scale, restored[:, which] / made.scale
+            terms["pixel"] += (x - y).norm(dim=1, keepdim=True)
+            terms["ssim"] += 1 - ssim_map(x, y, WINDOW, (STABLE, STABLE))
+            terms["gms"] += 1 - gradient_magnitude_similarity(x, y, STABLE, SCALES)
+    expected = torch.cat(list(terms.values()), dim=1) / restored.shape[1]
+    assert made.kinds == 3 and found.witnesses.shape == (12, 3, GRID, GRID)
+    torch.testing.assert_close(found.witnesses, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.restored, restored.mean(1))
+    with torch.no_grad():
+        loss = made.loss({"features": features}, rng())
+    assert loss["loss"].item() == pytest.approx(sum(loss[name].item() for name in terms), rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(2.0, 0.0, 0.0), (0.0, 1.0, 3.0), (1.0, 0.5, 0.0)])
+def test_a_term_of_weight_0_is_no_evidence_either(tiny, features, weights):
+    made = network(tiny, **dict(zip(("pixel", "ssim", "gms"), weights, strict=True)))
+    made.setup(features.half(), None, rng())
+    with torch.no_grad():
+        terms, found = made.loss({"features": features}, rng()), made(features)
+    kept = {name: w for name, w in zip(("pixel", "ssim", "gms"), weights, strict=True) if w}
+    assert terms.keys() == kept.keys() | {"loss"}
+    assert terms["loss"].item() == pytest.approx(sum(w * terms[name].item() for name, w in kept.items()), rel=1e-5)
+    assert made.kinds == len(kept) == found.witnesses.shape[1] == len(made.normal)
+
+
+def test_units_of_the_features_do_not_matter(tiny, features):
+    first, second = network(tiny), network(tiny)
+    first.setup(features.half(), None, rng())
+    second.setup((4 * features).half(), None, rng())
+    with torch.no_grad():
+        torch.testing.assert_close(first(features).witnesses, second(4 * features).witnesses, atol=1e-3, rtol=1e-3)
+
+
+# Training and inspection
+
+
+def test_training_restores_better(trained, features):
+    losses = [step["loss"] for step in trained[1]]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+
+
+def test_inspection_is_deterministic_and_of_each_picture_alone(trained, features):
+    made = trained[0]
+    with torch.no_grad():
+        found, again, alone = made(features), made(features), made(features[3:4])
+    assert torch.equal(found.witnesses, again.witnesses)
+    torch.testing.assert_close(found.witnesses[3:4], alone.witnesses, atol=1e-4, rtol=1e-4)
+    assert found.restored.shape == features.shape and "masks" in made.state_dict()
+
+
+def test_training_draws_new_masks_and_every_k(tiny, features, monkeypatch):
+    made, drawn = network(tiny, k=(2, 4)), []
+    restore = made.restore
+    monkeypatch.setattr(made, "restore", lambda x, masks: drawn.append(masks) or restore(x, masks))
+    with torch.no_grad():
+        for seed in range(12):
+            made.loss({"features": features}, rng(seed))
+            made.loss({"features": features}, rng(seed))
+    assert all(masks.shape == (1, 3, GRID, GRID) for masks in drawn)
+    assert all(torch.equal(a, b) for a, b in zip(drawn[::2], drawn[1::2], strict=True))  # the generator decides
+    assert len({masks.numpy().tobytes() for masks in drawn}) > 10
+    blocks = F.avg_pool2d(torch.cat(drawn).flatten(0, 1)[:, None], 4).flatten(1)
+    whole = ((blocks == 0) | (blocks == 1)).all(1)
+    assert whole.any() and not whole.all()  # cells of four, and smaller ones
+
+
+def test_a_foreign_patch_stands_out(trained, features):
+    made, changed = trained[0], features.clone()
+    changed[:, :, 3:5, 3:5] = 3 * torch.randn(CHANNELS, 2, 2, generator=rng(5))
+    with torch.no_grad():
+        found, plain = made(changed), made(features)
+        scores, plain_scores = made.fuse(found)[1], made.fuse(plain)[1]
+    assert (scores > plain_scores).all()
+    mean, deviation = made.normal[..., None, None].unbind(1)
+    standard = (found.witnesses - mean) / deviation
+    assert (standard[:, :, 3:5, 3:5].mean((0, 2, 3)) > standard.mean((0, 2, 3)) + 1).all()  # every kind says so
+
+
+ABLATIONS = {
+    "one k": {"k": (2,)},
+    "odd k": {"k": (3,)},
+    "two masks": {"n": 2},
+    "many masks": {"n": 16},
+    "no masks": {"masked": False},
+    "no attention": {"attention": False},
+    "no convolution": {"convolution": False},
+    "one scale": {"widths": (8,)},
+    "pixels of features only": {"ssim": 0.0, "gms": 0.0},
+}
+
+
+@pytest.mark.parametrize("changes", ABLATIONS.values(), ids=ABLATIONS)
+def test_every_switch_trains_and_inspects(tiny, features, changes):
+    made = network(tiny, **changes)
+    assert len(train(made, features, 2)) == 2
+    with torch.no_grad():
+        found = made(features[:2])
+        maps, scores = made.fuse(found)
+    assert maps.isfinite().all() and scores.isfinite().all() and found.restored.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"network.k": (9,)}, r"cells of 9 .* grid of 8.*network\.k"),
+        ({"network.k": (8,)}, r"3 masks cannot share 1 cells.*network\.n"),
+        ({"network.patch": 3}, r"grid of 8 .* patches of 3.*multiple of 6"),
+        ({"network.widths": (8, 8, 8, 8)}, r"grid of 8 .* halved 3 times.*multiple of 16"),
+    ],
+)
+def test_settings_that_do_not_fit_the_grid_are_named(tiny, changes, named):
+    with pytest.raises(ValueError, match=named):
+        MFRNet(tiny("mfrnet", **changes), "random")
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"network.n": 1}, r"network\.n"),
+        ({"network.k": ()}, r"network\.k"),
+        ({"network.k": (2, 0)}, r"network\.k\.1"),
+        ({"network.heads": 5}, "cut into 5 heads"),
+        ({"network.attention": False, "network.convolution": False}, "attention, convolution or both"),
+        ({"network.pixel": 0, "network.ssim": 0, "network.gms": 0}, "above 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(changes, named):
+    with pytest.raises(ValueError, match=named):
+        make_config("mfrnet", "cpu", changes)
+
+
+def test_the_paper_profile_is_vgg_on_a_fine_grid():
+    config = make_config("mfrnet", "paper")
+    assert config.features.backbone.startswith("vgg16") and config.features.grid == 64
+    assert config.network.widths > make_config("mfrnet").network.widths
+    RestorationNetwork(4, 64, config.network.model_copy(update={"widths": (8, 16), "depth": 1}))
+
+
+# With everything around it
+
+
+def test_it_finds_an_obvious_defect_and_is_saved_whole(parts, weights, tiny, tmp_path):
+    config = tiny("mfrnet", **{"training.steps": 25})
+    made = Detector(config=config, weights=weights).fit(parts)
+    bad, good = (sorted((parts / "test" / name).iterdir()) for name in ("square", "good"))
+    results = {path: made.inspect(path) for path in bad + good}
+    assert min(results[path].score for path in bad) > max(results[path].score for path in good)
+    assert results[bad[0]].layers.keys() == {"restored"} and results[bad[0]].uncertainty is None
+    made.save(tmp_path / "parts.safetensors")
+    loaded = Detector.load(tmp_path / "parts.safetensors")
+    assert torch.equal(loaded.network.masks, made.network.masks)
+    assert loaded.inspect(bad[0]).score == results[bad[0]].score
+    again = Detector(config=config, weights=weights).fit(parts)
+    assert again.inspect(bad[0]).score == results[bad[0]].score  # the same seed
+    assert again.calibration_ == made.calibration_
