@@ -4,7 +4,7 @@
         'lookup: method=lookup' 'base:' 'deep: network.restoration.depth=6; training.steps=800'
 
 It trains and scores as `Detector.fit` and `evaluate` do, from cached features instead of pictures, and prints a row per
-data set, variant and seed. Features stay in `--cache` for the next call.
+data set, variant and seed, and their medians. Features stay in `--cache` for the next call.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -133,11 +134,22 @@ def main() -> None:
     for data in args.data:
         dataset = load_dataset(data)
         for text in args.variants:
+            rows = []
             for seed in range(args.seeds):
                 name, config = variant(text, backbone, seed)
-                row = run(config, dataset, args.cache, Path(weights) if weights else None)
-                cells = ["–" if row[c] is None else f"{row[c]:.4f}" if c != "seconds" else str(row[c]) for c in columns]
-                print(f"| {dataset.name} | {name} | {seed} | {' | '.join(cells)} |", flush=True)
+                rows.append(run(config, dataset, args.cache, Path(weights) if weights else None))
+                show(dataset.name, name, str(seed), rows[-1])
+            if len(rows) > 1:
+                known = {c: [row[c] for row in rows if row[c] is not None] for c in columns}
+                show(
+                    dataset.name, name, "median", {c: median(values) if values else None for c, values in known.items()}
+                )
+
+
+def show(data: str, name: str, seed: str, row: dict[str, Any]) -> None:
+    """Prints a row of the table."""
+    cells = ["–" if value is None else f"{value:.1f}" if c == "seconds" else f"{value:.4f}" for c, value in row.items()]
+    print(f"| {data} | {name} | {seed} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,12 @@ def random_inspection(method: Method) -> Inspection:
 def method(request, tiny) -> Method:
     """One kind of evidence or two, with perceived and coarse evidence or without. Knows nothing of what is normal yet:
     mean 0 and deviation 1."""
-    settings = {"scoring.shares": SHARES, "scoring.coarse_share": COARSE_SHARE, "scoring.coarse_weight": 0.5}
+    settings = {
+        "scoring.shares": SHARES,
+        "scoring.coarse_share": COARSE_SHARE,
+        "scoring.coarse_weight": 0.5,
+        "scoring.coarse_say": 2,
+    }
     if request.param != "alone":
         return create(tiny(request.param, **settings), "random")
     made = create(tiny(**settings, **ALONE), "random")
@@ -188,7 +193,7 @@ def test_padding_has_no_part_in_the_score(method):
 
 
 def test_a_last_cell_of_an_odd_grid_has_a_coarse_cell_of_its_own(tiny):
-    method = create(tiny("lookup", **{"features.grid": 7}), "random")
+    method = create(tiny("lookup", **{"features.grid": 7, "scoring.coarse_say": 2}), "random")
     valid = torch.zeros(1, 7, 7, dtype=torch.bool)
     valid[..., 6, 6] = True
     coarse = torch.arange(16.0).view(1, 1, 4, 4)

@@ -199,7 +199,7 @@ class Scoring(Settings):
         (0.01,), min_length=1, description="the image score looks at these highest shares of the witnesses"
     )
     coarse_share: float = Field(0.4, gt=0, le=1, description="and at this highest share of the coarse evidence")
-    coarse_say: float = Field(2.0, ge=0, description="weight of the coarse evidence in the image score")
+    coarse_say: float = Field(1.0, ge=0, description="weight of the coarse evidence in the image score")
     coarse_weight: float = Field(0.4, ge=0, description="weight of the coarse evidence in the map")
 
 
