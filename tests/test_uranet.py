@@ -244,8 +244,9 @@ def test_inspection_is_what_the_contract_says(trained, features):
     for layer in found.layers.values():
         assert layer.shape == (12, 1, GRID, GRID) and layer.min() >= 0 and layer.max() <= 1
     assert torch.equal(found.witnesses, again.witnesses)
-    torch.testing.assert_close(found.witnesses[3:4], alone.witnesses, atol=3e-3, rtol=1e-3)
-    torch.testing.assert_close(found.coarse[3:4], alone.coarse, atol=3e-3, rtol=1e-3)
+    for together, single in ((found.witnesses, alone.witnesses), (found.coarse, alone.coarse)):
+        # squares: near 0 the root of a distance magnifies rounding
+        torch.testing.assert_close(together[3:4].square(), single.square(), atol=1e-5, rtol=1e-4)
     options, (of_mean, of_deviation) = network.config.network.perception, network.perception.thresholds.tolist()
     assert of_mean >= options.mean_threshold - 1e-6 and of_deviation >= options.deviation_threshold - 1e-6
     marked = found.layers["mean"] >= of_mean

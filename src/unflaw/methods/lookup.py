@@ -1,7 +1,7 @@
 """Lookup: the distance to the nearest of some normal prototypes. Nothing is trained; the floor for methods that are.
 
 Our own baseline, of the family of PatchCore (Roth et al. 2022): standardised, reduced features, a k-centre greedy
-coreset of all training tokens, nearest-prototype distance as the map.
+coreset of all training tokens, nearest-prototype distance as the map; and a second memory of whole regions (`Judge`).
 """
 
 from __future__ import annotations
