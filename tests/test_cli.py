@@ -63,7 +63,7 @@ def test_without_work_torch_is_not_imported(arguments, saved):
 
 def test_help_names_every_command_with_an_example():
     text = unflaw("--help").stdout
-    for command in ("train", "evaluate", "predict", "info", "demo"):
+    for command in ("train", "evaluate", "predict", "info", "figures", "demo"):
         assert command in text
         assert unflaw(command, "--help").exit_code == 0
     assert "Example" in text

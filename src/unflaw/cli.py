@@ -176,6 +176,36 @@ def info(model: ModelFile) -> None:
 
 
 @app.command()
+def figures(
+    model: ModelFile,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the figures (.png).")],
+    picture: Annotated[
+        list[Path] | None, typer.Option(help="A test picture to show, such as scratch/003.png; may be repeated.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many test pictures to choose where none are named.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of that choice and of artificial anomalies.")] = 0,
+) -> None:
+    """Draw how a detector works: what its method makes of test pictures step by step, and what it is trained on.
+
+    Example:  unflaw figures parts.safetensors --data parts --out figures --picture scratch/003.png
+    """
+    with _errors():
+        from unflaw.datasets import load_dataset
+        from unflaw.report.figures import write_figures
+
+        detector = _load(model)
+        dataset = load_dataset(data)
+        _report_problems(dataset.problems)
+        with _progress() as progress:
+            written = write_figures(
+                detector, dataset, out, pictures=picture or (), count=count, seed=seed, progress=progress
+            )
+        for path in written:
+            typer.echo(path)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, detector, metrics and report.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="For the data and the detector.")] = 0,

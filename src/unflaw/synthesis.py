@@ -86,6 +86,24 @@ def _jittered(features: Tensor, rng: Generator) -> Tensor:
     return features + scale * torch.randn(features.shape, generator=rng)
 
 
+def sources(features: Tensor, textures: Tensor | None, rng: Generator) -> dict[str, Callable[[], Tensor]]:
+    """What makes foreign features T, each (N, C, g, g), by the name of its weight in `Synthesis`."""
+    made: dict[str, Callable[[], Tensor]] = {
+        "others": lambda: _others(features, rng),
+        "shuffles": lambda: _shuffled(features, rng),
+        "jitter": lambda: _jittered(features, rng),
+    }
+    if textures is not None and len(textures):
+        n, bank = len(features), textures
+        made["textures"] = lambda: bank[torch.randint(len(bank), (n,), generator=rng)].to(features)
+    return made
+
+
+def blend(features: Tensor, foreign: Tensor, mask: Tensor, beta: float | Tensor) -> Tensor:
+    """F_a = (1 − M) ⊙ F + M ⊙ (β·T + (1 − β)·F)."""
+    return features + mask * beta * (foreign - features)
+
+
 def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator) -> Anomalies:
     """F_a = (1 − M) ⊙ F + M ⊙ (β·T + (1 − β)·F), T from one source per sample (our reading of FASM).
 
@@ -97,25 +115,19 @@ def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng
         textures: Bank of texture features (K, C, g, g), or None.
     """
     n, _, side, _ = features.shape
-    sources: list[tuple[float, Callable[[], Tensor]]] = [
-        (config.others, lambda: _others(features, rng)),
-        (config.shuffles, lambda: _shuffled(features, rng)),
-        (config.jitter, lambda: _jittered(features, rng)),
-    ]
-    if textures is not None and len(textures):
-        bank = textures
-        sources.append((config.textures, lambda: bank[torch.randint(len(bank), (n,), generator=rng)].to(features)))
-    weights = torch.tensor([weight for weight, _ in sources])
+    made = sources(features, textures, rng)
+    weights = torch.tensor([getattr(config, name) for name in made])
     if weights.sum() == 0 or config.clean == 1:
         return Anomalies(features, torch.zeros(n, 1, side, side))
     choice = torch.multinomial(weights, n, replacement=True, generator=rng)
     foreign = torch.zeros_like(features)
-    for i in choice.unique().tolist():
-        foreign = torch.where((choice == i).view(-1, 1, 1, 1), sources[i][1](), foreign)
+    for i, make in enumerate(made.values()):
+        if (choice == i).any():
+            foreign = torch.where((choice == i).view(-1, 1, 1, 1), make(), foreign)
     low, high = config.strength
     beta = low + (high - low) * torch.rand(n, 1, 1, 1, generator=rng)
     mask = perlin_masks(n, side, config, rng) * (torch.rand(n, 1, 1, 1, generator=rng) >= config.clean)
-    return Anomalies(features + mask * beta * (foreign - features), mask)
+    return Anomalies(blend(features, foreign, mask, beta), mask)
 
 
 def texture_pictures(folder: str | Path | None, preparation: Preparation, limit: int = 32) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from unflaw.config import Config
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.methods.layers import gaussian_blur
+from unflaw.methods.stages import Stages
 
 Batch = dict[str, Tensor]
 
@@ -87,6 +88,20 @@ class Method(nn.Module):
                 them is left out, so that their evidence is that of new good pictures. Only before `extend`.
         """
         raise NotImplementedError
+
+    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
+        """For people: how the evidence on one picture, F (1, C, g, g), comes about."""
+        raise NotImplementedError
+
+    def exercises(self, pictures: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
+        """For people: what training is done on, where it is more than good pictures.
+
+        Args:
+            pictures: Good ones, (N, 3, S, S) in [0, 1].
+            textures: Texture pictures (K, 3, S, S); None where the method uses none.
+            rng: The same generator state gives the same stages.
+        """
+        return {}
 
     @torch.no_grad()
     def finish(self, features: Tensor, valid: Tensor | None = None) -> None:

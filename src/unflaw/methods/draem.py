@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, DRAEMOptions
+from unflaw.config import Config, DRAEMOptions, Synthesis
 from unflaw.features import PixelExtractor
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import local_mean, ssim_map
-from unflaw.synthesis import synthesise
+from unflaw.methods.stages import Stage, Stages
+from unflaw.synthesis import Anomalies, synthesise
 
 FOCUS = 2.0  # γ of the focal loss
 AUGMENTATIONS = 3  # of each texture picture
@@ -81,11 +82,8 @@ class DRAEM(Method):
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """L2 and SSIM of reconstruction and clean picture, focal loss of the map and M (sections 3.1, 3.2)."""
-        clean, textures = batch["features"], self.textures
-        if textures is not None and len(textures):
-            drawn = torch.randint(len(textures), (len(clean),), generator=rng)
-            textures = torch.stack([augment(texture, rng) for texture in textures[drawn]])
-        anomalies = synthesise(clean, textures, self.options.synthesis, rng)
+        clean = batch["features"]
+        anomalies = self._altered(clean, self.textures, self.options.synthesis, rng)
         restored, logits = self._both(anomalies.features)
         similarity = ssim_map(restored.flatten(0, 1)[:, None], clean.flatten(0, 1)[:, None])  # of each colour
         terms = {
@@ -100,12 +98,40 @@ class DRAEM(Method):
         restored, logits = self._both(features)
         return Inspection(logits.softmax(1)[:, 1:], restored=restored)
 
+    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
+        return {"repair": [("", {"Picture it sees": Stage("picture", features[0]), **_tiles(inspection, 0)})]}
+
+    def exercises(self, pictures: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
+        """Altered pictures, none left clean, and what the networks make of them."""
+        clean = self.embed(pictures)
+        always = self.options.synthesis.model_copy(update={"clean": 0.0})
+        anomalies = self._altered(clean, None if textures is None else self.embed(textures), always, rng)
+        inspection, rows = self(anomalies.features), []
+        for i, (picture, altered, mask) in enumerate(zip(clean, anomalies.features, anomalies.mask, strict=True)):
+            made = {"Good picture": Stage("picture", picture), "Mask M, the label": Stage("mask", mask)}
+            rows.append(("altered", made | {"Altered": Stage("picture", altered), **_tiles(inspection, i)}))
+        return {"anomalies": rows}
+
+    def _altered(self, clean: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator) -> Anomalies:
+        """Artificial anomalies on pictures (N, 3, g, g), textures augmented first."""
+        if textures is not None and len(textures):
+            drawn = torch.randint(len(textures), (len(clean),), generator=rng)
+            textures = torch.stack([augment(texture, rng) for texture in textures[drawn]])
+        return synthesise(clean, textures, config, rng)
+
     def _both(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction (N, 3, g, g) and logits (N, 2, g, g): good, anomalous."""
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         restored = self.reconstructive(pictures)
         logits = self.discriminative(torch.cat([restored, pictures.to(restored)], dim=1))
         return restored.float(), logits.float()
+
+
+def _tiles(inspection: Inspection, i: int) -> dict[str, Stage]:
+    """What both networks say of the i-th picture."""
+    assert inspection.restored is not None
+    repaired, probability = inspection.restored[i], inspection.witnesses[i]
+    return {"Repair": Stage("picture", repaired), "Probability of anomaly": Stage("share", probability)}
 
 
 def focal_loss(logits: Tensor, mask: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from unflaw.config import Config, LookupOptions
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.memory import Judge, Memory
+from unflaw.methods.stages import Stage, Stages
 
 
 class Lookup(Method):
@@ -37,3 +38,13 @@ class Lookup(Method):
     def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
         recalled, _, distance = self.memory(features, pictures)
         return Inspection(distance, coarse=self.judge(features, pictures), restored=recalled)
+
+    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
+        assert inspection.restored is not None and inspection.coarse is not None
+        tiles = {
+            "Features, drawn": Stage("features", features[0]),
+            "Recalled, drawn": Stage("features", inspection.restored[0]),
+            "Distance to the memory": Stage("map", inspection.witnesses[0]),
+            "Coarse evidence": Stage("map", inspection.coarse[0]),
+        }
+        return {"recall": [("", tiles)]}

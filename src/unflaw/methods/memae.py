@@ -18,6 +18,7 @@ from unflaw.config import Config, MemAEOptions
 from unflaw.features import PixelExtractor
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import to_grid, to_tokens
+from unflaw.methods.stages import Stage, Stages
 
 
 class AddressedMemory(nn.Module):
@@ -77,6 +78,15 @@ class MemAE(Method):
         """Pictures (N, 3, g, g) → squared error of the reconstruction at each pixel."""
         restored, _ = self._restore(features)
         return Inspection((features - restored).square().mean(1, keepdim=True), restored=restored)
+
+    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
+        assert inspection.restored is not None
+        tiles = {
+            "Picture it sees": Stage("picture", features[0]),
+            "Reconstruction": Stage("picture", inspection.restored[0]),
+            "Squared error": Stage("map", inspection.witnesses[0]),
+        }
+        return {"reconstruction": [("", tiles)]}
 
     def _restore(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, g, g) → restored (N, 3, g, g), addressing weights (N, T, M) of the T places of the code."""

@@ -24,6 +24,7 @@ from unflaw.methods.layers import (
     to_grid,
     to_tokens,
 )
+from unflaw.methods.stages import Row, Stage, Stages
 
 WINDOW = 5  # of SSIM, in feature cells
 SCALES = 3  # of gradient magnitude similarity
@@ -164,6 +165,27 @@ class MFRNet(Method):
         terms = self.compare(features.repeat_interleave(kinds, 0), restored.flatten(0, 1))
         maps = torch.cat([term.sqrt() if name == "pixel" else term for name, term in terms.items()], dim=1)
         return Inspection(maps.unflatten(0, (-1, kinds)).mean(1), restored=restored.mean(1))
+
+    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
+        """Masks, a row for each k: what each leaves visible, what R restores, and the sum. Restoration: terms."""
+        assert inspection.restored is not None
+        rows: list[Row] = []
+        for j, masks in enumerate(self.masks[:, :, None].unbind()):  # (n, 1, g, g)
+            restored = self.restore(features, masks[None, :, 0])[0, 0]
+            visible = {f"Visible {i}": Stage("cover", mask) for i, mask in enumerate(masks, 1)}
+            hidden = [1 - mask if self.options.masked else mask for mask in masks]
+            kept = {f"Restored {i}, drawn": Stage("features", restored, seen=h) for i, h in enumerate(hidden, 1)}
+            assembled = {"Assembled, drawn": Stage("features", restored)}
+            name = f"k = {self.options.k[j]}" if self.options.masked else "nothing hidden"
+            rows.append((name, visible | kept | assembled))
+        titles = {"pixel": "L2", "ssim": "1 - SSIM", "gms": "1 - GMS"}
+        tiles = {
+            "Features, drawn": Stage("features", features[0]),
+            "Restored, drawn": Stage("features", inspection.restored[0]),
+        }
+        for name, values in zip(self.terms, inspection.witnesses[0], strict=True):
+            tiles[titles[name]] = Stage("map", values[None])
+        return {"masks": rows, "restoration": [("", tiles)]}
 
     def restore(self, features: Tensor, masks: Tensor) -> Tensor:
         """F (N, C, g, g), K sets of n masks (K, n, g, g) → F̂ of each set, (N, K, C, g, g).

@@ -10,6 +10,8 @@ a second memory of whole regions (`Judge`) joins map and score. Why: docs/resear
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -19,7 +21,8 @@ from unflaw.config import Config, Perception, Restoration, URANetOptions
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
 from unflaw.methods.memory import Judge, Memory
-from unflaw.synthesis import Anomalies, synthesise
+from unflaw.methods.stages import Row, Stage, Stages
+from unflaw.synthesis import Anomalies, blend, perlin_masks, sources, synthesise
 
 
 class UIAPM(nn.Module):
@@ -199,6 +202,57 @@ class URANet(Method):
             witnesses, perceived, coarse, restored, {"mean": mean, "uncertainty": deviation, "mask": final}
         )
 
+    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
+        """Perception: what UIAPM makes of the picture. Restoration: what RAM does, and all evidence."""
+        assert inspection.restored is not None
+        mean, deviation, final = (inspection.layers[name] for name in ("mean", "uncertainty", "mask"))
+        perception = {
+            "U, mean map": Stage("share", mean[0]),
+            "V, uncertainty": Stage("map", deviation[0]),
+            "M_U, anomalous": Stage("mask", self.perception.masks(mean, deviation)[0][0]),
+            "M_final": Stage("mask", final[0]),
+        }
+        restoration = {"Features, drawn": Stage("features", features[0])}
+        if self.memory is not None:
+            restoration["Recalled, drawn"] = Stage("features", self.memory(features)[0][0])
+        restoration["Restored, drawn"] = Stage("features", inspection.restored[0])
+        restoration["Residual"] = Stage("map", inspection.witnesses[0, :1])
+        if inspection.coarse is not None:
+            restoration["Distance to the memory"] = Stage("map", inspection.witnesses[0, 1:])
+            restoration["Coarse evidence"] = Stage("map", inspection.coarse[0])
+        return {"perception": [("", perception)], "restoration": [("", restoration)]}
+
+    def exercises(self, pictures: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
+        """FASM, a row for each source of foreign features: both ends of the range of β, and what UIAPM says of them.
+
+        Foreign features are shown by the cells of the pictures that they come from; jitter comes from none.
+        """
+        options, side = self.options.synthesis, self.features.grid
+        bank = None if textures is None else self.embed(textures)
+        bank_cells = None if textures is None else _cells(textures, side)
+        clean, cells = self.embed(pictures), _cells(pictures, side)
+        made = sources(clean, bank, rng)
+        names = [n for n in ("textures", "others", "shuffles", "jitter") if n in made and getattr(options, n)]
+        rows: list[Row] = []
+        for row, name in enumerate(names):
+            i, seed = row % len(clean), int(torch.randint(2**31, (1,), generator=rng))
+            foreign, shown = (  # the same draw of features and of the pictures that these were made from
+                sources(grid, others, Generator().manual_seed(seed))[name]()[i]
+                for grid, others in ((clean, bank), (cells, bank_cells))
+            )
+            mask = perlin_masks(1, side, options, rng)[0]
+            tiles = {"Good picture": Stage("picture", pictures[i]), "Mask M, the label": Stage("mask", mask)}
+            if name != "jitter":
+                tiles["Foreign T, its source"] = Stage("picture", F.pixel_shuffle(shown, math.isqrt(len(shown) // 3)))
+            for beta in options.strength:
+                altered = blend(clean[i : i + 1], foreign, mask, beta)
+                tiles[f"beta {beta:g}: altered, drawn"] = Stage("features", altered[0])
+                tiles[f"beta {beta:g}: distance from clean"] = Stage("map", length(altered - clean[i])[0])
+                tiles[f"beta {beta:g}: what UIAPM says, U"] = Stage("share", self(altered).layers["mean"][0])
+            rows.append((name, tiles))
+        farthest = max((float(t.values.max()) for _, row in rows for t in row.values() if t.kind == "map"), default=0)
+        return {"fasm": [(name, {h: t._replace(limit=farthest) for h, t in row.items()}) for name, row in rows]}
+
     def _perceive(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """U, V and M_final, each (N, 1, g, g), from what UIAPM sees."""
         mean, deviation = self.perception(seen)
@@ -235,6 +289,12 @@ class URANet(Method):
         inside = torch.ones_like(mean, dtype=torch.bool) if valid is None else valid
         self.perception.fit_thresholds(mean[inside], deviation[inside])
         super().finish(features, valid)
+
+
+def _cells(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (N, 3, S, S) as a grid whose cells hold their pixels, (N, 3·m², side, side); m about S / side."""
+    m = max(1, pictures.shape[-1] // side)
+    return F.pixel_unshuffle(F.interpolate(pictures, (m * side, m * side), mode="bilinear"), m)
 
 
 def length(features: Tensor) -> Tensor:

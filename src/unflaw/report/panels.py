@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -15,14 +19,33 @@ from unflaw.results import Result, Scale
 _STOPS = (0.0, 0.5, 0.51, 0.75, 1.0)
 _COLOURS = np.array([(11, 16, 38), (74, 111, 165), (226, 82, 43), (250, 150, 20), (255, 232, 120)])
 
+# A method's own maps, 0 dark and the stated limit light: lighter throughout too, and free of the colours of an alarm.
+_MAP_STOPS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_MAP_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+COVER = (214, 228, 240)  # what is covered in a picture
+
 _CAPTIONS = {"mean": "Mean map", "uncertainty": "Uncertainty", "mask": "Final mask", "restored": "Restored"}
 _MARGIN, _HEADER, _CAPTION = 12, 58, 22  # pixels of a panel
+_GAP = 6  # pixels between the tiles of a sheet
 
 
 def heat_map(anomaly_map: np.ndarray, scale: Scale) -> np.ndarray:
     """Colours raw map values (H, W) on the fixed scale as (H, W, 3) uint8: blue up to the threshold, warm above it."""
-    shown = scale(anomaly_map)
-    return np.stack([np.interp(shown, _STOPS, channel) for channel in _COLOURS.T], axis=-1).round().astype(np.uint8)
+    return _coloured(scale(anomaly_map), _STOPS, _COLOURS)
+
+
+def colour_map(values: np.ndarray, limit: float) -> np.ndarray:
+    """Colours values (H, W) from 0 to `limit` as (H, W, 3) uint8, violet to yellow; what is outside gets the ends."""
+    return _coloured(values / max(limit, 1e-12), _MAP_STOPS, _MAP_COLOURS)
+
+
+def grey_map(values: np.ndarray) -> np.ndarray:
+    """Values (H, W) from 0 to 1 as (H, W, 3) uint8, black to white; what is outside gets the ends."""
+    return np.repeat((np.clip(values, 0, 1)[..., None] * 255).round(), 3, axis=2).astype(np.uint8)
+
+
+def _coloured(values: np.ndarray, stops: Sequence[float], colours: np.ndarray) -> np.ndarray:
+    return np.stack([np.interp(values, stops, channel) for channel in colours.T], axis=-1).round().astype(np.uint8)
 
 
 def overlay(image: np.ndarray, anomaly_map: np.ndarray, scale: Scale, opacity: float = 0.75) -> np.ndarray:
@@ -73,10 +96,7 @@ def views(result: Result, scale: Scale, mask: np.ndarray | None = None) -> dict[
     shown["Heat map"] = _boxed(overlay(image, anomaly_map, scale), anomaly_map, scale.threshold, len(result.regions))
     for name, layer in result.layers.items():
         gain = 2 if name == "uncertainty" else 1  # a deviation of values in [0, 1] is at most one half
-        pixels = (
-            layer if layer.ndim == 3 else np.repeat(np.clip(gain * layer, 0, 1)[..., None] * 255, 3, axis=2).round()
-        )
-        shown[_CAPTIONS.get(name, name)] = pixels[valid].astype(np.uint8)
+        shown[_CAPTIONS.get(name, name)] = (layer if layer.ndim == 3 else grey_map(gain * layer))[valid]
     return shown
 
 
@@ -90,20 +110,102 @@ def panel(result: Result, scale: Scale, mask: np.ndarray | None = None, tile: in
         tile: Longer side of each picture, pixels.
     """
     shown = views(result, scale, mask)
-    height, width = (max(1, round(tile * side / max(shown["Picture"].shape))) for side in shown["Picture"].shape[:2])
+    width, height = _fitted(shown["Picture"].shape, tile)
     step = max(width, 90) + _MARGIN  # a narrow picture still leaves room for its caption
-    sheet = Image.new("RGB", (max(260, _MARGIN + step * len(shown)), _HEADER + height + _CAPTION + _MARGIN), "white")
-    draw, small = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    name, large = label(result), ImageFont.load_default(16)
-    while len(name) > 1 and large.getlength(name) > sheet.width - 2 * _MARGIN:
-        name = "…" + name[2:]
-    draw.text((_MARGIN, 8), name, "black", large)
+    row = Image.new("RGB", (max(260, _MARGIN + step * len(shown)), _HEADER + height + _CAPTION + _MARGIN), "white")
+    draw, small = ImageDraw.Draw(row), ImageFont.load_default(13)
+    large = ImageFont.load_default(16)
+    draw.text((_MARGIN, 8), _shortened(label(result), large, row.width - 2 * _MARGIN), "black", large)
     verdict = f"{result.verdict}   score {result.score:.4g}   p {result.p_value:.3g}"
     draw.text((_MARGIN, 32), verdict, "#b3261e" if result.verdict == "defect" else "#1b6e3c", small)
-    for x, (caption, pixels) in zip(range(_MARGIN, sheet.width, step), shown.items(), strict=False):
-        sheet.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS), (x, _HEADER))
+    for x, (caption, pixels) in zip(range(_MARGIN, row.width, step), shown.items(), strict=False):
+        row.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS), (x, _HEADER))
         draw.text((x, _HEADER + height + 4), caption, "#444444", small)
-    return sheet
+    return row
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a `sheet`: its heading, and the colours of its scale (1, n, 3) with texts by place in [0, 1]."""
+
+    heading: str
+    bar: np.ndarray | None = None
+    marks: Mapping[float, str] = field(default_factory=dict)
+
+
+def sheet(
+    columns: Sequence[Column],
+    rows: Sequence[tuple[Sequence[str], Mapping[str, np.ndarray]]],
+    notes: Sequence[str] = (),
+    width: int = 1400,
+) -> Image.Image:
+    """Pictures in rows and columns on white: headings above, names at the left, scales and notes below.
+
+    Args:
+        columns: From left to right.
+        rows: Lines of the name and pictures (h, w, 3) uint8 by heading, all of a row of one shape; where a column has
+            none, the place stays empty.
+        notes: Lines of text.
+        width: At most this many pixels; tiles are at most 240 pixels wide.
+    """
+    small, tiny = ImageFont.load_default(13), ImageFont.load_default(11)
+    margin = _MARGIN + max((math.ceil(small.getlength(line)) for lines, _ in rows for line in lines), default=0)
+    margin = min(margin, width // 6)
+    tile = max(24, min(240, (width - margin - _MARGIN) // len(columns) - _GAP))
+    headings = [_wrapped(column.heading, small, tile) for column in columns]
+    top = _MARGIN + 17 * max(map(len, headings))
+    sizes = [_fitted(next(iter(pictures.values())).shape, tile) for _, pictures in rows]
+    heights = [max(height, 17 * len(lines)) for (_, height), (lines, _) in zip(sizes, rows, strict=True)]
+    bottom = top + sum(heights) + _GAP * len(heights)
+    scaled = 30 if any(column.bar is not None for column in columns) else 0
+    full = margin + _MARGIN + (tile + _GAP) * len(columns)
+    drawn = Image.new("RGB", (full, bottom + scaled + 17 * len(notes) + _MARGIN), "white")
+    draw = ImageDraw.Draw(drawn)
+    for i, (column, heading) in enumerate(zip(columns, headings, strict=True)):
+        x, y = margin + _MARGIN + i * (tile + _GAP), top
+        for j, line in enumerate(heading):
+            draw.text((x, top - 4 - 17 * (len(heading) - j)), line, "#222222", small)
+        for (_, pictures), (w, h), height in zip(rows, sizes, heights, strict=True):
+            if column.heading in pictures:
+                picture = Image.fromarray(pictures[column.heading]).resize((w, h), Image.Resampling.LANCZOS)
+                drawn.paste(picture, (x, y))
+            y += height + _GAP
+        if column.bar is not None:
+            drawn.paste(Image.fromarray(column.bar).resize((tile, 8)), (x, bottom))
+            for place, text in column.marks.items():
+                draw.text((x + place * (tile - tiny.getlength(text)), bottom + 10), text, "#444444", tiny)
+    y = top
+    for (lines, _), height in zip(rows, heights, strict=True):
+        for j, line in enumerate(lines):
+            draw.text((_MARGIN, y + 17 * j), _shortened(line, small, margin - _MARGIN), "#222222", small)
+        y += height + _GAP
+    for j, note in enumerate(notes):
+        draw.text((_MARGIN, bottom + scaled + 17 * j), note, "#444444", small)
+    return drawn
+
+
+def _fitted(shape: Sequence[int], tile: int) -> tuple[int, int]:
+    """Width and height of a picture whose longer side is `tile`."""
+    width, height = (max(1, round(tile * side / max(shape[:2]))) for side in (shape[1], shape[0]))
+    return width, height
+
+
+def _wrapped(text: str, font: Any, width: float) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_shortened(line, font, width) for line in lines]
+
+
+def _shortened(text: str, font: Any, width: float) -> str:
+    """The end of a text that is too long."""
+    while len(text) > 1 and font.getlength(text) > width:
+        text = "…" + text[2:]
+    return text
 
 
 def label(result: Result) -> str:
