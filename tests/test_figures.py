@@ -52,9 +52,9 @@ def drawn(parts, tmp_path, monkeypatch) -> Callable[..., Shown]:
     def draw(detector: Any, data: Path = parts, **options: Any) -> Shown:
         sheets: list[Any] = []
 
-        def keep(columns: Any, rows: Any, notes: Any) -> Any:
+        def keep(columns: Any, rows: Any, notes: Any, width: int) -> Any:
             sheets.append(({column.heading: column for column in columns}, rows))
-            return sheet(columns, rows, notes)
+            return sheet(columns, rows, notes, width)
 
         monkeypatch.setattr(figures, "sheet", keep)
         written = write_figures(detector, load_dataset(data), tmp_path / "figures", **options)
@@ -433,6 +433,8 @@ def test_the_command(fitted, parts, tmp_path):
         assert run("--out", out, "--count", count).exit_code == 0
         heights.append(Image.open(out / "reconstruction.png").height)
     assert heights[1] > 2 * heights[0]
+    assert run("--out", out, "--width", 700).exit_code == 0
+    assert 600 < Image.open(out / "reconstruction.png").width <= 700
     wrong = run("--out", out, "--picture", "no.png")
     assert wrong.exit_code == 2 and wrong.stderr.startswith("error: no.png: is not among")
     assert run("--out", out, "--count", 0).exit_code == 2

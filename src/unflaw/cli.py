@@ -185,6 +185,7 @@ def figures(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many test pictures to choose where none are named.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of that choice and of artificial anomalies.")] = 0,
+    width: Annotated[int, typer.Option(min=600, max=10000, help="Of the figures at most, pixels.")] = 1400,
 ) -> None:
     """Draw how a detector works: what its method makes of test pictures step by step, and what it is trained on.
 
@@ -199,7 +200,7 @@ def figures(
         _report_problems(dataset.problems)
         with _progress() as progress:
             written = write_figures(
-                detector, dataset, out, pictures=picture or (), count=count, seed=seed, progress=progress
+                detector, dataset, out, pictures=picture or (), count=count, seed=seed, width=width, progress=progress
             )
         for path in written:
             typer.echo(path)

@@ -47,9 +47,10 @@ def write_figures(
     pictures: Sequence[Path] = (),
     count: int = 4,
     seed: int = 0,
+    width: int = 1400,
     progress: Progress = silent,
 ) -> list[Path]:
-    """Draws how a detector works on test pictures, and on what it trains, as PNG files of at most 1400 pixels width.
+    """Draws how a detector works on test pictures, and what it is trained on, as PNG files.
 
     The same detector, data and seed give the same bytes.
 
@@ -61,6 +62,7 @@ def write_figures(
         pictures: Test pictures to show, by path or by the end of it, such as scratch/003.png; empty: chosen at random.
         count: How many are chosen: kinds of defects in turn, about a quarter of them good.
         seed: Of that choice and of artificial anomalies.
+        width: Of the figures at most, pixels.
 
     Returns:
         The files, in the order of drawing.
@@ -85,7 +87,7 @@ def write_figures(
     written = []
     for figure, found in lines.items():
         written.append(out / f"{figure}.png")
-        _draw(found, scale, detector.config.preparation.size).save(written[-1])
+        _draw(found, scale, detector.config.preparation.size, width).save(written[-1])
     progress("figures", len(samples) + 1, len(samples) + 1, None)
     return written
 
@@ -178,7 +180,7 @@ def _pixels(image: np.ndarray) -> Stage:
     return Stage("picture", torch.from_numpy(image).permute(2, 0, 1) / 255)
 
 
-def _draw(lines: Sequence[_Line], scale: Scale, size: int) -> Image.Image:
+def _draw(lines: Sequence[_Line], scale: Scale, size: int, width: int) -> Image.Image:
     """One figure: all rows, and one colour scale for each column."""
     columns: list[Column] = []
     tiles: list[dict[str, np.ndarray]] = [{} for _ in lines]
@@ -195,7 +197,7 @@ def _draw(lines: Sequence[_Line], scale: Scale, size: int) -> Image.Image:
         kinds.add(found[0][1].kind)
         columns.append(_column(heading, found[0][1].kind, limit, scale))
     notes = [_DRAWN] * ("features" in kinds) + [_HEAT] * (columns[-1].heading == _HEAT_MAP)
-    return sheet(columns, [(line.name, shown) for line, shown in zip(lines, tiles, strict=True)], notes)
+    return sheet(columns, [(line.name, shown) for line, shown in zip(lines, tiles, strict=True)], notes, width)
 
 
 def _canvas(values: Tensor, size: int, kind: str, valid: Box) -> np.ndarray:

@@ -146,7 +146,7 @@ def sheet(
         rows: Lines of the name and pictures (h, w, 3) uint8 by heading, all of a row of one shape; where a column has
             none, the place stays empty.
         notes: Lines of text.
-        width: At most this many pixels; tiles are at most 240 pixels wide.
+        width: At most this many pixels; tiles are 24 to 240 pixels wide.
     """
     small, tiny = ImageFont.load_default(13), ImageFont.load_default(11)
     margin = _MARGIN + max((math.ceil(small.getlength(line)) for lines, _ in rows for line in lines), default=0)
