@@ -23,10 +23,17 @@ PACKAGED_TEXTURES = ("brick", "grass", "gravel", "coins", "camera", "cell", "cof
 
 @dataclass(frozen=True)
 class Anomalies:
-    """FASM's output: altered features (N, C, g, g) and the mask M of what was altered, (N, 1, g, g) in {0, 1}."""
+    """FASM's output.
+
+    Attributes:
+        features: F_a, altered features (N, C, g, g).
+        mask: M, what was altered, (N, 1, g, g) in {0, 1}.
+        origin: (N,) picture of the batch whose features were put in; the own one where they came from no other.
+    """
 
     features: Tensor
     mask: Tensor
+    origin: Tensor
 
 
 def perlin(n: int, side: int, max_scale: int, rng: Generator) -> Tensor:
@@ -66,11 +73,9 @@ def perlin_masks(n: int, side: int, config: Synthesis, rng: Generator) -> Tensor
     return (noise >= threshold.view(-1, 1, 1)).float()[:, None]
 
 
-def _others(features: Tensor, rng: Generator) -> Tensor:
-    """Features of another picture of the batch, moved to other places."""
-    n, side = len(features), features.shape[-1]
-    step = int(torch.randint(1, max(n, 2), (1,), generator=rng))
-    dy, dx = torch.randint(0, side, (2,), generator=rng).tolist()
+def _others(features: Tensor, step: int, rng: Generator) -> Tensor:
+    """Features of another picture of the batch, `step` before, moved to other places."""
+    dy, dx = torch.randint(0, features.shape[-1], (2,), generator=rng).tolist()
     return features.roll((step, dy, dx), dims=(0, 2, 3))
 
 
@@ -97,8 +102,9 @@ def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng
         textures: Bank of texture features (K, C, g, g), or None.
     """
     n, _, side, _ = features.shape
+    own, step = torch.arange(n), int(torch.randint(1, max(n, 2), (1,), generator=rng))
     sources: list[tuple[float, Callable[[], Tensor]]] = [
-        (config.others, lambda: _others(features, rng)),
+        (config.others, lambda: _others(features, step, rng)),
         (config.shuffles, lambda: _shuffled(features, rng)),
         (config.jitter, lambda: _jittered(features, rng)),
     ]
@@ -107,7 +113,7 @@ def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng
         sources.append((config.textures, lambda: bank[torch.randint(len(bank), (n,), generator=rng)].to(features)))
     weights = torch.tensor([weight for weight, _ in sources])
     if weights.sum() == 0 or config.clean == 1:
-        return Anomalies(features, torch.zeros(n, 1, side, side))
+        return Anomalies(features, torch.zeros(n, 1, side, side), own)
     choice = torch.multinomial(weights, n, replacement=True, generator=rng)
     foreign = torch.zeros_like(features)
     for i in choice.unique().tolist():
@@ -115,7 +121,8 @@ def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng
     low, high = config.strength
     beta = low + (high - low) * torch.rand(n, 1, 1, 1, generator=rng)
     mask = perlin_masks(n, side, config, rng) * (torch.rand(n, 1, 1, 1, generator=rng) >= config.clean)
-    return Anomalies(features + mask * beta * (foreign - features), mask)
+    origin = torch.where(choice == 0, (own - step) % n, own)  # `others` is the first source
+    return Anomalies(features + mask * beta * (foreign - features), mask, origin)
 
 
 def texture_pictures(folder: str | Path | None, preparation: Preparation, limit: int = 32) -> list[np.ndarray]:

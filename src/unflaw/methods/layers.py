@@ -145,7 +145,7 @@ def greedy_coreset(tokens: Tensor, n: int, rng: Generator, sketch: int = 64) -> 
     halve_at = 256
     while len(chosen) < n:
         nearest = torch.minimum(nearest, torch.addmv(norms + norms[last], x, x[last], alpha=-2))
-        if len(chosen) >= halve_at and len(x) > 4 * n:
+        if len(chosen) >= halve_at and len(x) > 2 * n:
             kept = nearest >= nearest.median()
             x, norms, ids, nearest = x[kept], norms[kept], ids[kept], nearest[kept]
             halve_at *= 2

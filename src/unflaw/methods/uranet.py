@@ -158,10 +158,11 @@ class URANet(Method):
         self.judge.fit(features, rng)
         recalled, self._folder = allocate(tuple(features.shape), self.config.training.cache_gb * 2**30)
         distance = torch.empty(len(features), 1, *features.shape[2:])
-        for rows in torch.arange(len(features)).split(16):  # as new pictures are recalled: not from themselves
+        pictures = torch.arange(len(features))
+        for rows in pictures.split(16):  # as new pictures are recalled: not from themselves
             mixture, distance[rows], _ = self.memory(features[rows].float(), rows)
             recalled[rows] = mixture.to(recalled.dtype)
-        return {"recalled": recalled, "distance": distance}
+        return {"recalled": recalled, "distance": distance, "picture": pictures}
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
@@ -214,14 +215,17 @@ class URANet(Method):
         return torch.cat([distance, departure], dim=1) / self.memory.radius - 1
 
     def _altered_evidence(self, anomalies: Anomalies, batch: Batch) -> Tensor:
-        """What UIAPM sees of F_a; recalled anew are the altered cells only."""
+        """What UIAPM sees of F_a; recalled anew are the altered cells only, not from the pictures they are made of."""
         if self.memory is None:
             return anomalies.features
         seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]))
         tokens = to_tokens(anomalies.features).flatten(0, 1)
         altered = anomalies.mask.flatten().nonzero()[:, 0]
+        pictures = batch["picture"].long()
+        made_of = torch.stack([pictures, pictures[anomalies.origin]], dim=1)
+        cells = len(tokens) // len(pictures)
         with torch.no_grad():
-            mixture, distance, _ = self.memory.recall(tokens[altered])
+            mixture, distance, _ = self.memory.recall(tokens[altered], made_of[altered // cells])
         departure = (tokens[altered] - mixture).norm(dim=1)
         anew = self._evidence(distance.view(-1, 1, 1, 1), departure.view(-1, 1, 1, 1)).flatten(1)
         return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
