@@ -181,7 +181,9 @@ class Training(Settings):
     batch: int = Field(16, ge=1, description="pictures per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.01, ge=0)
-    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of matrix products in training")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of matrix products in training; auto: bfloat16 where the processor multiplies it itself"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="same seed, same machine: same detector, bit for bit")
     cache_gb: float = Field(4.0, gt=0, description="cached features above this are memory-mapped on disk")
     textures: str | None = Field(
