@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Generator, Tensor, nn
 
+from unflaw.cache import allocate
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.methods.layers import greedy_coreset, to_grid, to_tokens
 
@@ -70,6 +71,25 @@ class Memory(nn.Module):
         tokens = torch.cat(parts)[far]
         chosen = tokens[greedy_coreset(tokens, len(self.extra), rng)]
         self.extra[: len(chosen)] = chosen
+
+    @torch.no_grad()
+    def recall_cached(self, features: Tensor, budget: float) -> dict[str, Tensor]:
+        """What `forward` says of cached features (N, C, g, g) that `fit` saw, each picture recalled without itself.
+
+        Args:
+            features: All of them.
+            budget: Recalled features above this many bytes are memory-mapped.
+
+        Returns:
+            Tensors to cache: "recalled" (N, C, g, g) float16, "distance" (N, 1, g, g), "picture" (N,).
+        """
+        recalled, self._folder = allocate(tuple(features.shape), budget)
+        distance = torch.empty(len(features), 1, *features.shape[2:])
+        pictures = torch.arange(len(features))
+        for rows in pictures.split(16):
+            mixture, distance[rows], _ = self(features[rows].float(), rows)
+            recalled[rows] = mixture.to(recalled.dtype)
+        return {"recalled": recalled, "distance": distance, "picture": pictures}
 
     def recall(self, tokens: Tensor, leave: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(T, C) → attended mixture of prototypes (T, C), distance to the nearest one (T,), and the same with `extra`.

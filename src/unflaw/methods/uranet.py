@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.cache import allocate
 from unflaw.config import Config, Perception, Restoration, URANetOptions
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
@@ -156,13 +155,7 @@ class URANet(Method):
             return {}
         self.memory.fit(features, rng)
         self.judge.fit(features, rng)
-        recalled, self._folder = allocate(tuple(features.shape), self.config.training.cache_gb * 2**30)
-        distance = torch.empty(len(features), 1, *features.shape[2:])
-        pictures = torch.arange(len(features))
-        for rows in pictures.split(16):  # as new pictures are recalled: not from themselves
-            mixture, distance[rows], _ = self.memory(features[rows].float(), rows)
-            recalled[rows] = mixture.to(recalled.dtype)
-        return {"recalled": recalled, "distance": distance, "picture": pictures}
+        return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
