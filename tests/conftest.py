@@ -37,7 +37,14 @@ TINY_URANET: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "uranet": TINY_URANET,
     "lookup": {"network.prototypes": 64, "network.coarse_prototypes": 32},
-    "mfrnet": {"network.k": (1, 2), "network.widths": (8, 16), "network.depth": 1, "network.heads": 2},
+    "mfrnet": {
+        "network.k": (1, 2),
+        "network.widths": (8, 16),
+        "network.depth": 1,
+        "network.heads": 2,
+        "network.prototypes": 64,
+        "network.coarse_prototypes": 32,
+    },
     "draem": {"network.reconstructive": 4, "network.discriminative": 4},
     "memae": {"network.widths": (8, 8, 16), "network.items": 10},
 }

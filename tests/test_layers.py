@@ -196,11 +196,12 @@ def coverage(tokens: Tensor, chosen: Tensor) -> float:
     return float(torch.cdist(tokens, tokens[chosen]).amin(1).max())
 
 
-def test_coreset_is_k_centre_greedy():
+@pytest.mark.parametrize("block", [1, 2, 7, 256])
+def test_coreset_is_k_centre_greedy(block):
     """Up to 256 tokens are chosen before any candidate is dropped, and 8 channels are not sketched: exact."""
     for seed in range(5):
         tokens = randn(120, 8, seed=seed)
-        chosen = greedy_coreset(tokens, 30, rng(seed))
+        chosen = greedy_coreset(tokens, 30, rng(seed), block=block)
         assert chosen.tolist() == brute_force_greedy(tokens, 30, int(chosen[0]))
 
 

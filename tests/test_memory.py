@@ -157,6 +157,19 @@ def test_what_a_picture_taught_is_left_out_for_it(features):
     assert (distance >= memory(features[rows])[1] - 1e-4).all()
 
 
+def test_a_token_can_leave_out_several_pictures_but_not_all(features):
+    memory = filled(features)
+    tokens = torch.randn(CHUNK + 3, CHANNELS, generator=rng(2))
+    leave = torch.tensor([[0, 2], [3, 3], [1, 7]]).repeat(len(tokens), 1)[: len(tokens)]
+    distance = memory.recall(tokens, leave)[1]
+    for left_out in ({0, 2}, {3}, {1, 7}):
+        mine = torch.tensor([set(row) == left_out for row in leave.tolist()])
+        others = memory.prototypes[torch.tensor([o not in left_out for o in memory.owners.tolist()])]
+        torch.testing.assert_close(distance[mine], brute_force(tokens[mine], others)[0], atol=1e-3, rtol=1e-4)
+    everything = torch.arange(4).expand(len(tokens), 4)
+    torch.testing.assert_close(memory.recall(tokens, everything), memory.recall(tokens))
+
+
 def test_a_picture_that_taught_nothing_has_nothing_left_out(features):
     memory = filled(features)
     for found, expected in zip(memory(features, torch.arange(4, 8)), memory(features), strict=True):

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -21,7 +22,9 @@ def rng(seed: int = 0) -> Generator:
 
 
 def network(tiny, **changes) -> MFRNet:
+    """Without a memory, as in the paper, unless asked for."""
     torch.manual_seed(0)
+    changes = {"prototypes": 0, **changes}
     return MFRNet(tiny("mfrnet", **{f"network.{name}": value for name, value in changes.items()}), "random").eval()
 
 
@@ -36,10 +39,10 @@ def features() -> Tensor:
 
 
 def train(made: MFRNet, features: Tensor, steps: int) -> list[dict[str, float]]:
-    made.setup(features.half(), None, rng())
+    tensors = {"features": features, **made.setup(features.half(), None, rng())}
 
     def loss(indices: Tensor, rng: Generator) -> dict[str, Tensor]:
-        return made.loss({"features": features[indices]}, rng)
+        return made.loss({name: t[indices].float() for name, t in tensors.items()}, rng)
 
     history = optimise(made, loss, len(features), steps, made.config.training)
     made.finish(features.half())
@@ -49,8 +52,16 @@ def train(made: MFRNet, features: Tensor, steps: int) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def trained(tiny, features) -> tuple[MFRNet, list[dict[str, float]]]:
     torch.manual_seed(0)
-    made = MFRNet(tiny("mfrnet", **{"training.learning_rate": 3e-3}), "random")
+    made = MFRNet(tiny("mfrnet", **{"training.learning_rate": 3e-3, "network.prototypes": 0}), "random")
     return made, train(made, features, 80)
+
+
+@pytest.fixture(scope="module")
+def remembering(tiny, features) -> MFRNet:
+    torch.manual_seed(0)
+    made = MFRNet(tiny("mfrnet"), "random").eval()
+    train(made, features, 10)
+    return made
 
 
 # Crossed masks
@@ -174,6 +185,73 @@ def test_without_attention_what_is_far_has_no_influence():
         assert reached.all() if attention else not reached[3:].any() and not reached[:, 3:].any()
 
 
+# The memory
+
+
+def test_what_is_hidden_is_filled_with_its_recall(tiny, features):
+    """Before training F̂ is the recall, and nothing else of a hidden cell is seen by what restores it."""
+    made = network(tiny, prototypes=64)
+    batch = made.setup(features.half(), None, rng())
+    recalled = batch["recalled"].float()
+    with torch.no_grad():
+        torch.testing.assert_close(made.restore(features, made.masks, recalled), torch.stack([recalled] * 2, dim=1))
+    torch.nn.init.normal_(made.restoration.widen.weight, std=0.1)
+    x = features[:2].clone().requires_grad_()
+    restored = made.restore(x, made.masks, recalled[:2])
+    for which, masks in enumerate(made.masks):
+        hidden = masks[0] == 0
+        (slope,) = torch.autograd.grad(restored[:, which][..., hidden].sum(), x, retain_graph=True)
+        assert not slope[..., hidden].any() and slope[..., ~hidden].any()
+
+
+def test_training_fills_with_what_other_pictures_taught(tiny, features, monkeypatch):
+    made, filled = network(tiny, prototypes=64), []
+    tensors = {"features": features, **made.setup(features.half(), None, rng())}
+    restore = made.restore
+    monkeypatch.setattr(
+        made, "restore", lambda x, masks, recalled: filled.append(recalled) or restore(x, masks, recalled)
+    )
+    with torch.no_grad():
+        made.loss({name: t[3:6].float() for name, t in tensors.items()}, rng())
+    expected = made.memory(features[3:6], torch.arange(3, 6))[0]
+    torch.testing.assert_close(filled[0], expected, atol=3e-3, rtol=3e-3)
+    assert (expected - made.memory(features[3:6])[0]).abs().max() > 0.01
+
+
+def test_distance_and_regions_join_the_evidence(remembering, features):
+    with torch.no_grad():
+        found, left_out = remembering(features), remembering(features, torch.arange(12))
+        plain = network_without_memory(remembering, features)
+    assert remembering.kinds == 4 and remembering.judges and found.witnesses.shape == (12, 4, GRID, GRID)
+    torch.testing.assert_close(found.witnesses[:, :3], plain)
+    torch.testing.assert_close(found.witnesses[:, 3:], remembering.memory(features)[2])
+    assert torch.equal(found.coarse, remembering.judge(features))
+    assert left_out.witnesses[:, 3].mean() > found.witnesses[:, 3].mean()
+    assert left_out.coarse.mean() > found.coarse.mean()
+
+
+def network_without_memory(made: MFRNet, features: Tensor) -> Tensor:
+    """The hybrid loss of F and what is restored from the recall, (N, 3, g, g)."""
+    restored = made.restore(features, made.masks, made.memory(features)[0])
+    kinds = []
+    for part in restored.unbind(1):
+        terms = made.compare(features, part)
+        kinds.append(torch.cat([terms["pixel"].sqrt(), terms["ssim"], terms["gms"]], dim=1))
+    return torch.stack(kinds).mean(0)
+
+
+def test_what_is_learned_after_calibration_only_lowers_evidence(remembering, features):
+    made = copy.deepcopy(remembering)
+    foreign = torch.cat([features, 1.5 * features.roll(2, 1)])
+    with torch.no_grad():
+        before, scores = made(foreign), made.fuse(made(foreign))[1]
+        made.extend(foreign[12:16].half(), rng())
+        after, lower = made(foreign), made.fuse(made(foreign))[1]
+    assert torch.equal(after.witnesses[:, :3], before.witnesses[:, :3])
+    assert (after.witnesses[:, 3] <= before.witnesses[:, 3]).all() and (after.coarse <= before.coarse).all()
+    assert (lower <= scores + 1e-5).all() and lower[12:16].mean() < scores[12:16].mean() - 0.01
+
+
 # The hybrid loss
 
 
@@ -237,7 +315,7 @@ def test_inspection_is_deterministic_and_of_each_picture_alone(trained, features
 def test_training_draws_new_masks_and_every_k(tiny, features, monkeypatch):
     made, drawn = network(tiny, k=(2, 4)), []
     restore = made.restore
-    monkeypatch.setattr(made, "restore", lambda x, masks: drawn.append(masks) or restore(x, masks))
+    monkeypatch.setattr(made, "restore", lambda x, masks, _: drawn.append(masks) or restore(x, masks))
     with torch.no_grad():
         for seed in range(12):
             made.loss({"features": features}, rng(seed))
@@ -272,6 +350,8 @@ ABLATIONS = {
     "no convolution": {"convolution": False},
     "one scale": {"widths": (8,)},
     "pixels of features only": {"ssim": 0.0, "gms": 0.0},
+    "memory": {"prototypes": 64},
+    "memory, no masks": {"prototypes": 64, "masked": False},
 }
 
 

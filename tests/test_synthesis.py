@@ -123,6 +123,17 @@ def test_clean_pictures_stay_as_they_are(features, textures):
     assert torch.equal(made.features[clean], many[clean])
 
 
+@pytest.mark.parametrize("source", ["others", "shuffles", "jitter"])
+def test_anomalies_name_the_picture_they_come_from(source):
+    constant = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 4, 8, 8).contiguous()  # tells from which picture a cell is
+    made = synthesise(constant, None, only(source, strength=(1.0, 1.0), clean=0.0), rng(1))
+    assert made.origin.shape == (6,)
+    if source == "others":
+        whence = torch.where(made.mask.bool(), made.origin.view(-1, 1, 1, 1), torch.arange(6).view(-1, 1, 1, 1))
+        assert torch.equal(made.features, whence.expand(6, 4, 8, 8).float())
+    assert (made.origin == torch.arange(6)).all() == (source != "others")
+
+
 def test_without_sources_nothing_is_made(features):
     made = synthesise(features, None, only("textures"), rng())  # no bank of textures, and nothing else is on
     assert torch.equal(made.features, features) and not made.mask.any()

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from unflaw.cache import TrainingError
 from unflaw.config import Training
-from unflaw.training import learning_rate, optimise, step_rng
+from unflaw.training import learning_rate, optimise, step_rng, uses_bfloat16
 
 
 class Line(nn.Module):
@@ -209,3 +209,13 @@ def test_randomness_is_a_function_of_seed_and_step():
     drawn = [numbers(seed, step) for seed in range(4) for step in range(50)]
     assert len({tuple(d) for d in drawn}) == 200
     assert numbers(3, 7) == numbers(3, 7)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, True), ({"bf16": True}, True), ({"avx2": True, "avx512_bf16": False}, False)],
+)
+def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert uses_bfloat16(Training()) == expected
+    assert uses_bfloat16(Training(precision="bfloat16")) and not uses_bfloat16(Training(precision="float32"))

@@ -5,7 +5,8 @@ from torch import Generator, Tensor
 
 from unflaw.config import Perception, Restoration
 from unflaw.methods.base import Batch
-from unflaw.methods.uranet import RAM, UIAPM, URANet
+from unflaw.methods.layers import to_grid, to_tokens
+from unflaw.methods.uranet import RAM, UIAPM, URANet, length
 from unflaw.synthesis import synthesise
 from unflaw.training import optimise
 
@@ -386,7 +387,8 @@ def test_what_is_cached_of_a_picture_is_recalled_without_itself(tiny, features):
     network = URANet(tiny(), "random")
     batch = batch_of(network, many, None)
     recalled, distance, _ = network.memory(many.float(), torch.arange(24))
-    assert set(batch) == {"features", "recalled", "distance"}
+    assert set(batch) == {"features", "recalled", "distance", "picture"}
+    assert batch["picture"].tolist() == list(range(24))
     assert batch["recalled"].shape == many.shape and batch["distance"].shape == (24, 1, GRID, GRID)
     torch.testing.assert_close(batch["distance"], distance)
     torch.testing.assert_close(batch["recalled"], recalled, atol=2e-3, rtol=2e-3)
@@ -394,13 +396,23 @@ def test_what_is_cached_of_a_picture_is_recalled_without_itself(tiny, features):
 
 
 def test_altered_cells_are_recalled_anew_and_the_others_are_cached(trained, features, textures):
-    """As if the whole altered picture had been recalled."""
+    """As if the whole altered picture had been recalled, and not from the pictures that it is made of."""
     network = trained[0]
+    rows = torch.randperm(12, generator=rng(5))
     with torch.no_grad():
-        batch = batch_of(network, features, textures)
+        batch = {name: t[rows] for name, t in batch_of(network, features, textures).items()}
         anomalies = synthesise(batch["features"], textures, network.options.synthesis, rng(4))
         found = network._altered_evidence(anomalies, batch)
-        anew, cached = seen_by(network, anomalies.features), seen_by(network, batch["features"], torch.arange(12))
+        cached = seen_by(network, batch["features"], rows)
+        anew = torch.empty_like(found)
+        for i, x in enumerate(anomalies.features.split(1)):
+            made_of = torch.tensor([rows[i], rows[anomalies.origin[i]]]).expand(GRID**2, 2)
+            mixture, distance, _ = network.memory.recall(to_tokens(x)[0], made_of)
+            mixture, distance = to_grid(mixture[None]), distance.view(1, 1, GRID, GRID)
+            anew[i] = network._evidence(distance, length(x - mixture))[0]
+        plain = seen_by(network, anomalies.features)
+    assert (anomalies.origin != torch.arange(12)).any()
+    assert (anew >= plain - 1e-2)[:, :1].all() and anew.mean() > plain.mean()
     altered = anomalies.mask.bool().expand_as(found)
     assert altered.any() and not altered.all()
     assert found.shape == (12, 2, GRID, GRID)

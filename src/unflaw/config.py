@@ -128,6 +128,8 @@ class MFRNetOptions(Settings):
     pixel: float = Field(1.0, ge=0, description="weight of L2 in the hybrid loss; 0 also drops it from the map")
     ssim: float = Field(1.0, ge=0, description="weight of 1 − SSIM, likewise")
     gms: float = Field(1.0, ge=0, description="weight of 1 − gradient magnitude similarity, likewise")
+    prototypes: int = Field(4096, ge=0, description="memory of normal tokens that fills what is hidden; 0: none")
+    coarse_prototypes: int = Field(16384, ge=1, description="memory of whole regions, for the image score")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> MFRNetOptions:
@@ -181,7 +183,9 @@ class Training(Settings):
     batch: int = Field(16, ge=1, description="pictures per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.01, ge=0)
-    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of matrix products in training")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of matrix products in training; auto: bfloat16 where the processor multiplies it itself"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="same seed, same machine: same detector, bit for bit")
     cache_gb: float = Field(4.0, gt=0, description="cached features above this are memory-mapped on disk")
     textures: str | None = Field(
@@ -263,6 +267,7 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("mfrnet", "paper"): {
         "features.backbone": "vgg16.tv_in1k",
         "features.levels": (2, 3, 4),
+        "network.prototypes": 0,
         "network.widths": (512, 768),
         "network.depth": 4,
         "network.heads": 8,

@@ -30,7 +30,7 @@ from unflaw.methods import Inspection, create
 from unflaw.results import Result
 from unflaw.scoring import find_regions
 from unflaw.synthesis import texture_pictures
-from unflaw.training import optimise, step_rng
+from unflaw.training import optimise, step_rng, uses_bfloat16
 
 FINISHED_ON = 64  # training pictures that say how large evidence normally is
 
@@ -252,7 +252,7 @@ class Detector:
             extras = network.setup(cache.features, textures, rng)
         progress("memory", 1, 1, None)
         tensors = {"features": cache.features, **extras}
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bfloat16")
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16(settings))
 
         def loss(indices: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
             with autocast:

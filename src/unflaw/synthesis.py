@@ -23,10 +23,17 @@ PACKAGED_TEXTURES = ("brick", "grass", "gravel", "coins", "camera", "cell", "cof
 
 @dataclass(frozen=True)
 class Anomalies:
-    """FASM's output: altered features (N, C, g, g) and the mask M of what was altered, (N, 1, g, g) in {0, 1}."""
+    """FASM's output.
+
+    Attributes:
+        features: F_a, altered features (N, C, g, g).
+        mask: M, what was altered, (N, 1, g, g) in {0, 1}.
+        origin: (N,) picture of the batch whose features were put in; the own one where they came from no other.
+    """
 
     features: Tensor
     mask: Tensor
+    origin: Tensor
 
 
 def perlin(n: int, side: int, max_scale: int, rng: Generator) -> Tensor:
@@ -66,11 +73,9 @@ def perlin_masks(n: int, side: int, config: Synthesis, rng: Generator) -> Tensor
     return (noise >= threshold.view(-1, 1, 1)).float()[:, None]
 
 
-def _others(features: Tensor, rng: Generator) -> Tensor:
-    """Features of another picture of the batch, moved to other places."""
-    n, side = len(features), features.shape[-1]
-    step = int(torch.randint(1, max(n, 2), (1,), generator=rng))
-    dy, dx = torch.randint(0, side, (2,), generator=rng).tolist()
+def _others(features: Tensor, step: int, rng: Generator) -> Tensor:
+    """Features of another picture of the batch, `step` before, moved to other places."""
+    dy, dx = torch.randint(0, features.shape[-1], (2,), generator=rng).tolist()
     return features.roll((step, dy, dx), dims=(0, 2, 3))
 
 
@@ -86,10 +91,13 @@ def _jittered(features: Tensor, rng: Generator) -> Tensor:
     return features + scale * torch.randn(features.shape, generator=rng)
 
 
-def sources(features: Tensor, textures: Tensor | None, rng: Generator) -> dict[str, Callable[[], Tensor]]:
-    """What makes foreign features T, each (N, C, g, g), by the name of its weight in `Synthesis`."""
+def sources(features: Tensor, textures: Tensor | None, step: int, rng: Generator) -> dict[str, Callable[[], Tensor]]:
+    """What makes foreign features T, each (N, C, g, g), by the name of its weight in `Synthesis`.
+
+    Other pictures are those `step` before in the batch.
+    """
     made: dict[str, Callable[[], Tensor]] = {
-        "others": lambda: _others(features, rng),
+        "others": lambda: _others(features, step, rng),
         "shuffles": lambda: _shuffled(features, rng),
         "jitter": lambda: _jittered(features, rng),
     }
@@ -115,10 +123,11 @@ def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng
         textures: Bank of texture features (K, C, g, g), or None.
     """
     n, _, side, _ = features.shape
-    made = sources(features, textures, rng)
+    own, step = torch.arange(n), int(torch.randint(1, max(n, 2), (1,), generator=rng))
+    made = sources(features, textures, step, rng)
     weights = torch.tensor([getattr(config, name) for name in made])
     if weights.sum() == 0 or config.clean == 1:
-        return Anomalies(features, torch.zeros(n, 1, side, side))
+        return Anomalies(features, torch.zeros(n, 1, side, side), own)
     choice = torch.multinomial(weights, n, replacement=True, generator=rng)
     foreign = torch.zeros_like(features)
     for i, make in enumerate(made.values()):
@@ -127,7 +136,8 @@ def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng
     low, high = config.strength
     beta = low + (high - low) * torch.rand(n, 1, 1, 1, generator=rng)
     mask = perlin_masks(n, side, config, rng) * (torch.rand(n, 1, 1, 1, generator=rng) >= config.clean)
-    return Anomalies(blend(features, foreign, mask, beta), mask)
+    origin = torch.where(choice == 0, (own - step) % n, own)  # `others` is the first source
+    return Anomalies(blend(features, foreign, mask, beta), mask, origin)
 
 
 def texture_pictures(folder: str | Path | None, preparation: Preparation, limit: int = 32) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -120,12 +121,15 @@ class AttentionBlock(Attention):
         return x + self.mlp(self.norm2(x))
 
 
-def greedy_coreset(tokens: Tensor, n: int, rng: Generator, sketch: int = 64) -> Tensor:
+def greedy_coreset(tokens: Tensor, n: int, rng: Generator, sketch: int = 64, block: int = 256) -> Tensor:
     """Indices of n tokens that cover all: each next one is the farthest from those chosen (k-centre greedy).
 
     Distances are taken after a random projection to `sketch` dimensions (Johnson-Lindenstrauss), as PatchCore does.
     Every time the number of chosen tokens doubles, the better covered half of the candidates is dropped: tokens that
     are covered well hardly ever become the farthest. So all tokens take part for the cost of a small sample of them.
+
+    The farthest `block` tokens are looked at together: as long as one of them is farther than all the others were, it
+    is the farthest of all. Only then do all tokens hear of those chosen, in one matrix product.
 
     Args:
         tokens: (T, C) float32.
@@ -137,21 +141,37 @@ def greedy_coreset(tokens: Tensor, n: int, rng: Generator, sketch: int = 64) -> 
     if n >= t:
         return torch.arange(t)
     x = tokens @ torch.randn(c, sketch, generator=rng) / sketch**0.5 if sketch < c else tokens.clone()
-    norms = x.pow(2).sum(1)
-    ids = torch.arange(t)
+    norms, ids = x.square().sum(1), torch.arange(t)
     nearest = torch.full((t,), torch.inf)
-    last = int(torch.randint(t, (1,), generator=rng))
-    chosen = [last]
+    new = torch.randint(t, (1,), generator=rng)
+    chosen = new.tolist()
     halve_at = 256
     while len(chosen) < n:
-        nearest = torch.minimum(nearest, torch.addmv(norms + norms[last], x, x[last], alpha=-2))
+        for part in torch.arange(len(x)).split(2**14):  # their (2¹⁴, block) distances stay small
+            apart = torch.addmm(norms[new], x[part], x[new].T, alpha=-2).amin(1) + norms[part]
+            nearest[part] = torch.minimum(nearest[part], apart)
         if len(chosen) >= halve_at and len(x) > 4 * n:
             kept = nearest >= nearest.median()
             x, norms, ids, nearest = x[kept], norms[kept], ids[kept], nearest[kept]
             halve_at *= 2
-        last = int(nearest.argmax())
-        chosen.append(int(ids[last]))
+        new = _farthest(x, nearest, block, n - len(chosen))
+        chosen += ids[new].tolist()
     return torch.tensor(chosen)
+
+
+def _farthest(x: Tensor, nearest: Tensor, block: int, most: int) -> Tensor:
+    """Up to `most` next choices of k-centre greedy, one at least, from x (T, C) and squared distances (T,)."""
+    found = nearest.topk(min(block + 1, len(x)))
+    candidates, left = found.indices[:block], found.values[:block].numpy()
+    others = float(found.values[block]) if len(x) > block else -torch.inf
+    apart = torch.cdist(x[candidates], x[candidates]).square().numpy()
+    chosen = [0]
+    while len(chosen) < most:
+        left = np.minimum(left, apart[chosen[-1]])
+        if left.max() < others:
+            break
+        chosen.append(int(left.argmax()))
+    return candidates[chosen]
 
 
 def to_tokens(features: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Generator, Tensor, nn
 
+from unflaw.cache import allocate
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.methods.layers import greedy_coreset, to_grid, to_tokens
 
@@ -71,22 +72,50 @@ class Memory(nn.Module):
         chosen = tokens[greedy_coreset(tokens, len(self.extra), rng)]
         self.extra[: len(chosen)] = chosen
 
-    def recall(self, tokens: Tensor, picture: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    @torch.no_grad()
+    def recall_cached(self, features: Tensor, budget: float) -> dict[str, Tensor]:
+        """What `forward` says of cached features (N, C, g, g) that `fit` saw, each picture recalled without itself.
+
+        Args:
+            features: All of them.
+            budget: Recalled features above this many bytes are memory-mapped.
+
+        Returns:
+            Tensors to cache: "recalled" (N, C, g, g) float16, "distance" (N, 1, g, g), "picture" (N,).
+        """
+        recalled, self._folder = allocate(tuple(features.shape), budget)
+        distance = torch.empty(len(features), 1, *features.shape[2:])
+        pictures = torch.arange(len(features))
+        for rows in pictures.split(16):
+            mixture, distance[rows], _ = self(features[rows].float(), rows)
+            recalled[rows] = mixture.to(recalled.dtype)
+        return {"recalled": recalled, "distance": distance, "picture": pictures}
+
+    def recall(self, tokens: Tensor, leave: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(T, C) → attended mixture of prototypes (T, C), distance to the nearest one (T,), and the same with `extra`.
 
         The mixture is dot-product attention whose keys have the bias −‖p‖²: a soft nearest neighbour that needs no
         training.
 
         Args:
-            tokens: Of any pictures, or all of one training picture.
-            picture: That training picture: what it taught the memory is left out.
+            tokens: Of any pictures.
+            leave: (T, L) training pictures; what these taught the memory is left out for that token, unless it is all.
         """
         bias = -self.prototypes.square().sum(1)
-        if picture is not None and self.owners is not None and (own := self.owners == picture).any() and not own.all():
-            bias = bias.masked_fill(own, -torch.inf)
-        parts = [self._recall(part, bias) for part in tokens.split(CHUNK)]
+        if leave is None or self.owners is None:
+            parts = [self._recall(part, bias) for part in tokens.split(CHUNK)]
+        else:
+            both = zip(tokens.split(CHUNK), leave.split(CHUNK), strict=True)
+            parts = [self._recall(part, self._without(pictures, bias)) for part, pictures in both]
         mixture, distance, least = (torch.cat(part) for part in zip(*parts, strict=True))
         return mixture, distance, least
+
+    def _without(self, pictures: Tensor, bias: Tensor) -> Tensor:
+        """(T, L) pictures, (M,) → (T, M): bias that closes the prototypes of those pictures."""
+        assert self.owners is not None
+        which, row = pictures.unique(dim=0, return_inverse=True)  # many tokens leave out the same
+        own = (self.owners == which[..., None]).any(1)
+        return bias.masked_fill(own & ~own.all(1, keepdim=True), -torch.inf)[row]
 
     def _recall(self, tokens: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # ‖t‖² − d² = 2·t·p − ‖p‖²: the term of the token itself changes neither order nor softmax
@@ -106,13 +135,10 @@ class Memory(nn.Module):
             features: Of any pictures.
             pictures: (N,) rows of the cache that `fit` saw, where they are training pictures (leave one out).
         """
-        n = len(features)
         tokens = to_tokens(features)
-        if pictures is None:
-            found = [self.recall(tokens.flatten(0, 1))]
-        else:
-            found = [self.recall(t, i) for t, i in zip(tokens, pictures.tolist(), strict=True)]
-        mixture, *distances = (torch.cat(part).unflatten(0, (n, -1)) for part in zip(*found, strict=True))
+        leave = None if pictures is None else pictures.repeat_interleave(tokens.shape[1])[:, None]
+        found = self.recall(tokens.flatten(0, 1), leave)
+        mixture, *distances = (part.unflatten(0, (len(features), -1)) for part in found)
         distance, least = (to_grid(d[..., None]) for d in distances)
         return to_grid(mixture), distance, least
 

@@ -4,6 +4,8 @@
 
 The map is the hybrid loss of F and F̂. The multi-scale aggregator, the paper's first part, is `FeatureExtractor`. The
 parts are the paper's; its hyper-parameters and the inside of its blocks are not public to us, so all of these are ours.
+Ours as well, and left out with `prototypes = 0`, is a memory: what is hidden is filled with its recall, the distance to
+it is one more kind of evidence, and a second memory of whole regions (`Judge`) joins map and score (docs/research.md).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from unflaw.methods.layers import (
     to_grid,
     to_tokens,
 )
+from unflaw.methods.memory import Judge, Memory
 from unflaw.methods.stages import Row, Stage, Stages
 
 WINDOW = 5  # of SSIM, in feature cells
@@ -76,8 +79,9 @@ class HybridBlock(nn.Module):
 class RestorationNetwork(nn.Module):
     """R: an encoder–decoder of hybrid blocks from what is visible to all of F.
 
-    Tokens are patches of F and of the mask; each further scale halves the side, and the decoder adds what the encoder
-    had at its scale. Predicted is a correction of `fill`, at first 0: training starts at blurred surroundings.
+    What is hidden is filled first, with blurred surroundings or with what a memory recalls. Tokens are patches of that
+    and of the mask; each further scale halves the side, and the decoder adds what the encoder had at its scale.
+    Predicted is a correction of the filling, at first 0.
     """
 
     def __init__(self, channels: int, grid: int, options: MFRNetOptions) -> None:
@@ -108,9 +112,10 @@ class RestorationNetwork(nn.Module):
         distance = torch.arange(grid) - torch.arange(grid)[:, None]
         self.register_buffer("nearness", torch.exp(-0.5 * (distance / (grid / 16)) ** 2), persistent=False)
 
-    def forward(self, seen: Tensor, visible: Tensor) -> Tensor:
-        """M ⊙ F (N, C, g, g) and M (N, 1, g, g) in {0, 1} → R(M ⊙ F), (N, C, g, g)."""
-        x = to_tokens(self.narrow(torch.cat([seen, visible], dim=1))) + self.positions
+    def forward(self, seen: Tensor, visible: Tensor, recalled: Tensor | None = None) -> Tensor:
+        """M ⊙ F (N, C, g, g), M (N, 1, g, g) in {0, 1} and what to fill with, if known → R(M ⊙ F), (N, C, g, g)."""
+        filling = self.fill(seen, visible) if recalled is None else recalled
+        x = to_tokens(self.narrow(torch.cat([seen + (1 - visible) * filling, visible], dim=1))) + self.positions
         skipped = []
         for blocks, down in zip(self.encoder, self.down, strict=True):
             x = blocks(x)
@@ -119,7 +124,7 @@ class RestorationNetwork(nn.Module):
         x = self.bottom(x)
         for blocks, up in zip(reversed(self.decoder), reversed(self.up), strict=True):
             x = blocks(to_tokens(up(to_grid(x))) + skipped.pop())
-        return self.fill(seen, visible) + F.pixel_shuffle(to_grid(self.widen(self.norm(x))), self.patch)
+        return filling + F.pixel_shuffle(to_grid(self.widen(self.norm(x))), self.patch)
 
     def fill(self, seen: Tensor, visible: Tensor) -> Tensor:
         """Mean of what is visible around each place, weighted by a Gaussian of a sixteenth of the grid."""
@@ -135,8 +140,11 @@ class MFRNet(Method):
         assert isinstance(options, MFRNetOptions)
         self.options = options
         self.terms = {name: w for name in ("pixel", "ssim", "gms") if (w := getattr(options, name))}
-        self.kinds = len(self.terms)
+        self.kinds = len(self.terms) + (options.prototypes > 0)
+        self.judges = options.prototypes > 0
         super().__init__(config, weights)
+        self.memory = Memory(options.prototypes, self.features.channels) if options.prototypes else None
+        self.judge = Judge(options.coarse_prototypes, self.features) if options.prototypes else None
         self.restoration = RestorationNetwork(self.features.channels, self.features.grid, options)
         self.masks: Tensor
         self.scale: Tensor
@@ -148,54 +156,72 @@ class MFRNet(Method):
         self.masks.copy_(self._draw(self.options.k, rng))
         energy = torch.stack([part.float().square().sum(1).mean() for part in features.split(16)])
         self.scale.copy_(energy.mean().sqrt().clamp_min(1e-6))
-        return {}
+        if self.memory is None or self.judge is None:
+            return {}
+        self.memory.fit(features, rng)
+        self.judge.fit(features, rng)
+        return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """Hybrid loss of F and F̂; every step draws one k, as RIAD does, and new masks."""
         k = self.options.k[int(torch.randint(len(self.options.k), (1,), generator=rng))]
-        restored = self.restore(batch["features"], self._draw((k,), rng))[:, 0]
+        restored = self.restore(batch["features"], self._draw((k,), rng), batch.get("recalled"))[:, 0]
         terms = {name: term.mean() for name, term in self.compare(batch["features"], restored).items()}
         terms["loss"] = sum((self.terms[name] * term for name, term in terms.items()), torch.zeros(()))
         return terms
 
+    def extend(self, features: Tensor, rng: Generator) -> None:
+        if self.memory is not None and self.judge is not None:
+            self.memory.extend(features, rng)
+            self.judge.extend(features, rng)
+
     def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
         """All masks of all k in one batch; maps and restored features are means over k."""
-        restored = self.restore(features, self.masks)  # (N, K, C, g, g)
+        recalled, distance, coarse = None, [], None
+        if self.memory is not None and self.judge is not None:
+            recalled, _, least = self.memory(features, pictures)
+            distance, coarse = [least], self.judge(features, pictures)
+        restored = self.restore(features, self.masks, recalled)  # (N, K, C, g, g)
         kinds = len(self.masks)
         terms = self.compare(features.repeat_interleave(kinds, 0), restored.flatten(0, 1))
         maps = torch.cat([term.sqrt() if name == "pixel" else term for name, term in terms.items()], dim=1)
-        return Inspection(maps.unflatten(0, (-1, kinds)).mean(1), restored=restored.mean(1))
+        witnesses = torch.cat([maps.unflatten(0, (-1, kinds)).mean(1), *distance], dim=1)
+        return Inspection(witnesses, coarse=coarse, restored=restored.mean(1))
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:
         """Masks, a row for each k: what each leaves visible, what R restores, and the sum. Restoration: terms."""
         assert inspection.restored is not None
+        recalled = None if self.memory is None else self.memory(features)[0]
         rows: list[Row] = []
         for j, masks in enumerate(self.masks[:, :, None].unbind()):  # (n, 1, g, g)
-            restored = self.restore(features, masks[None, :, 0])[0, 0]
+            restored = self.restore(features, masks[None, :, 0], recalled)[0, 0]
             visible = {f"Visible {i}": Stage("cover", mask) for i, mask in enumerate(masks, 1)}
             hidden = [1 - mask if self.options.masked else mask for mask in masks]
             kept = {f"Restored {i}, drawn": Stage("features", restored, seen=h) for i, h in enumerate(hidden, 1)}
             assembled = {"Assembled, drawn": Stage("features", restored)}
             name = f"k = {self.options.k[j]}" if self.options.masked else "nothing hidden"
             rows.append((name, visible | kept | assembled))
+        tiles = {"Features, drawn": Stage("features", features[0])}
+        if recalled is not None:
+            tiles["Recalled, drawn"] = Stage("features", recalled[0])
+        tiles["Restored, drawn"] = Stage("features", inspection.restored[0])
         titles = {"pixel": "L2", "ssim": "1 - SSIM", "gms": "1 - GMS"}
-        tiles = {
-            "Features, drawn": Stage("features", features[0]),
-            "Restored, drawn": Stage("features", inspection.restored[0]),
-        }
-        for name, values in zip(self.terms, inspection.witnesses[0], strict=True):
-            tiles[titles[name]] = Stage("map", values[None])
+        kinds = [*(titles[name] for name in self.terms), "Distance to the memory"][: self.kinds]
+        tiles |= {kind: Stage("map", m[None]) for kind, m in zip(kinds, inspection.witnesses[0], strict=True)}
+        if inspection.coarse is not None:
+            tiles["Coarse evidence"] = Stage("map", inspection.coarse[0])
         return {"masks": rows, "restoration": [("", tiles)]}
 
-    def restore(self, features: Tensor, masks: Tensor) -> Tensor:
-        """F (N, C, g, g), K sets of n masks (K, n, g, g) → F̂ of each set, (N, K, C, g, g).
+    def restore(self, features: Tensor, masks: Tensor, recalled: Tensor | None = None) -> Tensor:
+        """F (N, C, g, g), K sets of n masks (K, n, g, g), recall of F (N, C, g, g) → F̂ of each set, (N, K, C, g, g).
 
         All K·n masked maps are one batch, and of each only the hidden cells are kept. Unmasked: all of one map.
         """
         sets, n = masks.shape[:2]
         visible = masks.flatten(0, 1)[:, None].repeat(len(features), 1, 1, 1)  # (N·K·n, 1, g, g)
         seen = features.repeat_interleave(sets * n, 0) * visible
-        kept = self.restoration(seen, visible) * (1 - visible if self.options.masked else 1)
+        filling = None if recalled is None else recalled.repeat_interleave(sets * n, 0)
+        kept = self.restoration(seen, visible, filling) * (1 - visible if self.options.masked else 1)
         return kept.view(len(features), sets, n, *features.shape[1:]).sum(2)
 
     def compare(self, features: Tensor, restored: Tensor) -> dict[str, Tensor]:

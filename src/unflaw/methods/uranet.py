@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.cache import allocate
 from unflaw.config import Config, Perception, Restoration, URANetOptions
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
@@ -159,12 +158,7 @@ class URANet(Method):
             return {}
         self.memory.fit(features, rng)
         self.judge.fit(features, rng)
-        recalled, self._folder = allocate(tuple(features.shape), self.config.training.cache_gb * 2**30)
-        distance = torch.empty(len(features), 1, *features.shape[2:])
-        for rows in torch.arange(len(features)).split(16):  # as new pictures are recalled: not from themselves
-            mixture, distance[rows], _ = self.memory(features[rows].float(), rows)
-            recalled[rows] = mixture.to(recalled.dtype)
-        return {"recalled": recalled, "distance": distance}
+        return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
@@ -231,13 +225,13 @@ class URANet(Method):
         bank = None if textures is None else self.embed(textures)
         bank_cells = None if textures is None else _cells(textures, side)
         clean, cells = self.embed(pictures), _cells(pictures, side)
-        made = sources(clean, bank, rng)
+        made = sources(clean, bank, 1, rng)
         names = [n for n in ("textures", "others", "shuffles", "jitter") if n in made and getattr(options, n)]
         rows: list[Row] = []
         for row, name in enumerate(names):
             i, seed = row % len(clean), int(torch.randint(2**31, (1,), generator=rng))
             foreign, shown = (  # the same draw of features and of the pictures that these were made from
-                sources(grid, others, Generator().manual_seed(seed))[name]()[i]
+                sources(grid, others, 1, Generator().manual_seed(seed))[name]()[i]
                 for grid, others in ((clean, bank), (cells, bank_cells))
             )
             mask = perlin_masks(1, side, options, rng)[0]
@@ -268,14 +262,17 @@ class URANet(Method):
         return torch.cat([distance, departure], dim=1) / self.memory.radius - 1
 
     def _altered_evidence(self, anomalies: Anomalies, batch: Batch) -> Tensor:
-        """What UIAPM sees of F_a; recalled anew are the altered cells only."""
+        """What UIAPM sees of F_a; recalled anew are the altered cells only, not from the pictures they are made of."""
         if self.memory is None:
             return anomalies.features
         seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]))
         tokens = to_tokens(anomalies.features).flatten(0, 1)
         altered = anomalies.mask.flatten().nonzero()[:, 0]
+        pictures = batch["picture"].long()
+        made_of = torch.stack([pictures, pictures[anomalies.origin]], dim=1)
+        cells = len(tokens) // len(pictures)
         with torch.no_grad():
-            mixture, distance, _ = self.memory.recall(tokens[altered])
+            mixture, distance, _ = self.memory.recall(tokens[altered], made_of[altered // cells])
         departure = (tokens[altered] - mixture).norm(dim=1)
         anew = self._evidence(distance.view(-1, 1, 1, 1), departure.view(-1, 1, 1, 1)).flatten(1)
         return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
