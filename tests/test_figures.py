@@ -78,6 +78,10 @@ def path_of(parts: Path, name: list[str]) -> Path:
     return parts / "test" / name[0] / name[1]
 
 
+def recall(network: Any, features: Tensor) -> Tensor | None:
+    return None if network.memory is None else network.memory(features)[0]
+
+
 def features_of(detector: Any, paths: list[Path]) -> Tensor:
     pixels = [prepare(read(path), detector.config.preparation).pixels for path in paths]
     return detector.network.embed(torch.from_numpy(np.stack(pixels)))
@@ -156,11 +160,13 @@ def test_masks_are_the_detectors_disjoint_and_complete(fitted, drawn, parts):
         assert (np.sum(hidden, axis=0) == 1).all()
 
 
-def test_what_is_assembled_is_restored_by_that_k(fitted, parts):
-    detector = fitted("mfrnet")
+@pytest.mark.parametrize("prototypes", [32, 0])
+def test_what_is_assembled_is_restored_by_that_k(prototypes, fitted, parts):
+    detector = fitted("mfrnet", **{"network.prototypes": prototypes})
+    network = detector.network
     features = features_of(detector, [parts / "test/square/000.png"])
-    rows = detector.network.stages(features, detector.network(features))["masks"]
-    both = detector.network.restore(features, detector.network.masks)[0]
+    rows = network.stages(features, network(features))["masks"]
+    both = network.restore(features, network.masks, recall(network, features))[0]
     assert not torch.allclose(both[0], both[1], atol=1e-3)
     for (_, tiles), restored in zip(rows, both, strict=True):
         assert torch.allclose(tiles["Assembled, drawn"].values, restored, atol=1e-5)
@@ -173,15 +179,27 @@ def test_without_masks_nothing_is_covered(fitted, drawn):
     assert not any(covered(pixels).any() for pixels in tiles.values())
 
 
-def test_terms_of_the_hybrid_loss_have_their_names(fitted, drawn, parts):
-    network = fitted("mfrnet").network
-    features = features_of(fitted("mfrnet"), [parts / "test/square/000.png"])
+@pytest.mark.parametrize(
+    ("changes", "headings"),
+    [
+        ({}, ["L2", "1 - SSIM", "1 - GMS", "Distance to the memory"]),
+        ({"network.ssim": 0.0}, ["L2", "1 - GMS", "Distance to the memory"]),
+        ({"network.prototypes": 0, "network.pixel": 0.0}, ["1 - SSIM", "1 - GMS"]),
+    ],
+)
+def test_evidence_of_mfrnet_has_its_names(changes, headings, fitted, parts):
+    network = fitted("mfrnet", **changes).network
+    features = features_of(fitted("mfrnet", **changes), [parts / "test/square/000.png"])
     inspection = network(features)
     ((_, tiles),) = network.stages(features, inspection)["restoration"]
-    for heading, values in zip(("L2", "1 - SSIM", "1 - GMS"), inspection.witnesses[0], strict=True):
-        assert torch.equal(tiles[heading].values[0], values)
-    columns, _ = drawn(fitted("mfrnet", **{"network.ssim": 0.0}), count=1)["restoration"]
-    assert "1 - SSIM" not in columns and {"L2", "1 - GMS"} <= set(columns)
+    maps = {heading: stage.values for heading, stage in tiles.items() if stage.kind == "map"}
+    if network.memory is not None:
+        assert torch.equal(maps.pop("Coarse evidence"), inspection.coarse[0])
+        assert torch.equal(tiles["Recalled, drawn"].values, network.memory(features)[0][0])
+    assert list(maps) == headings and torch.equal(torch.cat(list(maps.values())), inspection.witnesses[0])
+    restored = network.restore(features, network.masks, recall(network, features))[0]
+    terms = network.compare(features.expand_as(restored), restored)
+    assert torch.allclose(maps["1 - GMS"], terms["gms"].mean(0), atol=1e-5)
 
 
 def test_perception_shows_the_layers_of_the_inspection(fitted, drawn, parts):

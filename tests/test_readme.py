@@ -31,7 +31,7 @@ def bench(tmp_path, monkeypatch):
 def test_the_commands(bench):
     fenced = README.split("```")[1::2]
     commands = [line for block in fenced for line in block.splitlines() if line.startswith("unflaw ")]
-    assert [shlex.split(line)[1] for line in commands] == ["train", "evaluate", "predict", "info"]
+    assert [shlex.split(line)[1] for line in commands] == ["train", "evaluate", "predict", "info", "figures"]
     for line in commands:
         arguments = shlex.split(line, comments=True)[1:]
         if arguments[0] == "train":
@@ -40,6 +40,7 @@ def test_the_commands(bench):
         assert result.exit_code == 0, f"{line}\n{result.output}"
     assert len((bench / "results/results.jsonl").read_text().splitlines()) == 6
     assert (bench / "parts.html").is_file() and (bench / "parts.json").is_file()
+    assert (bench / "figures/perception.png").is_file()
 
 
 def test_the_python_example(bench, monkeypatch):
