@@ -307,23 +307,33 @@ def test_sources_of_no_weight_are_not_shown(fitted, drawn):
     assert [name for name, _ in rows] == [["others"], ["jitter"]]
 
 
+def test_the_seed_decides_what_is_made(fitted, drawn):
+    shown = [drawn(fitted("uranet"), count=1, seed=seed)["fasm"][1] for seed in (0, 1)]
+    masks = [{tiles["Mask M, the label"].tobytes() for _, tiles in rows} for rows in shown]
+    assert masks[0].isdisjoint(masks[1])
+
+
 # Pixels
 
 
-def test_draem_alters_under_the_mask_only_and_shows_both_networks(fitted, drawn):
-    network = fitted("draem").network
-    _, rows = drawn(fitted("draem"), count=1)["anomalies"]
-    assert len(rows) == 4
-    for _, tiles in rows:
-        inside = tiles["Mask M, the label"][..., 0] == 255
-        same = (tiles["Good picture"] == tiles["Altered"]).all(axis=2)
-        assert inside.any() and same[~inside].all() and not same[inside].all()
-        altered = torch.from_numpy(tiles["Altered"]).permute(2, 0, 1)[None] / 255
-        with torch.no_grad():
-            inspection = network(altered)
-        repair = inspection.restored[0].clamp(0, 1).permute(1, 2, 0).numpy() * 255
-        assert np.abs(tiles["Repair"] - repair).mean() < 2
-        assert np.abs(tiles["Probability of anomaly"] - grey_map(inspection.witnesses[0, 0].numpy())).mean() < 2
+def test_draem_alters_under_the_mask_only_and_shows_both_networks(fitted, parts):
+    detector = fitted("draem")
+    preparation = detector.config.preparation
+    paths = sorted((parts / "test/good").iterdir())
+    pictures = torch.from_numpy(np.stack([prepare(read(path), preparation).pixels for path in paths]))
+    textures = torch.from_numpy(np.stack(texture_pictures(None, preparation)))
+    with torch.no_grad():
+        rows = detector.network.exercises(pictures, textures, torch.Generator().manual_seed(3))["anomalies"]
+        assert len(rows) == len(pictures)
+        for picture, (_, tiles) in zip(pictures, rows, strict=True):
+            inside = tiles["Mask M, the label"].values[0] == 1
+            altered = tiles["Altered"].values
+            same = (altered == picture).all(0)
+            assert torch.equal(tiles["Good picture"].values, picture)
+            assert inside.any() and same[~inside].all() and not same[inside].any()
+            inspection = detector.network(altered[None])
+            assert torch.allclose(tiles["Repair"].values, inspection.restored[0], atol=1e-6)
+            assert torch.allclose(tiles["Probability of anomaly"].values, inspection.witnesses[0], atol=1e-6)
 
 
 def test_memae_shows_the_error_of_its_reconstruction(fitted, parts):
@@ -353,7 +363,7 @@ def test_kinds_of_defects_take_turns_and_a_quarter_is_good(fitted, drawn, tmp_pa
     assert shown() == ["dent", "hole", "square", "good"]
     assert shown(count=8) == ["dent", "hole", "square", "dent", "hole", "square", "good", "good"]
     assert shown(count=12) == 3 * ["dent", "hole", "square"] + 3 * ["good"]
-    assert shown(pictures=[Path("good/001.png"), Path("hole/2.png")]) == ["good", "hole"]
+    assert shown(pictures=[Path("good/001.png"), data / "test/dent/../hole/2.png"]) == ["good", "hole"]
 
 
 def test_data_without_defects_shows_good_pictures(fitted, drawn, tmp_path):
@@ -361,6 +371,14 @@ def test_data_without_defects_shows_good_pictures(fitted, drawn, tmp_path):
     (data / "test/square").rmdir()
     names = [name[:2] for name, _ in drawn(fitted("lookup"), data, count=3)["recall"][1]]
     assert len(names) == 3 and {folder for folder, _ in names} == {"good"}
+
+
+def test_data_without_good_test_pictures_shows_training_on_those_to_train_on(fitted, drawn, tmp_path):
+    data = make_parts(tmp_path / "parts", good=0)
+    (data / "test/good").rmdir()
+    shown = drawn(fitted("draem"), data, count=3)
+    assert [name[0] for name, _ in shown["repair"][1]] == 3 * ["square"]
+    assert len(shown["anomalies"][1]) == 4
 
 
 def test_without_a_decoder_nothing_is_said_to_be_drawn(fitted, drawn, parts):
