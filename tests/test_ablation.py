@@ -114,14 +114,16 @@ def test_finished_runs_are_not_done_again(run, tmp_path, monkeypatch):
         fitted.append((config.network.prototypes, config.training.seed))
         if len(fitted) == 3:
             raise KeyboardInterrupt
-        return fit(self, config, *arguments, **options)
+        detector = fit(self, config, *arguments, **options)
+        detector.record_["seconds"] = {"features": 5.0, "training": 2.0, "total": 7.0}
+        return detector
 
     monkeypatch.setattr(Laboratory, "fit", counted)
     with pytest.raises(KeyboardInterrupt):
         run("small: network.prototypes=16")
     assert fitted == [(64, 0), (64, 1), (16, 0)]
     begun = lines(tmp_path)
-    assert len(begun) == 2
+    assert [line["seconds"]["training"] for line in begun] == [2, 2]
     assert [row["n"] for row in json.loads((tmp_path / "table.json").read_text("utf-8"))["rows"]] == [2, 0]
     with (tmp_path / "runs.jsonl").open("a") as file:
         file.write(json.dumps(begun[0] | {"digest": "killed"})[:-3])

@@ -370,21 +370,23 @@ def test_ablate_compares_variants_and_goes_on(parts, tmp_path):
     other = shutil.copytree(parts, tmp_path / "other/parts")  # another data set of the same name
     (other / "train/good/005.png").write_bytes(b"no picture")
     base = settings(TINY | OWN["lookup"] | {"training.steps": 2})
-    arguments = ["ablate", "--method", "lookup", "--data", parts, "--data", other, "--weights", "random", *base]
-    arguments += ["--seeds", 1, "--variant", "wide: scoring.smooth=8; features.grid=6", "--out", tmp_path / "out"]
-    done = unflaw(*arguments)
+    out, cache, few = tmp_path / "out", tmp_path / "elsewhere", ["--weights", "random", "--seeds", 1, *base]
+    arguments = ["ablate", "--method", "lookup", "--data", parts, "--data", other, *few, "--out", out]
+    arguments += ["--variant", "wide: scoring.smooth=8; features.grid=6"]
+    done = unflaw(*arguments, "--cache", cache)
     assert done.exit_code == 0, done.output
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        *("runs.jsonl", "table.md", "table.csv", "table.json", "features")
-    }
-    assert done.stdout.strip() == (tmp_path / "out/table.md").read_text("utf-8").strip()
+    assert {path.name for path in out.iterdir()} == {"runs.jsonl", "table.md", "table.csv", "table.json"}
+    assert done.stdout.strip() == (out / "table.md").read_text("utf-8").strip()
     assert f"## {parts}\n" in done.stdout and f"## {other}\n" in done.stdout and "| wide | " in done.stdout
     assert "note: skipped" in done.stderr and "005.png" in done.stderr
-    written = (tmp_path / "out/runs.jsonl").read_text()
-    assert written.count("\n") == 4 and len(list((tmp_path / "out/features").iterdir())) == 4
-    again = unflaw(*arguments, "--cache", tmp_path / "elsewhere")
-    assert again.stdout == done.stdout and (tmp_path / "out/runs.jsonl").read_text() == written
-    assert not (tmp_path / "elsewhere").exists()
+    written = (out / "runs.jsonl").read_text()
+    assert written.count("\n") == 4 and len(list(cache.iterdir())) == 4
+    again = unflaw(*arguments)
+    assert again.stdout == done.stdout and (out / "runs.jsonl").read_text() == written
+    assert not (out / "features").exists()
+    more = unflaw("ablate", "--method", "lookup", "--data", parts, *few, "--set", "scoring.smooth=2", "--out", out)
+    assert "## parts\n" in more.stdout and (out / "runs.jsonl").read_text().startswith(written)
+    assert len(list((out / "features").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -426,8 +428,8 @@ def test_a_bar_begins_again_with_the_stage_of_another_run(monkeypatch):
     with cli._progress() as progress:
         bars = inspect.getclosurevars(progress).nonlocals["bars"]
         progress("training", 5, 5, 0.5)
-        progress("training", 2, 9, 0.5)
+        progress("training", 2, 5, 0.5)
         (task,) = bars.tasks
-        assert (task.completed, task.total, task.finished) == (2, 9, False)
-        progress("training", 3, 9, 0.5)
+        assert (task.completed, task.total, task.finished_time) == (2, 5, None)
+        progress("training", 3, 5, 0.5)
         assert task.completed == 3

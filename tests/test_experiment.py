@@ -122,7 +122,7 @@ def test_digests_stand_for_all_that_decides_figures(parts, weights, tiny, tmp_pa
     first, second = dataset.train[:2]
     fewer = replace(dataset, train=dataset.train[1:])
     turned = replace(dataset, train=(second, first, *dataset.train[2:]))
-    moved = replace(dataset, train=dataset.train[1:], validation=dataset.train[:1])
+    moved = replace(dataset, train=dataset.train[:-1], validation=dataset.train[-1:])
     unmasked = replace(dataset, test=tuple(replace(sample, mask=None) for sample in dataset.test))
     relabelled = replace(dataset, test=tuple(replace(sample, label=1) for sample in dataset.test))
     data = [dataset, fewer, turned, moved, unmasked, relabelled]

@@ -193,7 +193,9 @@ def ablate(
         list[str] | None, typer.Option("--variant", help="One of your own: 'name: setting=value; setting=value'.")
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all variants have.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for features, by default OUT/features.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="For features, some MB a picture; by default OUT/features.")
+    ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Show the named variants and end.")] = False,
 ) -> None:
     """Train and measure variants of a method, several seeds each; table.md says what each part is worth.

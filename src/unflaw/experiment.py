@@ -81,9 +81,8 @@ class FeatureFile:
         good = [path for path in group if path not in self.skipped]
         found = self.records[[self.rows[path] for path in good]]
         raw, boxes, thumbnails = (torch.from_numpy(found[name].copy()) for name in ("raw", "box", "thumbnail"))
-        return Part(
-            good, raw, thumbnails, boxes.long(), [(str(p), self.skipped[p]) for p in group if p in self.skipped]
-        )
+        skipped = [(str(path), self.skipped[path]) for path in group if path in self.skipped]
+        return Part(good, raw, thumbnails, boxes.long(), skipped)
 
     def parts(self, paths: Sequence[Path], batch: int) -> Iterator[Part]:
         """A `Source` for `build_cache`."""
@@ -91,18 +90,18 @@ class FeatureFile:
 
     def _write(self, file: Path, parts: Iterable[Part], progress: Progress) -> None:
         header = {"descr": np.lib.format.dtype_to_descr(self.kind), "fortran_order": False, "shape": (len(self.rows),)}
-        done, total = 0, len(self.rows)
+        done, order = 0, list(self.rows)
         with file.open("wb") as stream:  # record after record: a memory map would crash where the disk is full
             np.lib.format.write_array_header_1_0(stream, header)
             for part in parts:
                 records = np.zeros(len(part.paths) + len(part.skipped), self.kind)
-                places = {path: i for i, path in enumerate(list(self.rows)[done : done + len(records)])}
+                places = {path: i for i, path in enumerate(order[done : done + len(records)])}
                 rows = [places[path] for path in part.paths]
                 records["raw"][rows], records["box"][rows] = part.raw.numpy(), part.boxes.numpy()
                 records["thumbnail"][rows] = part.thumbnails.numpy()
                 stream.write(records.tobytes())
                 done += len(records)
-                progress("features", done, total, None)
+                progress("features", done, len(order), None)
 
 
 class CachedDetector(Detector):
