@@ -14,7 +14,8 @@ from unflaw.evaluation import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.variants import FULL, choose, parse
 
-COMMON = TINY | OWN["lookup"] | {"training.steps": 2}
+SMALL = TINY | {"features.backbone": "test_efficientnet", "training.steps": 2}
+COMMON = SMALL | OWN["lookup"]
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +64,16 @@ def test_an_ablation_runs_every_variant_and_seed(run, dataset, features, tmp_pat
     assert records[3].metrics == {name: expected[name] for name in records[3].metrics}
     assert {*METRICS, "false_alarms", "missed"} < records[3].metrics.keys()
     assert records[3].overrides == "network.prototypes=16" and records[3].common["features.grid"] == 8
-    assert (records[3].backbone, records[3].weights, records[3].data) == ("resnet18", "random", "parts")
+    assert (records[3].backbone, records[3].weights, records[3].data) == ("test_efficientnet", "random", "parts")
     assert len({record.digest for record in records}) == 6
     rows = json.loads((tmp_path / "table.json").read_text("utf-8"))["rows"]
     assert [(row["variant"], row["n"]) for row in rows] == [("full", 2), ("small", 2), ("pixels", 2)]
     found = [record.metrics["pixel_auroc"] for record in records[2:4]]
     assert rows[1]["pixel_auroc"]["mean"] == pytest.approx(sum(found) / 2)
     page = (tmp_path / "table.md").read_text("utf-8")
-    assert "`lookup`, resnet18 (random weights), 64 × 64" in page and "seeds 0 to 1" in page and "threads" in page
+    assert (
+        "`lookup`, test_efficientnet (random weights), 64 × 64" in page and "seeds 0 to 1" in page and "threads" in page
+    )
     assert page.count("\n| ") == 4 and "| small |" in page and "`network.prototypes=16`" in page
     table = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
     assert float(table[1]["pixel_auroc_mean"]) == rows[1]["pixel_auroc"]["mean"] and table[2]["n"] == "2"
@@ -78,7 +81,7 @@ def test_an_ablation_runs_every_variant_and_seed(run, dataset, features, tmp_pat
 
 @pytest.mark.parametrize("name", ["no-fasm", "no-memory", "no-uncertainty", "untrained", "lookup", "level-1"])
 def test_variants_that_leave_parts_out_can_be_trained(dataset, features, tmp_path, name):
-    common = TINY | OWN["uranet"] | {"training.steps": 2}
+    common = SMALL | OWN["uranet"]
     options = {"seeds": 1, "out": tmp_path, "cache": features, "weights": "random", "progress": lambda *_: None}
     for record in ablate("uranet", [dataset], choose("uranet", [name])[1:], common, **options):
         assert record.variant == name and record.metrics["image_auroc"] is not None

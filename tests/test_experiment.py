@@ -14,6 +14,8 @@ from unflaw.evaluation import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor, WeightsError
 
+SMALL = {"features.backbone": "test_efficientnet"}  # where weights do not matter
+
 
 @pytest.fixture(scope="module")
 def motley(tmp_path_factory, parts):
@@ -77,7 +79,7 @@ def test_that_holds_for_motley_pictures_too(motley, weights, tiny, tmp_path, met
     assert len(boxes) == 2 and (0, 0, 64, 64) not in boxes
 
 
-def test_features_are_computed_once(parts, weights, tiny, tmp_path, monkeypatch):
+def test_features_are_computed_once(parts, tiny, tmp_path, monkeypatch):
     dataset, passed, stages = load_dataset(parts), [], []
     aggregate = FeatureExtractor.aggregate
 
@@ -86,33 +88,32 @@ def test_features_are_computed_once(parts, weights, tiny, tmp_path, monkeypatch)
         return aggregate(extractor, images)
 
     monkeypatch.setattr(FeatureExtractor, "aggregate", counted)
-    laboratory = Laboratory(tmp_path, weights)
+    laboratory = Laboratory(tmp_path, "random")
     for smooth in (4.0, 1.0):
-        config = tiny("lookup", **{"scoring.smooth": smooth, "training.display_steps": 0})
+        config = tiny("lookup", **SMALL | {"scoring.smooth": smooth, "training.display_steps": 0})
         detector = laboratory.fit(config, dataset, progress=lambda *report: stages.append(report))
         assert len(list(detector.inspect_many(sample.path for sample in dataset.test))) == 8
     assert sum(n for n in passed if n > 1) == 20  # all pictures of train and test
     assert {report[1:3] for report in stages if report[0] == "features"} > {(16, 20), (20, 20)}
     passed.clear()
-    Laboratory(tmp_path, weights).fit(tiny("lookup", **{"training.display_steps": 0}), dataset)
+    Laboratory(tmp_path, "random").fit(tiny("lookup", **SMALL | {"training.display_steps": 0}), dataset)
     assert sum(n for n in passed if n > 1) == 0  # in another process neither
     assert list(tmp_path.iterdir()) == [laboratory.path(config, dataset)]
 
 
-def test_a_file_serves_all_settings_that_features_do_not_depend_on(parts, weights, tiny, tmp_path):
-    dataset, laboratory = load_dataset(parts), Laboratory(tmp_path, weights)
+def test_a_file_serves_all_settings_that_features_do_not_depend_on(parts, tiny, tmp_path):
+    dataset, laboratory = load_dataset(parts), Laboratory(tmp_path, "random")
 
     def path(method="lookup", **changes):
-        return laboratory.path(tiny(method, **changes), dataset)
+        return laboratory.path(tiny(method, **SMALL | changes), dataset)
 
     same = [{"scoring.smooth": 1.0}, {"features.components": 5}, {"network.prototypes": 20}, {"training.seed": 1}]
     assert {path(**changes) for changes in same} == {path("uranet")}
     other = {"features.levels": (2,)}, {"features.grid": 6}, {"features.smooth": 1}
     other += {"preparation.size": 32}, {"preparation.fit": "pad"}
     paths = {path(), *(path(**changes) for changes in other), path("draem"), path("draem", **{"network.side": 32})}
-    paths |= {Laboratory(tmp_path, "random").path(tiny("lookup"), dataset)}
-    paths |= {laboratory.path(tiny("lookup"), replace(dataset, test=dataset.test[1:]))}
-    assert len(paths) == 1 + 5 + 2 + 1 + 1
+    paths |= {laboratory.path(tiny("lookup", **SMALL), replace(dataset, test=dataset.test[1:]))}
+    assert len(paths) == 1 + 5 + 2 + 1
     assert path("draem") == path("memae")
 
 
@@ -130,6 +131,7 @@ def test_digests_stand_for_all_that_decides_figures(parts, weights, tiny, tmp_pa
     digests += [laboratory.digest(tiny("lookup", **{"training.seed": 1}), dataset)]
     digests += [Laboratory(tmp_path, "random").digest(config, dataset)]
     assert len(set(digests)) == 8
+    assert laboratory.path(config, dataset) != Laboratory(tmp_path, "random").path(config, dataset)
     torch.manual_seed(4)
     assert (
         Laboratory(tmp_path / "other", "random").digest(config, dataset) == digests[-1]
@@ -146,9 +148,9 @@ def test_methods_on_pixels_need_no_weights(parts, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "foreign", "other"])
-def test_a_damaged_feature_file_is_named(parts, weights, tiny, tmp_path, harm):
-    config, dataset = tiny("lookup", **{"training.display_steps": 0}), load_dataset(parts)
-    Laboratory(tmp_path, weights).fit(config, dataset)
+def test_a_damaged_feature_file_is_named(parts, tiny, tmp_path, harm):
+    config, dataset = tiny("lookup", **SMALL | {"training.display_steps": 0}), load_dataset(parts)
+    Laboratory(tmp_path, "random").fit(config, dataset)
     (file,) = tmp_path.iterdir()
     if harm == "cut":
         file.write_bytes(file.read_bytes()[:-1000])
@@ -157,18 +159,18 @@ def test_a_damaged_feature_file_is_named(parts, weights, tiny, tmp_path, harm):
     else:
         np.save(file, np.zeros(20, np.float32))
     with pytest.raises(ValueError, match=rf"{file.name}.*delete it"):
-        Laboratory(tmp_path, weights).fit(config, dataset)
+        Laboratory(tmp_path, "random").fit(config, dataset)
 
 
-def test_a_folder_that_cannot_hold_features_is_named(parts, weights, tiny, tmp_path):
+def test_a_folder_that_cannot_hold_features_is_named(parts, tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"file/.*npy: cannot be written.*choose a folder"):
-        Laboratory(tmp_path / "file", weights).fit(tiny("lookup"), load_dataset(parts))
+        Laboratory(tmp_path / "file", "random").fit(tiny("lookup", **SMALL), load_dataset(parts))
 
 
-def test_what_cannot_be_learned_from_is_said_as_ever(parts, weights, tiny, tmp_path):
+def test_what_cannot_be_learned_from_is_said_as_ever(parts, tiny, tmp_path):
     dataset = load_dataset(parts)
     with pytest.raises(TrainingError, match="too few to learn from"):
-        Laboratory(tmp_path, weights).fit(tiny("lookup"), replace(dataset, train=dataset.train[:5]))
+        Laboratory(tmp_path, "random").fit(tiny("lookup", **SMALL), replace(dataset, train=dataset.train[:5]))
     with pytest.raises(ValueError, match="patches of 3"):
-        Laboratory(tmp_path, weights).fit(tiny("uranet", **{"network.restoration.patch": 3}), dataset)
+        Laboratory(tmp_path, "random").fit(tiny("uranet", **SMALL | {"network.restoration.patch": 3}), dataset)
