@@ -1,6 +1,9 @@
+import inspect
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from conftest import OWN, TINY, TINY_URANET, make_parts
-from unflaw import training
+from unflaw import cli, training
 from unflaw.cli import app
 from unflaw.files import read_metadata
 
@@ -44,7 +47,18 @@ def model(tiny_training, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["predict", "--help"], ["info", "MODEL"], ["train"], ["info", "no"]]
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["predict", "--help"],
+        ["info", "MODEL"],
+        ["train"],
+        ["info", "no"],
+        ["ablate", "--list"],
+        ["ablate", "--only", "no"],
+        ["ablate", "--variant", "no"],
+    ],
 )
 def test_without_work_torch_is_not_imported(arguments, saved):
     arguments = [str(saved) if argument == "MODEL" else argument for argument in arguments]
@@ -63,7 +77,7 @@ def test_without_work_torch_is_not_imported(arguments, saved):
 
 def test_help_names_every_command_with_an_example():
     text = unflaw("--help").stdout
-    for command in ("train", "evaluate", "predict", "info", "figures", "demo"):
+    for command in ("train", "evaluate", "predict", "info", "figures", "ablate", "demo"):
         assert command in text
         assert unflaw(command, "--help").exit_code == 0
     assert "Example" in text
@@ -335,3 +349,87 @@ def test_a_missing_picture_is_a_line_like_any_other(model, parts, tmp_path):
     assert done.exit_code == 3
     first, second = map(json.loads, (tmp_path / "results/results.jsonl").read_text().splitlines())
     assert "gone.png" in first["error"] and "score" in second
+
+
+# Ablation
+
+
+def test_ablate_lists_its_variants():
+    done = unflaw("ablate", "--list")
+    assert "no-memory: network.restoration.prototypes=0\n    the paper's" in done.stdout
+    assert "lookup: method=lookup" in done.stdout and done.stdout.startswith("full:")
+    done = unflaw("ablate", "--method", "mfrnet", "--only", "k-8", "--variant", "deep: network.depth=4", "--list")
+    assert [line for line in done.stdout.splitlines() if line[0] != " "] == [
+        "full: ",
+        "k-8: network.k=[8]",
+        "deep: network.depth=4",
+    ]
+
+
+def test_ablate_compares_variants_and_goes_on(parts, tmp_path):
+    other = shutil.copytree(parts, tmp_path / "other/parts")  # another data set of the same name
+    (other / "train/good/005.png").write_bytes(b"no picture")
+    base = settings(TINY | OWN["lookup"] | {"training.steps": 2})
+    out, cache, few = tmp_path / "out", tmp_path / "elsewhere", ["--weights", "random", "--seeds", 1, *base]
+    arguments = ["ablate", "--method", "lookup", "--data", parts, "--data", other, *few, "--out", out]
+    arguments += ["--variant", "wide: scoring.smooth=8; features.grid=6"]
+    done = unflaw(*arguments, "--cache", cache)
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in out.iterdir()} == {"runs.jsonl", "table.md", "table.csv", "table.json"}
+    assert done.stdout.strip() == (out / "table.md").read_text("utf-8").strip()
+    assert f"## {parts}\n" in done.stdout and f"## {other}\n" in done.stdout and "| wide | " in done.stdout
+    assert "note: skipped" in done.stderr and "005.png" in done.stderr
+    written = (out / "runs.jsonl").read_text()
+    assert written.count("\n") == 4 and len(list(cache.iterdir())) == 4
+    again = unflaw(*arguments)
+    assert again.stdout == done.stdout and (out / "runs.jsonl").read_text() == written
+    assert not (out / "features").exists()
+    more = unflaw("ablate", "--method", "lookup", "--data", parts, *few, "--set", "scoring.smooth=2", "--out", out)
+    assert "## parts\n" in more.stdout and (out / "runs.jsonl").read_text().startswith(written)
+    assert len(list((out / "features").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--only", "no-memroy"], "no-memory"),
+        (["--variant", "deep"], "name: setting=value"),
+        (["--variant", "deep: network.depht=3"], "network.depht"),
+        (["--variant", "deep: network.restoration.patch=3"], "patches of 3"),
+        (["--set", "training.seed=3"], "--seeds"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "GOOD"], "no test pictures"),
+        (["--backbone", "resnet_18"], "resnet18"),
+        (["--method", "uranett"], "uranett"),
+        (["--out", "file"], "file"),
+    ],
+)
+def test_ablate_says_what_is_wrong_before_it_starts(parts, tmp_path, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("in the way")
+    arguments = [parts / "train/good" if argument == "GOOD" else argument for argument in arguments]
+    given = ["--weights", "random", "--only", "untrained", *settings({"features.grid": 8, "preparation.size": 64})]
+    given += [] if "--data" in arguments else ["--data", parts]
+    given += [] if "--out" in arguments else ["--out", "out"]
+    line = complaint(unflaw("ablate", *given, *arguments))
+    assert named in line
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_ablate_asks_for_data_and_a_folder(parts):
+    assert "--out" in complaint(unflaw("ablate", "--data", parts))
+    assert "--data" in complaint(unflaw("ablate", "--out", "out"))
+    assert unflaw("ablate", "--data", parts, "--out", "out", "--seeds", 0).exit_code == 2
+
+
+def test_a_bar_begins_again_with_the_stage_of_another_run(monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with cli._progress() as progress:
+        bars = inspect.getclosurevars(progress).nonlocals["bars"]
+        progress("training", 5, 5, 0.5)
+        progress("training", 2, 5, 0.5)
+        (task,) = bars.tasks
+        assert (task.completed, task.total, task.finished_time) == (2, 5, None)
+        progress("training", 3, 5, 0.5)
+        assert task.completed == 3

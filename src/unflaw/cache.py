@@ -103,6 +103,45 @@ class Cache:
         )
 
 
+@dataclass
+class Part:
+    """Some pictures on their way into a cache.
+
+    Attributes:
+        paths: The N of them that could be read.
+        raw: What `Extractor.aggregate` makes of them, (N, C_raw, g, g) float32.
+        thumbnails, boxes, skipped: As in `Cache`.
+    """
+
+    paths: list[Path]
+    raw: Tensor
+    thumbnails: Tensor
+    boxes: Tensor
+    skipped: list[tuple[str, str]]
+
+
+Source = Callable[[Sequence[Path], int], Iterator[Part]]  # pictures and how many make a part
+
+
+def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
+    """The source that reads pictures from their files and takes them through the backbone."""
+
+    def parts(paths: Sequence[Path], batch: int) -> Iterator[Part]:
+        for group in batched(ahead(lambda path: (path, load(path, preparation)), paths), batch):
+            skipped = [(str(path), str(picture)) for path, picture in group if isinstance(picture, ImageError)]
+            good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
+            if not good:
+                nothing = torch.empty(0)
+                yield Part([], nothing, nothing, nothing, skipped)
+                continue
+            images = stack([picture for _, picture in good])
+            thumbnails = (F.interpolate(images, (THUMBNAIL, THUMBNAIL), mode="area") * 255).round().byte()
+            boxes = torch.tensor([picture.box for _, picture in good])
+            yield Part([path for path, _ in good], extractor.aggregate(images), thumbnails, boxes, skipped)
+
+    return parts
+
+
 def build_cache(
     extractor: Extractor,
     paths: Sequence[Path],
@@ -113,6 +152,7 @@ def build_cache(
     fit: bool = True,
     held_out: float = 0.0,
     batch: int = 16,
+    source: Source | None = None,
     progress: Progress = silent,
 ) -> Cache:
     """Reads every picture once, in random order, fits the extractor on the first ones and embeds all.
@@ -123,6 +163,7 @@ def build_cache(
         seed: Of the order.
         fit: False leaves the extractor as it is, for pictures that only calibrate.
         held_out: Share of the pictures, the last ones, that will calibrate: nothing may be learned from them.
+        source: Where raw features come from; None: from the pictures.
 
     Raises:
         TrainingError: To learn from: fewer than 8 readable pictures, or all identical. To calibrate with: none.
@@ -133,7 +174,7 @@ def build_cache(
     filled = 0
     first: list[Tensor] = []  # raw features of the first pictures, until there are enough to fit
     kept: list[Path] = []
-    boxes: list[tuple[int, int, int, int]] = []
+    boxes: list[Tensor] = []
     thumbnails: list[Tensor] = []
     skipped: list[tuple[str, str]] = []
 
@@ -154,23 +195,20 @@ def build_cache(
             keep(part)
         first = []
 
-    for group in batched(ahead(lambda path: (path, load(path, preparation)), order), batch):
-        skipped += [(str(path), str(picture)) for path, picture in group if isinstance(picture, ImageError)]
-        good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
-        progress("features", len(kept) + len(good) + len(skipped), len(paths), None)
-        if not good:
+    for part in (source or read_parts(extractor, preparation))(order, batch):
+        skipped += part.skipped
+        kept += part.paths
+        progress("features", len(kept) + len(skipped), len(paths), None)
+        if not part.paths:
             continue
-        images = stack([picture for _, picture in good])
-        kept += [path for path, _ in good]
-        boxes += [picture.box for _, picture in good]
-        thumbnails.append((F.interpolate(images, (THUMBNAIL, THUMBNAIL), mode="area") * 255).round().byte())
-        raw = extractor.aggregate(images)
+        boxes.append(part.boxes)
+        thumbnails.append(part.thumbnails)
         if features is None:
-            first.append(raw)
-            if len(kept) >= FITTED_ON or sum(part.nbytes for part in first) >= 2**29:
+            first.append(part.raw)
+            if len(kept) >= FITTED_ON or sum(raw.nbytes for raw in first) >= 2**29:
                 fit_first()
         else:
-            keep(raw)
+            keep(part.raw)
     if len(kept) < (MINIMUM if fit else 1):
         reasons = f"; {len(skipped)} could not be read, first: {skipped[0][1]}" if skipped else ""
         purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
@@ -181,4 +219,4 @@ def build_cache(
     if first:
         fit_first()
     assert features is not None
-    return Cache(features[:filled], pictures, torch.tensor(boxes), kept, sorted(skipped), folder)
+    return Cache(features[:filled], pictures, torch.cat(boxes), kept, sorted(skipped), folder)

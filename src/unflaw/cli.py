@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -207,6 +208,69 @@ def figures(
 
 
 @app.command()
+def ablate(
+    method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Data set with test pictures. May be given several times.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Backbone weights, .safetensors or .pth.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Every variant is run with the seeds 0 to SEEDS - 1.")] = 3,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="A named variant; full is always run. Without it: all of them.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option("--variant", help="One of your own: 'name: setting=value; setting=value'.")
+    ] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all variants have.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="For features, some MB a picture; by default OUT/features.")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show the named variants and end.")] = False,
+) -> None:
+    """Train and measure variants of a method, several seeds each; table.md says what each part is worth.
+
+    Features are computed once. The same command goes on after an interruption.
+
+    Example:  unflaw ablate --data screw --only no-memory --variant 'deep: network.restoration.depth=6' --out deep
+    """
+    changes = ({"features.backbone": backbone} if backbone else {}) | dict(map(_setting, setting or []))
+    with _errors():
+        from unflaw.variants import choose
+
+        variants = choose(method, only or [], variant or [])
+        if listed:
+            for item in variants:
+                typer.echo(f"{item.name}: {item.overrides}\n    {item.why}")
+            return
+        if not data or out is None:
+            raise ValueError("name the data with --data and a folder for the results with --out")
+        from unflaw.ablation import ablate as run
+        from unflaw.datasets import load_dataset
+
+        datasets = [load_dataset(path) for path in data]
+        _report_problems(problem for dataset in datasets for problem in dataset.problems)
+        if len({dataset.name for dataset in datasets}) < len(datasets):
+            datasets = [replace(dataset, name=str(path)) for dataset, path in zip(datasets, data, strict=True)]
+        with _progress() as progress:
+            records = run(
+                method,
+                datasets,
+                variants,
+                changes,
+                seeds=seeds,
+                out=out,
+                cache=cache or out / "features",
+                weights=weights,
+                progress=progress,
+            )
+        skipped = {path: reason for record in records for path, reason in record.skipped.items()}
+        _report_problems(f"skipped {reason}" for reason in skipped.values())
+        typer.echo((out / "table.md").read_text("utf-8"))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, detector, metrics and report.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="For the data and the detector.")] = 0,
@@ -309,6 +373,8 @@ def _progress() -> Iterator[Progress]:
         def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, loss="")
+            elif done < bars.tasks[tasks[stage]].completed:  # the stage of another run
+                bars.reset(tasks[stage])
             bars.update(tasks[stage], completed=done, total=total, loss="" if loss is None else f"loss {loss:.4f}")
 
         yield progress

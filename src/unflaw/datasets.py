@@ -89,6 +89,21 @@ def digest(samples: Iterable[Sample]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256, in hex, of all that figures of a data set depend on: contents of pictures and masks, labels and order.
+
+    Raises:
+        OSError: A file that may not be read.
+    """
+    parts = (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test))
+    lines = [
+        f"{name} {sample.label} {_sha256(sample.path)} {_sha256(sample.mask) if sample.mask else ''}\n"
+        for name, samples in parts
+        for sample in samples
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def _is_mvtec(root: Path) -> bool:
     return (root / "train" / "good").is_dir() or (not (root / "train").exists() and (root / "test" / "good").is_dir())
 

@@ -100,11 +100,9 @@ class Detector:
         backbone = self.network.features.backbone
         self.network = create(self.config, "later").eval()  # the same start, however often `fit` is called
         self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
-        extractor, budget = self.network.features, settings.cache_gb * 2**30
-        preparation, seed = self.config.preparation, settings.seed
         share = 0.0 if validation else self.config.calibration.holdout
-        cache = build_cache(extractor, train, preparation, budget, seed=seed, held_out=share, progress=progress)
-        held = build_cache(extractor, validation, preparation, budget, fit=False) if validation else None
+        cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress)
+        held = self._cache(validation, fit=False) if validation else None
         cached = time.perf_counter()
         embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
         learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint)
@@ -237,6 +235,11 @@ class Detector:
         if not data.train:
             raise TrainingError(f"{data.name}: there are no good pictures to train on")
         return [sample.path for sample in data.train], [sample.path for sample in data.validation]
+
+    def _cache(self, paths: list[Path], **options: Any) -> Cache:
+        """What is learned from, or calibrated with; `options` are those of `build_cache`."""
+        budget = self.config.training.cache_gb * 2**30
+        return build_cache(self.network.features, paths, self.config.preparation, budget, **options)
 
     def _train(
         self,

@@ -1,0 +1,349 @@
+"""Ablation: variants of a method on data sets and seeds, into one table.
+
+A finished run is a line of `runs.jsonl` at once, under a digest of all that decides its figures; a run whose digest is
+there already is not done again. So a killed ablation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from unflaw import __version__
+from unflaw.config import Config
+from unflaw.datasets import Dataset
+from unflaw.files import write_atomically
+from unflaw.variants import FULL, Variant, written
+
+if TYPE_CHECKING:
+    from unflaw.cache import Progress
+    from unflaw.experiment import Laboratory
+
+# What the table shows, and what else a run keeps of its evaluation.
+METRICS = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "pixel_auroc": "pixel AUROC",
+    "aupro_30": "AUPRO",
+    "pixel_ap": "pixel AP",
+}
+KEPT = ("image_f1_max", "pixel_f1_max", "aupro_05", "n_images", "n_good", "false_alarms", "missed", "threshold")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One data set, variant and seed; equal digests give equal figures."""
+
+    dataset: Dataset
+    variant: Variant
+    config: Config
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset.name}, variant {self.variant.name!r}, seed {self.config.training.seed}"
+
+
+class Record(BaseModel):
+    """A finished run, a line of `runs.jsonl`.
+
+    Attributes:
+        digest: Of configuration, data, weights and version.
+        data, variant, seed, method, backbone: What was run.
+        weights: Name of the backbone's weight file, or "default" or "random".
+        overrides: Settings that the variant changes.
+        common: Settings that all variants of the ablation have.
+        metrics: METRICS and KEPT; None where undefined.
+        skipped: Pictures that could not be read, and why.
+        seconds: Of "training", from features on, and "evaluation".
+        machine, unflaw, torch: What it was made with.
+    """
+
+    digest: str
+    data: str
+    variant: str
+    seed: int
+    method: str
+    backbone: str
+    weights: str
+    overrides: str
+    common: dict[str, Any]
+    metrics: dict[str, int | float | None]
+    skipped: dict[str, str]
+    seconds: dict[str, float]
+    machine: str
+    unflaw: str
+    torch: str
+
+
+class Log:
+    """Finished runs in a file, which is made where there is none. A last line that has no end is dropped.
+
+    Attributes:
+        records: By digest.
+
+    Raises:
+        ValueError: The file holds other lines, or cannot be read or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, Record] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            *lines, rest = path.read_text("utf-8", "replace").split("\n") if path.exists() else [""]
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = Record.model_validate_json(line)
+                except ValueError as error:
+                    remedy = "delete the line, and its run is done again"
+                    raise ValueError(f"{path}, line {number}: is not a finished run; {remedy}") from error
+                self.records[record.digest] = record
+            if rest or not path.exists():
+                write_atomically(path, lambda file: file.write_text("".join(f"{line}\n" for line in lines), "utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be used ({error}); name another folder for the results") from error
+
+    def append(self, record: Record) -> None:
+        """Writes a line, down to the disk.
+
+        Raises:
+            ValueError: It cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(record.model_dump_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: cannot be written ({error}); make room, the same command goes on"
+            ) from error
+        self.records[record.digest] = record
+
+
+def ablate(
+    method: str,
+    data: Sequence[Dataset],
+    variants: Sequence[Variant],
+    common: dict[str, Any],
+    *,
+    seeds: int,
+    out: Path,
+    cache: Path,
+    weights: str | Path | None = None,
+    progress: Progress,
+) -> list[Record]:
+    """Does the runs that are not in `out/runs.jsonl` yet; `out/table.md`, `.csv` and `.json` are made anew after each.
+
+    Args:
+        method: Of all variants that do not choose another.
+        data: Data sets with training and test pictures, of different names.
+        variants: `FULL`, which the others are compared with, and the others.
+        common: Dotted settings of all variants.
+        seeds: Every variant is run with the seeds 0 to seeds − 1.
+        out: Folder for the results.
+        cache: Folder for features (see `Laboratory`).
+        weights: Of the backbone, as for `Detector`.
+        progress: Called as `progress("runs", done, total, None)`, where the total is what was left to do, and as by
+            `Detector.fit` and `evaluate`.
+
+    Returns:
+        The records of all runs, new and old ones.
+
+    Raises:
+        ValueError, WeightsError: Data, settings or files that cannot be used; of settings, before the first run.
+        TrainingError: A run that fails. The finished ones stay.
+    """
+    from unflaw.cache import TrainingError
+    from unflaw.experiment import Laboratory
+
+    for dataset in data:
+        if not (dataset.train and dataset.test):
+            lacking = "test" if dataset.train else "good training"
+            raise ValueError(f"{dataset.name}: there are no {lacking} pictures; an ablation needs train/ and test/")
+    laboratory, log = Laboratory(cache, weights), Log(out / "runs.jsonl")
+    plan = list(_plan(laboratory, method, data, variants, common, seeds))
+    write_tables(out, plan, common, log.records)
+    left = [run for run in plan if run.digest not in log.records]
+    for done, run in enumerate(left):
+        progress("runs", done, len(left), None)
+        if run.digest in log.records:  # another variant came to the same settings
+            continue
+        try:
+            log.append(_record(laboratory, run, common, progress))
+        except TrainingError as error:
+            raise TrainingError(f"{run.name}: {error} (finished runs are kept, the same command goes on)") from error
+        write_tables(out, plan, common, log.records)
+    progress("runs", len(left), len(left), None)
+    return [log.records[run.digest] for run in plan]
+
+
+def _plan(
+    laboratory: Laboratory,
+    method: str,
+    data: Sequence[Dataset],
+    variants: Sequence[Variant],
+    common: dict[str, Any],
+    seeds: int,
+) -> Iterator[Run]:
+    """All runs. That the settings of each can work is checked on the way."""
+    from unflaw.features import WeightsError
+
+    for dataset in data:
+        for variant in variants:
+            for config in [variant.config(method, common, seed) for seed in range(seeds)]:
+                try:
+                    yield Run(dataset, variant, config, laboratory.digest(config, dataset))
+                except (ValueError, WeightsError) as error:
+                    kind = WeightsError if isinstance(error, WeightsError) else ValueError
+                    raise kind(f"variant {variant.name!r}: {error}") from error
+
+
+def _record(laboratory: Laboratory, run: Run, common: dict[str, Any], progress: Progress) -> Record:
+    from unflaw.evaluation import evaluate
+
+    detector = laboratory.fit(run.config, run.dataset, progress=progress)
+    metrics, fitted = evaluate(detector, run.dataset, progress=progress).metrics, detector.record_
+    return Record(
+        digest=run.digest,
+        data=run.dataset.name,
+        variant=run.variant.name,
+        seed=run.config.training.seed,
+        method=run.config.method,
+        backbone=run.config.features.backbone,
+        weights=Path(fitted["weights"]).name,
+        overrides=run.variant.overrides,
+        common=common,
+        metrics={name: metrics[name] for name in (*METRICS, *KEPT)},
+        skipped=dict([*fitted["skipped"], *metrics["skipped"]]),
+        seconds={"training": fitted["seconds"]["training"], "evaluation": metrics["timing"]["seconds"]},
+        machine=fitted["machine"],
+        unflaw=fitted["unflaw"],
+        torch=fitted["torch"],
+    )
+
+
+def tabulate(plan: Sequence[Run], records: dict[str, Record]) -> list[dict[str, Any]]:
+    """A row per data set and variant, in the order of the plan.
+
+    Args:
+        plan: Runs, not all of which need be finished.
+        records: Of the finished ones, by digest.
+
+    Returns:
+        "data variant overrides why n", n the number of finished runs; and for each of METRICS and for "seconds" (of
+        training) "mean", "deviation" (standard deviation of a sample, None for one run) and "median", all None where
+        the metric is undefined.
+    """
+    groups: dict[tuple[str, str], tuple[Variant, list[Record]]] = {}
+    for run in plan:
+        _, found = groups.setdefault((run.dataset.name, run.variant.name), (run.variant, []))
+        found += [records[run.digest]] if run.digest in records else []
+    return [
+        {"data": data, "variant": variant.name, "overrides": variant.overrides, "why": variant.why, "n": len(found)}
+        | {name: _summary([record.metrics.get(name) for record in found]) for name in METRICS}
+        | {"seconds": _summary([record.seconds["training"] for record in found])}
+        for (data, _), (variant, found) in groups.items()
+    ]
+
+
+def _summary(values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
+    if not known:
+        return dict.fromkeys(("mean", "deviation", "median"))
+    return {"mean": fmean(known), "deviation": stdev(known) if len(known) > 1 else None, "median": median(known)}
+
+
+def write_tables(out: Path, plan: Sequence[Run], common: dict[str, Any], records: dict[str, Record]) -> None:
+    """The rows of `tabulate` as `table.md`, `table.csv` and `table.json`: each whole, or as it was before."""
+    rows, config = tabulate(plan, records), plan[0].config
+    finished = [records[run.digest] for run in plan if run.digest in records]
+    made = {
+        "method": config.method,
+        "backbone": config.features.backbone,
+        "weights": sorted({record.weights for record in finished}),
+        "size": config.preparation.size,
+        "common": common,
+        "seeds": max(run.config.training.seed for run in plan) + 1,
+        "machines": sorted({record.machine for record in finished}),
+        "unflaw": __version__,
+    }
+    _write(out / "table.md", markdown(rows, made))
+    _write(out / "table.csv", comma_separated(rows))
+    _write(out / "table.json", json.dumps(made | {"rows": rows}, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
+
+
+def comma_separated(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `tabulate` as CSV with the columns `<metric>_mean` and so on; what is undefined is empty."""
+
+    def flat(name: str, value: Any) -> dict[str, Any]:
+        return {f"{name}_{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+
+    lines = [{key: v for name, value in row.items() for key, v in flat(name, value).items()} for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def markdown(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
+    """What it was made with and, per data set, a table of mean ± deviation (difference of the mean from `FULL`)."""
+    settings = {name: value for name, value in made["common"].items() if name != "features.backbone"}
+    setup = [
+        f"`{made['method']}`",
+        f"{made['backbone']} ({', '.join(made['weights']) or 'no'} weights)",
+        f"{made['size']} × {made['size']}",
+        *([f"`{written(settings)}`"] if settings else []),
+        f"seeds 0 to {made['seeds'] - 1}" if made["seeds"] > 1 else "seed 0",
+        *made["machines"],
+        f"unflaw {made['unflaw']}",
+    ]
+    meaning = (
+        f"Mean ± standard deviation over n seeds (difference of the mean from `{FULL.name}`). AUPRO: up to a rate of "
+        "false positives of 0.3. Seconds: of training, without the features, which the variants share. "
+        "–: undefined or not run."
+    )
+    lines, first = [f"{', '.join(setup)}. {meaning}"], {}
+    for row in rows:
+        if row["data"] not in first:
+            first[row["data"]] = row
+            heads = ["variant", *METRICS.values(), "seconds", "n", "changed"]
+            lines += ["", f"## {row['data']}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        full = first[row["data"]]
+        cells = [_cell(row[name], _short, None if row is full else full[name]["mean"]) for name in METRICS]
+        cells += [
+            _cell(row["seconds"], "{:.1f}".format),
+            str(row["n"]),
+            f"`{row['overrides']}`" if row["overrides"] else "",
+        ]
+        lines.append(f"| {' | '.join([row['variant'], *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(summary: dict[str, float | None], show: Callable[[float], str], full: float | None = None) -> str:
+    """`.976 ± .005 (−.003)`, with the difference from `full` where that is given."""
+    mean, deviation = summary["mean"], summary["deviation"]
+    if mean is None:
+        return "–"
+    spread = "" if deviation is None else f" ± {show(deviation)}"
+    return show(mean) + spread + ("" if full is None else f" ({_short(mean - full, '+')})")
+
+
+def _short(value: float, sign: str = "-") -> str:
+    """Three decimals, without the zero before the point, with a true minus."""
+    return f"{round(value, 3) + 0.0:{sign}.3f}".replace("0.", ".", 1).replace("-", "−")

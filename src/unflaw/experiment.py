@@ -1,0 +1,223 @@
+"""Many detectors on the same pictures: raw features are computed once, kept in files, and shared by all of them.
+
+They are kept as float32: so a detector fitted and measured from a file is the one that `Detector.fit` makes of the
+pictures, up to the rounding of a backbone that sees them in other batches. As float16 they would take half the room,
+but a coreset of features that differ by little is another coreset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from unflaw import __version__
+from unflaw.cache import THUMBNAIL, Cache, Part, Progress, batched, load, read_parts, silent
+from unflaw.config import Config
+from unflaw.datasets import Dataset, fingerprint
+from unflaw.detector import Detector
+from unflaw.features import Extractor, FeatureExtractor
+from unflaw.files import write_atomically
+from unflaw.images import ImageError, Preparation
+from unflaw.methods import create
+from unflaw.results import Result
+
+BATCH = 16  # pictures that pass the backbone together
+
+
+class FeatureFile:
+    """Raw features of pictures in one file: a record each with what `Part` has of it, memory-mapped.
+
+    Args:
+        file: Of an earlier time, or where to write one.
+        paths: The pictures. One that cannot be read has an empty box.
+        extractor: What makes raw features.
+        preparation: Of the pictures.
+        progress: Called as `progress("features", done, total, None)` while the file is written.
+
+    Attributes:
+        skipped: The reasons why pictures could not be read, by path.
+
+    Raises:
+        ValueError: A damaged file, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        paths: Iterable[Path],
+        extractor: Extractor,
+        preparation: Preparation,
+        progress: Progress = silent,
+    ) -> None:
+        self.rows = {path: row for row, path in enumerate(dict.fromkeys(paths))}
+        raw = extractor.aggregate(torch.zeros(1, 3, preparation.size, preparation.size)).shape[1:]
+        thumbnail = (3, THUMBNAIL, THUMBNAIL)
+        self.kind = np.dtype([("raw", "<f4", tuple(raw)), ("box", "<i4", 4), ("thumbnail", "u1", thumbnail)])
+        if not file.is_file():
+            parts = read_parts(extractor, preparation)(list(self.rows), BATCH)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, lambda temporary: self._write(temporary, parts, progress))
+            except OSError as error:
+                raise ValueError(f"{file}: cannot be written ({error}); choose a folder with room for it") from error
+        try:
+            self.records = np.load(file, mmap_mode="r")
+            if (self.records.dtype, self.records.shape) != (self.kind, (len(self.rows),)):
+                raise ValueError(f"{self.records.shape} records of {self.records.dtype}")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file}: not the feature file that it should be ({error}); delete it") from error
+        broken = [path for path, box in zip(self.rows, self.records["box"], strict=True) if not box.any()]
+        self.skipped = {path: str(load(path, preparation)) for path in broken}
+
+    def part(self, group: Sequence[Path]) -> Part:
+        """What there is of some of the pictures."""
+        good = [path for path in group if path not in self.skipped]
+        found = self.records[[self.rows[path] for path in good]]
+        raw, boxes, thumbnails = (torch.from_numpy(found[name].copy()) for name in ("raw", "box", "thumbnail"))
+        skipped = [(str(path), self.skipped[path]) for path in group if path in self.skipped]
+        return Part(good, raw, thumbnails, boxes.long(), skipped)
+
+    def parts(self, paths: Sequence[Path], batch: int) -> Iterator[Part]:
+        """A `Source` for `build_cache`."""
+        return map(self.part, batched(paths, batch))
+
+    def _write(self, file: Path, parts: Iterable[Part], progress: Progress) -> None:
+        header = {"descr": np.lib.format.dtype_to_descr(self.kind), "fortran_order": False, "shape": (len(self.rows),)}
+        done, order = 0, list(self.rows)
+        with file.open("wb") as stream:  # record after record: a memory map would crash where the disk is full
+            np.lib.format.write_array_header_1_0(stream, header)
+            for part in parts:
+                records = np.zeros(len(part.paths) + len(part.skipped), self.kind)
+                places = {path: i for i, path in enumerate(order[done : done + len(records)])}
+                rows = [places[path] for path in part.paths]
+                records["raw"][rows], records["box"][rows] = part.raw.numpy(), part.boxes.numpy()
+                records["thumbnail"][rows] = part.thumbnails.numpy()
+                stream.write(records.tobytes())
+                done += len(records)
+                progress("features", done, len(order), None)
+
+
+class CachedDetector(Detector):
+    """A detector whose pictures are in a feature file. What it finds has no regions and no pictures: it is measured.
+
+    Args:
+        config: Of the detector.
+        backbone: The one that the file was made with.
+        file: Holds all pictures that it will be fitted on and asked about.
+    """
+
+    def __init__(self, config: Config, backbone: nn.Module, file: FeatureFile) -> None:
+        super().__init__(config=config, weights="later")
+        self.network.features.backbone = backbone
+        self.file = file
+
+    def inspect_many(self, paths: Iterable[str | Path], *, batch: int = 8) -> Iterator[Result | tuple[str, ImageError]]:
+        """As `Detector.inspect_many`."""
+        for group in batched(map(Path, paths), batch):
+            part = self.file.part(group)
+            results = iter(self._results(part) if part.paths else [])
+            for path in group:
+                reason = self.file.skipped.get(path)
+                yield next(results) if reason is None else (str(path), ImageError(reason))
+
+    @torch.inference_mode()
+    def _results(self, part: Part) -> list[Result]:
+        calibration, network = self._fitted(), self.network
+        maps, scores = network.fuse(network(network.features.project(part.raw)), self._valid_cells(part.boxes))
+        nothing = np.empty((0, 0, 3), np.uint8)
+        return [
+            Result(s, calibration.p_value(s), calibration.verdict(s), found, (), nothing, (x0, y0, x1, y1))
+            for s, found, (x0, y0, x1, y1) in zip(scores.tolist(), maps.numpy(), part.boxes.tolist(), strict=True)
+        ]
+
+    def _cache(self, paths: list[Path], **options: Any) -> Cache:
+        return super()._cache(paths, source=self.file.parts, **options)
+
+
+class Laboratory:
+    """Fits detectors of any configurations on any data sets, each backbone loaded once, each feature file made once.
+
+    Args:
+        folder: For feature files; one folder may serve many experiments.
+        weights: Of the backbone, as for `Detector`; "random" ones are the same in every process.
+    """
+
+    def __init__(self, folder: Path, weights: str | Path | None = None) -> None:
+        self.folder, self.weights = folder, weights if weights is None else str(weights)
+        self._extractors: dict[tuple[Any, ...], tuple[Extractor, str]] = {}
+        self._backbones: dict[tuple[str, tuple[int, ...]], tuple[nn.Module, str]] = {}
+        self._files: dict[Path, FeatureFile] = {}
+        self._fingerprints: dict[Dataset, str] = {}
+
+    def fit(self, config: Config, dataset: Dataset, *, progress: Progress = silent) -> Detector:
+        """What `Detector(config=config).fit(dataset)` gives, but from a feature file; `evaluate` takes it.
+
+        Raises:
+            TrainingError, WeightsError, ValueError: As `Detector`, `Detector.fit` and `FeatureFile`.
+        """
+        extractor, path = self._extractor(config)[0], self.path(config, dataset)
+        if path not in self._files:
+            paths = [sample.path for part in (dataset.train, dataset.validation, dataset.test) for sample in part]
+            self._files[path] = FeatureFile(path, paths, extractor, config.preparation, progress)
+        detector = CachedDetector(config, extractor.backbone, self._files[path])
+        detector.weights = self.weights
+        return detector.fit(dataset, progress=progress)
+
+    def path(self, config: Config, dataset: Dataset) -> Path:
+        """The feature file, there or not; its name is a digest of all that features depend on.
+
+        Raises:
+            WeightsError, ValueError, OSError: As `digest`.
+        """
+        extractor, weights = self._extractor(config)
+        makes: dict[str, Any] = {"kind": type(extractor).__name__, "grid": extractor.grid, "weights": weights}
+        if isinstance(extractor, FeatureExtractor):
+            makes |= config.features.model_dump(include={"backbone", "levels", "smooth"})
+        makes |= {"preparation": config.preparation.model_dump(), "data": self._fingerprint(dataset)}
+        return self.folder / f"{_digest(makes, __version__)[:16]}.npy"
+
+    def digest(self, config: Config, dataset: Dataset) -> str:
+        """SHA-256, in hex, of all that decides what `fit` and `evaluate` give: configuration, data, weights, version.
+
+        Raises:
+            WeightsError, ValueError, OSError: The configuration cannot work, or a file of the data may not be read.
+        """
+        _, weights = self._extractor(config)
+        return _digest(config.model_dump(mode="json"), self._fingerprint(dataset), weights, __version__)
+
+    def _extractor(self, config: Config) -> tuple[Extractor, str]:
+        """The extractor of a method, not fitted, and the digest of its weights. The whole method is created for it."""
+        key = config.network, config.features, config.preparation, config.scoring
+        if key not in self._extractors:
+            extractor, weights = create(config, "later").features, ""
+            if isinstance(extractor, FeatureExtractor):
+                extractor.backbone, weights = self._backbone(config)
+            self._extractors[key] = extractor, weights
+        return self._extractors[key]
+
+    def _backbone(self, config: Config) -> tuple[nn.Module, str]:
+        key = config.features.backbone, config.features.levels
+        if key not in self._backbones:
+            torch.manual_seed(0)
+            backbone = FeatureExtractor(config.features, self.weights).backbone
+            digest = hashlib.sha256()
+            for tensor in backbone.state_dict().values():
+                digest.update(tensor.contiguous().numpy().tobytes())
+            self._backbones[key] = backbone, digest.hexdigest()
+        return self._backbones[key]
+
+    def _fingerprint(self, dataset: Dataset) -> str:
+        if dataset not in self._fingerprints:
+            self._fingerprints[dataset] = fingerprint(dataset)
+        return self._fingerprints[dataset]
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
