@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +24,7 @@ R = TypeVar("R")
 Progress = Callable[[str, int, int, float | None], None]  # stage, done, total, loss
 
 THUMBNAIL = 128  # side of the pictures that the display decoder learns to draw
-MINIMUM = 8  # good pictures to learn from
+MINIMUM = 8  # good pictures of a category to learn from
 FITTED_ON = 64  # pictures, or half a gigabyte of features, that standardisation and components are learned from
 
 
@@ -84,6 +85,7 @@ class Cache:
         boxes: (N, 4) int64, the part of the canvas that each picture covers (x0, y0, x1, y1).
         paths: The N pictures.
         skipped: `(path, reason)` of pictures that could not be read.
+        categories: The category of each picture; left out, all are of the category "".
     """
 
     features: Tensor
@@ -91,16 +93,48 @@ class Cache:
     boxes: Tensor
     paths: list[Path]
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    categories: list[str] = field(default_factory=list)
     _folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.categories = self.categories or [""] * len(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, part: slice) -> Cache:
         """Some of the pictures, without copying their features."""
-        return Cache(
-            self.features[part], self.thumbnails[part], self.boxes[part], self.paths[part], self.skipped, self._folder
+        return replace(
+            self,
+            features=self.features[part],
+            thumbnails=self.thumbnails[part],
+            boxes=self.boxes[part],
+            paths=self.paths[part],
+            categories=self.categories[part],
         )
+
+    def rows(self) -> dict[str, list[int]]:
+        """The rows of each category, in order."""
+        rows: dict[str, list[int]] = defaultdict(list)
+        for row, category in enumerate(self.categories):
+            rows[category].append(row)
+        return rows
+
+    def take(self, rows: Sequence[int], budget: float) -> Cache:
+        """Some of the pictures; their features are copied only where they do not lie together.
+
+        Args:
+            rows: At least one.
+            budget: Copied features above this many bytes are memory-mapped.
+        """
+        if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+            return self[rows[0] : rows[0] + len(rows)]
+        features, folder = allocate((len(rows), *self.features.shape[1:]), budget)
+        for row, chosen in zip(features, rows, strict=True):
+            row.copy_(self.features[chosen])
+        paths, categories = [self.paths[row] for row in rows], [self.categories[row] for row in rows]
+        index = torch.tensor(rows)
+        return Cache(features, self.thumbnails[index], self.boxes[index], paths, self.skipped, categories, folder)
 
 
 @dataclass
@@ -151,6 +185,7 @@ def build_cache(
     seed: int = 0,
     fit: bool = True,
     held_out: float = 0.0,
+    categories: Mapping[Path, str] | None = None,
     batch: int = 16,
     source: Source | None = None,
     progress: Progress = silent,
@@ -162,18 +197,23 @@ def build_cache(
         budget: Features above this many bytes are memory-mapped, else kept in RAM.
         seed: Of the order.
         fit: False leaves the extractor as it is, for pictures that only calibrate.
-        held_out: Share of the pictures, the last ones, that will calibrate: nothing may be learned from them.
+        held_out: Share of the pictures of a category, the last ones, that will calibrate: nothing may be learned from
+            them.
+        categories: Of each picture, where there are several; they take turns in the order of reading, in proportion.
         source: Where raw features come from; None: from the pictures.
 
     Raises:
-        TrainingError: To learn from: fewer than 8 readable pictures, or all identical. To calibrate with: none.
+        TrainingError: To learn from: fewer than 8 readable pictures of a category, or all identical. To calibrate with:
+            none.
     """
-    order = [paths[i] for i in torch.randperm(len(paths), generator=Generator().manual_seed(seed)).tolist()]
+    category = categories or {}
+    order = _shuffled(paths, category, seed)
     features: Tensor | None = None
     folder = None
     filled = 0
     first: list[Tensor] = []  # raw features of the first pictures, until there are enough to fit
     kept: list[Path] = []
+    names: list[str] = []  # their categories
     boxes: list[Tensor] = []
     thumbnails: list[Tensor] = []
     skipped: list[tuple[str, str]] = []
@@ -190,7 +230,7 @@ def build_cache(
         nonlocal first
         if fit:
             raw = torch.cat(first)
-            extractor.fit(raw[: max(2, int((1 - held_out) * len(raw)) - 1)] if held_out else raw)
+            extractor.fit(raw[_trained_on(names, held_out)] if held_out else raw)
         for part in first:
             keep(part)
         first = []
@@ -198,6 +238,7 @@ def build_cache(
     for part in (source or read_parts(extractor, preparation))(order, batch):
         skipped += part.skipped
         kept += part.paths
+        names += [category.get(path, "") for path in part.paths]
         progress("features", len(kept) + len(skipped), len(paths), None)
         if not part.paths:
             continue
@@ -209,14 +250,40 @@ def build_cache(
                 fit_first()
         else:
             keep(part.raw)
-    if len(kept) < (MINIMUM if fit else 1):
-        reasons = f"; {len(skipped)} could not be read, first: {skipped[0][1]}" if skipped else ""
-        purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
-        raise TrainingError(f"{len(kept)} good pictures are too few to {purpose}{reasons}")
-    pictures = torch.cat(thumbnails)
-    if fit and bool((pictures == pictures[:1]).all()):
-        raise TrainingError("all good pictures are identical; give pictures of different parts")
+    pictures = torch.cat(thumbnails) if thumbnails else torch.empty(0)
+    for name in dict.fromkeys(category.get(path, "") for path in order) or [""]:
+        of = f"{name}: " if name else ""
+        if names.count(name) < (MINIMUM if fit else 1):
+            broken = [reason for path, reason in skipped if category.get(Path(path), "") == name]
+            reasons = f"; {len(broken)} could not be read, first: {broken[0]}" if broken else ""
+            purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
+            raise TrainingError(f"{of}{names.count(name)} good pictures are too few to {purpose}{reasons}")
+        own = pictures[torch.tensor([found == name for found in names])]
+        if fit and bool((own == own[:1]).all()):
+            raise TrainingError(f"{of}all good pictures are identical; give pictures of different parts")
     if first:
         fit_first()
     assert features is not None
-    return Cache(features[:filled], pictures, torch.cat(boxes), kept, sorted(skipped), folder)
+    return Cache(features[:filled], pictures, torch.cat(boxes), kept, sorted(skipped), names, folder)
+
+
+def _shuffled(paths: Sequence[Path], category: Mapping[Path, str], seed: int) -> list[Path]:
+    """Random order in which any first part holds about the same share of every category."""
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for path in paths:
+        groups[category.get(path, "")].append(path)
+    rng = Generator().manual_seed(seed)
+    placed = []
+    for number, group in enumerate(groups.values()):
+        order = torch.randperm(len(group), generator=rng).tolist()
+        placed += [(place / len(group), number, group[i]) for place, i in enumerate(order)]
+    return [path for *_, path in sorted(placed)]
+
+
+def _trained_on(categories: Sequence[str], held_out: float) -> list[int]:
+    """Rows, among the first of a cache, that will not calibrate however many pictures of their category follow."""
+    rows: list[int] = []
+    for name in dict.fromkeys(categories):
+        found = [row for row, category in enumerate(categories) if category == name]
+        rows += found[: max(2, int((1 - held_out) * max(len(found), MINIMUM)) - 1)]
+    return sorted(rows)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from unflaw.results import Scale, Verdict
 
@@ -61,6 +62,16 @@ class Calibration(BaseModel):
             f"{n} good pictures outside of training certify a false-alarm rate of {self.rate:.2%}, not the "
             f"{self.asked_rate:.2%} asked for; {need} would"
         )
+
+
+def calibrations(metadata: Mapping[str, Any]) -> dict[str, Calibration]:
+    """Of every category, from the metadata of a detector file; "" is the category of a detector that has no others.
+
+    Raises:
+        KeyError, ValueError: There are none, or they are damaged.
+    """
+    found = metadata.get("categories") or {"": metadata["calibration"]}
+    return TypeAdapter(dict[str, Calibration]).validate_python(found)
 
 
 def calibrate(scores: Sequence[float], peaks: Sequence[float], low: float, rate: float = 0.01) -> Calibration:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unflaw import __version__
-from unflaw.cache import Cache, Progress, TrainingError, ahead, batched, build_cache, load, silent, stack
-from unflaw.calibration import Calibration, calibrate
+from unflaw.cache import Cache, Progress, ahead, batched, build_cache, load, silent, stack
+from unflaw.calibration import Calibration, calibrate, calibrations
+from unflaw.categories import Category, Data, gather, hold_out
 from unflaw.config import Config, make_config
-from unflaw.datasets import Dataset, Sample, digest, load_dataset
+from unflaw.datasets import Sample, digest
 from unflaw.display import DisplayDecoder
 from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, DetectorError, read_metadata, write_atomically
@@ -32,7 +33,7 @@ from unflaw.scoring import find_regions
 from unflaw.synthesis import texture_pictures
 from unflaw.training import optimise, step_rng, uses_bfloat16
 
-FINISHED_ON = 64  # training pictures that say how large evidence normally is
+FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
 
 
 class Detector:
@@ -46,13 +47,14 @@ class Detector:
         **settings: Dotted settings with `__` for the dot, such as `training__seed=1`, `features__backbone="resnet18"`.
 
     Attributes set by `fit`:
-        calibration_: Threshold, p-values and heat-map scale, from good pictures outside of training.
+        categories_: What is known of each category, by name; of a detector of one, which needs no name, that is "".
         record_: How it was trained: data, digest, times, losses, versions.
 
     Example:
         >>> detector = Detector().fit("parts/good")        # doctest: +SKIP
         >>> detector.inspect("parts/new/0001.png").verdict  # doctest: +SKIP
         'defect'
+        >>> detector.fit({"nut": "nuts", "bolt": "bolts"}).inspect("new.png", category="nut")  # doctest: +SKIP
     """
 
     def __init__(
@@ -67,14 +69,20 @@ class Detector:
         changes = {name.replace("__", "."): value for name, value in settings.items()}
         self.config = config or make_config(method, profile, changes)
         self.weights = str(weights) if weights is not None else None
-        self.calibration_: Calibration | None = None
+        self.categories_: dict[str, Category] = {}
+        self._selected: str | None = None
         self.record_: dict[str, Any] = {}
         self.network = create(self.config, self.weights).eval()
         self.display: DisplayDecoder | None = None
 
+    @property
+    def calibration_(self) -> Calibration | None:
+        """Threshold, p-values and heat-map scale of the only category; None before `fit`. Several: DetectorError."""
+        return self.select() if self.categories_ else None
+
     def fit(
         self,
-        data: str | Path | Dataset | Sequence[str | Path],
+        data: Data | Mapping[str, Data],
         *,
         progress: Progress = silent,
         checkpoint: Path | None = None,
@@ -84,25 +92,28 @@ class Detector:
         Args:
             data: A data set that `load_dataset` recognises, or pictures. Its validation part calibrates; where there is
                 none, a share `calibration.holdout` of the training part is kept out of training for that.
+                Several, by name (`load_categories` finds them), make a detector of these categories: one network,
+                trained on all of them as they come, but what is normal, and the calibration, are each category's own.
             progress: Called as `progress(stage, done, total, loss)`.
             checkpoint: Where to save progress; an interrupted `fit` with the same arguments goes on from there and
                 gives the same detector.
 
         Raises:
-            TrainingError, DatasetError: Data that cannot work.
+            TrainingError, DatasetError: Data that cannot work, of any category.
         """
         started = time.perf_counter()
         settings = self.config.training
-        train, validation = self._paths(data)
-        self.calibration_, self.display, self.record_ = None, None, {}
+        train, validation, categories = gather(data)
+        self.categories_, self.display, self.record_ = {}, None, {}
         textures = self._textures()
         torch.manual_seed(settings.seed)
         backbone = self.network.features.backbone
         self.network = create(self.config, "later").eval()  # the same start, however often `fit` is called
         self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
-        share = 0.0 if validation else self.config.calibration.holdout
-        cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress)
-        held = self._cache(validation, fit=False) if validation else None
+        spared = {categories[path] for path in train} <= {categories[path] for path in validation}
+        share = 0.0 if spared else self.config.calibration.holdout
+        cache = self._cache(train, seed=settings.seed, held_out=share, categories=categories, progress=progress)
+        held = self._cache(validation, fit=False, categories=categories) if validation else None
         cached = time.perf_counter()
         embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
         learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint)
@@ -136,58 +147,98 @@ class Detector:
         """`fit` from cached features on: hold-out where there is no validation part, training, display, calibration.
 
         Returns:
-            "history" of losses and the number of pictures "held_out".
+            "history" of losses, the number of pictures "held_out" and, where they have names, numbers by "categories".
         """
-        rng = step_rng(self.config.training.seed, 2**31)
-        train, holdout = cache, validation
-        if holdout is None:
-            held = max(2, round(self.config.calibration.holdout * len(cache)))
-            if len(cache) - held < 2:
-                raise TrainingError(f"calibration.holdout leaves {len(cache) - held} pictures to train on; lower it")
-            train, holdout = cache[:-held], cache[-held:]
+        rng, options = step_rng(self.config.training.seed, 2**31), self.config.calibration
+        train, calibrating = hold_out(cache, validation, options.holdout, self.config.training.cache_gb * 2**30)
         history = self._train(train, textures, rng, progress, checkpoint)
         self._fit_display(train, progress)
-        # from training pictures: what is learned from those that calibrate would make them unlike new pictures
-        self.network.finish(train.features[:FINISHED_ON], self._valid_cells(train.boxes[:FINISHED_ON]))
-        self._calibrate(holdout)
-        if self.config.calibration.extend:
-            self.network.extend(holdout.features, rng)
+        categories = {}
+        for name, rows in train.rows().items():
+            # from training pictures: what is learned from those that calibrate would make them unlike new pictures
+            first = torch.tensor(rows[:FINISHED_ON])
+            self.network.finish(train.features[first], self._valid_cells(train.boxes[first]), first)
+            categories[name] = Category(self._calibrated(calibrating[name]), self.network.finished_state())
+        self.categories_, self._selected = categories, name
+        if options.extend:
+            self.network.extend(torch.cat([held.features for held in calibrating.values()]), rng)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
-        return {"history": history, "held_out": len(holdout.paths)}
+        counts = {
+            name: {"good_pictures": len(rows), "held_out": len(calibrating[name])}
+            for name, rows in cache.rows().items()
+        }
+        learned = {"history": history, "held_out": sum(map(len, calibrating.values()))}
+        return learned if "" in counts else learned | {"categories": counts}
 
-    def inspect(self, image: str | Path | bytes | np.ndarray) -> Result:
+    def select(self, category: str | None = None) -> Calibration:
+        """Puts what is normal for a category into the network and returns the calibration.
+
+        Args:
+            category: None will do where there is one only.
+
+        Raises:
+            DetectorError: Not fitted, or a category is missing or not known.
+        """
+        names = list(self.categories_)
+        if not names:
+            raise DetectorError("this detector has not learned yet; call fit first, or load a saved one")
+        if category is None and len(names) == 1:
+            category = names[0]
+        if category not in self.categories_:
+            if names == [""]:
+                raise DetectorError(f"this detector has no categories, so no {category!r} either; name none")
+            fault = "needs a category" if category is None else f"has no category {category!r}"
+            remedy = "category=… in Python, --category on the command line"
+            raise DetectorError(f"this detector {fault}; name one of {', '.join(names)} ({remedy})")
+        if category != self._selected:
+            self.network.load_state_dict(self.categories_[category].normal, strict=False)
+            self._selected = category
+        return self.categories_[category].calibration
+
+    def inspect(self, image: str | Path | bytes | np.ndarray, *, category: str | None = None) -> Result:
         """Inspects one picture.
 
         Args:
             image: Whatever `images.read` takes.
+            category: Of what it shows, for a detector of several categories.
 
         Raises:
-            ImageError: The picture cannot be read. DetectorError: not fitted.
+            ImageError: The picture cannot be read. DetectorError: as for `select`.
         """
         path = str(image) if isinstance(image, str | Path) else None
-        return self._inspect_batch([prepare(read(image), self.config.preparation)], [path])[0]
+        return self._inspect_batch([prepare(read(image), self.config.preparation)], [path], category)[0]
 
-    def inspect_many(self, paths: Iterable[str | Path], *, batch: int = 8) -> Iterator[Result | tuple[str, ImageError]]:
-        """Inspects files in order, decoding ahead in threads. A file that cannot be read comes as (path, error)."""
+    def inspect_many(
+        self, paths: Iterable[str | Path], *, category: str | None = None, batch: int = 8
+    ) -> Iterator[Result | tuple[str, ImageError]]:
+        """Inspects files in order, decoding ahead in threads. A file that cannot be read comes as (path, error).
+
+        Raises:
+            DetectorError: As for `select`, with the first file.
+        """
+        self.select(category)
         loaded = ahead(lambda path: (str(path), load(Path(path), self.config.preparation)), paths)
         for group in batched(loaded, batch):
             good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
-            results = iter(self._inspect_batch([p for _, p in good], [path for path, _ in good]) if good else [])
+            pictures, names = [picture for _, picture in good], [path for path, _ in good]
+            results = iter(self._inspect_batch(pictures, names, category) if good else [])
             for path, picture in group:
                 yield next(results) if isinstance(picture, Prepared) else (path, picture)
 
     def save(self, path: str | Path) -> None:
         """Writes the detector as one `.safetensors` file, backbone included; never a half-written one."""
-        self._fitted()
-        assert self.calibration_ is not None
+        self.select(next(iter(self.categories_), None))
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         if self.display is not None:
             tensors |= {f"display.{name}": tensor for name, tensor in self.display.state_dict().items()}
+        for i, (name, category) in enumerate(self.categories_.items()):
+            tensors |= {f"{_place(name, i)}.{buffer}": tensor for buffer, tensor in category.normal.items()}
+        known = {name: category.calibration.model_dump(mode="json") for name, category in self.categories_.items()}
         metadata = {
-            "format": FORMAT,
+            "format": 1 if "" in known else FORMAT,
             "config": self.config.model_dump(mode="json"),
-            "calibration": self.calibration_.model_dump(mode="json"),
+            **({"calibration": known[""]} if "" in known else {"categories": known}),
             "record": self.record_,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -202,39 +253,32 @@ class Detector:
         """
         metadata = read_metadata(path)
         try:
-            calibration = Calibration.model_validate(metadata["calibration"])
+            known = calibrations(metadata)
             detector = cls(config=Config.model_validate(metadata["config"]), weights="later")
         except (KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise DetectorError(f"{path}: its metadata cannot be used ({reason}); train it again") from error
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "display": {}}
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "display": {}, "categories": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
         try:
-            if len(parts) > 2:
-                raise RuntimeError(f"unknown parts {sorted(set(parts) - {'network', 'display'})}")
+            if len(parts) > 3:
+                raise RuntimeError(f"unknown parts {sorted(set(parts) - {'network', 'display', 'categories'})}")
             detector.network.load_state_dict(parts["network"])
             if parts["display"]:
                 detector.display = DisplayDecoder(detector.network.features.channels).eval()
                 detector.display.load_state_dict(parts["display"])
-        except RuntimeError as error:
+            for i, (name, calibration) in enumerate(known.items()):
+                normal = {buffer: tensors[f"{_place(name, i)}.{buffer}"] for buffer in detector.network.finished}
+                detector.categories_[name] = Category(calibration, normal)
+                detector.select(name)  # fails where a shape is wrong
+        except (RuntimeError, KeyError) as error:
             raise DetectorError(f"{path}: its tensors do not fit its configuration ({error})") from error
-        detector.calibration_ = calibration
         detector.record_ = metadata.get("record", {})
         return detector
-
-    def _paths(self, data: str | Path | Dataset | Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-        """Pictures to train on and to calibrate with."""
-        if isinstance(data, str | Path):
-            data = load_dataset(data)
-        if not isinstance(data, Dataset):
-            return [Path(item) for item in data], []
-        if not data.train:
-            raise TrainingError(f"{data.name}: there are no good pictures to train on")
-        return [sample.path for sample in data.train], [sample.path for sample in data.validation]
 
     def _cache(self, paths: list[Path], **options: Any) -> Cache:
         """What is learned from, or calibrated with; `options` are those of `build_cache`."""
@@ -268,7 +312,8 @@ class Detector:
             backbone = hashlib.sha256()
             for tensor in network.features.backbone.state_dict().values():
                 backbone.update(tensor.numpy().tobytes())
-            pictures = digest([Sample(path, 0) for path in cache.paths])
+            samples = {name: [Sample(cache.paths[row], 0) for row in rows] for name, rows in cache.rows().items()}
+            pictures = " ".join(name + digest(own) for name, own in samples.items())
             identity = f"{pictures} {backbone.hexdigest()} {self.config.model_dump_json()}"
         return optimise(
             network,
@@ -301,7 +346,7 @@ class Detector:
         optimise(decoder, loss, n, steps, settings, stage="display", progress=progress)
 
     @torch.inference_mode()
-    def _calibrate(self, cache: Cache) -> None:
+    def _calibrated(self, cache: Cache) -> Calibration:
         scores: list[float] = []
         peaks: list[float] = []
         medians: list[float] = []
@@ -311,18 +356,13 @@ class Detector:
             for anomaly_map, (x0, y0, x1, y1) in zip(maps.numpy(), boxes.tolist(), strict=True):
                 peaks.append(float(anomaly_map[y0:y1, x0:x1].max()))
                 medians.append(float(np.median(anomaly_map[y0:y1, x0:x1])))
-        self.calibration_ = calibrate(
-            scores, peaks, float(np.median(medians)), self.config.calibration.false_alarm_rate
-        )
-
-    def _fitted(self) -> Calibration:
-        if self.calibration_ is None:
-            raise DetectorError("this detector has not learned yet; call fit first, or load a saved one")
-        return self.calibration_
+        return calibrate(scores, peaks, float(np.median(medians)), self.config.calibration.false_alarm_rate)
 
     @torch.inference_mode()
-    def _inspect_batch(self, pictures: Sequence[Prepared], paths: Sequence[str | None]) -> list[Result]:
-        calibration = self._fitted()
+    def _inspect_batch(
+        self, pictures: Sequence[Prepared], paths: Sequence[str | None], category: str | None
+    ) -> list[Result]:
+        calibration = self.select(category)
         inspection: Inspection = self.network(self.network.embed(stack(pictures)))
         boxes = torch.tensor([picture.box for picture in pictures])
         fused, scored = self.network.fuse(inspection, self._valid_cells(boxes))
@@ -373,3 +413,8 @@ class Detector:
         if inspection.restored is None or isinstance(self.network.features, PixelExtractor):
             return inspection.restored
         return None if self.display is None else self.display(inspection.restored.float())
+
+
+def _place(category: str, number: int) -> str:
+    """Where a file has what is normal for a category: without a name, at its place in the network."""
+    return f"categories.{number}" if category else "network"

@@ -118,18 +118,20 @@ class CachedDetector(Detector):
         self.network.features.backbone = backbone
         self.file = file
 
-    def inspect_many(self, paths: Iterable[str | Path], *, batch: int = 8) -> Iterator[Result | tuple[str, ImageError]]:
+    def inspect_many(
+        self, paths: Iterable[str | Path], *, category: str | None = None, batch: int = 8
+    ) -> Iterator[Result | tuple[str, ImageError]]:
         """As `Detector.inspect_many`."""
         for group in batched(map(Path, paths), batch):
             part = self.file.part(group)
-            results = iter(self._results(part) if part.paths else [])
+            results = iter(self._results(part, category) if part.paths else [])
             for path in group:
                 reason = self.file.skipped.get(path)
                 yield next(results) if reason is None else (str(path), ImageError(reason))
 
     @torch.inference_mode()
-    def _results(self, part: Part) -> list[Result]:
-        calibration, network = self._fitted(), self.network
+    def _results(self, part: Part, category: str | None) -> list[Result]:
+        calibration, network = self.select(category), self.network
         maps, scores = network.fuse(network(network.features.project(part.raw)), self._valid_cells(part.boxes))
         nothing = np.empty((0, 0, 3), np.uint8)
         return [

@@ -47,6 +47,7 @@ class Method(nn.Module):
     judges = False  # whether `Inspection.coarse` is given
     window = 3  # side in cells of the mean filter over the map that judges a picture; odd
     uses_textures = False  # whether `setup` wants texture pictures
+    finished: tuple[str, ...] = ("normal", "normal_scores")  # buffers that `finish` writes: of one category
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
         super().__init__()
@@ -104,9 +105,17 @@ class Method(nn.Module):
         return {}
 
     @torch.no_grad()
-    def finish(self, features: Tensor, valid: Tensor | None = None) -> None:
-        """After training: how large evidence is on the first training pictures, F (N, C, g, g, float16)."""
-        rows = torch.arange(len(features))
+    def finish(self, features: Tensor, valid: Tensor | None = None, pictures: Tensor | None = None) -> None:
+        """After training: how large evidence is on the first training pictures of a category.
+
+        Writes the buffers `finished`, and no others.
+
+        Args:
+            features: F (N, C, g, g, float16).
+            valid: (N, g, g) bool, as for `fuse`.
+            pictures: (N,) rows of the cache that `setup` saw; None: the first N.
+        """
+        rows = torch.arange(len(features)) if pictures is None else pictures
         found = [self(part.float(), i) for part, i in zip(features.split(8), rows.split(8), strict=True)]
         witnesses = torch.cat([inspection.witnesses for inspection in found])
         inspection = Inspection(witnesses, _joined(found, "perceived"), _joined(found, "coarse"))
@@ -118,6 +127,11 @@ class Method(nn.Module):
         statistics = self._statistics(inspection, valid)
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
         self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
+
+    def finished_state(self) -> dict[str, Tensor]:
+        """What `finish` wrote, to be loaded again (`load_state_dict`, not strict) when that category is inspected."""
+        state = self.state_dict()
+        return {name: state[name].clone() for name in self.finished}
 
     def extend(self, features: Tensor, rng: Generator) -> None:
         """After calibration: learns from the pictures that calibrated, F (N, C, g, g, float16).

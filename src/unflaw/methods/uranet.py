@@ -134,6 +134,8 @@ class RAM(nn.Module):
 class URANet(Method):
     """Assembly; see the module."""
 
+    finished = (*Method.finished, "perception.thresholds")
+
     def __init__(self, config: Config, weights: str | None = None) -> None:
         options = config.network
         assert isinstance(options, URANetOptions)
@@ -278,14 +280,14 @@ class URANet(Method):
         return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
 
     @torch.no_grad()
-    def finish(self, features: Tensor, valid: Tensor | None = None) -> None:
+    def finish(self, features: Tensor, valid: Tensor | None = None, pictures: Tensor | None = None) -> None:
         """Also raises τ_U and τ_V so far that hardly any cell of good training pictures is marked."""
-        rows = torch.arange(len(features)).split(8)
-        maps = [self(part.float(), i).layers for part, i in zip(features.split(8), rows, strict=True)]
+        rows = torch.arange(len(features)) if pictures is None else pictures
+        maps = [self(part.float(), i).layers for part, i in zip(features.split(8), rows.split(8), strict=True)]
         mean, deviation = (torch.cat([m[name] for m in maps])[:, 0] for name in ("mean", "uncertainty"))
         inside = torch.ones_like(mean, dtype=torch.bool) if valid is None else valid
         self.perception.fit_thresholds(mean[inside], deviation[inside])
-        super().finish(features, valid)
+        super().finish(features, valid, pictures)
 
 
 def _cells(pictures: Tensor, side: int) -> Tensor:

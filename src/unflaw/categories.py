@@ -1,0 +1,80 @@
+"""Categories of products: whose picture is which, and which ones calibrate. A detector of one has the category ""."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from unflaw.cache import Cache, TrainingError
+from unflaw.calibration import Calibration
+from unflaw.datasets import Dataset, load_dataset
+
+Data = str | Path | Dataset | Sequence[str | Path]  # what `load_dataset` recognises, or pictures
+
+
+class Category(NamedTuple):
+    """What a detector knows of one category alone; all else is common to its categories."""
+
+    calibration: Calibration
+    normal: dict[str, Tensor]  # `Method.finished_state`
+
+
+def gather(data: Data | Mapping[str, Data]) -> tuple[list[Path], list[Path], dict[Path, str]]:
+    """Pictures to train on and to calibrate with, and the category of each.
+
+    Raises:
+        TrainingError, DatasetError: Data that cannot work, of any category.
+    """
+    if isinstance(data, Mapping) and not (data and all(data)):
+        raise TrainingError("there is no category, or one without a name; give {name: data, …}")
+    train: list[Path] = []
+    validation: list[Path] = []
+    categories: dict[Path, str] = {}
+    for name, given in (data if isinstance(data, Mapping) else {"": data}).items():
+        found = load_dataset(given) if isinstance(given, str | Path) else given
+        title = name
+        if isinstance(found, Dataset):
+            title = name or found.name
+            pictures, calibrating = ([sample.path for sample in part] for part in (found.train, found.validation))
+        else:
+            pictures, calibrating = [Path(path) for path in found], []
+        if title and not pictures:
+            raise TrainingError(f"{title}: there are no good pictures to train on")
+        for path in [*pictures, *calibrating]:
+            if categories.setdefault(path, name) != name:
+                raise TrainingError(f"{path}: is in two categories, {categories[path]} and {name}; leave it in one")
+        train += pictures
+        validation += calibrating
+    return train, validation, categories
+
+
+def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float) -> tuple[Cache, dict[str, Cache]]:
+    """Pictures to train on, and by category those that calibrate: the last ones where it has no validation part.
+
+    Args:
+        cache: Of all good pictures but validation parts.
+        validation: Those, where there are any.
+        share: Of the pictures of a category that is held out, at least two pictures.
+        budget: Of `Cache.take`.
+
+    Raises:
+        TrainingError: The share leaves too few to train on.
+    """
+    given = {} if validation is None else validation.rows()
+    trained: list[int] = []
+    calibrating: dict[str, Cache] = {}
+    for name, rows in cache.rows().items():
+        left = len(rows)
+        if validation is not None and name in given:
+            calibrating[name] = validation.take(given[name], budget)
+        else:
+            left -= max(2, round(share * left))
+            if left < 2:
+                of = f"{name}: " if name else ""
+                raise TrainingError(f"{of}calibration.holdout leaves {left} pictures to train on; lower it")
+            calibrating[name] = cache.take(rows[left:], budget)
+        trained += rows[:left]
+    return cache.take(sorted(trained), budget), calibrating
