@@ -130,7 +130,7 @@ def test_folder_of_good_pictures(tmp_path):
 def test_what_is_refused_says_what_to_do(tmp_path, bolt):
     with pytest.raises(DatasetError, match=r"gone: there is no such folder or table; check"):
         load_dataset(tmp_path / "gone")
-    with pytest.raises(DatasetError, match=r"holds categories; name one, as in .*bolt: bolt$"):
+    with pytest.raises(DatasetError, match=r"holds categories; name one, as in .*bolt, or .* --multi-class: bolt$"):
         load_dataset(tmp_path)
     with pytest.raises(DatasetError, match=r"(?s)not known: crack/ with 2 pictures, .* 0 pictures beside.*train/good"):
         load_dataset(bolt / "test")

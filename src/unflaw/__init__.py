@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unflaw.config import Config, make_config
-    from unflaw.datasets import load_dataset
+    from unflaw.datasets import load_categories, load_dataset
     from unflaw.detector import Detector
     from unflaw.evaluation import evaluate
     from unflaw.results import Result
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Detector", "Result", "evaluate", "load", "load_dataset", "make_config"]
+__all__ = ["Config", "Detector", "Result", "evaluate", "load", "load_categories", "load_dataset", "make_config"]
 
 _HOMES = {
     "Config": "config",
     "Detector": "detector",
     "Result": "results",
     "evaluate": "evaluation",
+    "load_categories": "datasets",
     "load_dataset": "datasets",
     "make_config": "config",
 }

@@ -15,6 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from unflaw.cache import Progress
+    from unflaw.datasets import Dataset
     from unflaw.detector import Detector
 
 app = typer.Typer(
@@ -31,12 +32,21 @@ app = typer.Typer(
 Data = Annotated[
     Path, typer.Option("--data", help="Data set: MVTec layout, a folder of good pictures, or a CSV table.")
 ]
+Several = Annotated[
+    list[Path],
+    typer.Option(
+        "--data",
+        help="Data set: MVTec layout, a folder of good pictures, or a CSV table. May be repeated; a folder of "
+        "categories stands for all of them.",
+    ),
+]
+Category = Annotated[str | None, typer.Option(help="What the pictures show, if the detector has several categories.")]
 ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors).")]
 
 
 @app.command()
 def train(
-    data: Data,
+    data: Several,
     out: Annotated[Path, typer.Option(help="Where to write the detector (.safetensors).")],
     method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
     profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
@@ -50,6 +60,9 @@ def train(
     textures: Annotated[Path | None, typer.Option(help="Folder of texture pictures for artificial anomalies.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, such as training.steps=200.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint after an interruption.")] = False,
+    multi_class: Annotated[
+        bool, typer.Option("--multi-class", help="One detector for all data sets, calibrated for each category.")
+    ] = False,
 ) -> None:
     """Learn from good pictures and write a detector.
 
@@ -70,60 +83,78 @@ def train(
 
         config = make_config(method, profile, changes | dict(map(_setting, setting or [])))
         _writable(out)
-        from unflaw.datasets import load_dataset
+        from unflaw.datasets import load_categories, load_dataset
         from unflaw.detector import Detector
 
-        dataset = load_dataset(data)
-        _report_problems(dataset.problems)
+        if len(data) > 1 and not multi_class:
+            raise ValueError("one detector for several data sets needs --multi-class; add it, or give one --data")
+        datasets = load_categories(data) if multi_class else {"": load_dataset(data[0])}
+        _report_dataset_problems(datasets)
         checkpoint = out.with_name(out.name + ".checkpoint")
         if checkpoint.exists() and not resume:
             checkpoint.unlink()
         detector = Detector(config=config, weights=weights)
         with _progress() as progress:
-            detector.fit(dataset, progress=progress, checkpoint=checkpoint)
+            detector.fit(datasets if multi_class else datasets[""], progress=progress, checkpoint=checkpoint)
         detector.save(out)
         _report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
-        assert detector.calibration_ is not None
-        typer.echo(
-            f"{out}: trained in {detector.record_['seconds']['total']:.0f} s; {detector.calibration_.describe()}"
-        )
+        described = {name: known.calibration.describe() for name, known in detector.categories_.items()}
+        certified = described.get("") or "".join(f"\n{name}: {promise}" for name, promise in described.items())
+        typer.echo(f"{out}: trained in {detector.record_['seconds']['total']:.0f} s; {certified}")
 
 
 @app.command()
 def evaluate(
     model: ModelFile,
-    data: Data,
+    data: Several,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics there.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report there.")] = None,
+    category: Category = None,
 ) -> None:
-    """Measure a detector on labelled test pictures.
+    """Measure a detector on labelled test pictures; of several data sets, each and the mean.
+
+    A detector of several categories takes each data set for the one that is called like it.
 
     Example:  unflaw evaluate screw.safetensors --data mvtec_ad/screw --json screw.json --report screw.html
     """
-    _evaluate(model, data, json_file, report)
+    _evaluate(model, data, json_file, report, category)
 
 
-def _evaluate(model: Path, data: Path, json_file: Path | None, report: Path | None, notes: Sequence[str] = ()) -> None:
+def _evaluate(
+    model: Path,
+    data: list[Path],
+    json_file: Path | None,
+    report: Path | None,
+    category: str | None = None,
+    notes: Sequence[str] = (),
+) -> None:
     with _errors():
         for path in filter(None, (json_file, report)):
             _writable(path)
-        from unflaw.datasets import load_dataset
-        from unflaw.evaluation import evaluate as measure
+        from unflaw.datasets import load_categories
+        from unflaw.evaluation import evaluate_all
+        from unflaw.results import mean_metrics
+        from unflaw.tables import lines, table
 
         detector = _load(model)
-        dataset = load_dataset(data)
-        _report_problems(dataset.problems)
+        datasets = load_categories(data)
+        _report_dataset_problems(datasets)
+        if category is not None and len(datasets) > 1:
+            raise ValueError("--category goes with one data set; several are taken for the categories they are called")
         with _progress() as progress:
-            evaluation = measure(detector, dataset, progress=progress)
-        _report_problems(f"skipped {reason}" for _, reason in evaluation.skipped)
+            found = evaluate_all(detector, datasets, category=category, progress=progress)
+        _report_problems(f"skipped {reason}" for evaluation in found.values() for _, reason in evaluation.skipped)
+        metrics = {name: evaluation.metrics for name, evaluation in found.items()}
+        mean = mean_metrics(found)
         if json_file:
-            json_file.write_text(json.dumps(evaluation.metrics, indent=2) + "\n")
+            written = {"mean": mean, "categories": metrics} if len(found) > 1 else next(iter(metrics.values()))
+            json_file.write_text(json.dumps(written, indent=2) + "\n")
         if report:
             from unflaw.report import write_report
 
-            assert detector.calibration_ is not None
-            write_report(evaluation, report, title=dataset.name, scale=detector.calibration_.scale, notes=notes)
-        _print_metrics(evaluation.metrics)
+            scales = {name: detector.select(metrics[name].get("category")).scale for name in metrics}
+            write_report(found, report, title=", ".join(found), scale=scales, notes=notes)
+        typer.echo(table(metrics, mean) if len(found) > 1 else lines(next(iter(metrics.values()))))
 
 
 @app.command()
@@ -132,6 +163,7 @@ def predict(
     inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.")],
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl and pictures.")],
     pictures: Annotated[bool, typer.Option("--pictures", help="Also write a panel for each picture.")] = False,
+    category: Category = None,
 ) -> None:
     """Inspect pictures: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
 
@@ -144,7 +176,7 @@ def predict(
         out.mkdir(parents=True, exist_ok=True)
         detector = _load(model)
         with _progress() as progress:
-            counts = run(detector, paths, out, pictures=pictures, progress=progress)
+            counts = run(detector, paths, out, category=category, pictures=pictures, progress=progress)
         typer.echo(
             f"{out / 'results.jsonl'}: {counts['good']} good, {counts['defect']} defective, "
             f"{counts['error']} not readable"
@@ -162,17 +194,18 @@ def info(model: ModelFile) -> None:
     with _errors():
         from safetensors import safe_open
 
-        from unflaw.calibration import Calibration
+        from unflaw.calibration import calibrations
         from unflaw.files import read_metadata
 
         metadata = read_metadata(model)
         with safe_open(model, "np") as file:
             slices = [file.get_slice(name).get_shape() for name in file.keys()]
         numbers = sum(math.prod(shape) for shape in slices)
-        calibration = Calibration.model_validate(metadata["calibration"])
         record = {name: value for name, value in metadata["record"].items() if name != "history"}
         typer.echo(f"{model}: {model.stat().st_size / 1e6:.1f} MB, {numbers / 1e6:.2f} million numbers")
-        typer.echo(f"calibration: {calibration.describe()}; threshold {calibration.threshold:.4g}")
+        for name, calibration in calibrations(metadata).items():
+            of = f"category {name}" if name else "calibration"
+            typer.echo(f"{of}: {calibration.describe()}; threshold {calibration.threshold:.4g}")
         typer.echo(json.dumps({"record": record, "config": metadata["config"]}, indent=2))
 
 
@@ -187,6 +220,7 @@ def figures(
     count: Annotated[int, typer.Option(min=1, help="How many test pictures to choose where none are named.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of that choice and of artificial anomalies.")] = 0,
     width: Annotated[int, typer.Option(min=600, max=10000, help="Of the figures at most, pixels.")] = 1400,
+    category: Category = None,
 ) -> None:
     """Draw how a detector works: what its method makes of test pictures step by step, and what it is trained on.
 
@@ -201,7 +235,15 @@ def figures(
         _report_problems(dataset.problems)
         with _progress() as progress:
             written = write_figures(
-                detector, dataset, out, pictures=picture or (), count=count, seed=seed, width=width, progress=progress
+                detector,
+                dataset,
+                out,
+                category=category,
+                pictures=picture or (),
+                count=count,
+                seed=seed,
+                width=width,
+                progress=progress,
             )
         for path in written:
             typer.echo(path)
@@ -286,9 +328,9 @@ def demo(
         count = len(load_dataset(data).train)
         typer.echo(f"{data}: {count} good pictures to learn from; defects are synthetic, on real textures")
     model = out / "detector.safetensors"
-    train(data=data, out=model, seed=seed)
+    train(data=[data], out=model, seed=seed)
     note = "The defects are synthetic, drawn on a real photograph of gravel: this shows that the parts work together."
-    _evaluate(model, data, out / "metrics.json", out / "report.html", [note])
+    _evaluate(model, [data], out / "metrics.json", out / "report.html", notes=[note])
     typer.echo(f"Look at {out / 'report.html'}")
 
 
@@ -342,16 +384,10 @@ def _report_problems(problems: Any) -> None:
         typer.echo(f"note: {problem}", err=True)
 
 
-def _print_metrics(metrics: dict[str, Any]) -> None:
-    for kind in ("image", "pixel", "aupro"):
-        named = {name: value for name, value in metrics.items() if name.startswith(f"{kind}_")}
-        shown = "  ".join(f"{name} {'–' if value is None else format(value, '.4f')}" for name, value in named.items())
-        typer.echo(shown)
-    typer.echo(
-        f"{metrics['n_images']} pictures: {metrics['false_alarms']} false alarms among {metrics['n_good']} good ones, "
-        f"{metrics['missed']} missed of {metrics['n_images'] - metrics['n_good']} defective ones"
-    )
-    typer.echo(metrics["calibration"])
+def _report_dataset_problems(datasets: dict[str, Dataset]) -> None:
+    several = len(datasets) > 1
+    for name, dataset in datasets.items():
+        _report_problems(f"{name}: {problem}" if several else problem for problem in dataset.problems)
 
 
 @contextmanager

@@ -81,6 +81,28 @@ def load_dataset(path: str | Path) -> Dataset:
     return Dataset(name, layout, tuple(train), tuple(validation), tuple(test), tuple(problems))
 
 
+def load_categories(paths: Iterable[str | Path]) -> dict[str, Dataset]:
+    """Data sets by name; a folder of categories in the layout of MVTec AD stands for all of these.
+
+    A name is that of the folder or table. Where several have the same, so many folders are put before it as tell them
+    apart, such as "nuts/good" and "bolts/good".
+
+    Raises:
+        DatasetError: As `load_dataset`, or one is given twice.
+    """
+    given = [found for path in map(Path, paths) for found in _categories(path) or [path]]
+    ends = [(path.with_suffix("") if path.is_file() else path).resolve().parts for path in given]
+    datasets = {}
+    for path, parts in zip(given, ends, strict=True):
+        dataset = load_dataset(path)
+        unique = (n for n in range(1, len(parts) + 1) if sum(end[-n:] == parts[-n:] for end in ends) == 1)
+        if not (length := next(unique, 0)):
+            raise DatasetError(f"{path}: is given twice, or is part of what is given; name it once")
+        name = dataset.name if length == 1 else "/".join(parts[-length:])
+        datasets[name] = replace(dataset, name=name)
+    return datasets
+
+
 def digest(samples: Iterable[Sample]) -> str:
     """SHA-256, in hex, of the names and contents of pictures: the same in any order, and wherever their folder lies."""
     paths = [sample.path.absolute() for sample in samples]
@@ -108,6 +130,11 @@ def _is_mvtec(root: Path) -> bool:
     return (root / "train" / "good").is_dir() or (not (root / "train").exists() and (root / "test" / "good").is_dir())
 
 
+def _categories(root: Path) -> list[Path]:
+    """The data sets in a folder that is none itself."""
+    return [] if _is_mvtec(root) else [folder for folder in _subfolders(root) if _is_mvtec(folder)]
+
+
 def _mvtec(root: Path) -> Found:
     train, validation = (
         [Sample(path, 0) for path in _images(root / part / "good")] for part in ("train", "validation")
@@ -131,9 +158,9 @@ def _mvtec(root: Path) -> Found:
 
 def _folder(root: Path) -> Found:
     counts = {folder.name: len(_images(folder)) for folder in _subfolders(root)}
-    categories = [name for name in counts if _is_mvtec(root / name)]
-    if categories:
-        raise DatasetError(f"{root}: holds categories; name one, as in {root / categories[0]}: {', '.join(categories)}")
+    if categories := _categories(root):
+        remedy = f"name one, as in {categories[0]}, or train one detector for all with --multi-class"
+        raise DatasetError(f"{root}: holds categories; {remedy}: {', '.join(path.name for path in categories)}")
     images = _images(root)
     if any(counts.values()):
         found = [f"{name}/ with {count} pictures" for name, count in counts.items()]

@@ -196,6 +196,10 @@ class Detector:
             self._selected = category
         return self.categories_[category].calibration
 
+    def match(self, dataset: str) -> str | None:
+        """The category to `select` for a data set of this name: the one called so, where there are several."""
+        return dataset if len(self.categories_) > 1 else None
+
     def inspect(self, image: str | Path | bytes | np.ndarray, *, category: str | None = None) -> Result:
         """Inspects one picture.
 

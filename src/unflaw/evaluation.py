@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,15 +20,50 @@ from unflaw.results import Evaluation, Inspected, Result
 SHOWN = 40  # pictures kept whole for the report
 
 
-def evaluate(detector: Detector, dataset: Dataset, *, progress: Progress = silent) -> Evaluation:
+def evaluate_all(
+    detector: Detector, datasets: Mapping[str, Dataset], *, category: str | None = None, progress: Progress = silent
+) -> dict[str, Evaluation]:
+    """`evaluate` for several data sets by name.
+
+    Args:
+        category: What all pictures show, for a detector of several; None: for each data set the one of its name.
+
+    Raises:
+        TrainingError, DetectorError: As `evaluate`; that a category is missing is noticed before any is measured.
+    """
+    matched = {name: detector.match(name) if category is None else category for name in datasets}
+    for chosen in matched.values():
+        detector.select(chosen)
+    shown = max(8, SHOWN // max(1, len(datasets)))
+    return {
+        name: evaluate(detector, dataset, category=matched[name], shown=shown, progress=progress)
+        for name, dataset in datasets.items()
+    }
+
+
+def evaluate(
+    detector: Detector,
+    dataset: Dataset,
+    *,
+    category: str | None = None,
+    shown: int = SHOWN,
+    progress: Progress = silent,
+) -> Evaluation:
     """Inspects the test part of a data set and measures.
 
     Pixel metrics are taken on the prepared canvas (masks by nearest neighbour) over good pictures and those defective
     ones that have a mask; None where no picture has one. Training pictures never take part.
 
+    Args:
+        category: What the pictures show, for a detector of several; None: the one that is called like the data set.
+        shown: Pictures kept whole for the report.
+
     Raises:
-        TrainingError: The data set has no test pictures, or none could be read.
+        TrainingError: The data set has no test pictures, or none could be read. DetectorError: as for
+            `Detector.select`.
     """
+    category = detector.match(dataset.name) if category is None else category
+    calibration = detector.select(category)
     if not dataset.test:
         raise TrainingError(
             f"{dataset.name}: there are no test pictures; give a folder with test/good and test/<defect>"
@@ -38,9 +73,9 @@ def evaluate(detector: Detector, dataset: Dataset, *, progress: Progress = silen
     per_defect_pixels: dict[str, PixelAccumulator] = {}
     rows: list[dict[str, Any]] = []
     skipped: list[tuple[str, str]] = []
-    gallery = _Gallery(SHOWN)
+    gallery = _Gallery(shown)
     started, cpu = time.perf_counter(), time.process_time()
-    for sample, result in _inspected(detector, dataset.test, skipped, progress):
+    for sample, result in _inspected(detector, dataset.test, category, skipped, progress):
         mask = _mask(detector, sample)
         row = {"path": str(sample.path), "label": sample.label, "defect": sample.defect}
         rows.append(row | {"score": result.score, "p_value": result.p_value, "verdict": result.verdict})
@@ -73,8 +108,8 @@ def evaluate(detector: Detector, dataset: Dataset, *, progress: Progress = silen
         "problems": list(dataset.problems),
         "dataset": dataset.name,
     }
-    calibration = detector.calibration_
-    assert calibration is not None
+    if category:
+        metrics["category"] = category
     metrics["threshold"] = calibration.threshold
     metrics["calibration"] = calibration.describe()
     metrics["timing"] = {
@@ -94,9 +129,13 @@ def evaluate(detector: Detector, dataset: Dataset, *, progress: Progress = silen
 
 
 def _inspected(
-    detector: Detector, samples: tuple[Sample, ...], skipped: list[tuple[str, str]], progress: Progress
+    detector: Detector,
+    samples: tuple[Sample, ...],
+    category: str | None,
+    skipped: list[tuple[str, str]],
+    progress: Progress,
 ) -> Iterator[tuple[Sample, Result]]:
-    outcomes = detector.inspect_many(sample.path for sample in samples)
+    outcomes = detector.inspect_many((sample.path for sample in samples), category=category)
     for i, (sample, outcome) in enumerate(zip(samples, outcomes, strict=True)):
         if isinstance(outcome, Result):
             yield sample, outcome

@@ -13,7 +13,13 @@ from unflaw.results import Result
 
 
 def predict(
-    detector: Detector, paths: Sequence[Path], out: Path, *, pictures: bool = False, progress: Progress = silent
+    detector: Detector,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    category: str | None = None,
+    pictures: bool = False,
+    progress: Progress = silent,
 ) -> Counter[str]:
     """Inspects files in order and writes `out/results.jsonl`, line by line, so that an interruption loses nothing.
 
@@ -22,7 +28,11 @@ def predict(
 
     Returns:
         How many were "good", "defect" and "error".
+
+    Raises:
+        DetectorError: As `Detector.select`.
     """
+    scale = detector.select(category).scale
     counts: Counter[str] = Counter()
     folder = out / "pictures"
     if pictures:
@@ -30,17 +40,16 @@ def predict(
 
         folder.mkdir(parents=True, exist_ok=True)
     with (out / "results.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for i, outcome in enumerate(detector.inspect_many(paths)):
+        for i, outcome in enumerate(detector.inspect_many(paths, category=category)):
             if isinstance(outcome, Result):
                 counts[outcome.verdict] += 1
                 line = outcome.to_json()
                 if pictures:
-                    assert detector.calibration_ is not None
                     stem = (
                         paths[i].stem.encode(errors="replace")[:100].decode(errors="ignore")
                     )  # whole names can be too long
                     name = f"{i:05d}_{stem}.png"
-                    panel(outcome, detector.calibration_.scale).save(folder / name)
+                    panel(outcome, scale).save(folder / name)
                     line["picture"] = f"pictures/{name}"
             else:
                 counts["error"] += 1

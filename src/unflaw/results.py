@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 
 Verdict = Literal["good", "defect"]
+# Figures of an evaluation that can be compared, in the order in which they are shown.
+METRICS = (
+    *("image_auroc", "image_ap", "image_f1_max"),
+    *("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_30", "aupro_05"),
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ class Evaluation:
     Attributes:
         metrics: The JSON record: `image_auroc image_ap image_f1_max pixel_auroc pixel_ap pixel_f1_max aupro_30 aupro_05
             per_defect n_images`, verdict counts, timing and configuration. None where a metric is undefined.
+            "category" where the detector has several.
         rows: Per picture `path label defect score p_value verdict`.
         curves: Points for plots, `name -> (x, y)`: "roc" and "pr" over images, "pro" over pixels.
         shown: Pictures kept whole for the report: mistakes and a sample of each defect type, worst mistakes first.
@@ -115,3 +123,10 @@ class Evaluation:
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
     shown: list[Inspected]
     skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def mean_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float | None]:
+    """Mean of each of METRICS over the data sets where it is defined; None where it is in none."""
+    found = {name: [evaluation.metrics.get(name) for evaluation in evaluations.values()] for name in METRICS}
+    known = {name: [value for value in values if value is not None] for name, values in found.items()}
+    return {name: fmean(values) if values else None for name, values in known.items()}

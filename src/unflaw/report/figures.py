@@ -17,7 +17,6 @@ from torch import Generator, Tensor
 from unflaw.cache import Progress, silent, stack
 from unflaw.datasets import Dataset, DatasetError, Sample
 from unflaw.detector import Detector
-from unflaw.files import DetectorError
 from unflaw.images import Box, prepare, prepare_mask, read, read_mask
 from unflaw.methods.stages import Stage
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
@@ -44,6 +43,7 @@ def write_figures(
     dataset: Dataset,
     out: Path,
     *,
+    category: str | None = None,
     pictures: Sequence[Path] = (),
     count: int = 4,
     seed: int = 0,
@@ -59,6 +59,7 @@ def write_figures(
         dataset: Its test part is shown. Good pictures of it (where there are none, those to train on) stand for those
             that training alters.
         out: Folder to write to; files of the same names are replaced.
+        category: What the pictures show, for a detector of several; None: the one that is called like the data set.
         pictures: Test pictures to show, by path or by the end of it, such as scratch/003.png; empty: chosen at random.
         count: How many are chosen: kinds of defects in turn, about a quarter of them good.
         seed: Of that choice and of artificial anomalies.
@@ -69,15 +70,14 @@ def write_figures(
 
     Raises:
         DatasetError: No test pictures, or a picture of `pictures` that is not among them.
-        ImageError: A picture or mask that is needed cannot be read. DetectorError: the detector is not fitted.
+        ImageError: A picture or mask that is needed cannot be read. DetectorError: as for `Detector.select`.
     """
-    if detector.calibration_ is None:
-        raise DetectorError("this detector has not learned yet; call fit first, or load a saved one")
-    scale = detector.calibration_.scale
+    category = detector.match(dataset.name) if category is None else category
+    scale = detector.select(category).scale
     samples = [_named(dataset, picture) for picture in pictures] or _chosen(dataset, count, seed)
     lines: dict[str, list[_Line]] = defaultdict(list)
     for i, sample in enumerate(samples):
-        for figure, found in _inspected(detector, sample, scale).items():
+        for figure, found in _inspected(detector, sample, scale, category).items():
             lines[figure] += found
         progress("figures", i + 1, len(samples) + 1, None)
     good = [s for s in dataset.test if not s.label] or list(dataset.train)
@@ -127,10 +127,10 @@ def _drawn_from(samples: Sequence[Sample], count: int, seed: int) -> list[Sample
     return [samples[i] for i in order]
 
 
-def _inspected(detector: Detector, sample: Sample, scale: Scale) -> dict[str, list[_Line]]:
+def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str | None) -> dict[str, list[_Line]]:
     """The rows of one test picture, by figure: the picture, the method's stages, the heat map."""
     network, preparation = detector.network, detector.config.preparation
-    result = detector.inspect(sample.path)
+    result = detector.inspect(sample.path, category=category)
     truth = np.zeros(result.map.shape, bool)
     if sample.label and sample.mask is not None:
         truth = prepare_mask(read_mask(sample.mask), preparation)

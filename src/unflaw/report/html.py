@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from unflaw.report.panels import heat_map, label, views
-from unflaw.results import Evaluation, Inspected, Scale
+from unflaw.results import Evaluation, Inspected, Scale, mean_metrics
 
 _METRICS = {
     "image_auroc": ("Image AUROC", "chance that a defective picture scores above a good one"),
@@ -35,15 +35,23 @@ _CURVES = {
 }
 
 
-def write_report(evaluation: Evaluation, path: Path, *, title: str, scale: Scale, notes: Sequence[str] = ()) -> None:
+def write_report(
+    evaluation: Evaluation | Mapping[str, Evaluation],
+    path: Path,
+    *,
+    title: str,
+    scale: Scale | Mapping[str, Scale],
+    notes: Sequence[str] = (),
+) -> None:
     """Writes an evaluation as one self-contained HTML page; a page of that name is replaced in one step.
 
     Args:
         evaluation: What was measured. Besides the metrics, `threshold`, `per_defect`, `config` and `timing` of
-            `evaluation.metrics` are shown where present. Pictures appear in the order of `evaluation.shown`.
+            `evaluation.metrics` are shown where present. Pictures appear in the order of `evaluation.shown`. Several,
+            by category, stand below a table of their metrics and the means of these.
         path: The file to write; missing folders are made.
         title: Heading, such as "URA-Net on screw".
-        scale: The detector's fixed scale, for all heat maps.
+        scale: The detector's fixed scale, for all heat maps; or those of the categories.
         notes: Sentences to put under the summary, such as "Synthetic defects on real textures".
 
     Raises:
@@ -57,23 +65,16 @@ def write_report(evaluation: Evaluation, path: Path, *, title: str, scale: Scale
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["number"] = _number
-    metrics, curves = evaluation.metrics, evaluation.curves
-    rows = [row | {"outcome": _outcome(row["label"], row["verdict"])} for row in evaluation.rows]
-    per_defect = (metrics.get("per_defect") or {}).values()
+    named = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
+    scales = scale if isinstance(scale, Mapping) else dict.fromkeys(named, scale)
+    sections = [_section(name, found, scales[name]) for name, found in named.items()]
     page = environment.from_string((resources.files(__package__) / "report.html.j2").read_text("utf-8")).render(
         title=title,
-        summary=_summary(rows),
+        summary=_summary([row for section in sections for row in section["rows"]]),
         notes=notes,
-        metrics=metrics,
         meanings=_METRICS,
-        defect_columns=list(dict.fromkeys(column for values in per_defect for column in values)),
-        scores=_histogram(rows, metrics.get("threshold")) if rows else None,
-        curves=[(_points(*curves[name], about[-1]), *about) for name, about in _CURVES.items() if name in curves],
-        cards=[_card(inspected, scale) for inspected in evaluation.shown],
-        scale=scale,
-        colour_bar=_data_uri(heat_map(np.linspace(scale.low, 2 * scale.threshold - scale.low, 256)[None], scale)),
-        rows=rows,
-        skipped=evaluation.skipped,
+        sections=sections,
+        mean=mean_metrics(named),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -82,6 +83,25 @@ def write_report(evaluation: Evaluation, path: Path, *, title: str, scale: Scale
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
+    """All that the page shows of one category."""
+    metrics, curves = evaluation.metrics, evaluation.curves
+    rows = [row | {"outcome": _outcome(row["label"], row["verdict"])} for row in evaluation.rows]
+    per_defect = (metrics.get("per_defect") or {}).values()
+    return {
+        "name": name,
+        "metrics": metrics,
+        "defect_columns": list(dict.fromkeys(column for values in per_defect for column in values)),
+        "scores": _histogram(rows, metrics.get("threshold")) if rows else None,
+        "curves": [(_points(*curves[name], about[-1]), *about) for name, about in _CURVES.items() if name in curves],
+        "cards": [_card(inspected, scale) for inspected in evaluation.shown],
+        "scale": scale,
+        "colour_bar": _data_uri(heat_map(np.linspace(scale.low, 2 * scale.threshold - scale.low, 256)[None], scale)),
+        "rows": rows,
+        "skipped": evaluation.skipped,
+    }
 
 
 def _outcome(label: int, verdict: str) -> str:
