@@ -259,10 +259,11 @@ def test_a_checkpoint_that_does_not_fit_is_named(tiny_training, tmp_path, monkey
     assert checkpoint.name in complaint(unflaw(*tiny_training, "--out", out, "--resume"))
 
 
-def test_broken_training_pictures_are_reported(tiny_training, tmp_path):
+def test_broken_training_pictures_are_reported(tiny_training, parts, tmp_path):
     root = make_parts(tmp_path / "parts", bad=1)
     (root / "train/good/000.png").write_bytes(b"no picture")
-    done = unflaw(*tiny_training, "--data", root, "--set", "training.steps=1", "--out", tmp_path / "m.safetensors")
+    arguments = [root if argument == parts else argument for argument in tiny_training]
+    done = unflaw(*arguments, "--set", "training.steps=1", "--out", tmp_path / "m.safetensors")
     assert done.exit_code == 0
     assert "skipped" in done.stderr and "000.png" in done.stderr
 
@@ -315,9 +316,8 @@ def test_train_names_what_is_wrong(parts, weights, tmp_path, monkeypatch, argume
     options = {"--size": "preparation.size", "--levels": "features.levels", "--backbone": "features.backbone"}
     shadowed = {options[name] for name in options if name in arguments}  # --set would win over them
     base = settings({name: value for name, value in (TINY | TINY_URANET).items() if name not in shadowed})
-    line = complaint(
-        unflaw("train", "--data", parts, "--weights", weights, *base, "--out", "m.safetensors", *arguments)
-    )
+    data = [] if "--data" in arguments else ["--data", parts]
+    line = complaint(unflaw("train", *data, "--weights", weights, *base, "--out", "m.safetensors", *arguments))
     assert named in line
     assert not Path("m.safetensors").exists()
 

@@ -174,6 +174,8 @@ class Detector:
     def select(self, category: str | None = None) -> Calibration:
         """Puts what is normal for a category into the network and returns the calibration.
 
+        Inspections do so themselves; those of several categories may take turns, but not at once in several threads.
+
         Args:
             category: None will do where there is one only.
 

@@ -46,7 +46,7 @@ def evaluate(
     dataset: Dataset,
     *,
     category: str | None = None,
-    shown: int = SHOWN,
+    shown: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Inspects the test part of a data set and measures.
@@ -56,7 +56,7 @@ def evaluate(
 
     Args:
         category: What the pictures show, for a detector of several; None: the one that is called like the data set.
-        shown: Pictures kept whole for the report.
+        shown: Pictures kept whole for the report; None: SHOWN.
 
     Raises:
         TrainingError: The data set has no test pictures, or none could be read. DetectorError: as for
@@ -73,7 +73,7 @@ def evaluate(
     per_defect_pixels: dict[str, PixelAccumulator] = {}
     rows: list[dict[str, Any]] = []
     skipped: list[tuple[str, str]] = []
-    gallery = _Gallery(shown)
+    gallery = _Gallery(SHOWN if shown is None else shown)
     started, cpu = time.perf_counter(), time.process_time()
     for sample, result in _inspected(detector, dataset.test, category, skipped, progress):
         mask = _mask(detector, sample)
