@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from unflaw.methods import create
+from unflaw.methods import base, create
 from unflaw.methods.base import Inspection, Method
 from unflaw.methods.lookup import Lookup
 from unflaw.methods.uranet import URANet
+from unflaw.synthesis import Anomalies
 
 GRID = 8
 SHARES, COARSE_SHARE = (0.1, 1.0), 0.3
@@ -165,6 +166,37 @@ def test_the_score_is_made_of_highest_shares_in_their_own_deviations(method, nor
     inspection, everywhere = random_inspection(method), np.ones((5, GRID, GRID), bool)
     expected = scores_by_hand(inspection, everywhere, np.array(normal))
     np.testing.assert_allclose(method.fuse(inspection)[1].numpy(), expected, rtol=1e-4)
+
+
+def test_fine_evidence_has_the_say_that_is_known_of_it(tiny):
+    method = create(tiny("lookup", **{"scoring.coarse_say": 2}), "random")
+    inspection = random_inspection(method)
+    fine, coarse = method._sayings(inspection, None)
+    method.fine_say.fill_(0.25)
+    torch.testing.assert_close(method.fuse(inspection)[1], (0.25 * fine + 2 * coarse) / 2.25)
+
+
+@pytest.mark.parametrize(
+    ("moves", "say"),
+    [([0.0] * 5, 1e-3), ([-4.0] * 5, 1e-3), ([0.5] * 5, 0.5), ([9.0] * 5, 1.0), ([90.0, 0, 0, 0, 0], 0.6)],
+)
+def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, monkeypatch, moves, say):
+    """In deviations of good pictures, of each picture 3 at most."""
+    method = create(tiny("lookup"), "random")
+    good = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, GRID, GRID)  # of deviation √2
+
+    def forward(features: Tensor, pictures: Tensor | None = None) -> Inspection:
+        coarse = torch.zeros(len(features), 1, GRID // 2, GRID // 2)
+        return Inspection(features[:, :1], coarse=coarse)
+
+    def altered(features: Tensor, *_: object) -> Anomalies:
+        moved = features + 2**0.5 * torch.tensor(moves).view(5, 1, 1, 1)
+        return Anomalies(moved, torch.ones(5, 1, GRID, GRID), torch.arange(5))
+
+    monkeypatch.setattr(method, "forward", forward)
+    monkeypatch.setattr(base, "synthesise", altered)
+    method.finish(good.half())
+    assert method.fine_say.item() == pytest.approx(say, abs=1e-3)
 
 
 def strips() -> Tensor:

@@ -263,6 +263,7 @@ PROFILES: dict[str, dict[str, Any]] = {"cpu": {}, "paper": PAPER}
 # What single methods have in a profile in place of that. In `paper`, widths and learning rates of DRAEM and MemAE are
 # published ones (MemAE's widths and items those for CIFAR-10); steps, and all of MFRNet beside its backbone, are ours.
 OWN: dict[tuple[str, str], dict[str, Any]] = {
+    ("uranet", "cpu"): {"training.batch": 8},
     ("mfrnet", "cpu"): {"training.steps": 1200, "training.batch": 4, "training.learning_rate": 2e-3},
     ("mfrnet", "paper"): {
         "features.backbone": "vgg16.tv_in1k",

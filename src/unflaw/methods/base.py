@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config
+from unflaw.config import Config, Synthesis
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.methods.layers import gaussian_blur
 from unflaw.methods.stages import Stages
+from unflaw.synthesis import synthesise
 
 Batch = dict[str, Tensor]
+
+ALTERED = 2  # times that each of the first training pictures is altered, for the say of fine evidence
+MUTE = 1e-3  # the least say of fine evidence: where there is no other, it still decides
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Method(nn.Module):
     judges = False  # whether `Inspection.coarse` is given
     window = 3  # side in cells of the mean filter over the map that judges a picture; odd
     uses_textures = False  # whether `setup` wants texture pictures
-    finished: tuple[str, ...] = ("normal", "normal_scores")  # buffers that `finish` writes: of one category
+    finished: tuple[str, ...] = ("normal", "normal_scores", "fine_say")  # buffers that `finish` writes: of one category
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
         super().__init__()
@@ -59,6 +63,8 @@ class Method(nn.Module):
         statistics = len(config.scoring.shares) * (1 + self.perceives) + self.judges
         self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(self.kinds + self.judges, 1))
         self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(statistics, 1))
+        self.fine_say: Tensor
+        self.register_buffer("fine_say", torch.tensor(1.0))
 
     def extractor(self, config: Config, weights: str | None) -> Extractor:
         """What makes F of pictures; a method on pixels has its own, which uses no weights."""
@@ -106,7 +112,11 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def finish(self, features: Tensor, valid: Tensor | None = None, pictures: Tensor | None = None) -> None:
-        """After training: how large evidence is on the first training pictures of a category.
+        """After training: what evidence is like on the first training pictures of a category.
+
+        Mean and deviation of each kind; and, of a method that judges, the say of fine evidence: how far artificial
+        anomalies move it, in its normal deviations (of a picture, 3 at most), at most 1. So where altered places
+        drown in what varies anyway, whole regions judge. Our own; docs/research.md, section 17.
 
         Writes the buffers `finished`, and no others.
 
@@ -116,9 +126,7 @@ class Method(nn.Module):
             pictures: (N,) rows of the cache that `setup` saw; None: the first N.
         """
         rows = torch.arange(len(features)) if pictures is None else pictures
-        found = [self(part.float(), i) for part, i in zip(features.split(8), rows.split(8), strict=True)]
-        witnesses = torch.cat([inspection.witnesses for inspection in found])
-        inspection = Inspection(witnesses, _joined(found, "perceived"), _joined(found, "coarse"))
+        inspection = self._inspected(features, rows)
         cells = [kind if valid is None else kind[valid] for kind in inspection.witnesses.unbind(1)]
         if inspection.coarse is not None:
             coarse = inspection.coarse[:, 0]
@@ -127,6 +135,19 @@ class Method(nn.Module):
         statistics = self._statistics(inspection, valid)
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
         self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
+        if self.judges:
+            rng, anomalies = Generator().manual_seed(0), Synthesis(clean=0)
+            normal, moved = self._sayings(inspection, valid)[0], []
+            for _ in range(ALTERED):
+                altered = synthesise(features.float(), None, anomalies, rng).features
+                moved.append((self._sayings(self._inspected(altered, rows), valid)[0] - normal).clamp(0, 3))
+            self.fine_say.copy_(torch.cat(moved).mean().clamp(MUTE, 1))
+
+    def _inspected(self, features: Tensor, rows: Tensor) -> Inspection:
+        """Evidence on training pictures, as they are or altered; `rows` as `forward` takes them."""
+        found = [self(part.float(), i) for part, i in zip(features.split(8), rows.split(8), strict=True)]
+        witnesses = torch.cat([inspection.witnesses for inspection in found])
+        return Inspection(witnesses, _joined(found, "perceived"), _joined(found, "coarse"))
 
     def finished_state(self) -> dict[str, Tensor]:
         """What `finish` wrote, to be loaded again (`load_state_dict`, not strict) when that category is inspected."""
@@ -146,8 +167,8 @@ class Method(nn.Module):
         coarse evidence in its deviations; bilinear, then a Gaussian.
 
         The score is made of statistics, each in deviations above its normal value: the mean of the witnesses' highest
-        `shares` or the same of what is perceived, whichever is larger, and, with the weight `coarse_say`, the mean of
-        the highest `coarse_share` of the coarse evidence.
+        `shares` or the same of what is perceived, whichever is larger, with the weight `fine_say`, and, with the weight
+        `coarse_say`, the mean of the highest `coarse_share` of the coarse evidence.
 
         Args:
             inspection: Of N pictures.
@@ -155,16 +176,23 @@ class Method(nn.Module):
         """
         scoring, size = self.config.scoring, self.config.preparation.size
         maps, coarse = self._standardised(inspection)
-        mean, deviation = self.normal_scores.unbind(-1)
-        statistics = (self._statistics(inspection, valid) - mean) / deviation
-        fine = statistics[:, : len(mean) - self.judges].unflatten(1, (-1, len(scoring.shares))).mean(2).amax(1)
-        scores = fine if coarse is None else (fine + scoring.coarse_say * statistics[:, -1]) / (1 + scoring.coarse_say)
+        scores, wide_scores = self._sayings(inspection, valid)
+        if wide_scores is not None:
+            both = self.fine_say * scores + scoring.coarse_say * wide_scores
+            scores = both / (self.fine_say + scoring.coarse_say)
         canvas = F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)
         if coarse is not None and scoring.coarse_weight:
             side = round(size * 2 * coarse.shape[-1] / maps.shape[-1])  # more than the canvas where the grid is odd
             wide = F.interpolate(coarse[:, None], (side, side), mode="bilinear", align_corners=False)
             canvas = canvas + scoring.coarse_weight * wide[..., :size, :size]
         return gaussian_blur(canvas, scoring.smooth * size / 256)[:, 0], scores
+
+    def _sayings(self, inspection: Inspection, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What fine and coarse evidence say of each picture, (N,) each, in deviations above normal."""
+        mean, deviation = self.normal_scores.unbind(-1)
+        statistics = (self._statistics(inspection, valid) - mean) / deviation
+        kinds = statistics[:, : len(mean) - self.judges].unflatten(1, (-1, len(self.config.scoring.shares)))
+        return kinds.mean(2).amax(1), statistics[:, -1] if self.judges else None
 
     def _standardised(self, inspection: Inspection) -> tuple[Tensor, Tensor | None]:
         """Witnesses as one map (N, g, g), and the coarse evidence (N, h, h), both in deviations from normal."""
