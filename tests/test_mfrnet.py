@@ -222,22 +222,19 @@ def test_distance_and_regions_join_the_evidence(remembering, features):
     with torch.no_grad():
         found, left_out = remembering(features), remembering(features, torch.arange(12))
         plain = network_without_memory(remembering, features)
-    assert remembering.kinds == 4 and remembering.judges and found.witnesses.shape == (12, 4, GRID, GRID)
-    torch.testing.assert_close(found.witnesses[:, :3], plain)
-    torch.testing.assert_close(found.witnesses[:, 3:], remembering.memory(features)[2])
+    assert remembering.kinds == 2 and remembering.judges and found.witnesses.shape == (12, 2, GRID, GRID)
+    torch.testing.assert_close(found.witnesses[:, :1], plain)
+    torch.testing.assert_close(found.witnesses[:, 1:], remembering.memory(features)[2])
     assert torch.equal(found.coarse, remembering.judge(features))
-    assert left_out.witnesses[:, 3].mean() > found.witnesses[:, 3].mean()
+    assert left_out.witnesses[:, 1].mean() > found.witnesses[:, 1].mean()
     assert left_out.coarse.mean() > found.coarse.mean()
 
 
 def network_without_memory(made: MFRNet, features: Tensor) -> Tensor:
-    """The hybrid loss of F and what is restored from the recall, (N, 3, g, g)."""
+    """The root of the hybrid loss of F and what is restored from the recall, (N, 1, g, g)."""
     restored = made.restore(features, made.masks, made.memory(features)[0])
-    kinds = []
-    for part in restored.unbind(1):
-        terms = made.compare(features, part)
-        kinds.append(torch.cat([terms["pixel"].sqrt(), terms["ssim"], terms["gms"]], dim=1))
-    return torch.stack(kinds).mean(0)
+    terms = [made.compare(features, part) for part in restored.unbind(1)]
+    return torch.stack([(term["pixel"] + term["ssim"] + term["gms"]).sqrt() for term in terms]).mean(0)
 
 
 def test_what_is_learned_after_calibration_only_lowers_evidence(remembering, features):
@@ -247,44 +244,45 @@ def test_what_is_learned_after_calibration_only_lowers_evidence(remembering, fea
         before, scores = made(foreign), made.fuse(made(foreign))[1]
         made.extend(foreign[12:16].half(), rng())
         after, lower = made(foreign), made.fuse(made(foreign))[1]
-    assert torch.equal(after.witnesses[:, :3], before.witnesses[:, :3])
-    assert (after.witnesses[:, 3] <= before.witnesses[:, 3]).all() and (after.coarse <= before.coarse).all()
+    assert torch.equal(after.witnesses[:, 0], before.witnesses[:, 0])
+    assert (after.witnesses[:, 1] <= before.witnesses[:, 1]).all() and (after.coarse <= before.coarse).all()
     assert (lower <= scores + 1e-5).all() and lower[12:16].mean() < scores[12:16].mean() - 0.01
 
 
 # The hybrid loss
 
 
-def test_the_loss_and_the_evidence_are_the_same_terms(trained, features):
+def test_the_evidence_is_the_root_of_the_loss_of_every_cell(trained, features):
     made = trained[0]
     with torch.no_grad():
         found = made(features)
-        terms = {"pixel": 0.0, "ssim": 0.0, "gms": 0.0}
-        restored = made.restore(features, made.masks)
+        restored, expected = made.restore(features, made.masks), 0.0
         for which in range(restored.shape[1]):
             x, y = features / made.scale, restored[:, which] / made.scale
-            terms["pixel"] += (x - y).norm(dim=1, keepdim=True)
-            terms["ssim"] += 1 - ssim_map(x, y, WINDOW, (STABLE, STABLE))
-            terms["gms"] += 1 - gradient_magnitude_similarity(x, y, STABLE, SCALES)
-    expected = torch.cat(list(terms.values()), dim=1) / restored.shape[1]
-    assert made.kinds == 3 and found.witnesses.shape == (12, 3, GRID, GRID)
+            structure = 1 - ssim_map(x, y, WINDOW, (STABLE, STABLE))
+            gradients = 1 - gradient_magnitude_similarity(x, y, STABLE, SCALES)
+            hybrid = (x - y).square().sum(1, keepdim=True) + structure + gradients
+            expected = expected + hybrid.sqrt() / restored.shape[1]
+        loss = made.loss({"features": features}, rng())
+    assert made.kinds == 1 and found.witnesses.shape == (12, 1, GRID, GRID)
     torch.testing.assert_close(found.witnesses, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.restored, restored.mean(1))
-    with torch.no_grad():
-        loss = made.loss({"features": features}, rng())
-    assert loss["loss"].item() == pytest.approx(sum(loss[name].item() for name in terms), rel=1e-5)
+    assert loss["loss"].item() == pytest.approx(sum(loss[name].item() for name in ("pixel", "ssim", "gms")), rel=1e-5)
 
 
 @pytest.mark.parametrize("weights", [(2.0, 0.0, 0.0), (0.0, 1.0, 3.0), (1.0, 0.5, 0.0)])
-def test_a_term_of_weight_0_is_no_evidence_either(tiny, features, weights):
+def test_weights_of_the_terms_count_in_loss_and_evidence(tiny, features, weights):
     made = network(tiny, **dict(zip(("pixel", "ssim", "gms"), weights, strict=True)))
     made.setup(features.half(), None, rng())
     with torch.no_grad():
         terms, found = made.loss({"features": features}, rng()), made(features)
+        each = made.compare(features.repeat_interleave(2, 0), made.restore(features, made.masks).flatten(0, 1))
     kept = {name: w for name, w in zip(("pixel", "ssim", "gms"), weights, strict=True) if w}
-    assert terms.keys() == kept.keys() | {"loss"}
+    assert terms.keys() == kept.keys() | {"loss"} and each.keys() == kept.keys()
     assert terms["loss"].item() == pytest.approx(sum(w * terms[name].item() for name, w in kept.items()), rel=1e-5)
-    assert made.kinds == len(kept) == found.witnesses.shape[1] == len(made.normal)
+    hybrid = torch.stack([w * each[name] for name, w in kept.items()]).sum(0)
+    expected = hybrid.clamp_min(0).sqrt().view(12, 2, 1, GRID, GRID).mean(1)
+    torch.testing.assert_close(found.witnesses, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_units_of_the_features_do_not_matter(tiny, features):

@@ -125,7 +125,7 @@ class MFRNetOptions(Settings):
     heads: int = Field(4, ge=1)
     attention: bool = Field(True, description="self-attention in the hybrid blocks")
     convolution: bool = Field(True, description="convolution in the hybrid blocks")
-    pixel: float = Field(1.0, ge=0, description="weight of L2 in the hybrid loss; 0 also drops it from the map")
+    pixel: float = Field(1.0, ge=0, description="weight of L2 in the hybrid loss, for training and map")
     ssim: float = Field(1.0, ge=0, description="weight of 1 − SSIM, likewise")
     gms: float = Field(1.0, ge=0, description="weight of 1 − gradient magnitude similarity, likewise")
     prototypes: int = Field(4096, ge=0, description="memory of normal tokens that fills what is hidden; 0: none")
@@ -264,7 +264,7 @@ PROFILES: dict[str, dict[str, Any]] = {"cpu": {}, "paper": PAPER}
 # published ones (MemAE's widths and items those for CIFAR-10); steps, and all of MFRNet beside its backbone, are ours.
 OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("uranet", "cpu"): {"training.batch": 8},
-    ("mfrnet", "cpu"): {"training.steps": 400, "training.batch": 4, "training.learning_rate": 2e-3},
+    ("mfrnet", "cpu"): {"training.steps": 150, "training.batch": 4, "training.learning_rate": 2e-3},
     ("mfrnet", "paper"): {
         "features.backbone": "vgg16.tv_in1k",
         "features.levels": (2, 3, 4),

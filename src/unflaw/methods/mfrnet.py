@@ -31,7 +31,7 @@ from unflaw.methods.stages import Row, Stage, Stages
 
 WINDOW = 5  # of SSIM, in feature cells
 SCALES = 3  # of gradient magnitude similarity
-STABLE = 0.1  # C1, C2 and c of the two, where the mean squared norm of F is 1
+STABLE = 10.0  # C1, C2 and c of the two, where the mean squared norm of F is 1; less, and empty background judges
 
 
 def crossed_masks(side: int, k: int, n: int, rng: Generator) -> Tensor:
@@ -133,14 +133,14 @@ class RestorationNetwork(nn.Module):
 
 
 class MFRNet(Method):
-    """Assembly; see the module. Each term of the hybrid loss that has a weight is a kind of evidence."""
+    """Assembly; see the module. The hybrid loss of every cell is the evidence, beside the distance to the memory."""
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
         options = config.network
         assert isinstance(options, MFRNetOptions)
         self.options = options
         self.terms = {name: w for name in ("pixel", "ssim", "gms") if (w := getattr(options, name))}
-        self.kinds = len(self.terms) + (options.prototypes > 0)
+        self.kinds = 1 + (options.prototypes > 0)
         self.judges = options.prototypes > 0
         super().__init__(config, weights)
         self.memory = Memory(options.prototypes, self.features.channels) if options.prototypes else None
@@ -166,9 +166,8 @@ class MFRNet(Method):
         """Hybrid loss of F and F̂; every step draws one k, as RIAD does, and new masks."""
         k = self.options.k[int(torch.randint(len(self.options.k), (1,), generator=rng))]
         restored = self.restore(batch["features"], self._draw((k,), rng), batch.get("recalled"))[:, 0]
-        terms = {name: term.mean() for name, term in self.compare(batch["features"], restored).items()}
-        terms["loss"] = sum((self.terms[name] * term for name, term in terms.items()), torch.zeros(()))
-        return terms
+        terms = self.compare(batch["features"], restored)
+        return {name: term.mean() for name, term in terms.items()} | {"loss": self.hybrid(terms).mean()}
 
     def extend(self, features: Tensor, rng: Generator) -> None:
         if self.memory is not None and self.judge is not None:
@@ -184,29 +183,31 @@ class MFRNet(Method):
         restored = self.restore(features, self.masks, recalled)  # (N, K, C, g, g)
         kinds = len(self.masks)
         terms = self.compare(features.repeat_interleave(kinds, 0), restored.flatten(0, 1))
-        maps = torch.cat([term.sqrt() if name == "pixel" else term for name, term in terms.items()], dim=1)
-        witnesses = torch.cat([maps.unflatten(0, (-1, kinds)).mean(1), *distance], dim=1)
+        maps = self.hybrid(terms).sqrt().unflatten(0, (-1, kinds)).mean(1)
+        witnesses = torch.cat([maps, *distance], dim=1)
         return Inspection(witnesses, coarse=coarse, restored=restored.mean(1))
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:
         """Masks, a row for each k: what each leaves visible, what R restores, and the sum. Restoration: terms."""
         assert inspection.restored is not None
         recalled = None if self.memory is None else self.memory(features)[0]
+        assembled = self.restore(features, self.masks, recalled)[0]  # (K, C, g, g)
         rows: list[Row] = []
-        for j, masks in enumerate(self.masks[:, :, None].unbind()):  # (n, 1, g, g)
-            restored = self.restore(features, masks[None, :, 0], recalled)[0, 0]
+        for j, (masks, restored) in enumerate(zip(self.masks[:, :, None], assembled, strict=True)):  # (n, 1, g, g)
             visible = {f"Visible {i}": Stage("cover", mask) for i, mask in enumerate(masks, 1)}
             hidden = [1 - mask if self.options.masked else mask for mask in masks]
             kept = {f"Restored {i}, drawn": Stage("features", restored, seen=h) for i, h in enumerate(hidden, 1)}
-            assembled = {"Assembled, drawn": Stage("features", restored)}
+            whole = {"Assembled, drawn": Stage("features", restored)}
             name = f"k = {self.options.k[j]}" if self.options.masked else "nothing hidden"
-            rows.append((name, visible | kept | assembled))
+            rows.append((name, visible | kept | whole))
         tiles = {"Features, drawn": Stage("features", features[0])}
         if recalled is not None:
             tiles["Recalled, drawn"] = Stage("features", recalled[0])
         tiles["Restored, drawn"] = Stage("features", inspection.restored[0])
         titles = {"pixel": "L2", "ssim": "1 - SSIM", "gms": "1 - GMS"}
-        kinds = [*(titles[name] for name in self.terms), "Distance to the memory"][: self.kinds]
+        terms = self.compare(features.expand_as(assembled), assembled)
+        tiles |= {titles[name]: Stage("map", term.mean(0)) for name, term in terms.items()}
+        kinds = ["Hybrid", "Distance to the memory"][: self.kinds]
         tiles |= {kind: Stage("map", m[None]) for kind, m in zip(kinds, inspection.witnesses[0], strict=True)}
         if inspection.coarse is not None:
             tiles["Coarse evidence"] = Stage("map", inspection.coarse[0])
@@ -235,6 +236,10 @@ class MFRNet(Method):
         if "gms" in self.terms:
             terms["gms"] = 1 - gradient_magnitude_similarity(x, y, STABLE, SCALES)
         return terms
+
+    def hybrid(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms at every cell, at least 0."""
+        return torch.stack([self.terms[name] * term for name, term in terms.items()]).sum(0).clamp_min(0)
 
     def _draw(self, sizes: tuple[int, ...], rng: Generator) -> Tensor:
         """A set of n masks for each k, (K, n, g, g); unmasked: one that hides nothing."""
