@@ -3,11 +3,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from scipy.integrate import trapezoid
 from skimage.measure import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from unflaw import metrics
-from unflaw.metrics import PixelAccumulator, image_metrics, ranking, region_weights
+from unflaw.metrics import OverlapAccumulator, PixelAccumulator, image_metrics, ranking, region_weights
 
 RNG = np.random.default_rng
 SKEWED = {
@@ -282,3 +283,89 @@ def test_errors():
         ranking([1], [1, 2], [1])
     with pytest.raises(ValueError, match="limit"):
         metrics.partial_auc(ranking([1], [2]), 0)
+
+
+# sPRO and AUPIMO against their definitions
+
+
+def spro_by_definition(images, limit):
+    """Area under mean sPRO over FPR, thresholds at every value: `images` of (map, regions with saturations)."""
+    union = [
+        np.any([region for region, _ in regions], axis=0) if regions else np.zeros(m.shape, bool)
+        for m, regions in images
+    ]
+    clean = np.concatenate([m[~u] for (m, _), u in zip(images, union, strict=True)])
+    points = [(0.0, 0.0)]
+    for t in np.unique(np.concatenate([m.ravel() for m, _ in images]))[::-1]:
+        found = [min((m[r] >= t).sum() / s, 1) for m, regions in images for r, s in regions]
+        points.append(((clean >= t).mean(), float(np.mean(found))))
+    x, y = np.array(points).T
+    end = np.interp(limit, x, y)
+    inside = x < limit
+    return trapezoid(np.append(y[inside], end), np.append(x[inside], limit)) / limit
+
+
+@pytest.mark.parametrize("levels", [0, 12])
+def test_spro_is_its_definition(levels):
+    rng = np.random.default_rng(4)
+    images, pixels = [], PixelAccumulator()
+    for i in range(5):
+        values = (
+            rng.random((14, 11), np.float32) if not levels else rng.integers(0, levels, (14, 11)).astype(np.float32)
+        )
+        first, second = np.zeros((2, 14, 11), bool)
+        first[2:6, 1:5], second[5:9, 4:9] = True, True  # they overlap, and one of them saturates at a fifth
+        regions = [(first, 16.0), (second, 4.0)] if i % 2 else []
+        images.append((values, regions))
+        pixels.update(values, first | second if regions else None, regions=regions or None)
+    for limit in (0.3, 0.05):
+        got = pixels.compute()[f"aupro_{limit * 100:02.0f}"]
+        assert got == pytest.approx(spro_by_definition(images, limit), abs=1e-9)
+
+
+def test_unsaturated_spro_is_pro():
+    rng = np.random.default_rng(5)
+    mask = np.zeros((20, 20), bool)
+    mask[2:5, 3:9] = mask[10:18, 10:12] = True
+    parts = [np.zeros_like(mask), np.zeros_like(mask)]
+    parts[0][:8], parts[1][8:] = mask[:8], mask[8:]
+    plain, saturated = PixelAccumulator(), PixelAccumulator()
+    for _ in range(3):
+        values = rng.random((20, 20))
+        plain.update(values, mask)
+        saturated.update(values, mask, regions=[(part, 1e9) for part in parts])
+    for name, value in plain.compute().items():
+        assert saturated.compute()[name] == pytest.approx(value, abs=1e-12)
+
+
+def test_aupimo_is_its_definition():
+    rng = np.random.default_rng(6)
+    good, masks = rng.standard_normal((4, 200, 200)).astype(np.float32), np.zeros((3, 200, 200), bool)
+    bad = rng.standard_normal((3, 200, 200)).astype(np.float32)
+    for i, shift in enumerate((0, 3, 8)):
+        masks[i, 20:40, 30:70] = True
+        bad[i][masks[i]] += shift
+    overlaps = OverlapAccumulator()
+    for values in good:
+        overlaps.update(values)
+    for values, mask in zip(bad, masks, strict=True):
+        overlaps.update(values, mask)
+    rates = np.geomspace(1e-5, 1e-4, 2001)
+    descending = np.sort(good, axis=None)[::-1]
+    # at a rate z the threshold lies just above the first value that would make the rate exceed z
+    thresholds = descending[np.floor(rates * good.size + 1e-9).astype(int)]
+    recalls = np.array([[(v[m] > t).mean() for t in thresholds] for v, m in zip(bad, masks, strict=True)])
+    expected = trapezoid(recalls, np.log(rates)) / np.log(10)
+    assert overlaps.per_image() == pytest.approx(expected, abs=2e-3)
+    assert expected[0] < 0.01 < expected[1] < expected[2]
+
+
+def test_aupimo_needs_enough_good_pixels():
+    overlaps = OverlapAccumulator()
+    mask = np.eye(50, dtype=bool)
+    overlaps.update(np.zeros((50, 50)))
+    overlaps.update(np.ones((50, 50)), mask)
+    assert overlaps.per_image() is None
+    for _ in range(40):
+        overlaps.update(np.zeros((50, 50)))
+    assert overlaps.per_image().tolist() == [1.0]

@@ -10,6 +10,7 @@ it and how many at or above it. Positives (defect pixels) are few, negatives onl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,6 +149,65 @@ def region_weights(mask: Array, valid: Array | None = None) -> Array:
     return (1 / np.maximum(areas, 1))[regions]
 
 
+def saturated_weights(scores: Array, regions: Iterable[tuple[Array, float]], mask: Array) -> Array:
+    """Weights of defect pixels with which the per-region overlap is the saturated one, sPRO: float64 (P,), row by row.
+
+    sPRO of a region is min(found area / saturation, 1): of its pixels those with the highest scores count, each
+    1 / saturation, until the saturation is reached. Bergmann et al., "Beyond Dents and Scratches" (IJCV 2022).
+
+    `scores`: the anomaly map (H, W). `regions`: for each its bool mask (H, W) and saturation in pixels, > 0; one above
+    its area means all of it. `mask`: (H, W) bool, the union of the regions; the P pixels where it is True.
+    """
+    weights = np.zeros(mask.shape)
+    for region, saturation in regions:
+        inside = np.flatnonzero(region)
+        if len(inside):
+            ranked = inside[np.argsort(-scores.ravel()[inside], kind="stable")]
+            full = min(saturation, len(ranked))
+            weights.ravel()[ranked] += np.clip(full - np.arange(len(ranked)), 0, 1) / full
+    return weights[mask]
+
+
+class OverlapAccumulator:
+    """AUPIMO: how much of each defective picture is found at false-positive rates that use demands, 1e-5 to 1e-4.
+
+    The area under a picture's recall over the logarithm of the shared FPR (share of the pixels of good pictures at or
+    above the threshold) between `LOW` and `HIGH`, divided by the width: in [0, 1]. Bertoldo et al., "AUPIMO" (arXiv
+    2401.01984); their FPR is a mean over good pictures, the same where all have equally many pixels.
+
+    Exact up to 2^22 pixels of good pictures, above for the highest 2^16 of them. Of a defective picture at most `KEPT`
+    defect pixels are kept, evenly spread by rank.
+    """
+
+    LOW, HIGH, KEPT = 1e-5, 1e-4, 4096
+
+    def __init__(self) -> None:
+        self._good, self._found = _Store(2**22, weighted=False), list[Array]()
+
+    def update(self, anomaly_map: Array, mask: Array | None = None) -> None:
+        """Add one image: finite (H, W), and its bool mask, None for a good one. A mask without pixels is left out."""
+        if mask is None:
+            self._good.add(np.ravel(anomaly_map))
+        elif mask.any():
+            values = np.sort(anomaly_map[mask])
+            steps = np.linspace(0, len(values) - 1, min(len(values), self.KEPT)).round().astype(int)
+            self._found.append(values[steps])
+
+    def per_image(self) -> Array | None:
+        """AUPIMO of each defective picture, float64 (D,), in the order of the updates.
+
+        None without defective pictures or with too few good pixels to tell `LOW` from 0.
+        """
+        if not self._found or self._good.total < 1 / self.LOW:
+            return None
+        values = np.concatenate(self._found)
+        distinct, index = np.unique(values, return_inverse=True)
+        rate = self._good.count(distinct)[1] / self._good.total
+        share = np.log(self.HIGH / rate.clip(self.LOW, self.HIGH)) / np.log(self.HIGH / self.LOW)
+        ends = np.cumsum([len(found) for found in self._found])[:-1]
+        return np.array([part.mean() for part in np.split(share[index], ends)])
+
+
 class PixelAccumulator:
     """Pixel metrics over all images of a test set, image by image; maps may differ in size.
 
@@ -170,13 +230,20 @@ class PixelAccumulator:
         self._updates = 0
         self._rankings: tuple[Ranking, Ranking] | None = None
 
-    def update(self, anomaly_map: ArrayLike, mask: ArrayLike | None = None, valid: ArrayLike | None = None) -> None:
+    def update(
+        self,
+        anomaly_map: ArrayLike,
+        mask: ArrayLike | None = None,
+        valid: ArrayLike | None = None,
+        regions: Iterable[tuple[Array, float]] | None = None,
+    ) -> None:
         """Add one image.
 
         `anomaly_map`: (H, W), higher is more anomalous; values are compared as float32, to which others are cast.
         `mask`: (H, W) bool, True on defects; None for a good image. `valid`: (H, W) bool, the pixels that count; all
-        by default. Raises ValueError on unequal shapes and on NaN or infinite values where `valid`; nothing is added
-        then.
+        by default. `regions`: masks and saturations as for `saturated_weights`, instead of the connected regions of the
+        mask, all of it valid; AUPRO is then AU-sPRO. Raises ValueError on unequal shapes and on NaN or infinite values
+        where `valid`; nothing is added then.
         """
         with np.errstate(over="ignore"):  # found below, as infinite
             scores = np.asarray(anomaly_map, np.float32)
@@ -191,7 +258,8 @@ class PixelAccumulator:
             raise ValueError(f"anomaly map of update {self._updates} (from 0) holds NaN or infinite values")
         negative, positive = (~mask, mask) if valid is None else (~mask & valid, mask & valid)
         self._negatives.add(scores[negative])
-        self._positives.add(scores[positive], region_weights(mask, valid))
+        weights = region_weights(mask, valid) if regions is None else saturated_weights(scores, regions, mask)
+        self._positives.add(scores[positive], weights)
         self._updates += 1
         self._rankings = None
 
