@@ -26,6 +26,15 @@ class DatasetError(ValueError):
 
 
 @dataclass(frozen=True)
+class Saturated:
+    """One region of a defect, of which so much must be found that the whole counts as found (sPRO of MVTec LOCO AD)."""
+
+    mask: Path  # a picture, not 0 where the region is
+    saturation: float  # pixels of that picture; if relative, share of the region's area
+    relative: bool
+
+
+@dataclass(frozen=True)
 class Sample:
     """One picture and what is known of it."""
 
@@ -33,6 +42,7 @@ class Sample:
     label: int  # 0 good, 1 defect
     mask: Path | None = None  # a picture of the same size, not 0 where the defect is
     defect: str = "good"  # "good", or the kind of defect
+    regions: tuple[Saturated, ...] = ()  # of the mask, where they have a saturation
 
 
 @dataclass(frozen=True)

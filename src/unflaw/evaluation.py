@@ -8,13 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from unflaw.cache import Progress, TrainingError, silent
 from unflaw.datasets import Dataset, Sample
 from unflaw.detector import Detector
-from unflaw.images import ImageError, prepare_mask, read_mask
-from unflaw.metrics import PixelAccumulator, auroc, image_metrics, image_ranking, precision_recall_curve, roc_curve
+from unflaw.measurement import Measurement
 from unflaw.results import Evaluation, Inspected, Result
 
 SHOWN = 40  # pictures kept whole for the report
@@ -47,16 +44,17 @@ def evaluate(
     *,
     category: str | None = None,
     shown: int | None = None,
+    spool: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Inspects the test part of a data set and measures.
 
-    Pixel metrics are taken on the prepared canvas (masks by nearest neighbour) over good pictures and those defective
-    ones that have a mask; None where no picture has one. Training pictures never take part.
+    For the metrics see `Measurement`. Training pictures never take part.
 
     Args:
         category: What the pictures show, for a detector of several; None: the one that is called like the data set.
         shown: Pictures kept whole for the report; None: SHOWN.
+        spool: Also gives what `statistics` needs of each picture; maps are kept in a temporary file meanwhile.
 
     Raises:
         TrainingError: The data set has no test pictures, or none could be read. DetectorError: as for
@@ -68,40 +66,21 @@ def evaluate(
         raise TrainingError(
             f"{dataset.name}: there are no test pictures; give a folder with test/good and test/<defect>"
         )
-    masks_known = any(sample.mask for sample in dataset.test)
-    pixels = PixelAccumulator()
-    per_defect_pixels: dict[str, PixelAccumulator] = {}
-    rows: list[dict[str, Any]] = []
+    measured = Measurement(dataset, detector.config.preparation, spool=spool)
     skipped: list[tuple[str, str]] = []
     gallery = _Gallery(SHOWN if shown is None else shown)
     started, cpu = time.perf_counter(), time.process_time()
     for sample, result in _inspected(detector, dataset.test, category, skipped, progress):
-        mask = _mask(detector, sample)
-        row = {"path": str(sample.path), "label": sample.label, "defect": sample.defect}
-        rows.append(row | {"score": result.score, "p_value": result.p_value, "verdict": result.verdict})
+        facts = {"p_value": result.p_value, "verdict": result.verdict}
+        mask = measured.add(sample, result.score, result.map, result.valid, **facts)
         gallery.add(Inspected(result, sample.label, sample.defect, mask))
-        if masks_known and (sample.label == 0 or mask is not None):
-            x0, y0, x1, y1 = result.valid
-            crop = result.map[y0:y1, x0:x1]
-            truth = None if mask is None else mask[y0:y1, x0:x1]
-            pixels.update(crop, truth)
-            if sample.label:
-                per_defect_pixels.setdefault(sample.defect, PixelAccumulator(limit=2**22)).update(crop, truth)
     elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
+    rows = measured.rows
     if not rows:
         raise TrainingError(f"{dataset.name}: none of the {len(skipped)} test pictures could be read; {skipped[0][1]}")
-    labels = np.array([row["label"] for row in rows])
-    scores = np.array([row["score"] for row in rows])
     started_metrics = time.perf_counter()
-    pixel_metrics = pixels.compute()
-    if not masks_known:
-        pixel_metrics = dict.fromkeys(pixel_metrics)
     metrics: dict[str, Any] = {
-        **image_metrics(scores, labels),
-        **pixel_metrics,
-        "per_defect": _per_defect(rows, per_defect_pixels),
-        "n_images": len(rows),
-        "n_good": int((labels == 0).sum()),
+        **measured.metrics(),
         "false_alarms": sum(row["verdict"] == "defect" and not row["label"] for row in rows),
         "missed": sum(row["verdict"] == "good" and bool(row["label"]) for row in rows),
         "skipped": skipped,
@@ -120,12 +99,8 @@ def evaluate(
         "training": detector.record_.get("seconds"),
     }
     metrics["config"] = detector.config.model_dump(mode="json")
-    ranking = image_ranking(scores, labels)
-    curves = {"roc": roc_curve(ranking), "pr": precision_recall_curve(ranking)}
-    if masks_known:
-        curves["pro"] = pixels.curves()["pro"]
-    points = {name: (curve[:, 0], curve[:, 1]) for name, curve in curves.items() if curve is not None}
-    return Evaluation(metrics, rows, points, gallery.pictures(), skipped)
+    pictures = measured.per_picture() if spool else None
+    return Evaluation(metrics, rows, measured.curves(), gallery.pictures(), skipped, pictures)
 
 
 def _inspected(
@@ -142,35 +117,6 @@ def _inspected(
         else:
             skipped.append((outcome[0], str(outcome[1])))
         progress("evaluating", i + 1, len(samples), None)
-
-
-def _mask(detector: Detector, sample: Sample) -> np.ndarray | None:
-    """The mask on the canvas; None for good pictures and where there is none or it cannot be read."""
-    if not sample.label or sample.mask is None:
-        return None
-    try:
-        return prepare_mask(read_mask(sample.mask), detector.config.preparation)
-    except ImageError:
-        return None  # `load_dataset` reports unreadable masks
-
-
-def _per_defect(rows: list[dict[str, Any]], pixels: dict[str, PixelAccumulator]) -> dict[str, dict[str, Any]]:
-    """Each defect type against all good pictures; pixel AUROC within the pictures of that type."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        groups[row["defect"] if row["label"] else ""].append(row)
-    good = [row["score"] for row in groups.pop("", [])]
-    table = {}
-    for defect, members in sorted(groups.items()):
-        scores = [row["score"] for row in members]
-        ranking = image_ranking([*good, *scores], [0] * len(good) + [1] * len(scores))
-        table[defect] = {
-            "n_images": len(members),
-            "image_auroc": auroc(ranking),
-            "pixel_auroc": pixels[defect].compute()["pixel_auroc"] if defect in pixels else None,
-            "found": sum(row["verdict"] == "defect" for row in members),
-        }
-    return table
 
 
 class _Gallery:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unflaw.results import METRICS
+from unflaw.results import defined
 
 
 def lines(metrics: Mapping[str, Any]) -> str:
     """What was measured on one data set, a line for each kind of metric."""
-    kinds = [[name for name in METRICS if name.startswith(kind)] for kind in ("image", "pixel", "aupro")]
+    known = defined([metrics])
+    kinds = [[name for name in known if name.startswith(kind)] for kind in ("image", "pixel", ("au", "spro"))]
     shown = ["  ".join(f"{name} {_number(metrics[name])}" for name in names) for names in kinds]
     return "\n".join([*shown, _verdicts(metrics), metrics["calibration"]])
 
 
 def table(metrics: Mapping[str, Mapping[str, Any]], mean: Mapping[str, float | None]) -> str:
     """A row of metrics per category and their means, then the verdicts on each category."""
-    side = max(map(len, [*metrics, "mean"]))
+    side, mean = max(map(len, [*metrics, "mean"])), {name: mean[name] for name in defined(metrics.values())}
     rows = [
         "  ".join([name.ljust(side), *(_number(row[key]).rjust(len(key)) for key in mean)])
         for name, row in [*metrics.items(), ("mean", mean)]

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from unflaw.report.panels import heat_map, label, views
-from unflaw.results import Evaluation, Inspected, Scale, mean_metrics
+from unflaw.results import Evaluation, Inspected, Scale, defined, mean_metrics
 
 _METRICS = {
     "image_auroc": ("Image AUROC", "chance that a defective picture scores above a good one"),
@@ -26,6 +26,8 @@ _METRICS = {
     "pixel_f1_max": ("Pixel F1 max", "best F1 of all pixel thresholds, likewise an upper bound"),
     "aupro_30": ("AUPRO 30%", "share found of each defect, averaged while up to 30% of good pixels are marked"),
     "aupro_05": ("AUPRO 5%", "the same up to 5%, which is closer to use in practice"),
+    "aupimo": ("AUPIMO", "share found of each picture's defects while 1 to 10 of 100,000 good pixels are marked"),
+    "spro_05": ("sPRO 5%", "as AUPRO 5%, but of each defect only as much need be found as its kind asks for"),
 }
 # name -> title, x axis, y axis, end of the x axis. PRO is only of interest where few good pixels are marked.
 _CURVES = {
@@ -72,7 +74,7 @@ def write_report(
         title=title,
         summary=_summary([row for section in sections for row in section["rows"]]),
         notes=notes,
-        meanings=_METRICS,
+        meanings={name: _METRICS[name] for name in defined(section["metrics"] for section in sections)},
         sections=sections,
         mean=mean_metrics(named),
     )

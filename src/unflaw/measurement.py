@@ -1,0 +1,145 @@
+"""Metrics of a data set from anomaly maps and image scores, whatever made them; in bounded memory, no torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from unflaw.datasets import Dataset, Sample
+from unflaw.images import ImageError, Preparation, prepare_mask, read_mask
+from unflaw.metrics import (
+    Array,
+    OverlapAccumulator,
+    PixelAccumulator,
+    auroc,
+    image_metrics,
+    image_ranking,
+    precision_recall_curve,
+    roc_curve,
+)
+from unflaw.statistics import MapSpool, PerPicture
+
+
+class Measurement:
+    """Takes the test pictures of a data set one by one.
+
+    Pixel metrics are taken on the prepared canvas (masks by nearest neighbour) over good pictures and those defective
+    ones that have a mask; None where no picture has one.
+
+    Args:
+        dataset: Its test part says whether there are masks.
+        preparation: Of the pictures that the maps are of.
+        spool: Keeps the maps in a file for `per_picture`.
+
+    Attributes:
+        rows: Per picture "path label defect score" and the facts that `add` was given.
+    """
+
+    def __init__(self, dataset: Dataset, preparation: Preparation, *, spool: bool = False) -> None:
+        self.preparation = preparation
+        self.masks_known = any(sample.mask for sample in dataset.test)
+        self.rows: list[dict[str, Any]] = []
+        self._pixels, self._overlap = PixelAccumulator(), OverlapAccumulator()
+        self._saturated = PixelAccumulator() if any(sample.regions for sample in dataset.test) else None
+        self._per_defect: dict[str, PixelAccumulator] = defaultdict(lambda: PixelAccumulator(limit=2**22))
+        self._spool = MapSpool() if spool and self.masks_known else None
+
+    def add(
+        self, sample: Sample, score: float, anomaly_map: Array, valid: tuple[int, ...], **facts: Any
+    ) -> Array | None:
+        """One picture: its image score, its map (S, S) and the part of the canvas `(x0, y0, x1, y1)` that it covers.
+
+        Returns:
+            The mask on the canvas, bool (S, S); None for a good picture and where there is none or it cannot be read.
+        """
+        row = {"path": str(sample.path), "label": sample.label, "defect": sample.defect, "score": score}
+        self.rows.append(row | facts)
+        mask = self._mask(sample)
+        if self.masks_known and (sample.label == 0 or mask is not None):
+            x0, y0, x1, y1 = valid
+            inside = np.s_[y0:y1, x0:x1]
+            crop, truth = anomaly_map[inside], None if mask is None else mask[inside]
+            self._pixels.update(crop, truth)
+            self._overlap.update(crop, truth)
+            if self._saturated is not None:
+                self._saturated.update(crop, truth, regions=self._regions(sample, inside) if sample.regions else None)
+            if sample.label:
+                self._per_defect[sample.defect].update(crop, truth)
+            if self._spool is not None:
+                self._spool.add(len(self.rows) - 1, crop, truth)
+        return mask
+
+    def metrics(self) -> dict[str, Any]:
+        """`METRICS` of `results`, None where undefined, "per_defect", "n_images" and "n_good".
+
+        "per_defect" holds each defect type against all good pictures, and pixel AUROC within the pictures of that type.
+        """
+        overlap = self._overlap.per_image()
+        found = {
+            **image_metrics(*self._ranked()),
+            **self._pixels.compute(),
+            "aupimo": None if overlap is None else float(overlap.mean()),
+            "spro_05": None if self._saturated is None else self._saturated.compute()["aupro_05"],
+        }
+        if not self.masks_known:
+            found |= {name: None for name in found if not name.startswith("image")}
+        labels = self._ranked()[1]
+        counts = {"n_images": len(labels), "n_good": int((labels == 0).sum())}
+        return {**found, "per_defect": self._defects(), **counts}
+
+    def curves(self) -> dict[str, tuple[Array, Array]]:
+        """Points for plots, `name -> (x, y)`: "roc" and "pr" over images, "pro" over pixels, where defined."""
+        ranking = image_ranking(*self._ranked())
+        curves = {"roc": roc_curve(ranking), "pr": precision_recall_curve(ranking)}
+        if self.masks_known:
+            curves["pro"] = self._pixels.curves()["pro"]
+        return {name: (curve[:, 0], curve[:, 1]) for name, curve in curves.items() if curve is not None}
+
+    def per_picture(self) -> PerPicture:
+        """What resampling needs of each picture; of pixels only with `spool`, and where there are masks."""
+        scores, labels = self._ranked()
+        names = [row["path"] for row in self.rows]
+        tables = None if self._spool is None else self._spool.tables(len(names), self._pixels.rankings()[0])
+        return PerPicture(names, labels, scores, tables)
+
+    def _ranked(self) -> tuple[Array, Array]:
+        return np.array([row["score"] for row in self.rows]), np.array([row["label"] for row in self.rows], int)
+
+    def _mask(self, sample: Sample) -> Array | None:
+        if not sample.label or sample.mask is None:
+            return None
+        try:
+            return prepare_mask(read_mask(sample.mask), self.preparation)
+        except ImageError:
+            return None  # `load_dataset` reports unreadable masks
+
+    def _regions(self, sample: Sample, inside: Any) -> Iterator[tuple[Array, float]]:
+        """Masks and saturations on the canvas; what saturates is the same share of a region as on the picture."""
+        for region in sample.regions:
+            original = read_mask(region.mask)
+            mask = prepare_mask(original, self.preparation)[inside]
+            share = region.saturation if region.relative else region.saturation / original.sum()
+            if mask.any():
+                yield mask, min(share, 1) * mask.sum()
+
+    def _defects(self) -> dict[str, dict[str, Any]]:
+        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in self.rows:
+            groups[row["defect"] if row["label"] else ""].append(row)
+        good = [row["score"] for row in groups.pop("", [])]
+        table: dict[str, dict[str, Any]] = {}
+        for defect, members in sorted(groups.items()):
+            scores = [row["score"] for row in members]
+            ranking = image_ranking([*good, *scores], [0] * len(good) + [1] * len(scores))
+            pixels = self._per_defect[defect].compute() if defect in self._per_defect else {}
+            table[defect] = {
+                "n_images": len(members),
+                "image_auroc": auroc(ranking),
+                "pixel_auroc": pixels.get("pixel_auroc"),
+            }
+            if "verdict" in members[0]:
+                table[defect]["found"] = sum(row["verdict"] == "defect" for row in members)
+        return table

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from unflaw.datasets import Dataset, Sample, Saturated
+from unflaw.images import Preparation
+from unflaw.measurement import Measurement
+from unflaw.metrics import PixelAccumulator
+
+SIDE = 32
+
+
+@pytest.fixture
+def regions(tmp_path):
+    """One good and one defective picture whose mask has two regions, on masks of twice the canvas."""
+    whole = np.zeros((2, 2 * SIDE, 2 * SIDE), np.uint8)
+    whole[0, 4:20, 4:20], whole[1, 30:60, 30:40] = 255, 255
+    paths = []
+    for i, mask in enumerate([*whole, whole.max(0)]):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(mask).save(paths[-1])
+    saturated = Saturated(paths[0], 64.0, False), Saturated(paths[1], 0.5, True)
+    bad = Sample(tmp_path / "bad.png", 1, paths[2], "two", saturated)
+    dataset = Dataset("parts", "mvtec", (), (), (Sample(tmp_path / "good.png", 0), bad), ())
+    return dataset, [mask[::2, ::2] > 0 for mask in whole]
+
+
+def test_saturations_shrink_with_the_picture(regions):
+    dataset, (first, second) = regions
+    measured, rng = Measurement(dataset, Preparation(size=SIDE)), np.random.default_rng(0)
+    maps = rng.random((2, SIDE, SIDE), np.float32)
+    maps[1] += 0.5 * (first | second)
+    for sample, values in zip(dataset.test, maps, strict=True):
+        measured.add(sample, float(values.max()), values, (0, 0, SIDE, SIDE))
+    expected = PixelAccumulator()
+    expected.update(maps[0])
+    # 64 of 256 pixels of the mask are a quarter of the region, whatever its size on the canvas
+    expected.update(maps[1], first | second, regions=[(first, first.sum() / 4), (second, second.sum() / 2)])
+    metrics = measured.metrics()
+    assert metrics["spro_05"] == pytest.approx(expected.compute()["aupro_05"])
+    assert metrics["spro_05"] > metrics["aupro_05"]
+
+
+def test_only_regions_with_saturations_have_spro(regions):
+    dataset, _ = regions
+    good, bad = dataset.test
+    plain = Dataset("parts", "mvtec", (), (), (good, Sample(bad.path, 1, bad.mask, "two")), ())
+    measured = Measurement(plain, Preparation(size=SIDE))
+    for sample in plain.test:
+        measured.add(sample, 1.0, np.ones((SIDE, SIDE)), (0, 0, SIDE, SIDE))
+    metrics = measured.metrics()
+    assert metrics["spro_05"] is None and metrics["aupimo"] is None and metrics["aupro_05"] is not None
+
+
+def test_pictures_are_kept_for_resampling_only_where_asked_for(regions):
+    dataset, _ = regions
+    for spool in (True, False):
+        measured = Measurement(dataset, Preparation(size=SIDE), spool=spool)
+        for i, sample in enumerate(dataset.test):
+            measured.add(sample, float(i), np.random.default_rng(i).random((SIDE, SIDE)), (0, 4, SIDE, SIDE))
+        kept = measured.per_picture()
+        assert kept.names == [str(sample.path) for sample in dataset.test] and kept.labels.tolist() == [0, 1]
+        assert (kept.pixels is not None) == spool
+    measured = Measurement(dataset, Preparation(size=SIDE), spool=True)
+    measured.add(dataset.test[0], 0.0, np.ones((SIDE, SIDE)), (0, 4, SIDE, SIDE))
+    assert measured.per_picture().pixels.clean[0, -1] == SIDE * (SIDE - 4)  # padding does not count
