@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 
 from conftest import OWN, TINY, make_parts
-from unflaw.ablation import METRICS, Log, Record, Run, ablate, comma_separated, markdown, tabulate
+from unflaw.ablation import METRICS, Record, Run, ablate, comma_separated, markdown, tabulate
 from unflaw.cache import TrainingError
 from unflaw.config import make_config
 from unflaw.datasets import load_dataset
 from unflaw.evaluation import evaluate
 from unflaw.experiment import Laboratory
+from unflaw.runs import Log
 from unflaw.variants import FULL, choose, parse
 
 SMALL = TINY | {"features.backbone": "test_efficientnet", "training.steps": 2}
@@ -161,7 +162,7 @@ def test_places_that_cannot_be_written_are_named(run, tmp_path):
     (tmp_path / "out/runs.jsonl").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"out/runs\.jsonl: .*another folder"):
         run(out=tmp_path / "out")
-    log = Log(tmp_path / "new/runs.jsonl")
+    log = Log(tmp_path / "new/runs.jsonl", Record)
     (tmp_path / "new/runs.jsonl").unlink()
     (tmp_path / "new").rmdir()
     with pytest.raises(ValueError, match=r"new/runs\.jsonl: cannot be written"):

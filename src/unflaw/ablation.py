@@ -6,22 +6,17 @@ there already is not done again. So a killed ablation goes on where it stopped.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel
 
 from unflaw import __version__
 from unflaw.config import Config
 from unflaw.datasets import Dataset
-from unflaw.files import write_atomically
+from unflaw.runs import Finished, Log
+from unflaw.tables import comma_separated, short, summary, write_text
 from unflaw.variants import FULL, Variant, written
 
 if TYPE_CHECKING:
@@ -53,7 +48,7 @@ class Run:
         return f"{self.dataset.name}, variant {self.variant.name!r}, seed {self.config.training.seed}"
 
 
-class Record(BaseModel):
+class Record(Finished):
     """A finished run, a line of `runs.jsonl`.
 
     Attributes:
@@ -68,7 +63,6 @@ class Record(BaseModel):
         machine, unflaw, torch: What it was made with.
     """
 
-    digest: str
     data: str
     variant: str
     seed: int
@@ -83,52 +77,6 @@ class Record(BaseModel):
     machine: str
     unflaw: str
     torch: str
-
-
-class Log:
-    """Finished runs in a file, which is made where there is none. A last line that has no end is dropped.
-
-    Attributes:
-        records: By digest.
-
-    Raises:
-        ValueError: The file holds other lines, or cannot be read or written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records: dict[str, Record] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            *lines, rest = path.read_text("utf-8", "replace").split("\n") if path.exists() else [""]
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = Record.model_validate_json(line)
-                except ValueError as error:
-                    remedy = "delete the line, and its run is done again"
-                    raise ValueError(f"{path}, line {number}: is not a finished run; {remedy}") from error
-                self.records[record.digest] = record
-            if rest or not path.exists():
-                write_atomically(path, lambda file: file.write_text("".join(f"{line}\n" for line in lines), "utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be used ({error}); name another folder for the results") from error
-
-    def append(self, record: Record) -> None:
-        """Writes a line, down to the disk.
-
-        Raises:
-            ValueError: It cannot be written.
-        """
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(record.model_dump_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise ValueError(
-                f"{self.path}: cannot be written ({error}); make room, the same command goes on"
-            ) from error
-        self.records[record.digest] = record
 
 
 def ablate(
@@ -171,7 +119,7 @@ def ablate(
         if not (dataset.train and dataset.test):
             lacking = "test" if dataset.train else "good training"
             raise ValueError(f"{dataset.name}: there are no {lacking} pictures; an ablation needs train/ and test/")
-    laboratory, log = Laboratory(cache, weights), Log(out / "runs.jsonl")
+    laboratory, log = Laboratory(cache, weights), Log(out / "runs.jsonl", Record)
     plan = list(_plan(laboratory, method, data, variants, common, seeds))
     write_tables(out, plan, common, log.records)
     left = [run for run in plan if run.digest not in log.records]
@@ -251,17 +199,10 @@ def tabulate(plan: Sequence[Run], records: dict[str, Record]) -> list[dict[str, 
         found += [records[run.digest]] if run.digest in records else []
     return [
         {"data": data, "variant": variant.name, "overrides": variant.overrides, "why": variant.why, "n": len(found)}
-        | {name: _summary([record.metrics.get(name) for record in found]) for name in METRICS}
-        | {"seconds": _summary([record.seconds["training"] for record in found])}
+        | {name: summary([record.metrics.get(name) for record in found]) for name in METRICS}
+        | {"seconds": summary([record.seconds["training"] for record in found])}
         for (data, _), (variant, found) in groups.items()
     ]
-
-
-def _summary(values: Sequence[float | None]) -> dict[str, float | None]:
-    known = [value for value in values if value is not None]
-    if not known:
-        return dict.fromkeys(("mean", "deviation", "median"))
-    return {"mean": fmean(known), "deviation": stdev(known) if len(known) > 1 else None, "median": median(known)}
 
 
 def write_tables(out: Path, plan: Sequence[Run], common: dict[str, Any], records: dict[str, Record]) -> None:
@@ -278,27 +219,9 @@ def write_tables(out: Path, plan: Sequence[Run], common: dict[str, Any], records
         "machines": sorted({record.machine for record in finished}),
         "unflaw": __version__,
     }
-    _write(out / "table.md", markdown(rows, made))
-    _write(out / "table.csv", comma_separated(rows))
-    _write(out / "table.json", json.dumps(made | {"rows": rows}, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
-
-
-def comma_separated(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of `tabulate` as CSV with the columns `<metric>_mean` and so on; what is undefined is empty."""
-
-    def flat(name: str, value: Any) -> dict[str, Any]:
-        return {f"{name}_{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-
-    lines = [{key: v for name, value in row.items() for key, v in flat(name, value).items()} for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    write_text(out / "table.md", markdown(rows, made))
+    write_text(out / "table.csv", comma_separated(rows))
+    write_text(out / "table.json", json.dumps(made | {"rows": rows}, indent=2, ensure_ascii=False) + "\n")
 
 
 def markdown(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
@@ -325,7 +248,7 @@ def markdown(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
             heads = ["variant", *METRICS.values(), "seconds", "n", "changed"]
             lines += ["", f"## {row['data']}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         full = first[row["data"]]
-        cells = [_cell(row[name], _short, None if row is full else full[name]["mean"]) for name in METRICS]
+        cells = [_cell(row[name], short, None if row is full else full[name]["mean"]) for name in METRICS]
         cells += [
             _cell(row["seconds"], "{:.1f}".format),
             str(row["n"]),
@@ -341,9 +264,4 @@ def _cell(summary: dict[str, float | None], show: Callable[[float], str], full: 
     if mean is None:
         return "–"
     spread = "" if deviation is None else f" ± {show(deviation)}"
-    return show(mean) + spread + ("" if full is None else f" ({_short(mean - full, '+')})")
-
-
-def _short(value: float, sign: str = "-") -> str:
-    """Three decimals, without the zero before the point, with a true minus."""
-    return f"{round(value, 3) + 0.0:{sign}.3f}".replace("0.", ".", 1).replace("-", "−")
+    return show(mean) + spread + ("" if full is None else f" ({short(mean - full, '+')})")

@@ -313,6 +313,53 @@ def ablate(
 
 
 @app.command()
+def benchmark(
+    out: Annotated[Path, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json, .tex, .html.")],
+    grid: Annotated[Path | None, typer.Option(help="YAML with the fields below; flags go before it.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="uranet, lookup, mfrnet, draem or memae; may be repeated.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Data set with test pictures, or a folder of categories; may be repeated."),
+    ] = None,
+    backbone: Annotated[
+        list[str] | None, typer.Option(help="Any timm model, or MODEL=WEIGHTS with a file; may be repeated.")
+    ] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Side in pixels; may be repeated.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="The seeds 0 to SEEDS - 1; 3 without.")] = None,
+    profile: Annotated[str | None, typer.Option(help="cpu or paper.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all runs have.")] = None,
+) -> None:
+    """Methods × data sets × backbones × sizes × seeds into one table, with times, memory and intervals.
+
+    The same command goes on after an interruption; a finished run is not done again. Exit code 3 if some runs failed.
+
+    Example:  unflaw benchmark --method uranet --method mfrnet --data mvtec_ad --seeds 3 --out table
+
+    In YAML:  {methods: [uranet, mfrnet], data: [mvtec_ad], backbones: [resnet18], sizes: [256], seeds: 3}
+    """
+    given = {"methods": method, "data": data, "backbones": backbone, "sizes": size, "seeds": seeds, "profile": profile}
+    with _errors():
+        from unflaw.benchmark import benchmark as run
+        from unflaw.benchmark import plan, read_grid
+        from unflaw.datasets import load_categories
+
+        changes = {name: value for name, value in given.items() if value}
+        wanted = read_grid(grid, changes | ({"settings": dict(map(_setting, setting))} if setting else {}))
+        datasets = load_categories(wanted.data)
+        _report_dataset_problems(datasets)
+        with _progress() as progress:
+            records, failed = run(plan(wanted, list(datasets.values())), out, progress)
+        _report_problems({f"skipped {reason}" for record in records for reason in record.skipped.values()})
+        typer.echo((out / "table.md").read_text("utf-8"))
+        for name, reason in failed.items():
+            typer.echo(f"error: {name}: {reason}", err=True)
+        if failed:
+            raise typer.Exit(3)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, detector, metrics and report.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="For the data and the detector.")] = 0,

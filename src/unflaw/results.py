@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from unflaw.statistics import PerPicture
+if TYPE_CHECKING:
+    from unflaw.statistics import PerPicture
 
 Verdict = Literal["good", "defect"]
 # Figures of an evaluation that can be compared, in the order in which they are shown.

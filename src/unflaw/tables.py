@@ -1,10 +1,15 @@
-"""Metrics of an evaluation as text."""
+"""Figures as text: of an evaluation, and rows of summaries over runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
 from typing import Any
 
+from unflaw.files import write_atomically
 from unflaw.results import defined
 
 
@@ -36,3 +41,36 @@ def _verdicts(metrics: Mapping[str, Any]) -> str:
         f"{metrics['n_images']} pictures: {metrics['false_alarms']} false alarms among {metrics['n_good']} good ones, "
         f"{metrics['missed']} missed of {metrics['n_images'] - metrics['n_good']} defective ones"
     )
+
+
+def summary(values: Sequence[float | None]) -> dict[str, float | None]:
+    """ "mean", "deviation" (of a sample, None for one value) and "median" of what is known; all None if nothing is."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return dict.fromkeys(("mean", "deviation", "median"))
+    return {"mean": fmean(known), "deviation": stdev(known) if len(known) > 1 else None, "median": median(known)}
+
+
+def short(value: float, sign: str = "-") -> str:
+    """Three decimals, without the zero before the point, with a true minus."""
+    return f"{round(value, 3) + 0.0:{sign}.3f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
+
+
+def comma_separated(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as CSV; what a row has of several values becomes columns `<name>_mean` and so on, None an empty cell."""
+
+    def flat(name: str, value: Any) -> dict[str, Any]:
+        return {f"{name}_{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+
+    lines = [{key: v for name, value in row.items() for key, v in flat(name, value).items()} for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

@@ -7,15 +7,17 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from unflaw.report.panels import heat_map, label, views
 from unflaw.results import Evaluation, Inspected, Scale, defined, mean_metrics
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _METRICS = {
     "image_auroc": ("Image AUROC", "chance that a defective picture scores above a good one"),
@@ -60,17 +62,11 @@ def write_report(
         ImportError: Jinja2 is not installed.
         OSError: The file cannot be written.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise ImportError("the report needs Jinja2; install it with: pip install 'unflaw[report]'") from error
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["number"] = _number
+    environment = templates()
     named = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
     scales = scale if isinstance(scale, Mapping) else dict.fromkeys(named, scale)
     sections = [_section(name, found, scales[name]) for name, found in named.items()]
-    page = environment.from_string((resources.files(__package__) / "report.html.j2").read_text("utf-8")).render(
+    page = environment.get_template("report.html.j2").render(
         title=title,
         summary=_summary([row for section in sections for row in section["rows"]]),
         notes=notes,
@@ -85,6 +81,25 @@ def write_report(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def templates() -> Environment:
+    """The templates of this folder.
+
+    Raises:
+        ImportError: Jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise ImportError("the report needs Jinja2; install it with: pip install 'unflaw[report]'") from error
+
+    loader = PackageLoader("unflaw", "report")
+    environment = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters["number"] = _number
+    return environment
 
 
 def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:

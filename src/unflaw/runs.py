@@ -1,0 +1,70 @@
+"""The log of finished runs, from which an interrupted experiment goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel
+
+from unflaw.files import write_atomically
+
+
+class Finished(BaseModel):
+    """What every finished run has: the digest of all that decides its figures."""
+
+    digest: str
+
+
+R = TypeVar("R", bound=Finished)
+
+
+class Log(Generic[R]):
+    """Finished runs in a file, which is made where there is none. A last line that has no end is dropped.
+
+    Args:
+        path: The file, a JSON object per line.
+        kind: Model of a line.
+
+    Attributes:
+        records: By digest.
+
+    Raises:
+        ValueError: The file holds other lines, or cannot be read or written.
+    """
+
+    def __init__(self, path: Path, kind: type[R]) -> None:
+        self.path = path
+        self.records: dict[str, R] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            *lines, rest = path.read_text("utf-8", "replace").split("\n") if path.exists() else [""]
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = kind.model_validate_json(line)
+                except ValueError as error:
+                    remedy = "delete the line, and its run is done again"
+                    raise ValueError(f"{path}, line {number}: is not a finished run; {remedy}") from error
+                self.records[record.digest] = record
+            if rest or not path.exists():
+                write_atomically(path, lambda file: file.write_text("".join(f"{line}\n" for line in lines), "utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be used ({error}); name another folder for the results") from error
+
+    def append(self, record: R) -> None:
+        """Writes a line, down to the disk.
+
+        Raises:
+            ValueError: It cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(record.model_dump_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: cannot be written ({error}); make room, the same command goes on"
+            ) from error
+        self.records[record.digest] = record
