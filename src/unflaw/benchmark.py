@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from unflaw.config import METHODS, Config, make_config
+from unflaw.config import METHODS, Config, applies, make_config
 from unflaw.datasets import Dataset
 from unflaw.results import METRICS
 from unflaw.runs import Finished, Log
@@ -47,7 +47,7 @@ class Grid(BaseModel):
     sizes: list[int] = Field([], description="sides in pixels; none: the default one")
     seeds: int = Field(3, ge=1, description="the seeds 0 to seeds - 1")
     profile: str = "cpu"
-    settings: dict[str, Any] = Field({}, description="dotted settings of all runs of ours")
+    settings: dict[str, Any] = Field({}, description="dotted settings, of all methods that have them")
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,9 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
             raise ValueError(f"{dataset.name}: there are no {lacking} pictures; a benchmark needs both")
     if unknown := [method for method in grid.methods if method not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    # a setting that only some of the methods have is theirs alone; one that none has is an error below
+    some = {name for name in grid.settings if any(applies(name, method) for method in grid.methods)}
+    settings = {m: {n: v for n, v in grid.settings.items() if n not in some or applies(n, m)} for m in grid.methods}
     runs: dict[tuple[Any, ...], Run] = {}
     laboratories: dict[str, Laboratory] = {}
     for dataset in datasets:
@@ -193,12 +196,12 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
                 laboratory = laboratories.setdefault(weights, Laboratory(Path(), weights or None))
                 for size in grid.sizes or [0]:
                     for seed in range(grid.seeds):
-                        changes = grid.settings | {"training.seed": seed}
+                        changes = settings[method] | {"training.seed": seed}
                         changes |= {"features.backbone": name} if name else {}
                         changes |= {"preparation.size": size} if size else {}
                         config = make_config(method, grid.profile, changes)
                         digest = laboratory.digest(config, dataset)
-                        run = Run(dataset, config, weights or None, written(grid.settings), digest)
+                        run = Run(dataset, config, weights or None, written(settings[method]), digest)
                         runs[run.row + (seed,)] = run  # noqa: RUF005 - unpacking in a subscript needs Python 3.11
     return list(runs.values())
 

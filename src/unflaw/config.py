@@ -295,7 +295,7 @@ def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str,
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; there are {', '.join(PROFILES)}")
-    profiled = {name: value for name, value in PROFILES[profile].items() if _applies(name, method)}
+    profiled = {name: value for name, value in PROFILES[profile].items() if applies(name, method)}
     profiled |= OWN.get((method, profile), {})
     tree: dict[str, Any] = {"network": {"method": method}}
     for name, value in {**profiled, **(changes or {})}.items():
@@ -314,7 +314,7 @@ def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str,
         raise ValueError(f"setting {where}: {first['msg']} (given: {first['input']!r})") from error
 
 
-def _applies(name: str, method: str) -> bool:
+def applies(name: str, method: str) -> bool:
     """Whether a method has this setting: profiles name settings of all methods."""
     room, field, *_ = name.split(".")
     return room != "network" or field in _OPTIONS[method].model_fields
