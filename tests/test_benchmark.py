@@ -272,8 +272,15 @@ def test_the_plot_keeps_its_points_inside():
     rows = tabulate([run for run, _ in pairs], {record.digest: record for _, record in pairs})
     drawn = plot(rows)
     assert all(56 <= x <= 700 and 10 <= y <= 316 for _, x, y, *_ in drawn["points"])
-    heights = {auroc: y for _, _, y, _, auroc in drawn["points"]}
+    heights = {auroc: y for _, _, y, _, auroc, _ in drawn["points"]}
     assert heights[1.0] < heights[0.75] < heights[0.5] and len(drawn["up"]) > 2
+
+
+def test_labels_of_the_plot_do_not_lie_on_each_other():
+    pairs = [made(method=method) for method in ("uranet", "lookup", "mfrnet")]
+    drawn = plot(tabulate([run for run, _ in pairs], {record.digest: record for _, record in pairs}))
+    labels = sorted(label for *_, label in drawn["points"])
+    assert len(labels) == 3 and min(b - a for a, b in zip(labels, labels[1:], strict=False)) >= 12
 
 
 def test_published_figures_stand_only_beside_all_of_mvtec_ad():

@@ -203,9 +203,9 @@ def preamble(made: Mapping[str, Any]) -> str:
     left = made["runs"] - made["finished"]
     parts = [
         f"{made['finished']} runs, {seeds}" + (f"; {left} are not finished" if left else ""),
-        *([f"weights: {', '.join(made['weights'])}"] if made["weights"] else []),
-        *([f"settings: {'; '.join(made['settings'])}"] if made["settings"] else []),
-        *(made["machines"] + made["versions"]),
+        *([f"Weights: {', '.join(made['weights'])}"] if made["weights"] else []),
+        *([f"Settings: {'; '.join(made['settings'])}"] if made["settings"] else []),
+        *[", ".join(part) for part in (made["machines"], made["versions"]) if part],
     ]
     return (
         f"{'. '.join(parts)}. [In brackets]: where 95 % of bootstrap resamples of the test pictures lie. AUPRO: up to "

@@ -11,6 +11,7 @@ from unflaw.report.html import templates
 from unflaw.statistics import METRICS as RESAMPLED
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 720, 360, 56, 44  # of the plot, its margins for text
+APART = 13  # pixels between labels
 STEPS = (1, 2, 5)  # of a logarithmic axis, in each decade
 
 
@@ -24,6 +25,7 @@ def page(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], made:
     parts = [
         {
             "title": heading(data, members),
+            "mean": not data,
             "rows": [
                 {
                     "row": row,
@@ -40,7 +42,7 @@ def page(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], made:
         templates()
         .get_template("leaderboard.html.j2")
         .render(
-            parts=reversed(parts) if len(parts) > 1 else parts,
+            parts=sorted(parts, key=lambda part: not part["mean"]),
             names={name: HEADS[name] for name in shown(rows)},
             cost_names=COSTS.values(),
             preamble=preamble(made),
@@ -73,9 +75,15 @@ def plot(rows: Sequence[Row]) -> dict[str, Any] | None:
     def down(y: float) -> float:
         return round(10 + (HEIGHT - BOTTOM - 10) * (ceiling - y) / (ceiling - floor), 1)
 
+    points: list[tuple[Any, ...]] = []
+    for name, x, y in sorted(known, key=lambda point: -point[2]):  # labels from above, none on another
+        label = down(y) + 4
+        while any(abs(label - other[-1]) < APART and abs(right(x) - other[1]) < WIDTH / 2 for other in points):
+            label += 1
+        points.append((name, right(x), down(y), x, y, label))
     levels = [floor + step * i for i in range(round((ceiling - floor) / step) + 1)]
     return {
-        "points": [(name, right(x), down(y), x, y) for name, x, y in known],
+        "points": points,
         "across": [(f"{t:g}", right(t)) for t in ticks if low <= t <= high],
         "up": [(f"{level:.2f}", down(level)) for level in levels],
     }
