@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -280,7 +281,7 @@ def test_labels_of_the_plot_do_not_lie_on_each_other():
     pairs = [made(method=method) for method in ("uranet", "lookup", "mfrnet")]
     drawn = plot(tabulate([run for run, _ in pairs], {record.digest: record for _, record in pairs}))
     labels = sorted(label for *_, label in drawn["points"])
-    assert len(labels) == 3 and min(b - a for a, b in zip(labels, labels[1:], strict=False)) >= 12
+    assert len(labels) == 3 and min(b - a for a, b in pairwise(labels)) >= 12
 
 
 def test_published_figures_stand_only_beside_all_of_mvtec_ad():
