@@ -359,6 +359,50 @@ def benchmark(
             raise typer.Exit(3)
 
 
+public = typer.Typer(help="Public benchmarks: where to get them, and whether they are whole.", rich_markup_mode=None)
+app.add_typer(public, name="datasets")
+
+
+@public.callback(invoke_without_command=True)
+def datasets(
+    context: typer.Context,
+    root: Annotated[list[Path] | None, typer.Option(help="Folder to look for them in; may be repeated.")] = None,
+) -> None:
+    """List the public benchmarks whose layouts are read as they unpack, and which of them are found.
+
+    Example:  unflaw datasets --root data  then  unflaw datasets check data/BTAD
+    """
+    if context.invoked_subcommand:
+        return
+    with _errors():
+        from unflaw.datasets.public import COLLECTIONS, find
+
+        found = find(root or [Path()])
+        for item in COLLECTIONS:
+            place = f"found in {found[item.name]}" if item.name in found else "not found"
+            typer.echo(f"{item.name}: {item.title}; {place}\n    {item.source}\n    licence: {item.licence}")
+
+
+@public.command("check")
+def check_datasets(folder: Annotated[Path, typer.Argument(help="Of the whole benchmark, as it unpacks.")]) -> None:
+    """Count the pictures of a public benchmark and say what is missing. Exit code 1 if something is wrong.
+
+    Example:  unflaw datasets check data/mvtec_ad
+    """
+    with _errors():
+        from unflaw.datasets import load_dataset
+        from unflaw.datasets.public import KINDS, check
+
+        done = check(folder, load_dataset)
+        typer.echo(f"{folder}: {done.collection.title}; {done.collection.citation}\nlicence: {done.collection.licence}")
+        for name, counts in done.found.items():
+            typer.echo(f"{name}: {', '.join(f'{n} {kind}' for n, kind in zip(counts, KINDS, strict=True))}")
+        for fault in done.faults:
+            typer.echo(f"wrong: {fault}", err=True)
+        if done.faults:
+            raise typer.Exit(1)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, detector, metrics and report.")] = Path("demo"),
