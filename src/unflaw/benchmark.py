@@ -7,13 +7,16 @@ that decides its figures, and a file in `pictures/` for confidence intervals; it
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
+import platform
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,28 +44,36 @@ class Grid(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    methods: list[str] = Field(["uranet"], min_length=1)
+    methods: list[str] = ["uranet"]
     data: list[Path] = Field(min_length=1)
     backbones: list[str] = Field([], description="NAME or NAME=WEIGHTS; none: the default one")
     sizes: list[int] = Field([], description="sides in pixels; none: the default one")
     seeds: int = Field(3, ge=1, description="the seeds 0 to seeds - 1")
     profile: str = "cpu"
     settings: dict[str, Any] = Field({}, description="dotted settings, of all methods that have them")
+    peers: dict[str, dict[str, Any]] = Field({}, description="methods of anomalib and their options (`peers`)")
+    peer_python: Path | None = Field(None, description="interpreter of the environment that has anomalib")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A place in the grid; equal digests give equal figures."""
+    """A place in the grid; equal digests give equal figures.
+
+    Attributes:
+        config: Of a peer, only backbone, preparation and seed count.
+        peer: A method of anomalib instead of ours, its options and the interpreter that has anomalib.
+    """
 
     dataset: Dataset
     config: Config
     weights: str | None
     settings: str
     digest: str
+    peer: tuple[str, dict[str, Any], Path] | None = None
 
     @property
     def method(self) -> str:
-        return self.config.method
+        return f"anomalib {self.peer[0]}" if self.peer else self.config.method
 
     @property
     def backbone(self) -> str:
@@ -104,7 +115,7 @@ class Record(Finished):
         settings: What was changed for the whole grid.
         metrics: KEPT; None where undefined.
         skipped: Pictures that could not be read, and why.
-        seconds: "training", from files to saved detector, and "metrics".
+        seconds: "training", from files to saved detector (of a peer: from prepared pictures on), and "metrics".
         memory: Largest resident size of the training process, bytes, that of the libraries included; None where the
             system does not tell.
         file: Size of the detector file, bytes.
@@ -184,26 +195,45 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
             raise ValueError(f"{dataset.name}: there are no {lacking} pictures; a benchmark needs both")
     if unknown := [method for method in grid.methods if method not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    if not (grid.methods or grid.peers):
+        raise ValueError("methods: there is nothing to run; name a method or a peer")
+    if grid.peers:
+        _check_peers(grid)
     # a setting that only some of the methods have is theirs alone; one that none has is an error below
     some = {name for name in grid.settings if any(applies(name, method) for method in grid.methods)}
     settings = {m: {n: v for n, v in grid.settings.items() if n not in some or applies(n, m)} for m in grid.methods}
     runs: dict[tuple[Any, ...], Run] = {}
     laboratories: dict[str, Laboratory] = {}
-    for dataset in datasets:
-        for method in grid.methods:
-            for backbone in [""] if method in ON_PIXELS else grid.backbones or [""]:
-                name, _, weights = backbone.partition("=")
-                laboratory = laboratories.setdefault(weights, Laboratory(Path(), weights or None))
-                for size in grid.sizes or [0]:
-                    for seed in range(grid.seeds):
-                        changes = settings[method] | {"training.seed": seed}
-                        changes |= {"features.backbone": name} if name else {}
-                        changes |= {"preparation.size": size} if size else {}
-                        config = make_config(method, grid.profile, changes)
-                        digest = laboratory.digest(config, dataset)
-                        run = Run(dataset, config, weights or None, written(settings[method]), digest)
-                        runs[run.row + (seed,)] = run  # noqa: RUF005 - unpacking in a subscript needs Python 3.11
+    backbones = [backbone.partition("=")[::2] for backbone in grid.backbones] or [("", "")]
+    for dataset, method in product(datasets, [*grid.methods, *grid.peers]):
+        peer = None if method in METHODS else method
+        for (name, weights), size in product([("", "")] if method in ON_PIXELS else backbones, grid.sizes or [0]):
+            laboratory = laboratories.setdefault(weights, Laboratory(Path(), weights or None))
+            for seed in range(grid.seeds):
+                changes = {} if peer else settings[method] | {}
+                changes |= {"training.seed": seed}
+                changes |= {"features.backbone": name} if name else {}
+                changes |= {"preparation.size": size} if size else {}
+                config = make_config("lookup" if peer else method, "cpu" if peer else grid.profile, changes)
+                digest, of, given = laboratory.digest(config, dataset), None, written(settings.get(method, {}))
+                if peer:
+                    assert grid.peer_python is not None
+                    of, given = (peer, grid.peers[peer], grid.peer_python), written(grid.peers[peer])
+                    digest = hashlib.sha256(json.dumps([digest, *of[:2]], sort_keys=True).encode()).hexdigest()
+                run = Run(dataset, config, weights or None, given, digest, of)
+                runs[run.row + (seed,)] = run  # noqa: RUF005 - unpacking in a subscript needs Python 3.11
     return list(runs.values())
+
+
+def _check_peers(grid: Grid) -> None:
+    from unflaw.peers import INSTALL, LEVELS
+
+    if unknown := [peer for peer in grid.peers if peer not in LEVELS]:
+        raise ValueError(f"unknown peer {unknown[0]!r}; there are {', '.join(LEVELS)}")
+    if grid.peer_python is None:
+        raise ValueError(f"peers need --peer-python, an interpreter that has anomalib; to make one: {INSTALL}")
+    if not grid.peer_python.is_file():
+        raise ValueError(f"{grid.peer_python}: there is no such interpreter; to make one: {INSTALL}")
 
 
 def benchmark(runs: Sequence[Run], out: Path, progress: Progress) -> tuple[list[Record], dict[str, str]]:
@@ -291,6 +321,24 @@ def measure(run: Run, out: Path, progress: Progress) -> Record:
     Raises:
         TrainingError, WeightsError, ValueError, OSError: As `Detector.fit`, `evaluate` and `PerPicture.save`.
     """
+    found = _measure_peer(run, progress) if run.peer else _measure_ours(run, progress)
+    evaluation = found.pop("evaluation")
+    evaluation.pictures.save(pictures_file(out, run.digest))
+    return Record(
+        digest=run.digest,
+        data=run.dataset.name,
+        method=run.method,
+        backbone=run.backbone,
+        size=run.size,
+        seed=run.seed,
+        weights=Path(run.weights).name if run.weights else "default",
+        settings=run.settings,
+        metrics={name: evaluation.metrics.get(name) for name in KEPT},
+        **found,
+    )
+
+
+def _measure_ours(run: Run, progress: Progress) -> dict[str, Any]:
     from unflaw.detector import Detector
     from unflaw.evaluation import evaluate
 
@@ -302,30 +350,50 @@ def measure(run: Run, out: Path, progress: Progress) -> Record:
         seconds, size = time.perf_counter() - started, file.stat().st_size
     memory = peak_memory()
     evaluation = evaluate(detector, run.dataset, shown=0, spool=True, progress=progress)
-    metrics, fitted = evaluation.metrics, detector.record_
-    assert evaluation.pictures is not None
-    evaluation.pictures.save(pictures_file(out, run.digest))
+    fitted = detector.record_
     unreadable = {path for path, _ in evaluation.skipped}
     paths = [sample.path for sample in run.dataset.test if str(sample.path) not in unreadable]
-    return Record(
-        digest=run.digest,
-        data=run.dataset.name,
-        method=run.method,
+    return {
+        "evaluation": evaluation,
+        "skipped": dict([*fitted["skipped"], *evaluation.skipped]),
+        "seconds": {"training": seconds, "metrics": evaluation.metrics["timing"]["metric_seconds"]},
+        "memory": memory,
+        "file": size,
+        "latency": dict(latencies(detector, paths)),
+        **{name: fitted[name] for name in ("machine", "unflaw", "torch")},
+    }
+
+
+def _measure_peer(run: Run, progress: Progress) -> dict[str, Any]:
+    from unflaw import __version__
+    from unflaw.peers import run_peer
+
+    assert run.peer is not None
+    method, options, python = run.peer
+    done = run_peer(
+        python,
+        method,
+        run.dataset,
+        run.config.preparation,
         backbone=run.backbone,
-        size=run.size,
+        weights=run.weights,
         seed=run.seed,
-        weights=Path(fitted["weights"]).name,
-        settings=run.settings,
-        metrics={name: metrics[name] for name in KEPT},
-        skipped=dict([*fitted["skipped"], *metrics["skipped"]]),
-        seconds={"training": seconds, "metrics": metrics["timing"]["metric_seconds"]},
-        memory=memory,
-        file=size,
-        latency=dict(latencies(detector, paths)),
-        machine=fitted["machine"],
-        unflaw=fitted["unflaw"],
-        torch=fitted["torch"],
+        options=options,
+        spool=True,
+        progress=progress,
     )
+    record = done.record
+    return {
+        "evaluation": done.evaluation,
+        "skipped": dict(done.evaluation.skipped),
+        "seconds": {"training": record["seconds_training"]},
+        "memory": record["peak_bytes"],
+        "file": None,
+        "latency": {"1": record["seconds_per_image"]},
+        "machine": f"{platform.machine()}, {record['threads']} threads",
+        "unflaw": f"{__version__}, anomalib {record['anomalib']}",
+        "torch": record["torch"],
+    }
 
 
 def pictures_file(out: Path, digest: str) -> Path:
@@ -335,6 +403,9 @@ def pictures_file(out: Path, digest: str) -> Path:
 
 def peak_memory() -> int | None:
     """Largest resident size of this process so far, bytes; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike `ru_maxrss` it never counts the process that this one was forked from
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
     try:
         import resource
     except ImportError:  # Windows

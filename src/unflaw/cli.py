@@ -330,6 +330,11 @@ def benchmark(
     seeds: Annotated[int | None, typer.Option(min=1, help="The seeds 0 to SEEDS - 1; 3 without.")] = None,
     profile: Annotated[str | None, typer.Option(help="cpu or paper.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all runs have.")] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="patchcore, padim or reverse_distillation of anomalib, or 'NAME: option=value; …'."),
+    ] = None,
+    peer_python: Annotated[Path | None, typer.Option(help="Interpreter of an environment that has anomalib.")] = None,
 ) -> None:
     """Methods × data sets × backbones × sizes × seeds into one table, with times, memory and intervals.
 
@@ -344,8 +349,11 @@ def benchmark(
         from unflaw.benchmark import benchmark as run
         from unflaw.benchmark import plan, read_grid
         from unflaw.datasets import load_categories
+        from unflaw.variants import parse
 
-        changes = {name: value for name, value in given.items() if value}
+        changes: dict[str, Any] = {n: value for n, value in (given | {"peer_python": peer_python}).items() if value}
+        if peer:
+            changes["peers"] = {v.name: v.changes for v in (parse(p if ":" in p else f"{p}:") for p in peer)}
         wanted = read_grid(grid, changes | ({"settings": dict(map(_setting, setting))} if setting else {}))
         datasets = load_categories(wanted.data)
         _report_dataset_problems(datasets)

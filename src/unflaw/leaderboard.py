@@ -210,7 +210,8 @@ def preamble(made: Mapping[str, Any]) -> str:
     return (
         f"{'. '.join(parts)}. [In brackets]: where 95 % of bootstrap resamples of the test pictures lie. AUPRO: up to "
         "a rate of false positives of 0.3. Training: from files to saved detector, in a process of its own, whose "
-        "largest memory is given. Milliseconds: from file to result, warm. –: undefined or not run."
+        "largest memory is given. Milliseconds: from file to result, warm. Of anomalib's methods training and "
+        "milliseconds are without reading and resizing. –: undefined or not run."
     )
 
 
