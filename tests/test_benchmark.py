@@ -77,7 +77,6 @@ def test_flags_go_before_the_file_and_its_paths_are_relative_to_it(tmp_path):
         ("data: [a]\nseeds: 0", "grid.yaml: seeds"),
         ("- a", "must hold fields"),
         ("data: [a", "cannot be read as YAML"),
-        ("data: [a]\nmethods: []", "grid.yaml: methods"),
     ],
 )
 def test_a_wrong_grid_names_the_field(text, message, tmp_path):
@@ -101,6 +100,7 @@ def test_every_place_of_the_grid_is_planned_and_methods_on_pixels_once(grid, dat
 def test_what_cannot_work_is_said_before_the_first_run(grid, dataset, tmp_path, parts):
     for changes, message in (
         ({"methods": ["uranett"]}, "unknown method 'uranett'"),
+        ({"methods": []}, "there is nothing to run"),
         ({"settings": {"training.stepz": 1}}, "stepz"),
         ({"backbones": ["resnet18=nothing.pth"]}, "nothing.pth"),
     ):
