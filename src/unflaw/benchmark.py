@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -291,16 +292,17 @@ def _in_own_process(run: Run, out: Path, progress: Progress) -> Record:
                 return Record.model_validate_json(content)
     except EOFError:
         process.join()
-        hint = "; most likely out of memory" if process.exitcode == -9 else ""
+        hint = "; most likely out of memory" if process.exitcode == -signal.SIGKILL else ""
         raise RunError(f"its process ended with exit code {process.exitcode}{hint}") from None
     finally:
         ours.close()
-        process.join(10)
-        process.kill()
+        process.kill()  # what it had to say is said, or nobody waits for it any more
+        process.join()
 
 
 def _work(run: Run, out: Path, pipe: Connection) -> None:
     """In the process of a run: what it gives, or why it fails, goes into the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
     last = 0.0
 
     def progress(*content: Any) -> None:
