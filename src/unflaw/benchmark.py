@@ -211,7 +211,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
         for (name, weights), size in product([("", "")] if method in ON_PIXELS else backbones, grid.sizes or [0]):
             laboratory = laboratories.setdefault(weights, Laboratory(Path(), weights or None))
             for seed in range(grid.seeds):
-                changes = {} if peer else settings[method] | {}
+                changes = {} if peer else dict(settings[method])
                 changes |= {"training.seed": seed}
                 changes |= {"features.backbone": name} if name else {}
                 changes |= {"preparation.size": size} if size else {}
@@ -302,7 +302,8 @@ def _in_own_process(run: Run, out: Path, progress: Progress) -> Record:
 
 def _work(run: Run, out: Path, pipe: Connection) -> None:
     """In the process of a run: what it gives, or why it fails, goes into the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
+    # an interruption is the parent's to handle; not SIG_IGN, which the process of a peer would inherit
+    signal.signal(signal.SIGINT, lambda *_: None)
     last = 0.0
 
     def progress(*content: Any) -> None:
