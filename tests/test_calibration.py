@@ -86,3 +86,58 @@ def test_nothing_and_infinite_scores_are_refused(scores, peaks):
 def test_it_survives_json():
     calibration = calibrate([0.1, 1 / 3, math.pi], [1e-30, 2.5, 1e30], 0.1 + 0.2, 0.3)
     assert Calibration.model_validate_json(calibration.model_dump_json()) == calibration
+
+
+# Defects
+
+
+@given(score_lists, score_lists, st.floats(0.01, 0.9))
+def test_a_miss_rate_is_kept_by_the_defects_given_or_refused(scores, defects, rate):
+    k = math.floor(rate * (len(defects) + 1) + 1e-9)
+    if k < 1:
+        with pytest.raises(ValueError, match=rf"cannot certify a miss rate of {rate:.2%}; \d+ would"):
+            calibrate(scores, scores, 0.0, defects=defects, miss_rate=rate)
+        return
+    calibration = calibrate(scores, scores, 0.0, defects=defects, miss_rate=rate)
+    missed = sum(calibration.verdict(score) == "good" for score in defects)
+    assert missed <= k - 1 and calibration.miss_rate == k / (len(defects) + 1) <= rate + 1e-9
+    alarms = sum(calibration.verdict(score) == "defect" for score in scores)
+    assert calibration.rate == pytest.approx((1 + alarms) / (len(scores) + 1))
+
+
+@pytest.mark.parametrize("m, rate", [(20, 0.1), (39, 0.05)])
+def test_new_defects_are_missed_no_more_often_than_promised(m, rate):
+    rng, missed = np.random.default_rng(1), 0
+    trials, fresh = 400, 200
+    for _ in range(trials):
+        defects = rng.normal(2, 1, m)
+        calibration = calibrate([0.0], [0.0], 0.0, defects=defects.tolist(), miss_rate=rate)
+        missed += (rng.normal(2, 1, fresh) <= calibration.threshold).sum()
+    promised = math.floor(rate * (m + 1)) / (m + 1)
+    # the spread over calibration sets is that of the Beta distribution of the promised rate
+    spread = math.sqrt(promised * (1 - promised) / (m + 2) / trials)
+    assert missed / (trials * fresh) == pytest.approx(promised, abs=4 * spread)
+
+
+@given(score_lists, score_lists, st.floats(0.01, 100))
+def test_the_threshold_of_least_cost_costs_least(scores, defects, ratio):
+    def cost(threshold):
+        alarms = np.mean([score > threshold for score in scores])
+        return alarms + ratio * np.mean([score <= threshold for score in defects])
+
+    calibration = calibrate(scores, scores, 0.0, defects=defects, cost_ratio=ratio)
+    everywhere = [-1e7, *scores, *defects, 1e7]
+    assert cost(calibration.threshold) <= min(map(cost, everywhere)) + 1e-9
+    assert calibration.miss_rate is None and "least cost" in calibration.describe()
+
+
+def test_what_defects_set_is_said():
+    calibration = calibrate([1, 2, 3], [1, 2, 3], 0.0, defects=[5, 2.5, 6, 7], miss_rate=0.4)
+    assert calibration.threshold < 5 and calibration.verdict(5) == "defect" and calibration.verdict(4.9) == "good"
+    assert calibration.describe() == (
+        "miss rate 40.00% or less, certified by 4 labelled defects, of which 3 are found; "
+        "false-alarm rate about 25.00%, from 3 good pictures"
+    )
+    for wrong in ({"miss_rate": 0.1}, {"cost_ratio": 1.0}, {"defects": [math.nan], "miss_rate": 0.5}):
+        with pytest.raises(ValueError):
+            calibrate([1, 2, 3], [1, 2, 3], 0.0, **wrong)

@@ -24,6 +24,7 @@ def bench(tmp_path, monkeypatch):
     shutil.copytree(tmp_path / "parts/test/square", tmp_path / "parts/new")
     shutil.copy(tmp_path / "parts/new/000.png", tmp_path / "parts/new/0001.png")
     shutil.copy(tmp_path / "parts/new/000.png", tmp_path / "0001.png")
+    shutil.copytree(tmp_path / "parts/test/good", tmp_path / "parts/today")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -31,7 +32,9 @@ def bench(tmp_path, monkeypatch):
 def test_the_commands(bench):
     fenced = README.split("```")[1::2]
     commands = [line for block in fenced for line in block.splitlines() if line.startswith("unflaw ")]
-    assert [shlex.split(line)[1] for line in commands] == ["train", "evaluate", "predict", "info", "figures"]
+    assert [shlex.split(line)[1] for line in commands] == [
+        *("train", "evaluate", "predict", "info", "calibrate", "figures"),
+    ]
     for line in commands:
         arguments = shlex.split(line, comments=True)[1:]
         if arguments[0] == "train":

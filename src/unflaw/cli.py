@@ -186,6 +186,50 @@ def predict(
 
 
 @app.command()
+def calibrate(
+    model: ModelFile,
+    good: Annotated[list[Path], typer.Option(help="Good pictures and folders of them, that it has not learned from.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the detector; by default MODEL is replaced.")] = None,
+    defect: Annotated[list[Path] | None, typer.Option(help="Defective pictures, and folders of them.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, max=1, help="False-alarm rate asked for, such as 0.01.")] = None,
+    miss_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of defects that may be missed; --defect certifies it.")
+    ] = None,
+    cost_ratio: Annotated[
+        float | None, typer.Option(min=0, help="What a missed defect costs if a false alarm costs 1; needs --defect.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Also count the pictures that calibrated it before.")] = False,
+    category: Category = None,
+) -> None:
+    """Set thresholds and p-values anew, without training: from good pictures of today and, if any, labelled defects.
+
+    Example:  unflaw calibrate parts.safetensors --good parts/today --defect parts/rejects --miss-rate 0.05
+    """
+    with _errors():
+        if len([option for option in (rate, miss_rate, cost_ratio) if option is not None]) > 1:
+            raise ValueError("--rate, --miss-rate and --cost-ratio each set the threshold; give one of them")
+        if any(option in (0, 1) for option in (rate, miss_rate)):
+            raise ValueError("a rate must lie between 0 and 1, such as 0.01")
+        if defect and miss_rate is None and cost_ratio is None:
+            raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
+        _writable(out or model)
+        detector = _load(model)
+        with _progress() as progress:
+            found = detector.calibrate(
+                _pictures(good),
+                _pictures(defect) if defect else [],
+                rate=rate,
+                miss_rate=miss_rate,
+                cost_ratio=cost_ratio,
+                category=category,
+                keep=keep,
+                progress=progress,
+            )
+        detector.save(out or model)
+        typer.echo(f"{out or model}: {found.describe()}; threshold {found.threshold:.4g}")
+
+
+@app.command()
 def info(model: ModelFile) -> None:
     """Say what a detector is, how it was trained and calibrated.
 
@@ -201,7 +245,7 @@ def info(model: ModelFile) -> None:
         with safe_open(model, "np") as file:
             slices = [file.get_slice(name).get_shape() for name in file.keys()]
         numbers = sum(math.prod(shape) for shape in slices)
-        record = {name: value for name, value in metadata["record"].items() if name != "history"}
+        record = {name: value for name, value in metadata["record"].items() if name not in ("history", "seen")}
         typer.echo(f"{model}: {model.stat().st_size / 1e6:.1f} MB, {numbers / 1e6:.2f} million numbers")
         for name, calibration in calibrations(metadata).items():
             of = f"category {name}" if name else "calibration"

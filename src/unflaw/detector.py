@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unflaw import __version__
-from unflaw.cache import Cache, Progress, ahead, batched, build_cache, load, silent, stack
+from unflaw.cache import Cache, Progress, TrainingError, ahead, batched, build_cache, load, silent, stack
 from unflaw.calibration import Calibration, calibrate, calibrations
 from unflaw.categories import Category, Data, gather, hold_out
 from unflaw.config import Config, make_config
-from unflaw.datasets import Sample, digest
+from unflaw.datasets import Sample, digest, short_digest
 from unflaw.display import DisplayDecoder
 from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, DetectorError, read_metadata, write_atomically
@@ -125,6 +125,7 @@ class Detector:
             "weights": self.weights or "default",
             "good_pictures": len(cache),
             "digest": digest([Sample(path, 0) for path in cache.paths]),
+            "seen": sorted(map(short_digest, [*cache.paths, *(held.paths if held else [])])),
             "skipped": cache.skipped + (held.skipped if held else []),
             **learned,
             "seconds": {
@@ -202,6 +203,83 @@ class Detector:
         """The category to `select` for a data set of this name: the one called so, where there are several."""
         return dataset if len(self.categories_) > 1 else None
 
+    def calibrate(
+        self,
+        good: Iterable[str | Path],
+        defects: Iterable[str | Path] = (),
+        *,
+        rate: float | None = None,
+        miss_rate: float | None = None,
+        cost_ratio: float | None = None,
+        category: str | None = None,
+        keep: bool = False,
+        progress: Progress = silent,
+    ) -> Calibration:
+        """Sets thresholds and p-values anew, without training, from pictures of today.
+
+        What the network has learned stays, and so does what evidence it holds normal. `record_["calibrations"]` gets an
+        entry: when, on how many pictures, and what came of it.
+
+        Args:
+            good: Good pictures that it has not learned from.
+            defects, miss_rate, cost_ratio: As for `calibration.calibrate`.
+            rate: False-alarm rate asked for; None: that of the configuration.
+            category: Of a detector of several.
+            keep: Also counts the scores it was calibrated with before; right where both kinds of pictures will come.
+
+        Returns:
+            The new calibration, which is also in the detector.
+
+        Raises:
+            TrainingError: No good picture, one that cannot be read, or one that it has learned from. DetectorError:
+                as for `select`. ValueError: As for `calibration.calibrate`.
+        """
+        before, config = self.select(category), self.config.calibration
+        paths = [[Path(path) for path in part] for part in (good, defects)]
+        seen = set(self.record_.get("seen", []))
+        if known := [path for path in paths[0] if path.is_file() and short_digest(path) in seen]:
+            raise TrainingError(
+                f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
+                "and finds them more normal than new ones. Leave them out"
+            )
+        scores: list[list[float]] = [[], []]
+        peaks, medians = list[float](), list[float]()
+        total = sum(map(len, paths))
+        for kind, part in enumerate(paths):
+            for outcome in self.inspect_many(part, category=category):
+                if not isinstance(outcome, Result):
+                    raise TrainingError(f"{outcome[1]}; leave it out, or mend it")
+                scores[kind].append(outcome.score)
+                progress("calibrating", len(scores[0]) + len(scores[1]), total, None)
+                if kind == 0:
+                    x0, y0, x1, y1 = outcome.valid
+                    peaks.append(float(outcome.map[y0:y1, x0:x1].max()))
+                    medians.append(float(np.median(outcome.map[y0:y1, x0:x1])))
+        if not scores[0]:
+            raise TrainingError("there are no good pictures to calibrate with")
+        if keep:
+            # the peaks of before are not kept: its threshold stands for each of them
+            scores[0] += before.scores
+            peaks += [before.pixel_threshold] * len(before.scores)
+            medians += [before.low] * len(before.scores)
+        asked = config.false_alarm_rate if rate is None else rate
+        low = float(np.median(medians))
+        found = calibrate(scores[0], peaks, low, asked, defects=scores[1], miss_rate=miss_rate, cost_ratio=cost_ratio)
+        name = next(name for name, known in self.categories_.items() if known.calibration is before)
+        self.categories_[name] = self.categories_[name]._replace(calibration=found)
+        entry = {
+            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **({"category": name} if name else {}),
+            "good": len(paths[0]),
+            "defects": len(paths[1]),
+            "kept": len(before.scores) if keep else 0,
+            "digest": digest([Sample(path, kind) for kind, part in enumerate(paths) for path in part]),
+            "threshold": found.threshold,
+            "described": found.describe(),
+        }
+        self.record_ = self.record_ | {"calibrations": [*self.record_.get("calibrations", []), entry]}
+        return found
+
     def inspect(self, image: str | Path | bytes | np.ndarray, *, category: str | None = None) -> Result:
         """Inspects one picture.
 
@@ -240,9 +318,13 @@ class Detector:
             tensors |= {f"display.{name}": tensor for name, tensor in self.display.state_dict().items()}
         for i, (name, category) in enumerate(self.categories_.items()):
             tensors |= {f"{_place(name, i)}.{buffer}": tensor for buffer, tensor in category.normal.items()}
-        known = {name: category.calibration.model_dump(mode="json") for name, category in self.categories_.items()}
+        known = {
+            name: category.calibration.model_dump(mode="json", exclude_defaults=True)
+            for name, category in self.categories_.items()
+        }
+        by_defects = any(category.calibration.defects for category in self.categories_.values())
         metadata = {
-            "format": 1 if "" in known else FORMAT,
+            "format": FORMAT if by_defects else 1 if "" in known else 2,
             "config": self.config.model_dump(mode="json"),
             **({"calibration": known[""]} if "" in known else {"categories": known}),
             "record": self.record_,

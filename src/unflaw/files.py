@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-FORMAT = 2  # newest of the metadata in a detector file; raised when an older unflaw could no longer read it
+FORMAT = 3  # newest of the metadata in a detector file; raised when an older unflaw could no longer read it
 
 
 class DetectorError(ValueError):

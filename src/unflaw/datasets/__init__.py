@@ -34,6 +34,7 @@ __all__ = [
     "fingerprint",
     "load_categories",
     "load_dataset",
+    "short_digest",
 ]
 
 
@@ -113,6 +114,11 @@ def digest(samples: Iterable[Sample]) -> str:
     root = os.path.commonpath([path.parent for path in paths]) if paths else ""
     lines = sorted(f"{path.relative_to(root).as_posix()}\0{_sha256(path)}\n" for path in paths)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def short_digest(path: Path) -> str:
+    """The first 64 bits of the SHA-256 of a file, in hex: enough to know a picture again."""
+    return _sha256(path)[:16]
 
 
 def fingerprint(dataset: Dataset) -> str:
