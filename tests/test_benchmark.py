@@ -16,7 +16,8 @@ from unflaw import benchmark as module
 from unflaw.benchmark import Grid, Record, RunError, benchmark, measure, pictures_file, plan, read_grid
 from unflaw.cli import app
 from unflaw.datasets import load_dataset
-from unflaw.leaderboard import MVTEC_AD, intervals, latex, markdown, published, tabulate
+from unflaw.leaderboard import intervals, latex, markdown, published, tabulate
+from unflaw.public import COLLECTIONS
 from unflaw.report.leaderboard import page, plot
 from unflaw.statistics import PerPicture
 
@@ -285,7 +286,7 @@ def test_labels_of_the_plot_do_not_lie_on_each_other():
 
 
 def test_published_figures_stand_only_beside_all_of_mvtec_ad():
-    all_of_it = [{"data": name} for name in MVTEC_AD]
+    all_of_it = [{"data": name} for name in COLLECTIONS[0].counts]
     assert published([*all_of_it, {"data": ""}]) and not published(all_of_it[1:])
 
 

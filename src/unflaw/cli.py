@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from unflaw.cache import Progress
@@ -29,16 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[
-    Path, typer.Option("--data", help="Data set: MVTec layout, a folder of good pictures, or a CSV table.")
-]
+_KINDS = "Data set: MVTec layout, a public benchmark as it unpacks, a folder of good pictures, or a CSV table."
+Data = Annotated[Path, typer.Option("--data", help=_KINDS)]
 Several = Annotated[
     list[Path],
-    typer.Option(
-        "--data",
-        help="Data set: MVTec layout, a folder of good pictures, or a CSV table. May be repeated; a folder of "
-        "categories stands for all of them.",
-    ),
+    typer.Option("--data", help=f"{_KINDS} May be repeated; a folder of categories stands for all of them."),
 ]
 Category = Annotated[str | None, typer.Option(help="What the pictures show, if the detector has several categories.")]
 ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors).")]
@@ -411,50 +407,6 @@ def benchmark(
             raise typer.Exit(3)
 
 
-public = typer.Typer(help="Public benchmarks: where to get them, and whether they are whole.", rich_markup_mode=None)
-app.add_typer(public, name="datasets")
-
-
-@public.callback(invoke_without_command=True)
-def datasets(
-    context: typer.Context,
-    root: Annotated[list[Path] | None, typer.Option(help="Folder to look for them in; may be repeated.")] = None,
-) -> None:
-    """List the public benchmarks whose layouts are read as they unpack, and which of them are found.
-
-    Example:  unflaw datasets --root data  then  unflaw datasets check data/BTAD
-    """
-    if context.invoked_subcommand:
-        return
-    with _errors():
-        from unflaw.datasets.public import COLLECTIONS, find
-
-        found = find(root or [Path()])
-        for item in COLLECTIONS:
-            place = f"found in {found[item.name]}" if item.name in found else "not found"
-            typer.echo(f"{item.name}: {item.title}; {place}\n    {item.source}\n    licence: {item.licence}")
-
-
-@public.command("check")
-def check_datasets(folder: Annotated[Path, typer.Argument(help="Of the whole benchmark, as it unpacks.")]) -> None:
-    """Count the pictures of a public benchmark and say what is missing. Exit code 1 if something is wrong.
-
-    Example:  unflaw datasets check data/mvtec_ad
-    """
-    with _errors():
-        from unflaw.datasets import load_dataset
-        from unflaw.datasets.public import KINDS, check
-
-        done = check(folder, load_dataset)
-        typer.echo(f"{folder}: {done.collection.title}; {done.collection.citation}\nlicence: {done.collection.licence}")
-        for name, counts in done.found.items():
-            typer.echo(f"{name}: {', '.join(f'{n} {kind}' for n, kind in zip(counts, KINDS, strict=True))}")
-        for fault in done.faults:
-            typer.echo(f"wrong: {fault}", err=True)
-        if done.faults:
-            raise typer.Exit(1)
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, detector, metrics and report.")] = Path("demo"),
@@ -475,6 +427,76 @@ def demo(
     note = "The defects are synthetic, drawn on a real photograph of gravel: this shows that the parts work together."
     _evaluate(model, [data], out / "metrics.json", out / "report.html", notes=[note])
     typer.echo(f"Look at {out / 'report.html'}")
+
+
+class _ListByDefault(TyperGroup):
+    """`unflaw datasets data` is `unflaw datasets list data`: a group cannot have folders for arguments itself."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = args and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if known else ["list", *args])
+
+
+datasets_app = typer.Typer(
+    cls=_ListByDefault,
+    help="Public benchmarks: which are read, their licences, where to get them, and whether a copy is whole.",
+    epilog="Example:  unflaw datasets data  then  unflaw datasets check data/mvtec_ad",
+    rich_markup_mode=None,
+)
+app.add_typer(datasets_app, name="datasets")
+
+
+@datasets_app.command("list")
+def list_datasets(
+    roots: Annotated[list[Path] | None, typer.Argument(help="Folders to look in; by default the current one.")] = None,
+) -> None:
+    """List all benchmarks with licence and source, and which of them lie in these folders.
+
+    Example:  unflaw datasets data
+    """
+    with _errors():
+        from unflaw.public import COLLECTIONS, find
+        from unflaw.samples import DatasetError
+
+        folders = roots or [Path()]
+        if gone := [root for root in folders if not root.is_dir()]:
+            raise DatasetError(f"{gone[0]}: there is no such folder; check the path")
+        copies = list(find(folders))
+        for collection in COLLECTIONS:
+            total = len(collection.counts)
+            there = [
+                str(path) if total == 1 else f"{path} ({len(copy.folders)} of {total} categories)"
+                for path, copy in copies
+                if copy.collection is collection
+            ]
+            typer.echo(f"{collection.name}: {'found in ' + ', '.join(there) if there else 'not found'}")
+            typer.echo(f"    {collection.licence}\n    {collection.page}")
+
+
+@datasets_app.command("check")
+def check_dataset(folder: Annotated[Path, typer.Argument(help="A benchmark, or one category of it.")]) -> None:
+    """Count the pictures of a benchmark and compare with what was published. Exit code 1 if something is wrong.
+
+    Example:  unflaw datasets check data/mvtec_ad
+    """
+    with _errors():
+        from unflaw.public import check
+
+        result = check(folder)
+        collection = result.copy.collection
+        names = ("train", "validation", "good", "defective")
+        side = max(map(len, [*result.found, ""]))
+        typer.echo(f"{folder}: {collection.name}, {collection.licence}")
+        typer.echo("  ".join([" " * side, *names, "masks"]))
+        for category, found in result.found.items():
+            numbers = [str(getattr(found, name)).rjust(len(name)) for name in names]
+            typer.echo("  ".join([category.ljust(side), *numbers, str(result.masks[category]).rjust(5)]))
+        _report_problems(result.notes)
+        for sentence in result.wrong:
+            typer.echo(f"wrong: {sentence}", err=True)
+        if result.wrong:
+            raise typer.Exit(1)
+        typer.echo("as published" if result.known else "there are no published counts to compare with")
 
 
 def main() -> None:

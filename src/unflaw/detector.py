@@ -22,13 +22,13 @@ from unflaw.cache import Cache, Progress, TrainingError, ahead, batched, build_c
 from unflaw.calibration import Calibration, calibrate, calibrations
 from unflaw.categories import Category, Data, gather, hold_out
 from unflaw.config import Config, make_config
-from unflaw.datasets import Sample, digest, short_digest
 from unflaw.display import DisplayDecoder
 from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, DetectorError, read_metadata, write_atomically
 from unflaw.images import ImageError, Prepared, prepare, read
 from unflaw.methods import Inspection, create
 from unflaw.results import Result
+from unflaw.samples import Sample, digest, short_digest
 from unflaw.scoring import find_regions
 from unflaw.synthesis import texture_pictures
 from unflaw.training import optimise, step_rng, uses_bfloat16

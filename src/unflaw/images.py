@@ -75,12 +75,17 @@ def read(
 def read_mask(path: str | Path) -> np.ndarray:
     """Read a mask as (H, W) bool: True where any channel is not 0; in JPEG, which blurs, where it is over half.
 
-    Of a folder of masks the union. Raises ImageError where one cannot be read, the sizes differ or there is none.
+    A folder stands for the union of the masks in it.
+
+    Raises:
+        ImageError: As `read`, or a folder without pictures or with pictures of several sizes.
     """
     if Path(path).is_dir():
-        masks = [read_mask(part) for part in list_images(path)]
-        if len({mask.shape for mask in masks}) != 1:
-            raise ImageError(f"{path}: {'masks of several sizes' if masks else 'holds no mask'}; unpack the data again")
+        masks = [read_mask(file) for file in list_images(path)]
+        if not masks:
+            raise ImageError(f"{path}: holds no masks; put them there, or remove the folder")
+        if len({mask.shape for mask in masks}) > 1:
+            raise ImageError(f"{path}: holds masks of several sizes; all must have that of the picture")
         return np.logical_or.reduce(masks)
     red, green, blue = np.moveaxis(read(path), 2, 0)
     over = 127 if Path(path).suffix.lower() in {".jpg", ".jpeg"} else 0

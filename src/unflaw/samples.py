@@ -1,0 +1,123 @@
+"""What a data set is made of: samples, which carry paths, not pixels, and how they are listed from folders."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unflaw.images import list_images, visible_files
+
+
+class DatasetError(ValueError):
+    """A data set that cannot be used. The message names the path, what was found there and what to do."""
+
+
+@dataclass(frozen=True)
+class Saturated:
+    """One region of a defect, and how much of it must be found for it to count as found whole (saturated PRO)."""
+
+    mask: Path  # a picture of the same size, not 0 in the region
+    saturation: float  # pixels of the original picture, or a share of the region's area
+    relative: bool  # whether it is a share
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and what is known of it."""
+
+    path: Path
+    label: int  # 0 good, 1 defect
+    mask: Path | None = None  # a picture of the same size, not 0 where the defect is; or a folder of such, one a region
+    defect: str = "good"  # "good", or the kind of defect
+    regions: tuple[Saturated, ...] = ()  # where the data set says how they saturate
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The samples of one category of products."""
+
+    name: str
+    layout: str  # "folder", "table", or the name of one of unflaw.layouts.LAYOUTS such as "mvtec"
+    train: tuple[Sample, ...]  # good ones only
+    validation: tuple[Sample, ...]  # good ones to calibrate with; where empty, some of `train` are held out for it
+    test: tuple[Sample, ...]
+    problems: tuple[str, ...]  # what is wrong with the data, yet not enough to stop; a sentence each
+
+
+Found = tuple[list[Sample], list[Sample], list[Sample], list[str]]  # train, validation, test, problems
+
+
+def digest(samples: Iterable[Sample]) -> str:
+    """SHA-256, in hex, of the names and contents of pictures: the same in any order, and wherever their folder lies."""
+    return _digest(sample.path for sample in samples)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256, in hex, of all that figures of a data set depend on: contents of pictures and masks, labels and order.
+
+    Raises:
+        OSError: A file that may not be read.
+    """
+    parts = (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test))
+    lines = []
+    for name, samples in parts:
+        for sample in samples:
+            regions = "".join(f" {r.mask.name} {r.saturation} {r.relative}" for r in sample.regions)
+            mask = _content(sample.mask) if sample.mask else ""
+            lines.append(f"{name} {sample.label} {sha256(sample.path)} {mask}{regions}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256, in hex, of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def short_digest(path: Path) -> str:
+    """The first 64 bits of the SHA-256 of a file, in hex: enough to know a picture again."""
+    return sha256(path)[:16]
+
+
+def pictures(folder: Path) -> list[Path]:
+    """All pictures under a folder, sorted; none where there is no such folder."""
+    return list_images(folder) if folder.is_dir() else []
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The visible folders in a folder, sorted; none where there is no such folder."""
+    visible = folder.iterdir() if folder.is_dir() else ()
+    return sorted(entry for entry in visible if entry.is_dir() and not entry.name.startswith("."))
+
+
+def stem(path: Path, folder: Path) -> str:
+    """The path from the folder on, without suffix."""
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def relative(path: Path, root: Path) -> str:
+    """The path from the root on, as messages name it."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first names and how many there are."""
+    return f"{', '.join(names[:limit])}{', …' if len(names) > limit else ''} ({len(names)} in all)"
+
+
+def unused(folders: Iterable[Path], samples: Iterable[Sample], root: Path) -> list[str]:
+    """A sentence on the files in these folders that no sample uses, or none."""
+    used = {sample.path for sample in samples}
+    files = [path for folder in folders if folder.is_dir() for path in visible_files(folder) if path not in used]
+    return [f"Files that were not used: {some([relative(path, root) for path in files])}."] if files else []
+
+
+def _content(mask: Path) -> str:
+    return _digest(list_images(mask)) if mask.is_dir() else sha256(mask)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    paths = [path.absolute() for path in files]
+    root = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    lines = sorted(f"{path.relative_to(root).as_posix()}\0{sha256(path)}\n" for path in paths)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
