@@ -22,8 +22,9 @@ from unflaw.detector import Detector
 from unflaw.evaluation import evaluate, evaluate_all
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor
-from unflaw.files import DetectorError, read_metadata
+from unflaw.files import FORMAT, DetectorError, read_metadata
 from unflaw.methods import create
+from unflaw.methods.memory import Memory
 from unflaw.report.figures import write_figures
 from unflaw.results import RARE
 
@@ -111,8 +112,8 @@ def test_a_threshold_is_what_the_hold_out_of_its_category_gives(both, weights, t
                 assert known.pixel_threshold == pytest.approx(max(peaks), rel=0.02, abs=0.02)
 
 
-def test_the_memory_of_all_leaves_out_the_picture_itself(tiny):
-    """What is normal in a category: distances of its training pictures to all tokens of all others, by brute force."""
+def test_the_memory_of_a_category_leaves_out_the_picture_itself(tiny):
+    """What is normal in a category: distances of its training pictures to all tokens of its others, by brute force."""
     made = unfitted(tiny)
     cache = named(list("aabbabababbbabbabbbb"), torch.Generator().manual_seed(0))
     made.learn(cache)
@@ -122,7 +123,7 @@ def test_the_memory_of_all_leaves_out_the_picture_itself(tiny):
     for name, rows in train.rows().items():
         found = []
         for row in rows:
-            others = torch.cat([tokens[:row], tokens[row + 1 :]]).flatten(0, 1)
+            others = tokens[[other for other in rows if other != row]].flatten(0, 1)
             found.append(torch.cdist(tokens[row], others).amin(1))
         distance = torch.cat(found)
         mean, deviation = made.categories_[name].normal["normal"][0].tolist()
@@ -171,7 +172,7 @@ def test_the_extractor_is_fitted_on_no_picture_that_calibrates(both, weights, ti
     assert {cache.categories[row] for row in rows} == {"bolts", "nuts"}
 
 
-def test_what_calibrated_is_learned_once_after_all_categories(tiny, monkeypatch):
+def test_what_calibrated_a_category_is_learned_by_its_memory_once(tiny, monkeypatch):
     thresholds, calls = [], []
     for extend in (False, True):
         made = unfitted(tiny, **{"calibration.extend": extend})
@@ -185,7 +186,7 @@ def test_what_calibrated_is_learned_once_after_all_categories(tiny, monkeypatch)
         monkeypatch.undo()
         thresholds.append([known.calibration for known in made.categories_.values()])
     assert thresholds[0] == thresholds[1]
-    assert [len(features) for features in calls] == [4]
+    assert [len(features) for features in calls] == [2, 2]
 
 
 def test_one_category_with_a_name_is_the_detector_without(both, weights, tiny):
@@ -301,7 +302,7 @@ def test_damaged_categories_are_an_error_that_names_the_file(multi, tmp_path, ha
     path = tmp_path / "both.safetensors"
     multi.save(path)
     metadata, tensors = read_metadata(path), load_file(path)
-    assert metadata["format"] == 2
+    assert metadata["format"] == FORMAT
     if harm == "lost":
         del tensors["categories.1.normal"]
     elif harm == "shape":
@@ -504,3 +505,34 @@ def test_a_checkpoint_of_the_same_pictures_in_other_categories_is_refused(both, 
     pictures = [sample.path for dataset in data.values() for sample in dataset.train]
     with pytest.raises(TrainingError, match="other pictures or settings"):
         Detector(config=config, weights=weights).fit(pictures, checkpoint=tmp_path / "c")
+
+
+def test_categories_have_memories_of_their_own(multi):
+    """Each is of tokens of its own training pictures, and another category's do not come near."""
+    bolts, nuts = (multi.categories_[name].normal for name in ("bolts", "nuts"))
+    for name in ("memory.prototypes", "judge.memory.prototypes"):
+        assert not torch.equal(bolts[name], nuts[name])
+    multi.select("nuts")
+    assert torch.equal(multi.network.memory.prototypes, nuts["memory.prototypes"])
+    multi.select("bolts")
+    assert torch.equal(multi.network.memory.prototypes, bolts["memory.prototypes"])
+
+
+def test_training_pictures_of_mixed_batches_are_recalled_by_their_own_category():
+    rng = torch.Generator().manual_seed(3)
+    features = torch.randn(8, 4, 3, 3, generator=rng)
+    features[1::2] += 10  # the second category lies far off, and varies more
+    features[1::2] *= 3
+    categories = torch.tensor([0, 1] * 4)
+    memory = Memory(12, 4)
+    memory.fit(features, torch.Generator().manual_seed(0), categories)
+    mixed = memory(features, torch.arange(8))
+    assert memory.unit(torch.arange(8)).flatten()[:2].unique().numel() == 2
+    for number in (0, 1):
+        rows = torch.arange(8)[number::2]
+        alone = memory(features[rows], rows)  # and their prototypes are in use from here on
+        assert all(torch.allclose(m[rows], a) for m, a in zip(mixed, alone, strict=True))
+        assert torch.allclose(memory.unit(), memory.unit(rows)[0].flatten())
+        owners = memory.owners
+        memory.use(number)
+        assert torch.equal(memory.owners, owners) and (categories[owners] == number).all()

@@ -19,7 +19,7 @@ class Category(NamedTuple):
     """What a detector knows of one category alone; all else is common to its categories."""
 
     calibration: Calibration
-    normal: dict[str, Tensor]  # `Method.finished_state`
+    normal: dict[str, Tensor]  # `Method.finished_state`, memories included
 
 
 def gather(data: Data | Mapping[str, Data]) -> tuple[list[Path], list[Path], dict[Path, str]]:

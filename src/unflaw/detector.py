@@ -155,14 +155,16 @@ class Detector:
         history = self._train(train, textures, rng, progress, checkpoint)
         self._fit_display(train, progress)
         categories = {}
-        for name, rows in train.rows().items():
+        for number, (name, rows) in enumerate(train.rows().items()):
+            self.network.turn_to(number)
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
             first = torch.tensor(rows[:FINISHED_ON])
             self.network.finish(train.features[first], self._valid_cells(train.boxes[first]), first)
-            categories[name] = Category(self._calibrated(calibrating[name]), self.network.finished_state())
+            calibration = self._calibrated(calibrating[name])
+            if options.extend:
+                self.network.extend(calibrating[name].features, rng)
+            categories[name] = Category(calibration, self.network.finished_state())
         self.categories_, self._selected = categories, name
-        if options.extend:
-            self.network.extend(torch.cat([held.features for held in calibrating.values()]), rng)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         counts = {
@@ -324,7 +326,7 @@ class Detector:
         }
         by_defects = any(category.calibration.defects for category in self.categories_.values())
         metadata = {
-            "format": FORMAT if by_defects else 1 if "" in known else 2,
+            "format": 1 if "" in known and not by_defects else FORMAT,
             "config": self.config.model_dump(mode="json"),
             **({"calibration": known[""]} if "" in known else {"categories": known}),
             "record": self.record_,
@@ -384,7 +386,9 @@ class Detector:
         network, settings = self.network, self.config.training
         progress("memory", 0, 1, None)
         with torch.no_grad():
-            extras = network.setup(cache.features, textures, rng)
+            numbers = {name: number for number, name in enumerate(cache.rows())}
+            categories = torch.tensor([numbers[name] for name in cache.categories])
+            extras = network.setup(cache.features, textures, rng, categories)
         progress("memory", 1, 1, None)
         tensors = {"features": cache.features, **extras}
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16(settings))

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from unflaw.config import Config, Synthesis
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.methods.layers import gaussian_blur
+from unflaw.methods.memory import Memory
 from unflaw.methods.stages import Stages
 from unflaw.synthesis import synthesise
 
@@ -51,7 +52,7 @@ class Method(nn.Module):
     judges = False  # whether `Inspection.coarse` is given
     window = 3  # side in cells of the mean filter over the map that judges a picture; odd
     uses_textures = False  # whether `setup` wants texture pictures
-    finished: tuple[str, ...] = ("normal", "normal_scores", "fine_say")  # buffers that `finish` writes: of one category
+    finishes: tuple[str, ...] = ("normal", "normal_scores", "fine_say")  # buffers that `finish` writes
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
         super().__init__()
@@ -74,8 +75,16 @@ class Method(nn.Module):
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g), without gradient."""
         return self.features(images)
 
-    def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
+    def setup(
+        self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
+    ) -> Batch:
         """Learns what needs no gradient steps from all cached features (N, C, g, g, float16).
+
+        Args:
+            features: Of all training pictures.
+            textures: F of texture pictures, for methods that use them.
+            rng: What it draws.
+            categories: (N,) int64, the category of each picture, counted from 0; None: one.
 
         Returns:
             Further tensors to cache, one row per picture; `loss` gets them by name beside "features".
@@ -118,7 +127,7 @@ class Method(nn.Module):
         anomalies move it, in its normal deviations (of a picture, 3 at most), at most 1. So where altered places
         drown in what varies anyway, whole regions judge. Our own; docs/research.md, section 17.
 
-        Writes the buffers `finished`, and no others.
+        Writes the buffers `finishes`, and no others.
 
         Args:
             features: F (N, C, g, g, float16).
@@ -149,13 +158,25 @@ class Method(nn.Module):
         witnesses = torch.cat([inspection.witnesses for inspection in found])
         return Inspection(witnesses, _joined(found, "perceived"), _joined(found, "coarse"))
 
+    def turn_to(self, category: int) -> None:
+        """After training, before `finish`: memories use what this category, counted from 0, has taught."""
+        for part in self.modules():
+            if isinstance(part, Memory):
+                part.use(category)
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """Names of the buffers that are one category's own: what `finish` writes, and memories."""
+        memories = [name for name, part in self.named_modules() if isinstance(part, Memory)]
+        return *self.finishes, *(f"{name}.{own}" for name in memories for own in ("prototypes", "extra", "radius"))
+
     def finished_state(self) -> dict[str, Tensor]:
-        """What `finish` wrote, to be loaded again (`load_state_dict`, not strict) when that category is inspected."""
+        """What is one category's own, to be loaded again (`load_state_dict`, not strict) when that is inspected."""
         state = self.state_dict()
         return {name: state[name].clone() for name in self.finished}
 
     def extend(self, features: Tensor, rng: Generator) -> None:
-        """After calibration: learns from the pictures that calibrated, F (N, C, g, g, float16).
+        """After calibration: learns from the pictures that calibrated the category in use, F (N, C, g, g, float16).
 
         Only what can lower the evidence of a picture and never raise it, or the calibration would not hold.
         """

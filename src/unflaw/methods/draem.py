@@ -76,7 +76,9 @@ class DRAEM(Method):
         assert isinstance(config.network, DRAEMOptions)
         return PixelExtractor(config.preparation.size, config.network.side, halvings=5)
 
-    def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
+    def setup(
+        self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
+    ) -> Batch:
         self.textures = textures
         return {}
 

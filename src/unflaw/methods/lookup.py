@@ -26,9 +26,11 @@ class Lookup(Method):
         self.memory = Memory(options.prototypes, self.features.channels)
         self.judge = Judge(options.coarse_prototypes, self.features)
 
-    def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
-        self.memory.fit(features, rng)
-        self.judge.fit(features, rng)
+    def setup(
+        self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
+    ) -> Batch:
+        self.memory.fit(features, rng, categories)
+        self.judge.fit(features, rng, categories)
         return {}
 
     def extend(self, features: Tensor, rng: Generator) -> None:

@@ -19,7 +19,7 @@ FAR = 1e4  # where prototypes lie that are not there: no token comes near
 
 
 class Memory(nn.Module):
-    """M prototypes and attention to them.
+    """M prototypes and attention to them; of several categories M each, of which one is in use.
 
     Args:
         size: M; fewer tokens are repeated to fill it.
@@ -37,16 +37,35 @@ class Memory(nn.Module):
         self.register_buffer("prototypes", torch.zeros(size, channels))
         self.register_buffer("extra", torch.full((size // 4, channels), FAR))
         self.register_buffer("radius", torch.ones(()))
-        self.owners: Tensor | None = None  # while training: the picture that each prototype comes from
+        # while training: the picture that each prototype comes from; what each category has taught; who is of which
+        self.owners: Tensor | None = None
+        self._taught: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._categories = torch.zeros(0, dtype=torch.long)
 
     @torch.no_grad()
-    def fit(self, features: Tensor, rng: Generator) -> None:
+    def fit(self, features: Tensor, rng: Generator, categories: Tensor | None = None) -> None:
         """Chooses the prototypes among all tokens of cached features (N, C, g, g) by k-centre greedy coreset.
 
         `radius` becomes the median distance of training tokens to the nearest prototype from another picture.
+
+        Args:
+            features: Of all training pictures.
+            rng: What it draws.
+            categories: (N,) int64, the category of each, counted from 0; None: one. Each has prototypes of its own, and
+                the first is in use.
         """
-        n, _, side, _ = features.shape
-        rows = torch.randperm(n, generator=rng)[: max(1, MOST_TOKENS // side**2)].sort().values
+        self._categories = torch.zeros(len(features), dtype=torch.long) if categories is None else categories
+        self._taught = []
+        for category in self._categories.unique().tolist():
+            self._fit(features, (self._categories == category).nonzero()[:, 0], rng)
+            assert self.owners is not None
+            self._taught.append((self.prototypes.clone(), self.owners, self.radius.clone()))
+        self.use(0)
+
+    def _fit(self, features: Tensor, pictures: Tensor, rng: Generator) -> None:
+        """From some of the pictures, by their rows."""
+        n, side = len(pictures), features.shape[-1]
+        rows = pictures[torch.randperm(n, generator=rng)[: max(1, MOST_TOKENS // side**2)].sort().values]
         tokens = to_tokens(features[rows].float()).flatten(0, 1)
         size = len(self.prototypes)
         chosen = greedy_coreset(tokens, size, rng)
@@ -54,9 +73,25 @@ class Memory(nn.Module):
         self.prototypes.copy_(tokens[chosen])
         self.owners = rows[chosen // side**2]
         self.extra.fill_(FAR)
-        sample = torch.randperm(n, generator=rng)[: max(2, 2**14 // side**2)]
+        sample = pictures[torch.randperm(n, generator=rng)[: max(2, 2**14 // side**2)]]
+        self._taught, taught = [], self._taught  # of those in use, whatever there was before
         distances = self(features[sample].float(), sample)[1].clamp_min(1e-6).flatten()
         self.radius.copy_(distances.median())
+        self._taught = taught
+
+    def use(self, category: int) -> None:
+        """While training: what a category has taught comes into use, without what `extend` added."""
+        prototypes, self.owners, radius = self._taught[category]
+        self.prototypes.copy_(prototypes)
+        self.radius.copy_(radius)
+        self.extra.fill_(FAR)
+
+    def unit(self, pictures: Tensor | None = None) -> Tensor:
+        """`radius`, (1,), or that of the category of each of the training pictures (N,): (N, 1, 1, 1)."""
+        if pictures is None or len(self._taught) < 2:
+            return self.radius
+        radii = torch.stack([radius for *_, radius in self._taught])
+        return radii[self._categories[pictures]].view(-1, 1, 1, 1)
 
     @torch.no_grad()
     def extend(self, features: Tensor, rng: Generator) -> None:
@@ -100,7 +135,22 @@ class Memory(nn.Module):
         Args:
             tokens: Of any pictures.
             leave: (T, L) training pictures; what these taught the memory is left out for that token, unless it is all.
+                The first is the one it belongs to, whose category's prototypes are used, and are in use afterwards.
         """
+        if leave is None or len(self._taught) < 2:
+            return self._recall_all(tokens, leave)
+        of = self._categories[leave[:, 0]]
+        rows = [(of == category).nonzero()[:, 0] for category in range(len(self._taught))]
+        found = []
+        for category, own in enumerate(rows):
+            if len(own):
+                self.use(category)
+                found.append(self._recall_all(tokens[own], leave[own]))
+        order = torch.cat(rows).argsort()
+        mixture, distance, least = (torch.cat(part)[order] for part in zip(*found, strict=True))
+        return mixture, distance, least
+
+    def _recall_all(self, tokens: Tensor, leave: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         bias = -self.prototypes.square().sum(1)
         if leave is None or self.owners is None:
             parts = [self._recall(part, bias) for part in tokens.split(CHUNK)]
@@ -156,9 +206,9 @@ class Judge(nn.Module):
         self.memory = Memory(size, extractor.coarse_channels, neighbours=1)
         self._coarsen = extractor.coarsen  # a bound method, so that the extractor is not registered twice
 
-    def fit(self, features: Tensor, rng: Generator) -> None:
-        """From cached features F (N, C, g, g)."""
-        self.memory.fit(self._all(features), rng)
+    def fit(self, features: Tensor, rng: Generator, categories: Tensor | None = None) -> None:
+        """From cached features F (N, C, g, g), as `Memory.fit`."""
+        self.memory.fit(self._all(features), rng, categories)
 
     def extend(self, features: Tensor, rng: Generator) -> None:
         """As `Memory.extend`."""

@@ -151,15 +151,17 @@ class MFRNet(Method):
         self.register_buffer("masks", self._draw(options.k, torch.Generator().manual_seed(0)))
         self.register_buffer("scale", torch.ones(()))
 
-    def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
+    def setup(
+        self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
+    ) -> Batch:
         """Draws the masks of inspection and measures the norm of F, which makes structural terms free of units."""
         self.masks.copy_(self._draw(self.options.k, rng))
         energy = torch.stack([part.float().square().sum(1).mean() for part in features.split(16)])
         self.scale.copy_(energy.mean().sqrt().clamp_min(1e-6))
         if self.memory is None or self.judge is None:
             return {}
-        self.memory.fit(features, rng)
-        self.judge.fit(features, rng)
+        self.memory.fit(features, rng, categories)
+        self.judge.fit(features, rng, categories)
         return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:

@@ -134,7 +134,7 @@ class RAM(nn.Module):
 class URANet(Method):
     """Assembly; see the module."""
 
-    finished = (*Method.finished, "perception.thresholds")
+    finishes = (*Method.finishes, "perception.thresholds")
 
     def __init__(self, config: Config, weights: str | None = None) -> None:
         options = config.network
@@ -152,14 +152,16 @@ class URANet(Method):
         self.textures: Tensor | None = None
         self.n_pictures = 1
 
-    def setup(self, features: Tensor, textures: Tensor | None, rng: Generator) -> Batch:
+    def setup(
+        self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
+    ) -> Batch:
         self.textures, self.n_pictures = textures, len(features)
         for layer in self.perception.bayesian_layers():
             layer.freeze(rng)
         if self.memory is None or self.judge is None:
             return {}
-        self.memory.fit(features, rng)
-        self.judge.fit(features, rng)
+        self.memory.fit(features, rng, categories)
+        self.judge.fit(features, rng, categories)
         return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
@@ -187,10 +189,10 @@ class URANet(Method):
         else:
             recalled, distance, least = self.memory(features, pictures)
             departure = length(features - recalled)
-            mean, deviation, final = self._perceive(self._evidence(distance, departure))
+            mean, deviation, final = self._perceive(self._evidence(distance, departure, pictures))
             restored = self.restoration(recalled, final)
             # what the memory learned after calibration may speak for a picture, never against it
-            calmed, _ = self.perception(self._evidence(least, departure))
+            calmed, _ = self.perception(self._evidence(least, departure, pictures))
             witnesses = torch.cat([length(features - restored), least], dim=1)
             perceived = torch.minimum(mean, calmed).logit(1e-6)
             coarse = self.judge(features, pictures)
@@ -254,29 +256,30 @@ class URANet(Method):
         mean, deviation = self.perception(seen)
         return mean, deviation, self.perception.masks(mean, deviation)[1]
 
-    def _evidence(self, distance: Tensor, departure: Tensor) -> Tensor:
+    def _evidence(self, distance: Tensor, departure: Tensor, pictures: Tensor | None = None) -> Tensor:
         """Distance to the memory and to the recall, both (N, 1, g, g) → (N, 2, g, g) in units of the usual distance.
 
         What UIAPM sees where there is a memory (ours). From F itself it learns to know the artificial anomalies and not
         the real ones; how far F is from normal means the same for both.
         """
         assert self.memory is not None
-        return torch.cat([distance, departure], dim=1) / self.memory.radius - 1
+        return torch.cat([distance, departure], dim=1) / self.memory.unit(pictures) - 1
 
     def _altered_evidence(self, anomalies: Anomalies, batch: Batch) -> Tensor:
         """What UIAPM sees of F_a; recalled anew are the altered cells only, not from the pictures they are made of."""
         if self.memory is None:
             return anomalies.features
-        seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]))
+        pictures = batch["picture"].long()
+        seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]), pictures)
         tokens = to_tokens(anomalies.features).flatten(0, 1)
         altered = anomalies.mask.flatten().nonzero()[:, 0]
-        pictures = batch["picture"].long()
         made_of = torch.stack([pictures, pictures[anomalies.origin]], dim=1)
         cells = len(tokens) // len(pictures)
         with torch.no_grad():
             mixture, distance, _ = self.memory.recall(tokens[altered], made_of[altered // cells])
         departure = (tokens[altered] - mixture).norm(dim=1)
-        anew = self._evidence(distance.view(-1, 1, 1, 1), departure.view(-1, 1, 1, 1)).flatten(1)
+        own = pictures[altered // cells]
+        anew = self._evidence(distance.view(-1, 1, 1, 1), departure.view(-1, 1, 1, 1), own).flatten(1)
         return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
 
     @torch.no_grad()
