@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 
 from conftest import OWN, TINY, make_parts
 from unflaw import benchmark as module
-from unflaw.benchmark import Grid, Record, RunError, benchmark, measure, pictures_file, plan, read_grid
+from unflaw.benchmark import Record, RunError, benchmark, measure, pictures_file
 from unflaw.cli import app
+from unflaw.config import make_config
 from unflaw.datasets import load_dataset
+from unflaw.datasets.public import COLLECTIONS
+from unflaw.grid import Grid, Run, plan, read_grid
 from unflaw.leaderboard import intervals, latex, markdown, published, tabulate
-from unflaw.public import COLLECTIONS
 from unflaw.report.leaderboard import page, plot
 from unflaw.statistics import PerPicture
 
@@ -182,12 +184,10 @@ def test_errors_cross_the_process(grid, dataset, tmp_path):
 
 def made(data="screw", method="uranet", backbone="resnet18", seed=0, auroc=0.9, **changes):
     """A run and its record, as far as tables look at them."""
-    config = module.make_config(
-        method, "cpu", {"training.seed": seed} | ({"features.backbone": backbone} if backbone else {})
-    )
+    config = make_config(method, "cpu", {"training.seed": seed} | ({"features.backbone": backbone} if backbone else {}))
     digest = f"{data}-{method}-{backbone}-{seed}".ljust(64, "0")
     dataset = load_dataset_stub(data)
-    run = module.Run(dataset, config, None, "", digest)
+    run = Run(dataset, config, None, "", digest)
     metrics = dict.fromkeys(module.KEPT) | {"image_auroc": auroc, "pixel_auroc": 0.95, "aupro_30": 0.8}
     record = Record(
         digest=digest,

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from unflaw import public
 from unflaw.cli import app
-from unflaw.datasets import Dataset, DatasetError, Saturated, fingerprint, load_categories, load_dataset
+from unflaw.datasets import Dataset, DatasetError, Saturated, fingerprint, load_categories, load_dataset, public
+from unflaw.datasets.layouts import held_out, layout_of
+from unflaw.datasets.public import COLLECTIONS, Counts, check, describe, find, recognise
 from unflaw.images import read_mask
-from unflaw.layouts import held_out, layout_of
-from unflaw.public import COLLECTIONS, Counts, check, describe, find, recognise
 
 BY_NAME = {collection.name: collection for collection in COLLECTIONS}
 numbers = itertools.count()

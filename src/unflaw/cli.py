@@ -387,8 +387,8 @@ def benchmark(
     given = {"methods": method, "data": data, "backbones": backbone, "sizes": size, "seeds": seeds, "profile": profile}
     with _errors():
         from unflaw.benchmark import benchmark as run
-        from unflaw.benchmark import plan, read_grid
         from unflaw.datasets import load_categories
+        from unflaw.grid import plan, read_grid
         from unflaw.variants import parse
 
         changes: dict[str, Any] = {n: value for n, value in (given | {"peer_python": peer_python}).items() if value}
@@ -455,8 +455,8 @@ def list_datasets(
     Example:  unflaw datasets data
     """
     with _errors():
-        from unflaw.public import COLLECTIONS, find
-        from unflaw.samples import DatasetError
+        from unflaw.datasets.public import COLLECTIONS, find
+        from unflaw.datasets.samples import DatasetError
 
         folders = roots or [Path()]
         if gone := [root for root in folders if not root.is_dir()]:
@@ -480,7 +480,7 @@ def check_dataset(folder: Annotated[Path, typer.Argument(help="A benchmark, or o
     Example:  unflaw datasets check data/mvtec_ad
     """
     with _errors():
-        from unflaw.public import check
+        from unflaw.datasets.public import check
 
         result = check(folder)
         collection = result.copy.collection

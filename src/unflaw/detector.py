@@ -18,17 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unflaw import __version__
-from unflaw.cache import Cache, Progress, TrainingError, ahead, batched, build_cache, load, silent, stack
+from unflaw.cache import Cache, Progress, ahead, batched, build_cache, load, silent, stack
 from unflaw.calibration import Calibration, calibrate, calibrations
 from unflaw.categories import Category, Data, gather, hold_out
 from unflaw.config import Config, make_config
+from unflaw.datasets.samples import SHORT, Sample, digest, sha256
 from unflaw.display import DisplayDecoder
 from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, DetectorError, read_metadata, write_atomically
 from unflaw.images import ImageError, Prepared, prepare, read
 from unflaw.methods import Inspection, create
 from unflaw.results import Result
-from unflaw.samples import Sample, digest, short_digest
 from unflaw.scoring import find_regions
 from unflaw.synthesis import texture_pictures
 from unflaw.training import optimise, step_rng, uses_bfloat16
@@ -117,6 +117,7 @@ class Detector:
         cached = time.perf_counter()
         embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
         learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint)
+        contents = {path: sha256(path) for path in [*cache.paths, *(held.paths if held else [])]}
         self.record_ = {
             "unflaw": __version__,
             "torch": torch.__version__,
@@ -124,8 +125,8 @@ class Detector:
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "weights": self.weights or "default",
             "good_pictures": len(cache),
-            "digest": digest([Sample(path, 0) for path in cache.paths]),
-            "seen": sorted(map(short_digest, [*cache.paths, *(held.paths if held else [])])),
+            "digest": digest([Sample(path, 0) for path in cache.paths], contents),
+            "seen": sorted(content[:SHORT] for content in contents.values()),
             "skipped": cache.skipped + (held.skipped if held else []),
             **learned,
             "seconds": {
@@ -236,51 +237,19 @@ class Detector:
             TrainingError: No good picture, one that cannot be read, or one that it has learned from. DetectorError:
                 as for `select`. ValueError: As for `calibration.calibrate`.
         """
-        before, config = self.select(category), self.config.calibration
-        paths = [[Path(path) for path in part] for part in (good, defects)]
-        seen = set(self.record_.get("seen", []))
-        if known := [path for path in paths[0] if path.is_file() and short_digest(path) in seen]:
-            raise TrainingError(
-                f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
-                "and finds them more normal than new ones. Leave them out"
-            )
-        scores: list[list[float]] = [[], []]
-        peaks, medians = list[float](), list[float]()
-        total = sum(map(len, paths))
-        for kind, part in enumerate(paths):
-            for outcome in self.inspect_many(part, category=category):
-                if not isinstance(outcome, Result):
-                    raise TrainingError(f"{outcome[1]}; leave it out, or mend it")
-                scores[kind].append(outcome.score)
-                progress("calibrating", len(scores[0]) + len(scores[1]), total, None)
-                if kind == 0:
-                    x0, y0, x1, y1 = outcome.valid
-                    peaks.append(float(outcome.map[y0:y1, x0:x1].max()))
-                    medians.append(float(np.median(outcome.map[y0:y1, x0:x1])))
-        if not scores[0]:
-            raise TrainingError("there are no good pictures to calibrate with")
-        if keep:
-            # the peaks of before are not kept: its threshold stands for each of them
-            scores[0] += before.scores
-            peaks += [before.pixel_threshold] * len(before.scores)
-            medians += [before.low] * len(before.scores)
-        asked = config.false_alarm_rate if rate is None else rate
-        low = float(np.median(medians))
-        found = calibrate(scores[0], peaks, low, asked, defects=scores[1], miss_rate=miss_rate, cost_ratio=cost_ratio)
-        name = next(name for name, known in self.categories_.items() if known.calibration is before)
-        self.categories_[name] = self.categories_[name]._replace(calibration=found)
-        entry = {
-            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **({"category": name} if name else {}),
-            "good": len(paths[0]),
-            "defects": len(paths[1]),
-            "kept": len(before.scores) if keep else 0,
-            "digest": digest([Sample(path, kind) for kind, part in enumerate(paths) for path in part]),
-            "threshold": found.threshold,
-            "described": found.describe(),
-        }
-        self.record_ = self.record_ | {"calibrations": [*self.record_.get("calibrations", []), entry]}
-        return found
+        from unflaw.recalibration import recalibrate
+
+        return recalibrate(
+            self,
+            [Path(path) for path in good],
+            [Path(path) for path in defects],
+            rate=rate,
+            miss_rate=miss_rate,
+            cost_ratio=cost_ratio,
+            category=category,
+            keep=keep,
+            progress=progress,
+        )
 
     def inspect(self, image: str | Path | bytes | np.ndarray, *, category: str | None = None) -> Result:
         """Inspects one picture.

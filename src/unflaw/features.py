@@ -102,7 +102,8 @@ class FeatureExtractor(nn.Module):
             tokens = tokens_raw * weight[:, None]
             _, vectors = torch.linalg.eigh((tokens @ tokens.T / tokens.shape[1]).double())  # ascending
             basis = vectors[:, -self.channels :].flip(1).float()
-        self.basis = weight[:, None] * basis
+        # contiguous, as a saved detector comes back: other strides are multiplied in another order, rounded otherwise
+        self.basis = (weight[:, None] * basis).contiguous()
         self._fit_coarse(basis, self.basis.T @ (tokens_raw @ tokens_raw.T / tokens_raw.shape[1]) @ self.basis)
         return self
 
@@ -116,7 +117,7 @@ class FeatureExtractor(nn.Module):
         values, vectors = torch.linalg.eigh(last.T @ last)
         root = vectors * values.clamp_min(0).sqrt()
         _, components = torch.linalg.eigh(root.T @ covariance.double() @ root)
-        self.coarse_basis = (root @ components[:, -self.coarse_channels :].flip(1)).float()
+        self.coarse_basis = (root @ components[:, -self.coarse_channels :].flip(1)).float().contiguous()
 
     def _level_shares(self) -> list[float]:
         """The weights of the levels, summing to 1; the first is repeated or left out to fit their number."""

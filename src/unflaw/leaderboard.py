@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from unflaw.benchmark import Record, Run, pictures_file
-from unflaw.public import COLLECTIONS
+from unflaw.benchmark import Record, pictures_file
+from unflaw.datasets.public import COLLECTIONS
+from unflaw.grid import Run
 from unflaw.results import METRICS, defined
 from unflaw.statistics import METRICS as RESAMPLED
 from unflaw.statistics import PerPicture, interval, resampled
@@ -237,7 +238,7 @@ def markdown(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], m
             f"| {who} | {_number(i)} | {_number(p)} | {_number(o)} | {source} |" for who, i, p, o, source in others
         ]
     if pairs:
-        lines += ["", "## Differences on the same pictures", "", _MEANING, ""]
+        lines += ["", "## Differences on the same pictures", "", MEANING.replace("*", "\\*"), ""]
         lines += [
             f"| data | size | difference | {' | '.join(HEADS[name] for name in RESAMPLED)} |",
             "|---|---|---|---|---|---|",
@@ -248,8 +249,8 @@ def markdown(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], m
     return "\n".join(lines) + "\n"
 
 
-_MEANING = (
-    "Means over the seeds, with 95 % intervals over resampled test pictures. \\*: 0 lies outside. What another draw of "
+MEANING = (
+    "Means over the seeds, with 95 % intervals over resampled test pictures. *: 0 lies outside. What another draw of "
     "training pictures would change is not in them, and with many comparisons some exclude 0 by chance."
 )
 

@@ -6,7 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unflaw.leaderboard import COSTS, HEADS, Row, costs, difference, heading, preamble, published, sections, shown
+from unflaw.leaderboard import (
+    COSTS,
+    HEADS,
+    MEANING,
+    Row,
+    costs,
+    difference,
+    heading,
+    preamble,
+    published,
+    sections,
+    shown,
+)
 from unflaw.report.html import templates
 from unflaw.statistics import METRICS as RESAMPLED
 
@@ -46,6 +58,7 @@ def page(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], made:
             names={name: HEADS[name] for name in shown(rows)},
             cost_names=COSTS.values(),
             preamble=preamble(made),
+            meaning=MEANING,
             published=published(rows),
             pairs=[(pair, [difference(pair[name]) for name in RESAMPLED]) for pair in pairs],
             resampled=[HEADS[name] for name in RESAMPLED],

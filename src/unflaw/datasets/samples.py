@@ -2,11 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from unflaw.images import list_images, visible_files
+
+SHORT = 16  # digits of a SHA-256 that are enough to know a picture again
 
 
 class DatasetError(ValueError):
@@ -38,7 +40,7 @@ class Dataset:
     """The samples of one category of products."""
 
     name: str
-    layout: str  # "folder", "table", or the name of one of unflaw.layouts.LAYOUTS such as "mvtec"
+    layout: str  # "folder", "table", or the name of one of unflaw.datasets.layouts.LAYOUTS such as "mvtec"
     train: tuple[Sample, ...]  # good ones only
     validation: tuple[Sample, ...]  # good ones to calibrate with; where empty, some of `train` are held out for it
     test: tuple[Sample, ...]
@@ -48,9 +50,12 @@ class Dataset:
 Found = tuple[list[Sample], list[Sample], list[Sample], list[str]]  # train, validation, test, problems
 
 
-def digest(samples: Iterable[Sample]) -> str:
-    """SHA-256, in hex, of the names and contents of pictures: the same in any order, and wherever their folder lies."""
-    return _digest(sample.path for sample in samples)
+def digest(samples: Iterable[Sample], contents: Mapping[Path, str] | None = None) -> str:
+    """SHA-256, in hex, of the names and contents of pictures: the same in any order, and wherever their folder lies.
+
+    `contents`: the `sha256` of each file, where it is known already.
+    """
+    return _digest((sample.path for sample in samples), contents)
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -75,8 +80,8 @@ def sha256(path: Path) -> str:
 
 
 def short_digest(path: Path) -> str:
-    """The first 64 bits of the SHA-256 of a file, in hex: enough to know a picture again."""
-    return sha256(path)[:16]
+    """The first SHORT digits of the `sha256` of a file."""
+    return sha256(path)[:SHORT]
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -116,8 +121,10 @@ def _content(mask: Path) -> str:
     return _digest(list_images(mask)) if mask.is_dir() else sha256(mask)
 
 
-def _digest(files: Iterable[Path]) -> str:
-    paths = [path.absolute() for path in files]
-    root = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    lines = sorted(f"{path.relative_to(root).as_posix()}\0{sha256(path)}\n" for path in paths)
+def _digest(files: Iterable[Path], contents: Mapping[Path, str] | None = None) -> str:
+    paths = list(files)
+    root = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
+    names = [path.absolute().relative_to(root).as_posix() for path in paths]
+    known = [sha256(path) if contents is None else contents[path] for path in paths]
+    lines = sorted(f"{name}\0{content}\n" for name, content in zip(names, known, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

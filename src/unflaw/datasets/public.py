@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unflaw.datasets import load_dataset
-from unflaw.layouts import LAYOUTS, TEST_EVERY, categories, layout_of
-from unflaw.samples import Dataset, DatasetError, subfolders
+from unflaw.datasets.layouts import LAYOUTS, TEST_EVERY, categories, layout_of
+from unflaw.datasets.samples import Dataset, DatasetError, subfolders
 
 Masks = Literal["all", "some", "none"]  # of the defective pictures; "some": at least one
 _COLUMNS = {
@@ -42,7 +42,7 @@ class Collection:
     """One benchmark."""
 
     name: str
-    layout: str  # of each category, see unflaw.layouts
+    layout: str  # of each category, see unflaw.datasets.layouts
     licence: str
     page: str
     citation: str

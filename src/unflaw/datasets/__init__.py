@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from unflaw.images import SUFFIXES, ImageError, image_size, read_mask
-from unflaw.layouts import categories, layout_of
-from unflaw.samples import (
+from unflaw.datasets.layouts import categories, layout_of
+from unflaw.datasets.samples import (
     Dataset,
     DatasetError,
     Found,
@@ -24,6 +23,7 @@ from unflaw.samples import (
     subfolders,
     unused,
 )
+from unflaw.images import SUFFIXES, ImageError, image_size, read_mask
 
 __all__ = [
     "DEFECT_LABELS",
@@ -54,7 +54,7 @@ def load_dataset(path: str | Path) -> Dataset:
     """Read a data set, recognising its layout.
 
     Layouts: that of MVTec AD (a mask is `<name>_mask.*`, `<name>.*`, or a folder `<name>` of masks; without
-    ground_truth there are image labels only), those of other public benchmarks (`unflaw.layouts`), a plain folder of
+    ground_truth there are image labels only), those of other public benchmarks (`layouts`), a plain folder of
     good pictures, or a table, for which see `_table`. Masks that are unreadable, empty, or of another size than their
     picture are left out and reported. The pixels of the pictures are not looked at.
 

@@ -1,7 +1,7 @@
 """Layouts: how pictures, labels and masks lie in the folders of public benchmarks, as their archives unpack.
 
 A layout is a recogniser, which looks at names only, and a reader, which gives paths. What a benchmark is, whose, and
-how many pictures it should have, `unflaw.public` knows.
+how many pictures it should have, `unflaw.datasets.public` knows.
 """
 
 import csv
@@ -13,8 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unflaw.images import ImageError, list_images, read, read_mask
-from unflaw.samples import (
+from unflaw.datasets.samples import (
     DatasetError,
     Found,
     Sample,
@@ -26,6 +25,7 @@ from unflaw.samples import (
     subfolders,
     unused,
 )
+from unflaw.images import ImageError, list_images, read, read_mask
 
 TEST_EVERY = 5  # where a benchmark has no official split, one good picture in so many is for testing
 
