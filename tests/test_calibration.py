@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unflaw.calibration import Calibration, calibrate
+from unflaw.calibration import Calibration, Evidence, calibrate
+from unflaw.config import make_config
+from unflaw.results import Region
 
 SCORES = [3.0, 1.0, 2.0, 2.0]
 finite = st.floats(-1e6, 1e6)
@@ -141,3 +143,71 @@ def test_what_defects_set_is_said():
     for wrong in ({"miss_rate": 0.1}, {"cost_ratio": 1.0}, {"defects": [math.nan], "miss_rate": 0.5}):
         with pytest.raises(ValueError):
             calibrate([1, 2, 3], [1, 2, 3], 0.0, **wrong)
+
+
+# Review
+
+
+@given(score_lists, rates, rates, st.data())
+def test_review_lies_between_two_rates_and_takes_nothing_from_the_first(scores, rate, wider, data):
+    plain = calibrate(scores, scores, 0.0, rate)
+    calibration = calibrate(scores, scores, 0.0, rate, review_rate=wider)
+    assert (calibration.threshold, calibration.rate) == (plain.threshold, plain.rate)
+    score = data.draw(finite | st.sampled_from(scores))
+    p, verdict = calibration.p_value(score), calibration.verdict(score)
+    assert (verdict == "defect") == (p <= calibration.rate)
+    if calibration.review_rate is None:  # too few pictures, or none with a score between
+        assert verdict == plain.verdict(score)
+    else:
+        assert calibration.rate < calibration.review_rate <= max(wider + 1e-9, 1 / (len(scores) + 1))
+        assert (verdict == "review") == (calibration.rate < p <= calibration.review_rate)
+
+
+def test_good_pictures_are_called_so_as_often_as_promised():
+    rng, n = np.random.default_rng(3), 99
+    trials, fresh = 400, 200
+    verdicts = []
+    for _ in range(trials):
+        calibration = calibrate(rng.gumbel(size=n).tolist(), [0.0] * n, 0.0, 0.01, review_rate=0.05)
+        verdicts += [calibration.verdict(score) for score in rng.gumbel(size=fresh)]
+    assert calibration.describe().endswith("; with those for review 5.00%")
+    for kinds, promised in ((("defect",), 0.01), (("defect", "review"), 0.05)):
+        deviation = math.sqrt(promised * (1 - promised) * (1 / (n + 2) + 1 / fresh) / trials)
+        assert np.isin(verdicts, kinds).mean() == pytest.approx(promised, abs=4 * deviation)
+
+
+def test_without_a_rate_or_with_too_few_pictures_nothing_is_reviewed():
+    scores = [float(i) for i in range(50)]
+    assert calibrate(scores, scores, 0.0, 0.02).review_threshold is None
+    assert calibrate(scores[:18], scores[:18], 0.0, 0.01, review_rate=0.05).review_threshold is None
+    assert calibrate(scores, scores, 0.0, 0.1, review_rate=0.05).review_threshold is None
+    assert calibrate(scores, scores, 0.0, 0.02, review_rate=0.1).review_threshold == 45
+
+
+def test_an_uncertain_region_sends_a_defect_to_review_and_nothing_else():
+    scores = [float(i) for i in range(39)]
+    doubts = [i / 100 for i in range(39)]
+    calibration = calibrate(scores, scores, 0.0, 0.05, review_rate=0.1, doubts=doubts)
+    assert calibration.uncertainty_threshold == 0.35  # the fourth: one tenth of 40
+    doubtful, sure = (Region((0, 0, 1, 1), 1, 9.0, uncertainty) for uncertainty in (0.36, 0.35))
+    assert (
+        calibration.verdict(99, [doubtful, sure]) == "review" and calibration.verdict(99, [sure, doubtful]) == "defect"
+    )
+    assert calibration.verdict(99) == "defect" and calibration.verdict(0, [doubtful]) == "good"
+    assert calibrate(scores, scores, 0.0, 0.05, review_rate=0.1).verdict(99, [doubtful]) == "defect"
+
+
+def test_evidence_is_gathered_within_the_picture():
+    found = Evidence()
+    anomaly_map, doubt = np.zeros((2, 8, 8))
+    anomaly_map[0], doubt[0] = 9, 9  # padding
+    anomaly_map[3, 3], doubt[4, 4] = 2, 0.25
+    for score in range(24):
+        found.add(score, anomaly_map + score, (0, 2, 8, 8), doubt)
+    made = found.calibrate(make_config(changes={"calibration.review_uncertain": True}).calibration, rate=0.04)
+    assert made.scores == tuple(range(24)) and made.pixel_threshold == 2 + 23 and made.low == 11.5
+    assert made.uncertainty_threshold == 0.25 and made.review_rate is None  # 5 % are no more pictures than 4 %
+    again = Evidence()
+    again.add(99.0, anomaly_map, (0, 2, 8, 8), doubt)
+    again.keep(made)
+    assert sorted(again.scores)[-2:] == [23, 99] and sorted(again.peaks)[0] == 2 and again.peaks.count(25) == 24

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from unflaw import __version__
 from unflaw.cache import Cache, build_cache, stack
-from unflaw.calibration import Calibration, calibrate, calibrations
+from unflaw.calibration import Calibration, Evidence, calibrations
 from unflaw.categories import Category, Data, gather, hold_out
 from unflaw.config import Config, make_config
+from unflaw.crossfit import gather_evidence
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256
 from unflaw.display import DisplayDecoder
 from unflaw.errors import DetectorError
@@ -163,7 +164,8 @@ class Detector(Inspector):
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
             first = torch.tensor(rows[:FINISHED_ON])
             self.network.finish(train.features[first], self._valid_cells(train.boxes[first]), first)
-            calibration = self._calibrated(calibrating[name])
+            found = Evidence(options.minimum_area)
+            calibration = gather_evidence(self.network, calibrating[name], self._valid_cells, found).calibrate(options)
             if options.extend:
                 self.network.extend(calibrating[name].features, rng)
             categories[name] = Category(calibration, self.network.finished_state())
@@ -368,19 +370,6 @@ class Detector(Inspector):
 
         n, steps = len(cache), settings.display_steps
         optimise(decoder, loss, n, steps, settings, stage="display", progress=progress)
-
-    @torch.inference_mode()
-    def _calibrated(self, cache: Cache) -> Calibration:
-        scores: list[float] = []
-        peaks: list[float] = []
-        medians: list[float] = []
-        for features, boxes in zip(cache.features.split(8), cache.boxes.split(8), strict=True):
-            maps, scored = self.network.fuse(self.network(features.float()), self._valid_cells(boxes))
-            scores += scored.tolist()
-            for anomaly_map, (x0, y0, x1, y1) in zip(maps.numpy(), boxes.tolist(), strict=True):
-                peaks.append(float(anomaly_map[y0:y1, x0:x1].max()))
-                medians.append(float(np.median(anomaly_map[y0:y1, x0:x1])))
-        return calibrate(scores, peaks, float(np.median(medians)), self.config.calibration.false_alarm_rate)
 
     @torch.inference_mode()
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:

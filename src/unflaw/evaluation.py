@@ -84,6 +84,8 @@ def evaluate(
         **measured.metrics(),
         "false_alarms": sum(row["verdict"] == "defect" and not row["label"] for row in rows),
         "missed": sum(row["verdict"] == "good" and bool(row["label"]) for row in rows),
+        "review_good": sum(row["verdict"] == "review" and not row["label"] for row in rows),
+        "review_defective": sum(row["verdict"] == "review" and bool(row["label"]) for row in rows),
         "skipped": skipped,
         "problems": list(dataset.problems),
         "dataset": dataset.name,
@@ -128,7 +130,7 @@ class _Gallery:
         self.kept: dict[tuple[bool, str], list[Inspected]] = defaultdict(list)
 
     def add(self, item: Inspected) -> None:
-        wrong = (item.result.verdict == "defect") != bool(item.label)
+        wrong = item.result.verdict == ("good" if item.label else "defect")
         group = self.kept[wrong, item.defect]
         group.append(replace(item, result=replace(item.result, image=item.result.image.copy())))
         # the worst mistakes and, of right verdicts, those nearest to being mistakes

@@ -141,5 +141,6 @@ class Measurement:
                 "pixel_auroc": pixels.get("pixel_auroc"),
             }
             if "verdict" in members[0]:
-                table[defect]["found"] = sum(row["verdict"] == "defect" for row in members)
+                for column, verdict in (("found", "defect"), ("review", "review")):
+                    table[defect][column] = sum(row["verdict"] == verdict for row in members)
         return table

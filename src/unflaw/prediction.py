@@ -27,7 +27,7 @@ def predict(
     `out/pictures/<number>_<name>.png`: picture, heat map on the detector's fixed scale, and the method's own maps.
 
     Returns:
-        How many were "good", "defect" and "error".
+        How many were "good", "review", "defect" and "error".
 
     Raises:
         DetectorError: As `Inspector.select`.

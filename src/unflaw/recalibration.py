@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
-
-from unflaw.calibration import Calibration, calibrate
+from unflaw.calibration import Calibration, Evidence
 from unflaw.datasets.samples import Sample, digest, short_digest
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
@@ -37,31 +35,24 @@ def recalibrate(
             f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
             "and finds them more normal than new ones. Leave them out"
         )
-    scores: list[list[float]] = [[], []]
-    peaks, medians = list[float](), list[float]()
+    found, missable = Evidence(config.minimum_area), list[float]()
     total = sum(map(len, paths))
     for kind, part in enumerate(paths):
         for outcome in detector.inspect_many(part, category=category):
             if not isinstance(outcome, Result):
                 raise TrainingError(f"{outcome[1]}; leave it out, or mend it")
-            scores[kind].append(outcome.score)
-            progress("calibrating", len(scores[0]) + len(scores[1]), total, None)
             if kind == 0:
-                x0, y0, x1, y1 = outcome.valid
-                peaks.append(float(outcome.map[y0:y1, x0:x1].max()))
-                medians.append(float(np.median(outcome.map[y0:y1, x0:x1])))
-    if not scores[0]:
+                found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty)
+            else:
+                missable.append(outcome.score)
+            progress("calibrating", len(found.scores) + len(missable), total, None)
+    if not found.scores:
         raise TrainingError("there are no good pictures to calibrate with")
     if keep:
-        # the peaks of before are not kept: its threshold stands for each of them
-        scores[0] += before.scores
-        peaks += [before.pixel_threshold] * len(before.scores)
-        medians += [before.low] * len(before.scores)
-    asked = config.false_alarm_rate if rate is None else rate
-    low = float(np.median(medians))
-    found = calibrate(scores[0], peaks, low, asked, defects=scores[1], miss_rate=miss_rate, cost_ratio=cost_ratio)
+        found.keep(before)
+    after = found.calibrate(config, rate=rate, defects=missable, miss_rate=miss_rate, cost_ratio=cost_ratio)
     name = detector.category(category)
-    detector.categories_[name] = detector.categories_[name]._replace(calibration=found)
+    detector.categories_[name] = detector.categories_[name]._replace(calibration=after)
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **({"category": name} if name else {}),
@@ -69,8 +60,8 @@ def recalibrate(
         "defects": len(paths[1]),
         "kept": len(before.scores) if keep else 0,
         "digest": digest([Sample(path, kind) for kind, part in enumerate(paths) for path in part]),
-        "threshold": found.threshold,
-        "described": found.describe(),
+        "threshold": after.threshold,
+        "described": after.describe(),
     }
     detector.record_ = detector.record_ | {"calibrations": [*detector.record_.get("calibrations", []), entry]}
-    return found
+    return after

@@ -39,7 +39,8 @@ def _number(value: float | None) -> str:
 def _verdicts(metrics: Mapping[str, Any]) -> str:
     return (
         f"{metrics['n_images']} pictures: {metrics['false_alarms']} false alarms among {metrics['n_good']} good ones, "
-        f"{metrics['missed']} missed of {metrics['n_images'] - metrics['n_good']} defective ones"
+        f"{metrics['missed']} missed of {metrics['n_images'] - metrics['n_good']} defective ones, "
+        f"for review {metrics['review_good']} good and {metrics['review_defective']} defective ones"
     )
 
 

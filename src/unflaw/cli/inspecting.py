@@ -101,8 +101,8 @@ def predict(
         with progress_bars() as progress:
             counts = run(detector, paths, out, category=category, pictures=pictures, progress=progress)
         typer.echo(
-            f"{out / 'results.jsonl'}: {counts['good']} good, {counts['defect']} defective, "
-            f"{counts['error']} not readable"
+            f"{out / 'results.jsonl'}: {counts['good']} good, {counts['review']} for review, "
+            f"{counts['defect']} defective, {counts['error']} not readable"
         )
         if counts["error"]:
             raise typer.Exit(3)

@@ -122,7 +122,9 @@ def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
 
 
 def _outcome(label: int, verdict: str) -> str:
-    """What a verdict was worth: "correct", "missed" or "false alarm"."""
+    """What a verdict was worth: "correct", "review", "missed" or "false alarm"."""
+    if verdict == "review":
+        return verdict
     mistake = "missed" if label else "false alarm"
     return "correct" if (verdict == "defect") == bool(label) else mistake
 
@@ -135,7 +137,11 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
         if outcomes:
             count, total = outcomes.count(mistake), len(outcomes)
             clauses.append(f"{count} of {total} {kind} pictures ({count / total:.1%}) {happened}")
-    return f"At the calibrated threshold, {' and '.join(clauses)}." if clauses else "No picture was inspected."
+    if not clauses:
+        return "No picture was inspected."
+    review = sum(row["outcome"] == "review" for row in rows)
+    reviewed = f" {review} of all {len(rows)} pictures ({review / len(rows):.1%}) went to review." if review else ""
+    return f"At the calibrated threshold, {' and '.join(clauses)}.{reviewed}"
 
 
 def _card(inspected: Inspected, scale: Scale) -> dict[str, Any]:
