@@ -41,8 +41,8 @@ class Calibration(BaseModel):
             such rule.
         minimum_area: Smaller areas are no regions, share of the picture.
         tail: Of the scores, where rates below the smallest certified one are estimated.
-        crossed: Each score is by a detector that did not learn from its picture, but not by this one, which learned
-            from all (`Detector.fit` with folds): so certified rates are those of cross-conformal prediction.
+        crossed: Each score was found without what was learned from its picture, but this detector has learned from all
+            of them: rates are about so, and how far they are certain is said in `crossfit`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,7 +67,7 @@ class Calibration(BaseModel):
 
     @property
     def certified(self) -> bool:
-        return self.rate <= self.asked_rate and not self.estimated
+        return self.rate <= self.asked_rate and not (self.estimated or self.crossed)
 
     @property
     def estimated(self) -> bool:
@@ -123,13 +123,13 @@ class Calibration(BaseModel):
         pictures = f"{n} good pictures " + ("by cross-fitting" if self.crossed else "outside of training")
         if self.certified:
             return f"false-alarm rate {self.rate:.2%} or less, certified by {pictures}"
-        falls_short = f"{pictures} certify a false-alarm rate of {self.smallest:.2%}"
+        reach = f"{pictures} {'give about' if self.crossed else 'certify'} a false-alarm rate of {self.smallest:.2%}"
         if self.estimated and self.tail is not None:
-            return (
-                f"false-alarm rate {self.rate:.2%}, estimated from the tail of the scores (goodness of fit "
-                f"p = {self.tail.goodness:.2g}); {falls_short}"
-            )
-        return f"{falls_short}, not the {self.asked_rate:.2%} asked for; {conformal.needed(self.asked_rate)} would"
+            fit = f"goodness of fit p = {self.tail.goodness:.2g}"
+            return f"false-alarm rate {self.rate:.2%}, estimated from the tail of the scores ({fit}); {reach}"
+        if self.rate <= self.asked_rate:
+            return f"false-alarm rate about {self.rate:.2%}, from {pictures}"
+        return f"{reach}, not the {self.asked_rate:.2%} asked for; {conformal.needed(self.asked_rate)} would"
 
 
 class Evidence:
@@ -169,8 +169,8 @@ class Evidence:
         self.medians += [before.low] * n
         self.doubts += [before.uncertainty_threshold] * n if before.uncertainty_threshold is not None else []
 
-    def calibrate(self, options: CalibrationOptions, *, rate: float | None = None, **defects: Any) -> Calibration:
-        """`calibrate` as the options say, for another rate where one is given; `defects` are passed on."""
+    def calibrate(self, options: CalibrationOptions, *, rate: float | None = None, **more: Any) -> Calibration:
+        """`calibrate` as the options say, for another rate where one is given; what is more is passed on."""
         return calibrate(
             self.scores,
             self.peaks,
@@ -180,7 +180,7 @@ class Evidence:
             doubts=self.doubts if options.review_uncertain else (),
             minimum_area=self.minimum_area,
             tail=options.tail,
-            **defects,
+            **more,
         )
 
 
