@@ -187,14 +187,14 @@ def test_without_a_rate_or_with_too_few_pictures_nothing_is_reviewed():
 def test_an_uncertain_region_sends_a_defect_to_review_and_nothing_else():
     scores = [float(i) for i in range(39)]
     doubts = [i / 100 for i in range(39)]
-    calibration = calibrate(scores, scores, 0.0, 0.05, review_rate=0.1, doubts=doubts)
+    calibration = calibrate(scores, scores, 0.0, 0.05, review_rate=0.1, doubts=doubts, review_uncertain=True)
     assert calibration.uncertainty_threshold == 0.35  # the fourth: one tenth of 40
     doubtful, sure = (Region((0, 0, 1, 1), 1, 9.0, uncertainty) for uncertainty in (0.36, 0.35))
     assert (
         calibration.verdict(99, [doubtful, sure]) == "review" and calibration.verdict(99, [sure, doubtful]) == "defect"
     )
     assert calibration.verdict(99) == "defect" and calibration.verdict(0, [doubtful]) == "good"
-    assert calibrate(scores, scores, 0.0, 0.05, review_rate=0.1).verdict(99, [doubtful]) == "defect"
+    assert calibrate(scores, scores, 0.0, 0.05, doubts=doubts).verdict(99, [doubtful]) == "defect"
 
 
 def test_evidence_is_gathered_within_the_picture():

@@ -36,9 +36,9 @@ class Calibration(BaseModel):
         miss_rate: The share of defects like those that `threshold` misses: certified where it was asked for, else None.
         review_rate: The share of good pictures, certified, that are called anything but good; None: no review.
         review_threshold: Pictures that score above it, and not above `threshold`, are for review.
-        uncertainty_threshold: Defects are for review as well where the uncertainty map is higher, on average over the
-            region with the highest peak. At most a share `review_rate` of good pictures has any such value. None: no
-            such rule.
+        uncertainty_threshold: A region is dominated by uncertainty where that is higher on average. At most the share
+            of good pictures that review was asked for (else that of alarms) has any such value. None: there is no map.
+        review_uncertain: Defects whose first region is so are for review.
         minimum_area: Smaller areas are no regions, share of the picture.
         tail: Of the scores, where rates below the smallest certified one are estimated.
         crossed: Each score was found without what was learned from its picture, but this detector has learned from all
@@ -57,6 +57,7 @@ class Calibration(BaseModel):
     review_rate: float | None = None
     review_threshold: float | None = None
     uncertainty_threshold: float | None = None
+    review_uncertain: bool = False
     minimum_area: float = 0.0
     tail: conformal.Tail | None = None
     crossed: bool = False
@@ -93,13 +94,13 @@ class Calibration(BaseModel):
     def verdict(self, score: float, regions: Sequence[Region] = ()) -> Verdict:
         """ "good" up to `review_threshold`, "defect" above `threshold`, and "review" between.
 
-        A defect is for review as well where the uncertainty map dominates its first region. That takes verdicts away
-        from "defect" and none from "good": both rates hold.
+        With `review_uncertain`, a defect is for review as well where the uncertainty map dominates its first region.
+        That takes verdicts away from "defect" and none from "good": both rates hold.
         """
         if score > self.threshold:
-            doubt = regions[0].uncertainty if regions else None
-            doubtful = None not in (doubt, self.uncertainty_threshold) and doubt > self.uncertainty_threshold  # type: ignore[operator]
-            return "review" if doubtful else "defect"
+            doubt = regions[0].uncertainty if self.review_uncertain and regions else None
+            limit = self.uncertainty_threshold
+            return "defect" if doubt is None or limit is None or doubt <= limit else "review"
         return "review" if self.review_threshold is not None and score > self.review_threshold else "good"
 
     def describe(self) -> str:
@@ -177,7 +178,8 @@ class Evidence:
             float(np.median(self.medians)) if self.medians else 0.0,
             options.false_alarm_rate if rate is None else rate,
             review_rate=options.review_rate,
-            doubts=self.doubts if options.review_uncertain else (),
+            doubts=self.doubts,
+            review_uncertain=options.review_uncertain,
             minimum_area=self.minimum_area,
             tail=options.tail,
             **more,
@@ -202,6 +204,7 @@ def calibrate(
     *,
     review_rate: float = 0.0,
     doubts: Sequence[float] = (),
+    review_uncertain: bool = False,
     minimum_area: float = 0.0,
     tail: bool = False,
     crossed: bool = False,
@@ -221,7 +224,8 @@ def calibrate(
         rate: False-alarm rate asked for, in (0, 1).
         review_rate: Share of good pictures that may be called anything but good, in [0, 1); where the rate that it
             certifies is not above that of alarms, there is no review.
-        doubts: For each of the good pictures, the largest value of the uncertainty map; empty: that has no say.
+        doubts: For each of the good pictures, the largest value of the uncertainty map; empty where there is none.
+        review_uncertain: Whether that has a say in verdicts.
         minimum_area: Of a region, share of the picture: the one that `peaks` were found with.
         tail: Estimate the threshold where n pictures cannot certify the rate, down to a tenth of 1 / (n + 1). It is
             never below the highest score. Fewer than 40 pictures have no tail.
@@ -266,6 +270,7 @@ def calibrate(
         review_rate=reviewed / (n + 1) if band else None,
         review_threshold=good[-reviewed] if band else None,
         uncertainty_threshold=sorted(doubts)[-min(reviewed, len(doubts))] if doubts else None,
+        review_uncertain=review_uncertain,
         minimum_area=minimum_area,
         tail=found,
         crossed=crossed,

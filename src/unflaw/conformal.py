@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -178,6 +179,7 @@ def combine(p_values: Sequence[float], method: Combination = "bonferroni") -> fl
     return float(min(1.0, means[method]()))
 
 
+@lru_cache
 def _harmonic_factor(k: int) -> float:
     """The least multiple of the harmonic mean of k p-values that is one (Vovk and Wang 2020, proposition 6)."""
     from scipy.optimize import brentq

@@ -31,11 +31,21 @@ _METRICS = {
     "aupimo": ("AUPIMO", "share found of each picture's defects while 1 to 10 of 100,000 good pixels are marked"),
     "spro_05": ("sPRO 5%", "as AUPRO 5%, but of each defect only as much need be found as its kind asks for"),
 }
+# Of verdicts and regions, at the detector's own thresholds.
+_DECISIONS = {
+    "region_recall": ("Region recall", "share of the true defect areas that a predicted region touches"),
+    "false_regions": ("False regions", "per good picture"),
+    "good_with_regions": ("Good with regions", "share of good pictures that show any region"),
+    "review_good": ("Good for review", "good pictures that went to review"),
+    "review_defective": ("Defects for review", "defective pictures that went to review"),
+}
 # name -> title, x axis, y axis, end of the x axis. PRO is only of interest where few good pixels are marked.
 _CURVES = {
     "roc": ("ROC, pictures", "false-alarm rate", "detection rate", 1.0),
     "pr": ("Precision and recall, pictures", "recall", "precision", 1.0),
     "pro": ("Per-region overlap, pixels", "false-positive rate", "overlap", 0.3),
+    "risk": ("Review by p-value", "share sent to review", "share of errors left", 1.0),
+    "risk_uncertainty": ("Review with uncertainty", "share sent to review", "share of errors left", 1.0),
 }
 
 
@@ -110,6 +120,7 @@ def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
     return {
         "name": name,
         "metrics": metrics,
+        "decisions": {name: about for name, about in _DECISIONS.items() if metrics.get(name) is not None},
         "defect_columns": list(dict.fromkeys(column for values in per_defect for column in values)),
         "scores": _histogram(rows, metrics.get("threshold")) if rows else None,
         "curves": [(_points(*curves[name], about[-1]), *about) for name, about in _CURVES.items() if name in curves],
