@@ -108,6 +108,16 @@ class Calibration(BaseModel):
         review = "" if self.review_rate is None else f"; with those for review {self.review_rate:.2%}"
         return self._promise() + review
 
+    def reach(self) -> str:
+        """One sentence on what so many pictures can certify."""
+        found = conformal.certifiable(len(self.scores))
+        words = "about" if self.crossed else "certify"
+        more = ", ".join(f"{rate:.2%} takes {conformal.needed(rate)}" for rate in (0.01, 0.001) if rate < found.rate)
+        return (
+            f"{found.n} good pictures {words} {found.rate:.2%} at best, on average over calibrations; 95 of 100 "
+            f"calibrations stay below {found.unlucky:.2%}" + (f"; {more}" if more else "")
+        )
+
     def _promise(self) -> str:
         n = len(self.scores)
         if self.defects:

@@ -192,8 +192,7 @@ def discoveries(p_values: Sequence[float], rate: float) -> list[bool]:
     """Which of a batch to take for defective so that, expected, at most a share `rate` of those are good.
 
     Benjamini and Hochberg 1995. That it holds for conformal p-values, which all share one calibration set, is shown in
-    Bates et al. 2023. With n calibration pictures and m in the batch, nothing can be found unless at least
-    m / (rate·(n + 1)) of them are beyond all n.
+    Bates et al. 2023, for parts that do not depend on each other.
 
     Raises:
         ValueError: The rate is not in (0, 1).
@@ -205,3 +204,8 @@ def discoveries(p_values: Sequence[float], rate: float) -> list[bool]:
     if not p_values:
         return []
     return (stats.false_discovery_control(np.array(p_values), method="bh") <= rate + 1e-12).tolist()
+
+
+def least_discoveries(m: int, smallest: float, rate: float) -> int:
+    """How many of m pictures must have the smallest p-value there is so that any can be discovered."""
+    return max(1, math.ceil(m * smallest / rate - 1e-9))

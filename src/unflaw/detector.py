@@ -232,6 +232,7 @@ class Detector(Inspector):
         category: str | None = None,
         keep: bool = False,
         progress: Progress = silent,
+        **settings: Any,
     ) -> Calibration:
         """Sets thresholds and p-values anew, without training, from pictures of today.
 
@@ -244,6 +245,7 @@ class Detector(Inspector):
             rate: False-alarm rate asked for; None: that of the configuration.
             category: Of a detector of several.
             keep: Also counts the scores it was calibrated with before; right where both kinds of pictures will come.
+            **settings: `review_rate`, `review_uncertain`, `minimum_area` and `tail` in place of the configuration's.
 
         Returns:
             The new calibration, which is also in the detector.
@@ -263,6 +265,7 @@ class Detector(Inspector):
             cost_ratio=cost_ratio,
             category=category,
             keep=keep,
+            settings=settings,
             progress=progress,
         )
 

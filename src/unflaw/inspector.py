@@ -150,6 +150,7 @@ class Inspector(ABC):
                 layers={layer: values[i] for layer, values in outputs.layers.items()},
                 path=path,
                 size=picture.original_size,
+                p_estimated=calibration.estimated_p_value(score),
             )
             for i, (picture, path, score) in enumerate(zip(pictures, paths, outputs.scores.tolist(), strict=True))
         ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from unflaw.calibration import Calibration, Evidence
+from unflaw.config import CalibrationOptions
 from unflaw.datasets.samples import Sample, digest, short_digest
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
@@ -24,10 +26,12 @@ def recalibrate(
     cost_ratio: float | None,
     category: str | None,
     keep: bool,
+    settings: Mapping[str, Any],
     progress: Progress,
 ) -> Calibration:
     """What `Detector.calibrate` does; arguments, result and errors are said there. On an error nothing changes."""
-    before, config = detector.select(category), detector.config.calibration
+    before = detector.select(category)
+    options = CalibrationOptions.model_validate(detector.config.calibration.model_dump() | dict(settings))
     paths = [good, defects]
     seen = set(detector.record_.get("seen", []))
     if known := [path for path in paths[0] if path.is_file() and short_digest(path) in seen]:
@@ -35,7 +39,7 @@ def recalibrate(
             f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
             "and finds them more normal than new ones. Leave them out"
         )
-    found, missable = Evidence(config.minimum_area), list[float]()
+    found, missable = Evidence(options.minimum_area), list[float]()
     total = sum(map(len, paths))
     for kind, part in enumerate(paths):
         for outcome in detector.inspect_many(part, category=category):
@@ -50,7 +54,7 @@ def recalibrate(
         raise TrainingError("there are no good pictures to calibrate with")
     if keep:
         found.keep(before)
-    after = found.calibrate(config, rate=rate, defects=missable, miss_rate=miss_rate, cost_ratio=cost_ratio)
+    after = found.calibrate(options, rate=rate, defects=missable, miss_rate=miss_rate, cost_ratio=cost_ratio)
     name = detector.category(category)
     detector.categories_[name] = detector.categories_[name]._replace(calibration=after)
     entry = {

@@ -64,6 +64,8 @@ class Result:
             U, V and M_final); "restored" is (size, size, 3) uint8. Empty where the method has none.
         path: Where the picture came from, if from a file.
         size: (width, height) of the original picture; (0, 0) where it is not known, and there are no regions.
+        p_estimated: Where the calibration has a tail: an estimate of the share of good pictures that score higher,
+            which goes below what `p_value` can reach.
     """
 
     score: float
@@ -76,6 +78,7 @@ class Result:
     layers: dict[str, np.ndarray] = field(default_factory=dict)
     path: str | None = None
     size: tuple[int, int] = (0, 0)
+    p_estimated: float | None = None
 
     @property
     def uncertainty(self) -> np.ndarray | None:
@@ -84,10 +87,12 @@ class Result:
 
     def to_json(self, contours: bool = False) -> dict[str, Any]:
         """One line of `results.jsonl`: numbers only, no maps; contours of regions where they are asked for."""
+        estimated = {} if self.p_estimated is None else {"p_estimated": self.p_estimated}
         return {
             "path": self.path,
             "score": self.score,
             "p_value": self.p_value,
+            **estimated,
             "verdict": self.verdict,
             "regions": [region.to_json(contours) for region in self.regions],
         }
