@@ -139,15 +139,12 @@ class Discoveries:
 
         def write(temporary: Path) -> None:
             marks = iter(found)
-            with (
-                self.file.open(encoding="utf-8") as old,
-                temporary.open("w", encoding="utf-8", errors="backslashreplace") as new,
-            ):
+            with self.file.open(encoding="utf-8") as old, temporary.open("wb") as new:
                 for text in old:
                     line = json.loads(text)
                     if "p_value" in line:
                         line["discovery"] = next(marks)
-                    new.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    new.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
 
         write_atomically(self.file, write)
         least = conformal.least_discoveries(n, self.smallest, self.rate)

@@ -111,7 +111,7 @@ class Calibration(BaseModel):
     def reach(self) -> str:
         """One sentence on what so many pictures can certify."""
         found = conformal.certifiable(len(self.scores))
-        words = "about" if self.crossed else "certify"
+        words = "give about" if self.crossed else "certify"
         more = ", ".join(f"{rate:.2%} takes {conformal.needed(rate)}" for rate in (0.01, 0.001) if rate < found.rate)
         return (
             f"{found.n} good pictures {words} {found.rate:.2%} at best, on average over calibrations; 95 of 100 "
