@@ -8,6 +8,8 @@ calibrates, which the memory learns after that. "cross-fitting": 40 pictures tra
 it comes": the set's own training part trains and calibrates, its own good test pictures test; nothing makes them
 exchangeable but who took the pictures.
 
+Memories are a quarter of their usual size, so that many models take minutes: promises hold for any size.
+
 The interval holds 95 of 100 counts of false alarms where good pictures are exchangeable: each model's count is
 beta-binomial, since one calibration serves all its test pictures. Cross-fitting has no such law: the same interval
 stands beside it as if it were hold-out.
@@ -32,6 +34,7 @@ from unflaw.methods import create
 from unflaw.results import Result
 
 RATES = (0.1, 0.05, 0.02, 0.01)
+SMALL = {"training.display_steps": 0, "network.prototypes": 1024, "network.coarse_prototypes": 4096}
 FEW = 40  # pictures of cross-fitting
 Counts = list[tuple[int, int, int, int]]  # of each model: false alarms, good test pictures, k and n of the calibration
 
@@ -52,7 +55,7 @@ def measured(dataset: Dataset, models: int) -> Iterator[tuple[str, dict[float, C
     given = [sample.path for sample in (*dataset.train, *dataset.validation)]
     own = [sample.path for sample in dataset.test if sample.label == 0]
     every = np.array([*given, *own])
-    config = make_config("lookup", changes={"training.display_steps": 0})
+    config = make_config("lookup", changes=SMALL)
     extractor = create(config).features
     with tempfile.TemporaryDirectory(prefix="unflaw-reliability-") as folder:
         file = FeatureFile(Path(folder) / "features.npy", every, extractor, config.preparation)
@@ -60,7 +63,7 @@ def measured(dataset: Dataset, models: int) -> Iterator[tuple[str, dict[float, C
         def counts(
             train: Sequence[Path], test: Sequence[Path], folds: int = 0
         ) -> dict[float, tuple[int, int, int, int]]:
-            changed = make_config("lookup", changes={"training.display_steps": 0, "calibration.folds": folds})
+            changed = make_config("lookup", changes=SMALL | {"calibration.folds": folds})
             detector = CachedDetector(changed, extractor.backbone, file).fit(train)
             good = detector.select().scores
             scores = [found.score for found in detector.inspect_many(test) if isinstance(found, Result)]
