@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
 from unflaw.calibration import Calibration, Evidence, calibrate
 from unflaw.config import make_config
 from unflaw.results import Region
+from unflaw.scoring import flagged
 
 SCORES = [3.0, 1.0, 2.0, 2.0]
 finite = st.floats(-1e6, 1e6)
@@ -211,3 +213,54 @@ def test_evidence_is_gathered_within_the_picture():
     again.add(99.0, anomaly_map, (0, 2, 8, 8), doubt)
     again.keep(made)
     assert sorted(again.scores)[-2:] == [23, 99] and sorted(again.peaks)[0] == 2 and again.peaks.count(25) == 24
+
+
+@pytest.mark.parametrize("minimum", [0.0, 0.02])
+def test_regions_show_on_no_more_good_pictures_than_promised(minimum):
+    """Whatever the minimum area: the pixel threshold is calibrated with it."""
+    rng, valid, n, fresh, trials = np.random.default_rng(6), (0, 0, 24, 24), 19, 20, 40
+    options = make_config(changes={"calibration.false_alarm_rate": 0.1}).calibration
+    shown = 0
+    for _ in range(trials):
+        maps = gaussian_filter(rng.normal(size=(n + fresh, 24, 24)), (0, 1.5, 1.5)) * rng.gamma(
+            4, size=(n + fresh, 1, 1)
+        )
+        found = Evidence(minimum)
+        for anomaly_map in maps[:n]:
+            found.add(0.0, anomaly_map, valid)
+        made = found.calibrate(options)
+        shown += sum(flagged(anomaly_map, made.pixel_threshold, valid, minimum)[1] > 0 for anomaly_map in maps[n:])
+    deviation = math.sqrt(0.1 * 0.9 * (1 / (n + 2) + 1 / fresh) / trials)
+    assert shown / (trials * fresh) == pytest.approx(0.1, abs=4 * deviation)
+
+
+# Cross-fitting, and tails
+
+
+def test_what_is_not_certified_is_said():
+    scores = [float(i) for i in range(99)]
+    crossed = calibrate(scores, scores, 0.0, 0.02, crossed=True)
+    assert not crossed.certified
+    assert crossed.describe() == "false-alarm rate about 2.00%, from 99 good pictures by cross-fitting"
+    assert "99 good pictures give about 1.00% at best" in crossed.reach()
+    few = calibrate(scores, scores, 0.0, 0.001, crossed=True)
+    assert few.describe() == (
+        "99 good pictures by cross-fitting give about a false-alarm rate of 1.00%, not the 0.10% asked for; 999 would"
+    )
+
+
+@given(st.lists(finite, min_size=1, max_size=120), st.floats(0.0005, 0.2))
+def test_a_tail_estimates_only_what_pictures_cannot_certify(scores, rate):
+    plain, made = (calibrate(scores, scores, 0.0, rate, tail=tail) for tail in (False, True))
+    n = len(scores)
+    if made.tail is None:
+        assert made == plain and (n < 40 or rate >= 1 / (n + 1) - 1e-9 or len(set(scores)) < n)
+        assert made.estimated_p_value(scores[0]) is None
+        return
+    assert made.estimated and not made.certified and "estimated from the tail" in made.describe()
+    assert made.rate == pytest.approx(max(rate, 0.1 / (n + 1))) and made.threshold >= plain.threshold
+    assert made.pixel_threshold == plain.pixel_threshold  # regions stay certified
+    for score in (min(scores), *sorted(scores)[-3:], max(scores) + 1.0, made.threshold):
+        assert made.estimated_p_value(score) <= made.p_value(score)
+    if made.threshold > max(scores):
+        assert made.estimated_p_value(made.threshold) == pytest.approx(made.rate, rel=1e-3)
