@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from unflaw.calibration import Calibration, Evidence, calibrate
-from unflaw.config import make_config
+from unflaw.calibration import Calibration, Evidence, calibrate, calibrations
+from unflaw.config import Config, make_config
 from unflaw.results import Region
 from unflaw.scoring import flagged
 
@@ -264,3 +264,13 @@ def test_a_tail_estimates_only_what_pictures_cannot_certify(scores, rate):
         assert made.estimated_p_value(score) <= made.p_value(score)
     if made.threshold > max(scores):
         assert made.estimated_p_value(made.threshold) == pytest.approx(made.rate, rel=1e-3)
+
+
+def test_what_files_of_before_say_is_read_as_it_was():
+    old = {"scores": [1.0, 2.0], "asked_rate": 0.5, "rate": 1 / 3, "threshold": 2.0, "pixel_threshold": 9.0, "low": 0.0}
+    (made,) = calibrations({"calibration": old}).values()
+    assert [made.verdict(score) for score in (1.5, 2.0, 2.5)] == ["good", "good", "defect"]
+    assert made.describe() == "false-alarm rate 33.33% or less, certified by 2 good pictures outside of training"
+    config = make_config().model_dump()
+    config["calibration"] = {"holdout": 0.2, "false_alarm_rate": 0.01, "extend": True}
+    assert Config.model_validate(config) == make_config()
