@@ -97,7 +97,7 @@ def evaluate(
     }
     if category:
         metrics["category"] = category
-    metrics["threshold"] = calibration.threshold
+    metrics["threshold"], metrics["review_threshold"] = calibration.threshold, calibration.review_threshold
     metrics["calibration"] = calibration.describe()
     metrics["timing"] = {
         "seconds": round(elapsed, 2),

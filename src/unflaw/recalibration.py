@@ -54,7 +54,8 @@ def recalibrate(
         raise TrainingError("there are no good pictures to calibrate with")
     if keep:
         found.keep(before)
-    after = found.calibrate(options, rate=rate, defects=missable, miss_rate=miss_rate, cost_ratio=cost_ratio)
+    by_defects: dict[str, Any] = {"defects": missable, "miss_rate": miss_rate, "cost_ratio": cost_ratio}
+    after = found.calibrate(options, rate=rate, crossed=keep and before.crossed, **by_defects)
     name = detector.category(category)
     detector.categories_[name] = detector.categories_[name]._replace(calibration=after)
     entry = {

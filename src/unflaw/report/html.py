@@ -122,7 +122,7 @@ def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
         "metrics": metrics,
         "decisions": {name: about for name, about in _DECISIONS.items() if metrics.get(name) is not None},
         "defect_columns": list(dict.fromkeys(column for values in per_defect for column in values)),
-        "scores": _histogram(rows, metrics.get("threshold")) if rows else None,
+        "scores": _histogram(rows, metrics.get("threshold"), metrics.get("review_threshold")) if rows else None,
         "curves": [(_points(*curves[name], about[-1]), *about) for name, about in _CURVES.items() if name in curves],
         "cards": [_card(inspected, scale) for inspected in evaluation.shown],
         "scale": scale,
@@ -174,8 +174,13 @@ def _data_uri(pixels: np.ndarray, side: int = 384) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def _histogram(rows: Sequence[Mapping[str, Any]], threshold: float | None, bins: int = 48) -> dict[str, Any]:
-    """Counts of good and defective scores between common edges. The threshold is one: no bar stands on both sides."""
+def _histogram(
+    rows: Sequence[Mapping[str, Any]], threshold: float | None, review: float | None = None, bins: int = 48
+) -> dict[str, Any]:
+    """Counts of good and defective scores between common edges. The threshold is one: no bar stands on both sides.
+
+    "lines" are thresholds by what they are called, the one of review where it lies among the scores.
+    """
     scores, defective = np.array([(row["score"], bool(row["label"])) for row in rows], float).T
     origin = scores.min() if threshold is None else threshold
     low, high = min(scores.min(), origin), max(scores.max(), origin)
@@ -183,7 +188,9 @@ def _histogram(rows: Sequence[Mapping[str, Any]], threshold: float | None, bins:
     edges = origin + step * np.arange(np.floor((low - origin) / step), np.ceil((high - origin) / step) + 1.5)
     scores = np.clip(scores, edges[0], edges[-1])  # rounding may leave the lowest or highest outside
     good, bad = (np.histogram(scores[defective == kind], edges)[0] for kind in (0, 1))
-    return {"edges": edges, "good": good, "defective": bad, "threshold": threshold}
+    known = {"threshold": threshold, "review": review}
+    lines = {name: at for name, at in known.items() if at is not None and edges[0] <= at <= edges[-1]}
+    return {"edges": edges, "good": good, "defective": bad, "lines": lines}
 
 
 def _points(x: np.ndarray, y: np.ndarray, end: float) -> str:
