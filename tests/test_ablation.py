@@ -7,9 +7,9 @@ import pytest
 
 from conftest import OWN, TINY, make_parts
 from unflaw.ablation import METRICS, Record, Run, ablate, comma_separated, markdown, tabulate
-from unflaw.cache import TrainingError
 from unflaw.config import make_config
 from unflaw.datasets import load_dataset
+from unflaw.errors import TrainingError
 from unflaw.evaluation import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.runs import Log

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from conftest import OWN, TINY, TINY_URANET, make_parts
-from unflaw import cli, training
+from unflaw import training
 from unflaw.cli import app
 from unflaw.files import read_metadata
 
@@ -425,7 +425,7 @@ def test_ablate_asks_for_data_and_a_folder(parts):
 def test_a_bar_begins_again_with_the_stage_of_another_run(monkeypatch):
     monkeypatch.setattr("sys.stderr", io.StringIO())
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with cli._progress() as progress:
+    with common.progress_bars() as progress:
         bars = inspect.getclosurevars(progress).nonlocals["bars"]
         progress("training", 5, 5, 0.5)
         progress("training", 2, 5, 0.5)

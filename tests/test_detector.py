@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from unflaw import detector as module
 from unflaw import features, load
-from unflaw.cache import Cache, TrainingError
+from unflaw.cache import Cache
 from unflaw.datasets import DatasetError, Sample, load_dataset
 from unflaw.detector import Detector
+from unflaw.errors import DetectorError, TrainingError
 from unflaw.features import WeightsError
-from unflaw.files import FORMAT, DetectorError, read_metadata
+from unflaw.files import FORMAT, read_metadata
 from unflaw.images import ImageError
 from unflaw.results import Result
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from conftest import textured
-from unflaw.cache import TrainingError
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
+from unflaw.errors import TrainingError
 from unflaw.evaluation import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor, WeightsError

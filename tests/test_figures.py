@@ -13,7 +13,7 @@ from conftest import OWN, SIDE, make_parts, textured
 from unflaw.cli import app
 from unflaw.datasets import DatasetError, load_dataset
 from unflaw.detector import Detector
-from unflaw.files import DetectorError
+from unflaw.errors import DetectorError
 from unflaw.images import ImageError, prepare, read
 from unflaw.report import figures, outline, overlay
 from unflaw.report.figures import write_figures

@@ -14,15 +14,16 @@ from typer.testing import CliRunner
 from conftest import OWN, TINY, make_parts
 from unflaw import load_categories
 from unflaw import training as loop
-from unflaw.cache import Cache, TrainingError, build_cache
+from unflaw.cache import Cache, build_cache
 from unflaw.categories import hold_out
 from unflaw.cli import app
 from unflaw.datasets import DatasetError, load_dataset
 from unflaw.detector import Detector
+from unflaw.errors import DetectorError, TrainingError
 from unflaw.evaluation import evaluate, evaluate_all
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor
-from unflaw.files import FORMAT, DetectorError, read_metadata
+from unflaw.files import FORMAT, read_metadata
 from unflaw.methods import create
 from unflaw.methods.memory import Memory
 from unflaw.report.figures import write_figures

@@ -15,9 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import make_parts
-from unflaw.cache import TrainingError
 from unflaw.cli import app
 from unflaw.datasets import Dataset, load_dataset
+from unflaw.errors import TrainingError
 from unflaw.images import Preparation, prepare, prepare_mask, read, read_mask
 from unflaw.metrics import PixelAccumulator, image_metrics
 from unflaw.peers import PeerError, run_peer

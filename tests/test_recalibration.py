@@ -9,10 +9,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import make_parts, textured
-from unflaw.cache import TrainingError
 from unflaw.calibration import calibrate
 from unflaw.cli import app
 from unflaw.detector import Detector
+from unflaw.errors import TrainingError
 from unflaw.files import read_metadata
 
 

@@ -7,8 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from unflaw.cache import TrainingError
 from unflaw.config import Training
+from unflaw.errors import TrainingError
 from unflaw.training import learning_rate, optimise, step_rng, uses_bfloat16
 
 

@@ -20,8 +20,8 @@ from unflaw.tables import comma_separated, short, summary, write_text
 from unflaw.variants import FULL, Variant, written
 
 if TYPE_CHECKING:
-    from unflaw.cache import Progress
     from unflaw.experiment import Laboratory
+    from unflaw.streams import Progress
 
 # What the table shows, and what else a run keeps of its evaluation.
 METRICS = {
@@ -112,7 +112,7 @@ def ablate(
         ValueError, WeightsError: Data, settings or files that cannot be used; of settings, before the first run.
         TrainingError: A run that fails. The finished ones stay.
     """
-    from unflaw.cache import TrainingError
+    from unflaw.errors import TrainingError
     from unflaw.experiment import Laboratory
 
     for dataset in data:

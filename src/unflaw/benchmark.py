@@ -27,8 +27,8 @@ from unflaw.results import METRICS
 from unflaw.runs import Finished, Log
 
 if TYPE_CHECKING:
-    from unflaw.cache import Progress
     from unflaw.detector import Detector
+    from unflaw.streams import Progress
 
 BATCH = 32
 KEPT = (*METRICS, "n_images", "n_good", "false_alarms", "missed")

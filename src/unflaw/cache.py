@@ -4,62 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from unflaw.errors import TrainingError
 from unflaw.features import Extractor
-from unflaw.images import ImageError, Preparation, Prepared, prepare, read
-
-T = TypeVar("T")
-R = TypeVar("R")
-Progress = Callable[[str, int, int, float | None], None]  # stage, done, total, loss
+from unflaw.images import ImageError, Preparation, Prepared, try_prepare
+from unflaw.streams import Progress, ahead, batched, silent
 
 THUMBNAIL = 128  # side of the pictures that the display decoder learns to draw
 MINIMUM = 8  # good pictures of a category to learn from
 FITTED_ON = 64  # pictures, or half a gigabyte of features, that standardisation and components are learned from
-
-
-class TrainingError(ValueError):
-    """Data or settings that cannot give a detector. The message says why and what to do."""
-
-
-def silent(stage: str, done: int, total: int, loss: float | None = None) -> None:
-    """Progress that nobody watches."""
-
-
-def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 2, depth: int = 8) -> Iterator[R]:
-    """`map` in threads that stays at most `depth` items ahead of the consumer, in order."""
-    with ThreadPoolExecutor(workers) as pool:
-        iterator = iter(items)
-        waiting = [pool.submit(function, item) for item in islice(iterator, depth)]
-        while waiting:
-            result = waiting.pop(0).result()
-            waiting += [pool.submit(function, item) for item in islice(iterator, 1)]
-            yield result
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def load(path: Path, preparation: Preparation) -> Prepared | ImageError:
-    """A prepared picture, or why it could not be read: one bad file must not end a batch."""
-    try:
-        return prepare(read(path), preparation)
-    except ImageError as error:
-        return error
 
 
 def stack(prepared: Sequence[Prepared]) -> Tensor:
@@ -161,7 +122,7 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
     """The source that reads pictures from their files and takes them through the backbone."""
 
     def parts(paths: Sequence[Path], batch: int) -> Iterator[Part]:
-        for group in batched(ahead(lambda path: (path, load(path, preparation)), paths), batch):
+        for group in batched(ahead(lambda path: (path, try_prepare(path, preparation)), paths), batch):
             skipped = [(str(path), str(picture)) for path, picture in group if isinstance(picture, ImageError)]
             good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
             if not good:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from unflaw.cache import Cache, TrainingError
+from unflaw.cache import Cache
 from unflaw.calibration import Calibration
 from unflaw.datasets import Dataset, load_dataset
+from unflaw.errors import TrainingError
 
 Data = str | Path | Dataset | Sequence[str | Path]  # what `load_dataset` recognises, or pictures
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unflaw import __version__
-from unflaw.cache import Cache, Progress, ahead, batched, build_cache, load, silent, stack
+from unflaw.cache import Cache, build_cache, stack
 from unflaw.calibration import Calibration, calibrate, calibrations
 from unflaw.categories import Category, Data, gather, hold_out
 from unflaw.config import Config, make_config
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256
 from unflaw.display import DisplayDecoder
+from unflaw.errors import DetectorError
 from unflaw.features import PixelExtractor
-from unflaw.files import FORMAT, DetectorError, read_metadata, write_atomically
-from unflaw.images import ImageError, Prepared, prepare, read
+from unflaw.files import FORMAT, read_metadata, write_atomically
+from unflaw.images import Prepared
+from unflaw.inspector import Inspector, Outputs
 from unflaw.methods import Inspection, create
-from unflaw.results import Result
-from unflaw.scoring import find_regions
+from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.training import optimise, step_rng, uses_bfloat16
 
 FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
 
 
-class Detector:
+class Detector(Inspector):
     """Learns what good looks like and says of a new picture whether and where it differs.
 
     Args:
@@ -66,12 +67,13 @@ class Detector:
         config: Config | None = None,
         **settings: Any,
     ) -> None:
+        super().__init__()
         changes = {name.replace("__", "."): value for name, value in settings.items()}
         self.config = config or make_config(method, profile, changes)
         self.weights = str(weights) if weights is not None else None
         self.categories_: dict[str, Category] = {}
         self._selected: str | None = None
-        self.record_: dict[str, Any] = {}
+        self.record_ = {}
         self.network = create(self.config, self.weights).eval()
         self.display: DisplayDecoder | None = None
 
@@ -175,10 +177,15 @@ class Detector:
         learned = {"history": history, "held_out": sum(map(len, calibrating.values()))}
         return learned if "" in counts else learned | {"categories": counts}
 
+    @property
+    def calibrations(self) -> dict[str, Calibration]:
+        """By category; "" is the category of a detector that has no others; empty before `fit`."""
+        return {name: known.calibration for name, known in self.categories_.items()}
+
     def select(self, category: str | None = None) -> Calibration:
         """Puts what is normal for a category into the network and returns the calibration.
 
-        Inspections do so themselves; those of several categories may take turns, but not at once in several threads.
+        Inspections do so themselves.
 
         Args:
             category: None will do where there is one only.
@@ -186,25 +193,11 @@ class Detector:
         Raises:
             DetectorError: Not fitted, or a category is missing or not known.
         """
-        names = list(self.categories_)
-        if not names:
-            raise DetectorError("this detector has not learned yet; call fit first, or load a saved one")
-        if category is None and len(names) == 1:
-            category = names[0]
-        if category not in self.categories_:
-            if names == [""]:
-                raise DetectorError(f"this detector has no categories, so no {category!r} either; name none")
-            fault = "needs a category" if category is None else f"has no category {category!r}"
-            remedy = "category=… in Python, --category on the command line"
-            raise DetectorError(f"this detector {fault}; name one of {', '.join(names)} ({remedy})")
-        if category != self._selected:
-            self.network.load_state_dict(self.categories_[category].normal, strict=False)
-            self._selected = category
-        return self.categories_[category].calibration
-
-    def match(self, dataset: str) -> str | None:
-        """The category to `select` for a data set of this name: the one called so, where there are several."""
-        return dataset if len(self.categories_) > 1 else None
+        name = self.category(category)
+        if name != self._selected:
+            self.network.load_state_dict(self.categories_[name].normal, strict=False)
+            self._selected = name
+        return self.categories_[name].calibration
 
     def calibrate(
         self,
@@ -250,36 +243,6 @@ class Detector:
             keep=keep,
             progress=progress,
         )
-
-    def inspect(self, image: str | Path | bytes | np.ndarray, *, category: str | None = None) -> Result:
-        """Inspects one picture.
-
-        Args:
-            image: Whatever `images.read` takes.
-            category: Of what it shows, for a detector of several categories.
-
-        Raises:
-            ImageError: The picture cannot be read. DetectorError: as for `select`.
-        """
-        path = str(image) if isinstance(image, str | Path) else None
-        return self._inspect_batch([prepare(read(image), self.config.preparation)], [path], category)[0]
-
-    def inspect_many(
-        self, paths: Iterable[str | Path], *, category: str | None = None, batch: int = 8
-    ) -> Iterator[Result | tuple[str, ImageError]]:
-        """Inspects files in order, decoding ahead in threads. A file that cannot be read comes as (path, error).
-
-        Raises:
-            DetectorError: As for `select`, with the first file.
-        """
-        self.select(category)
-        loaded = ahead(lambda path: (str(path), load(Path(path), self.config.preparation)), paths)
-        for group in batched(loaded, batch):
-            good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
-            pictures, names = [picture for _, picture in good], [path for path, _ in good]
-            results = iter(self._inspect_batch(pictures, names, category) if good else [])
-            for path, picture in group:
-                yield next(results) if isinstance(picture, Prepared) else (path, picture)
 
     def save(self, path: str | Path) -> None:
         """Writes the detector as one `.safetensors` file, backbone included; never a half-written one."""
@@ -420,32 +383,13 @@ class Detector:
         return calibrate(scores, peaks, float(np.median(medians)), self.config.calibration.false_alarm_rate)
 
     @torch.inference_mode()
-    def _inspect_batch(
-        self, pictures: Sequence[Prepared], paths: Sequence[str | None], category: str | None
-    ) -> list[Result]:
-        calibration = self.select(category)
+    def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
+        """What the network finds in pictures of a category; see `Inspector.compute`."""
+        self.select(category)
         inspection: Inspection = self.network(self.network.embed(stack(pictures)))
         boxes = torch.tensor([picture.box for picture in pictures])
-        fused, scored = self.network.fuse(inspection, self._valid_cells(boxes))
-        maps, scores = fused.numpy(), scored.tolist()
-        layers = self._layers(inspection)
-        results = []
-        for i, (picture, path) in enumerate(zip(pictures, paths, strict=True)):
-            score = scores[i]
-            results.append(
-                Result(
-                    score=score,
-                    p_value=calibration.p_value(score),
-                    verdict=calibration.verdict(score),
-                    map=maps[i],
-                    regions=find_regions(maps[i], calibration.pixel_threshold, picture),
-                    image=(picture.pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8),
-                    valid=picture.box,
-                    layers={name: layer[i] for name, layer in layers.items()},
-                    path=path,
-                )
-            )
-        return results
+        maps, scores = self.network.fuse(inspection, self._valid_cells(boxes))
+        return Outputs(maps.numpy(), scores.numpy(), self._layers(inspection))
 
     def _valid_cells(self, boxes: Tensor) -> Tensor | None:
         """Boxes (N, 4) → (N, g, g) bool, feature cells that touch the picture; None where all do."""

@@ -8,17 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from unflaw.cache import Progress, TrainingError, silent
 from unflaw.datasets import Dataset, Sample
-from unflaw.detector import Detector
+from unflaw.errors import TrainingError
+from unflaw.inspector import Inspector
 from unflaw.measurement import Measurement
 from unflaw.results import Evaluation, Inspected, Result
+from unflaw.streams import Progress, silent
 
 SHOWN = 40  # pictures kept whole for the report
 
 
 def evaluate_all(
-    detector: Detector, datasets: Mapping[str, Dataset], *, category: str | None = None, progress: Progress = silent
+    detector: Inspector, datasets: Mapping[str, Dataset], *, category: str | None = None, progress: Progress = silent
 ) -> dict[str, Evaluation]:
     """`evaluate` for several data sets by name.
 
@@ -39,7 +40,7 @@ def evaluate_all(
 
 
 def evaluate(
-    detector: Detector,
+    detector: Inspector,
     dataset: Dataset,
     *,
     category: str | None = None,
@@ -58,7 +59,7 @@ def evaluate(
 
     Raises:
         TrainingError: The data set has no test pictures, or none could be read. DetectorError: as for
-            `Detector.select`.
+            `Inspector.select`.
     """
     category = detector.match(dataset.name) if category is None else category
     calibration = detector.select(category)
@@ -104,7 +105,7 @@ def evaluate(
 
 
 def _inspected(
-    detector: Detector,
+    detector: Inspector,
     samples: tuple[Sample, ...],
     category: str | None,
     skipped: list[tuple[str, str]],

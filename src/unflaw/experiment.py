@@ -18,15 +18,16 @@ import torch
 from torch import nn
 
 from unflaw import __version__
-from unflaw.cache import THUMBNAIL, Cache, Part, Progress, batched, load, read_parts, silent
+from unflaw.cache import THUMBNAIL, Cache, Part, read_parts
 from unflaw.config import Config
 from unflaw.datasets import Dataset, fingerprint
 from unflaw.detector import Detector
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.files import write_atomically
-from unflaw.images import ImageError, Preparation
+from unflaw.images import ImageError, Preparation, try_prepare
 from unflaw.methods import create
 from unflaw.results import Result
+from unflaw.streams import Progress, batched, silent
 
 BATCH = 16  # pictures that pass the backbone together
 
@@ -74,7 +75,7 @@ class FeatureFile:
         except (ValueError, EOFError) as error:
             raise ValueError(f"{file}: not the feature file that it should be ({error}); delete it") from error
         broken = [path for path, box in zip(self.rows, self.records["box"], strict=True) if not box.any()]
-        self.skipped = {path: str(load(path, preparation)) for path in broken}
+        self.skipped = {path: str(try_prepare(path, preparation)) for path in broken}
 
     def part(self, group: Sequence[Path]) -> Part:
         """What there is of some of the pictures."""

@@ -11,11 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from unflaw.errors import DetectorError
+
 FORMAT = 3  # newest of the metadata in a detector file; raised when an older unflaw could no longer read it
-
-
-class DetectorError(ValueError):
-    """A detector file that cannot be used, or a detector that is not fitted. The message says what to do."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

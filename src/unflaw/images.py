@@ -171,6 +171,14 @@ def prepare(image: np.ndarray, preparation: Preparation) -> Prepared:
     return Prepared(np.ascontiguousarray(pixels), box, (width, height))
 
 
+def try_prepare(path: Path, preparation: Preparation) -> Prepared | ImageError:
+    """A prepared picture, or why it could not be read: one bad file must not end a batch."""
+    try:
+        return prepare(read(path), preparation)
+    except ImageError as error:
+        return error
+
+
 def prepare_mask(mask: np.ndarray, preparation: Preparation) -> np.ndarray:
     """Bring (H, W) bool to (size, size) bool in the geometry of `prepare`, by nearest pixel; the padding is False."""
     box, margins = _place(mask.shape[1], mask.shape[0], preparation)

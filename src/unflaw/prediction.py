@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from unflaw.cache import Progress, silent
-from unflaw.detector import Detector
+from unflaw.inspector import Inspector
 from unflaw.results import Result
+from unflaw.streams import Progress, silent
 
 
 def predict(
-    detector: Detector,
+    detector: Inspector,
     paths: Sequence[Path],
     out: Path,
     *,
@@ -30,7 +30,7 @@ def predict(
         How many were "good", "defect" and "error".
 
     Raises:
-        DetectorError: As `Detector.select`.
+        DetectorError: As `Inspector.select`.
     """
     scale = detector.select(category).scale
     counts: Counter[str] = Counter()

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from unflaw.cache import Progress, TrainingError
 from unflaw.calibration import Calibration, calibrate
 from unflaw.datasets.samples import Sample, digest, short_digest
 from unflaw.detector import Detector
+from unflaw.errors import TrainingError
 from unflaw.results import Result
+from unflaw.streams import Progress
 
 
 def recalibrate(
@@ -59,7 +60,7 @@ def recalibrate(
     asked = config.false_alarm_rate if rate is None else rate
     low = float(np.median(medians))
     found = calibrate(scores[0], peaks, low, asked, defects=scores[1], miss_rate=miss_rate, cost_ratio=cost_ratio)
-    name = next(name for name, known in detector.categories_.items() if known.calibration is before)
+    name = detector.category(category)
     detector.categories_[name] = detector.categories_[name]._replace(calibration=found)
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from unflaw.cache import Progress, TrainingError, silent
 from unflaw.config import Training
+from unflaw.errors import TrainingError
 from unflaw.files import write_atomically
+from unflaw.streams import Progress, silent
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from unflaw.cache import Progress, TrainingError, ahead, load, silent
 from unflaw.datasets import Dataset, Sample
+from unflaw.errors import TrainingError
 from unflaw.features import create_backbone
-from unflaw.images import Box, ImageError, Preparation
+from unflaw.images import Box, ImageError, Preparation, try_prepare
 from unflaw.measurement import Measurement
 from unflaw.results import Evaluation
+from unflaw.streams import Progress, ahead, silent
 
 ADAPTER = Path(__file__).with_name("anomalib_adapter.py")
 LEVELS = {"patchcore": (2, 3), "padim": (1, 2, 3), "reverse_distillation": (1, 2, 3)}  # anomalib's defaults
@@ -157,7 +158,7 @@ def _write(
     kept: list[Sample] = []
     boxes: list[Box] = []
     before = len(skipped)
-    outcomes = ahead(lambda sample: load(sample.path, preparation), samples)
+    outcomes = ahead(lambda sample: try_prepare(sample.path, preparation), samples)
     for i, (sample, picture) in enumerate(zip(samples, outcomes, strict=True)):
         if isinstance(picture, ImageError):
             skipped.append((str(sample.path), str(picture)))

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from unflaw.cache import Progress, silent, stack
+from unflaw.cache import stack
 from unflaw.datasets import Dataset, DatasetError, Sample
 from unflaw.detector import Detector
 from unflaw.images import Box, prepare, prepare_mask, read, read_mask
 from unflaw.methods.stages import Stage
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
 from unflaw.results import Scale
+from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 
 EXERCISES = 4  # good pictures that training is shown on

@@ -1,0 +1,129 @@
+"""What commands share: options, errors, progress. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from unflaw.datasets import Dataset
+    from unflaw.detector import Detector
+    from unflaw.streams import Progress
+
+app = typer.Typer(
+    name="unflaw",
+    help="Visual anomaly detection trained on good images only.",
+    epilog="Example:  unflaw train --data parts/good --out parts.safetensors"
+    "  then  unflaw predict parts.safetensors parts/new --out results --pictures",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_KINDS = "Data set: MVTec layout, a public benchmark as it unpacks, a folder of good pictures, or a CSV table."
+Data = Annotated[Path, typer.Option("--data", help=_KINDS)]
+Several = Annotated[
+    list[Path],
+    typer.Option("--data", help=f"{_KINDS} May be repeated; a folder of categories stands for all of them."),
+]
+Category = Annotated[str | None, typer.Option(help="What the pictures show, if the detector has several categories.")]
+ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors).")]
+
+
+def levels_of(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,2,3", param_hint="--levels") from None
+
+
+def setting_of(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r} is not of the form name=value", param_hint="--set")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def writable(path: Path) -> None:
+    """Fails before the work, not after it."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def pictures_in(inputs: list[Path]) -> list[Path]:
+    from unflaw.images import list_images
+
+    paths = [p for item in inputs for p in (list_images(item) if item.is_dir() else [item])]
+    if not paths:
+        raise ValueError(f"{', '.join(map(str, inputs))}: there are no pictures to inspect")
+    return paths
+
+
+def load_detector(model: Path) -> Detector:
+    from unflaw.detector import Detector
+
+    return Detector.load(model)
+
+
+def report_problems(problems: Any) -> None:
+    for problem in problems:
+        typer.echo(f"note: {problem}", err=True)
+
+
+def report_dataset_problems(datasets: dict[str, Dataset]) -> None:
+    several = len(datasets) > 1
+    for name, dataset in datasets.items():
+        report_problems(f"{name}: {problem}" if several else problem for problem in dataset.problems)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """A bar per stage with loss and remaining time; on a pipe, nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+
+        def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, loss="")
+            elif done < bars.tasks[tasks[stage]].completed:  # the stage of another run
+                bars.reset(tasks[stage])
+            bars.update(tasks[stage], completed=done, total=total, loss="" if loss is None else f"loss {loss:.4f}")
+
+        yield progress
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """What a user can mend is one line and exit code 2, not a stack trace."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, ImportError) and "unflaw[" not in str(error):
+            error = ImportError(f"{error}; this command needs: pip install 'unflaw[all]'")
+        elif isinstance(error, RuntimeError) and type(error).__name__ != "WeightsError":
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error

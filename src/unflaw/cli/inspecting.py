@@ -1,0 +1,172 @@
+"""Commands that use detectors: evaluate, predict, info, figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unflaw.cli.common import (
+    Category,
+    Data,
+    ModelFile,
+    Several,
+    app,
+    errors,
+    load_detector,
+    pictures_in,
+    progress_bars,
+    report_dataset_problems,
+    report_problems,
+    writable,
+)
+
+
+@app.command()
+def evaluate(
+    model: ModelFile,
+    data: Several,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics there.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report there.")] = None,
+    category: Category = None,
+) -> None:
+    """Measure a detector on labelled test pictures; of several data sets, each and the mean.
+
+    A detector of several categories takes each data set for the one that is called like it.
+
+    Example:  unflaw evaluate screw.safetensors --data mvtec_ad/screw --json screw.json --report screw.html
+    """
+    run_evaluation(model, data, json_file, report, category)
+
+
+def run_evaluation(
+    model: Path,
+    data: list[Path],
+    json_file: Path | None,
+    report: Path | None,
+    category: str | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    with errors():
+        for path in filter(None, (json_file, report)):
+            writable(path)
+        from unflaw.datasets import load_categories
+        from unflaw.evaluation import evaluate_all
+        from unflaw.results import mean_metrics
+        from unflaw.tables import lines, table
+
+        detector = load_detector(model)
+        datasets = load_categories(data)
+        report_dataset_problems(datasets)
+        if category is not None and len(datasets) > 1:
+            raise ValueError("--category goes with one data set; several are taken for the categories they are called")
+        with progress_bars() as progress:
+            found = evaluate_all(detector, datasets, category=category, progress=progress)
+        report_problems(f"skipped {reason}" for evaluation in found.values() for _, reason in evaluation.skipped)
+        metrics = {name: evaluation.metrics for name, evaluation in found.items()}
+        mean = mean_metrics(found)
+        if json_file:
+            written = {"mean": mean, "categories": metrics} if len(found) > 1 else next(iter(metrics.values()))
+            json_file.write_text(json.dumps(written, indent=2) + "\n")
+        if report:
+            from unflaw.report import write_report
+
+            scales = {name: detector.select(metrics[name].get("category")).scale for name in metrics}
+            write_report(found, report, title=", ".join(found), scale=scales, notes=notes)
+        typer.echo(table(metrics, mean) if len(found) > 1 else lines(next(iter(metrics.values()))))
+
+
+@app.command()
+def predict(
+    model: ModelFile,
+    inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and pictures.")],
+    pictures: Annotated[bool, typer.Option("--pictures", help="Also write a panel for each picture.")] = False,
+    category: Category = None,
+) -> None:
+    """Inspect pictures: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
+
+    Example:  unflaw predict parts.safetensors parts/new 0001.png --out results --pictures
+    """
+    with errors():
+        from unflaw.prediction import predict as run
+
+        paths = pictures_in(inputs)
+        out.mkdir(parents=True, exist_ok=True)
+        detector = load_detector(model)
+        with progress_bars() as progress:
+            counts = run(detector, paths, out, category=category, pictures=pictures, progress=progress)
+        typer.echo(
+            f"{out / 'results.jsonl'}: {counts['good']} good, {counts['defect']} defective, "
+            f"{counts['error']} not readable"
+        )
+        if counts["error"]:
+            raise typer.Exit(3)
+
+
+@app.command()
+def info(model: ModelFile) -> None:
+    """Say what a detector is, how it was trained and calibrated.
+
+    Example:  unflaw info parts.safetensors
+    """
+    with errors():
+        from safetensors import safe_open
+
+        from unflaw.calibration import calibrations
+        from unflaw.files import read_metadata
+
+        metadata = read_metadata(model)
+        with safe_open(model, "np") as file:
+            slices = [file.get_slice(name).get_shape() for name in file.keys()]
+        numbers = sum(math.prod(shape) for shape in slices)
+        record = {name: value for name, value in metadata["record"].items() if name not in ("history", "seen")}
+        typer.echo(f"{model}: {model.stat().st_size / 1e6:.1f} MB, {numbers / 1e6:.2f} million numbers")
+        for name, calibration in calibrations(metadata).items():
+            of = f"category {name}" if name else "calibration"
+            typer.echo(f"{of}: {calibration.describe()}; threshold {calibration.threshold:.4g}")
+        typer.echo(json.dumps({"record": record, "config": metadata["config"]}, indent=2))
+
+
+@app.command()
+def figures(
+    model: ModelFile,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the figures (.png).")],
+    picture: Annotated[
+        list[Path] | None, typer.Option(help="A test picture to show, such as scratch/003.png; may be repeated.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many test pictures to choose where none are named.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of that choice and of artificial anomalies.")] = 0,
+    width: Annotated[int, typer.Option(min=600, max=10000, help="Of the figures at most, pixels.")] = 1400,
+    category: Category = None,
+) -> None:
+    """Draw how a detector works: what its method makes of test pictures step by step, and what it is trained on.
+
+    Example:  unflaw figures parts.safetensors --data parts --out figures --picture scratch/003.png
+    """
+    with errors():
+        from unflaw.datasets import load_dataset
+        from unflaw.report.figures import write_figures
+
+        detector = load_detector(model)
+        dataset = load_dataset(data)
+        report_problems(dataset.problems)
+        with progress_bars() as progress:
+            written = write_figures(
+                detector,
+                dataset,
+                out,
+                category=category,
+                pictures=picture or (),
+                count=count,
+                seed=seed,
+                width=width,
+                progress=progress,
+            )
+        for path in written:
+            typer.echo(path)

@@ -1,0 +1,151 @@
+"""Commands that make detectors: train, calibrate, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unflaw.cli.common import (
+    Category,
+    ModelFile,
+    Several,
+    app,
+    errors,
+    levels_of,
+    load_detector,
+    pictures_in,
+    progress_bars,
+    report_dataset_problems,
+    report_problems,
+    setting_of,
+    writable,
+)
+
+
+@app.command()
+def train(
+    data: Several,
+    out: Annotated[Path, typer.Option(help="Where to write the detector (.safetensors).")],
+    method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
+    profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
+    backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Backbone weights, .safetensors or .pth.")] = None,
+    levels: Annotated[str | None, typer.Option(help="Feature levels, such as 1,2,3.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to.")] = None,
+    fit: Annotated[str | None, typer.Option(help="stretch, or pad to keep the aspect ratio.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same detector.")] = None,
+    rate: Annotated[float | None, typer.Option(help="False-alarm rate to calibrate for, such as 0.01.")] = None,
+    textures: Annotated[Path | None, typer.Option(help="Folder of texture pictures for artificial anomalies.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, such as training.steps=200.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint after an interruption.")] = False,
+    multi_class: Annotated[
+        bool, typer.Option("--multi-class", help="One detector for all data sets, calibrated for each category.")
+    ] = False,
+) -> None:
+    """Learn from good pictures and write a detector.
+
+    Example:  unflaw train --data parts/good --out parts.safetensors
+    """
+    changes: dict[str, Any] = {
+        "features.backbone": backbone,
+        "features.levels": levels_of(levels),
+        "preparation.size": size,
+        "preparation.fit": fit,
+        "training.seed": seed,
+        "training.textures": str(textures) if textures else None,
+        "calibration.false_alarm_rate": rate,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    with errors():
+        from unflaw.config import make_config
+
+        config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
+        writable(out)
+        from unflaw.datasets import load_categories, load_dataset
+        from unflaw.detector import Detector
+
+        if len(data) > 1 and not multi_class:
+            raise ValueError("one detector for several data sets needs --multi-class; add it, or give one --data")
+        datasets = load_categories(data) if multi_class else {"": load_dataset(data[0])}
+        report_dataset_problems(datasets)
+        checkpoint = out.with_name(out.name + ".checkpoint")
+        if checkpoint.exists() and not resume:
+            checkpoint.unlink()
+        detector = Detector(config=config, weights=weights)
+        with progress_bars() as progress:
+            detector.fit(datasets if multi_class else datasets[""], progress=progress, checkpoint=checkpoint)
+        detector.save(out)
+        report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
+        described = {name: known.calibration.describe() for name, known in detector.categories_.items()}
+        certified = described.get("") or "".join(f"\n{name}: {promise}" for name, promise in described.items())
+        typer.echo(f"{out}: trained in {detector.record_['seconds']['total']:.0f} s; {certified}")
+
+
+@app.command()
+def calibrate(
+    model: ModelFile,
+    good: Annotated[list[Path], typer.Option(help="Good pictures and folders of them, that it has not learned from.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the detector; by default MODEL is replaced.")] = None,
+    defect: Annotated[list[Path] | None, typer.Option(help="Defective pictures, and folders of them.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, max=1, help="False-alarm rate asked for, such as 0.01.")] = None,
+    miss_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of defects that may be missed; --defect certifies it.")
+    ] = None,
+    cost_ratio: Annotated[
+        float | None, typer.Option(min=0, help="What a missed defect costs if a false alarm costs 1; needs --defect.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Also count the pictures that calibrated it before.")] = False,
+    category: Category = None,
+) -> None:
+    """Set thresholds and p-values anew, without training: from good pictures of today and, if any, labelled defects.
+
+    Example:  unflaw calibrate parts.safetensors --good parts/today --defect parts/rejects --miss-rate 0.05
+    """
+    with errors():
+        if len([option for option in (rate, miss_rate, cost_ratio) if option is not None]) > 1:
+            raise ValueError("--rate, --miss-rate and --cost-ratio each set the threshold; give one of them")
+        if any(option in (0, 1) for option in (rate, miss_rate)):
+            raise ValueError("a rate must lie between 0 and 1, such as 0.01")
+        if defect and miss_rate is None and cost_ratio is None:
+            raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
+        writable(out or model)
+        detector = load_detector(model)
+        with progress_bars() as progress:
+            found = detector.calibrate(
+                pictures_in(good),
+                pictures_in(defect) if defect else [],
+                rate=rate,
+                miss_rate=miss_rate,
+                cost_ratio=cost_ratio,
+                category=category,
+                keep=keep,
+                progress=progress,
+            )
+        detector.save(out or model)
+        typer.echo(f"{out or model}: {found.describe()}; threshold {found.threshold:.4g}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, detector, metrics and report.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="For the data and the detector.")] = 0,
+) -> None:
+    """Make defects on real textures, train URA-Net, evaluate, and write a report to look at."""
+    from unflaw.cli.inspecting import run_evaluation
+
+    with errors():
+        from unflaw.datasets import load_dataset
+        from unflaw.demo_data import make_demo_data
+
+        data = out / "gravel"
+        if not (data / "train").is_dir():
+            make_demo_data(data, seed)
+        count = len(load_dataset(data).train)
+        typer.echo(f"{data}: {count} good pictures to learn from; defects are synthetic, on real textures")
+    model = out / "detector.safetensors"
+    train(data=[data], out=model, seed=seed)
+    note = "The defects are synthetic, drawn on a real photograph of gravel: this shows that the parts work together."
+    run_evaluation(model, [data], out / "metrics.json", out / "report.html", notes=[note])
+    typer.echo(f"Look at {out / 'report.html'}")

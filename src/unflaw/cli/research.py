@@ -1,0 +1,207 @@
+"""Commands that compare methods: ablate, benchmark, datasets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from unflaw.cli.common import (
+    app,
+    errors,
+    progress_bars,
+    report_dataset_problems,
+    report_problems,
+    setting_of,
+)
+
+
+@app.command()
+def ablate(
+    method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Data set with test pictures. May be given several times.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Backbone weights, .safetensors or .pth.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Every variant is run with the seeds 0 to SEEDS - 1.")] = 3,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="A named variant; full is always run. Without it: all of them.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option("--variant", help="One of your own: 'name: setting=value; setting=value'.")
+    ] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all variants have.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="For features, some MB a picture; by default OUT/features.")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show the named variants and end.")] = False,
+) -> None:
+    """Train and measure variants of a method, several seeds each; table.md says what each part is worth.
+
+    Features are computed once. The same command goes on after an interruption.
+
+    Example:  unflaw ablate --data screw --only no-memory --variant 'deep: network.restoration.depth=6' --out deep
+    """
+    changes = ({"features.backbone": backbone} if backbone else {}) | dict(map(setting_of, setting or []))
+    with errors():
+        from unflaw.variants import choose
+
+        variants = choose(method, only or [], variant or [])
+        if listed:
+            for item in variants:
+                typer.echo(f"{item.name}: {item.overrides}\n    {item.why}")
+            return
+        if not data or out is None:
+            raise ValueError("name the data with --data and a folder for the results with --out")
+        from unflaw.ablation import ablate as run
+        from unflaw.datasets import load_dataset
+
+        datasets = [load_dataset(path) for path in data]
+        report_problems(problem for dataset in datasets for problem in dataset.problems)
+        if len({dataset.name for dataset in datasets}) < len(datasets):
+            datasets = [replace(dataset, name=str(path)) for dataset, path in zip(datasets, data, strict=True)]
+        with progress_bars() as progress:
+            records = run(
+                method,
+                datasets,
+                variants,
+                changes,
+                seeds=seeds,
+                out=out,
+                cache=cache or out / "features",
+                weights=weights,
+                progress=progress,
+            )
+        skipped = {path: reason for record in records for path, reason in record.skipped.items()}
+        report_problems(f"skipped {reason}" for reason in skipped.values())
+        typer.echo((out / "table.md").read_text("utf-8"))
+
+
+@app.command()
+def benchmark(
+    out: Annotated[Path, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json, .tex, .html.")],
+    grid: Annotated[Path | None, typer.Option(help="YAML with the fields below; flags go before it.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="uranet, lookup, mfrnet, draem or memae; may be repeated.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Data set with test pictures, or a folder of categories; may be repeated."),
+    ] = None,
+    backbone: Annotated[
+        list[str] | None, typer.Option(help="Any timm model, or MODEL=WEIGHTS with a file; may be repeated.")
+    ] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Side in pixels; may be repeated.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="The seeds 0 to SEEDS - 1; 3 without.")] = None,
+    profile: Annotated[str | None, typer.Option(help="cpu or paper.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all runs have.")] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="patchcore, padim or reverse_distillation of anomalib, or 'NAME: option=value; …'."),
+    ] = None,
+    peer_python: Annotated[Path | None, typer.Option(help="Interpreter of an environment that has anomalib.")] = None,
+) -> None:
+    """Methods × data sets × backbones × sizes × seeds into one table, with times, memory and intervals.
+
+    The same command goes on after an interruption; a finished run is not done again. Exit code 3 if some runs failed.
+
+    Example:  unflaw benchmark --method uranet --method mfrnet --data mvtec_ad --seeds 3 --out table
+
+    In YAML:  {methods: [uranet, mfrnet], data: [mvtec_ad], backbones: [resnet18], sizes: [256], seeds: 3}
+    """
+    given = {"methods": method, "data": data, "backbones": backbone, "sizes": size, "seeds": seeds, "profile": profile}
+    with errors():
+        from unflaw.benchmark import benchmark as run
+        from unflaw.datasets import load_categories
+        from unflaw.grid import plan, read_grid
+        from unflaw.variants import parse
+
+        changes: dict[str, Any] = {n: value for n, value in (given | {"peer_python": peer_python}).items() if value}
+        if peer:
+            changes["peers"] = {v.name: v.changes for v in (parse(p if ":" in p else f"{p}:") for p in peer)}
+        wanted = read_grid(grid, changes | ({"settings": dict(map(setting_of, setting))} if setting else {}))
+        datasets = load_categories(wanted.data)
+        report_dataset_problems(datasets)
+        with progress_bars() as progress:
+            records, failed = run(plan(wanted, list(datasets.values())), out, progress)
+        report_problems({f"skipped {reason}" for record in records for reason in record.skipped.values()})
+        typer.echo((out / "table.md").read_text("utf-8"))
+        for name, reason in failed.items():
+            typer.echo(f"error: {name}: {reason}", err=True)
+        if failed:
+            raise typer.Exit(3)
+
+
+class _ListByDefault(TyperGroup):
+    """`unflaw datasets data` is `unflaw datasets list data`: a group cannot have folders for arguments itself."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = args and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if known else ["list", *args])
+
+
+datasets_app = typer.Typer(
+    cls=_ListByDefault,
+    help="Public benchmarks: which are read, their licences, where to get them, and whether a copy is whole.",
+    epilog="Example:  unflaw datasets data  then  unflaw datasets check data/mvtec_ad",
+    rich_markup_mode=None,
+)
+app.add_typer(datasets_app, name="datasets")
+
+
+@datasets_app.command("list")
+def list_datasets(
+    roots: Annotated[list[Path] | None, typer.Argument(help="Folders to look in; by default the current one.")] = None,
+) -> None:
+    """List all benchmarks with licence and source, and which of them lie in these folders.
+
+    Example:  unflaw datasets data
+    """
+    with errors():
+        from unflaw.datasets.public import COLLECTIONS, find
+        from unflaw.datasets.samples import DatasetError
+
+        folders = roots or [Path()]
+        if gone := [root for root in folders if not root.is_dir()]:
+            raise DatasetError(f"{gone[0]}: there is no such folder; check the path")
+        copies = list(find(folders))
+        for collection in COLLECTIONS:
+            total = len(collection.counts)
+            there = [
+                str(path) if total == 1 else f"{path} ({len(copy.folders)} of {total} categories)"
+                for path, copy in copies
+                if copy.collection is collection
+            ]
+            typer.echo(f"{collection.name}: {'found in ' + ', '.join(there) if there else 'not found'}")
+            typer.echo(f"    {collection.licence}\n    {collection.page}")
+
+
+@datasets_app.command("check")
+def check_dataset(folder: Annotated[Path, typer.Argument(help="A benchmark, or one category of it.")]) -> None:
+    """Count the pictures of a benchmark and compare with what was published. Exit code 1 if something is wrong.
+
+    Example:  unflaw datasets check data/mvtec_ad
+    """
+    with errors():
+        from unflaw.datasets.public import check
+
+        result = check(folder)
+        collection = result.copy.collection
+        names = ("train", "validation", "good", "defective")
+        side = max(map(len, [*result.found, ""]))
+        typer.echo(f"{folder}: {collection.name}, {collection.licence}")
+        typer.echo("  ".join([" " * side, *names, "masks"]))
+        for category, found in result.found.items():
+            numbers = [str(getattr(found, name)).rjust(len(name)) for name in names]
+            typer.echo("  ".join([category.ljust(side), *numbers, str(result.masks[category]).rjust(5)]))
+        report_problems(result.notes)
+        for sentence in result.wrong:
+            typer.echo(f"wrong: {sentence}", err=True)
+        if result.wrong:
+            raise typer.Exit(1)
+        typer.echo("as published" if result.known else "there are no published counts to compare with")
