@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import unflaw
 from unflaw.calibration import Calibration
 from unflaw.datasets.samples import SHORT
 from unflaw.datasets.samples import sha256 as file_digest
-from unflaw.files import DetectorError
+from unflaw.errors import DetectorError
+from unflaw.images import read
+from unflaw.inspector import Inspector
 from unflaw.results import Result
 from unflaw.station.log import Entry, Filter, Log, legible, sha256
 
@@ -47,11 +48,9 @@ class Recalibrated:
 class Served:
     """A detector under a name.
 
-    Inspections of one detector take turns in `worker`, its only thread: categories share one network.
-
     Attributes:
-        digest: SHA-256 of the file, in hex: which detector has judged.
-        calibrations: Of each category; "" is the category of a detector that has no others.
+        worker: Where it inspects: two threads of its own, so that one reads pictures while the other computes, and no
+            detector waits for another.
 
     Raises:
         DetectorError: As `unflaw.load`.
@@ -59,15 +58,19 @@ class Served:
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix=f"inspect-{name}")
-        self._load()
+        self.worker = ThreadPoolExecutor(2, thread_name_prefix=f"inspect-{name}")
+        self._changing = threading.Lock()
+        # one name for both, so that other threads see them change in one step
+        self._loaded: tuple[Inspector, str] = unflaw.load(str(path)), file_digest(path)
 
-    def _load(self) -> None:
-        self.digest = file_digest(self.path) if self.path.is_file() else ""
-        self.detector: Any = unflaw.load(str(self.path))
-        self.calibrations: dict[str, Calibration] = {
-            category: self.detector.select(category) for category in self.detector.categories_
-        }
+    @property
+    def detector(self) -> Inspector:
+        return self._loaded[0]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its file, in hex: which detector judges."""
+        return self._loaded[1]
 
     @property
     def fixed(self) -> str | None:
@@ -76,25 +79,52 @@ class Served:
             return None
         return f"{self.path.name} is an exported detector: calibrate the one it was made from, and export that again"
 
-    def category(self, asked: str | None) -> str:
-        """The category meant.
+    def inspect(
+        self,
+        data: bytes,
+        *,
+        name: str,
+        category: str | None = None,
+        max_pixels: int = 200_000_000,
+        source: str | None = None,
+        sample: float = 0.0,
+    ) -> tuple[Entry, Result]:
+        """Inspects a picture; the line for the log, and the maps.
+
+        Args:
+            data: The picture's file.
+            name: What it is called.
+            max_pixels: As for `images.read`.
+            source: As in `Entry`.
+            sample: Share of pictures that are drawn at random for review.
 
         Raises:
-            DetectorError: Missing or not known.
+            ImageError, DetectorError: As `Inspector.inspect`.
         """
-        known = list(self.calibrations)
-        if not asked and len(known) == 1:
-            return known[0]
-        if known == [""]:
-            raise DetectorError(f"detector {self.name} has no categories, so no {asked!r} either; name none")
-        if asked not in self.calibrations:
-            fault = f"has no category {asked!r}" if asked else "needs a category"
-            raise DetectorError(f"detector {self.name} {fault}; name one of {', '.join(known)}")
-        return asked
-
-    def inspect(self, pixels: np.ndarray, category: str) -> tuple[Result, Calibration]:
-        """Result, and the calibration that judged it."""
-        return self.detector.inspect(pixels, category=category), self.calibrations[category]
+        detector, digest = self._loaded
+        category = detector.category(category or None)
+        pixels = read(data, max_pixels=max_pixels, name=name)
+        result = detector.inspect(pixels, category=category)
+        line = result.to_json()
+        entry = Entry(
+            time=datetime.now(timezone.utc),
+            name=legible(name),
+            digest=sha256(data),
+            size=len(data),
+            width=pixels.shape[1],
+            height=pixels.shape[0],
+            source=source,
+            detector=self.name,
+            detector_digest=digest,
+            category=category,
+            score=line["score"],
+            p_value=line["p_value"],
+            threshold=detector.calibrations[category].threshold,
+            verdict=line["verdict"],
+            regions=line["regions"],
+            sampled=random.random() < sample,
+        )
+        return entry, result
 
     def recalibrate(
         self,
@@ -108,7 +138,7 @@ class Served:
     ) -> Recalibrated:
         """Sets thresholds by what people decided, and replaces the detector's file in one step.
 
-        It works on a second copy, so that inspections go on meanwhile; the last step takes its turn in `worker`.
+        It works on a second copy, so that inspections go on meanwhile, with the old thresholds.
 
         Args:
             keep, rate, miss_rate: As for `Detector.calibrate`; decided defects count where there is a `miss_rate`.
@@ -119,12 +149,18 @@ class Served:
             CalibrationRefused: An exported detector, a file that is not the one served, no pictures of good parts.
             ValueError, OSError: As for `Detector.calibrate` and `Detector.save`. Nothing has changed then.
         """
+        with self._changing:
+            return self._recalibrate(log, category, keep, sampled, rate, miss_rate)
+
+    def _recalibrate(
+        self, log: Log, category: str, keep: bool, sampled: bool, rate: float | None, miss_rate: float | None
+    ) -> Recalibrated:
         if self.fixed:
             raise CalibrationRefused(self.fixed)
         if log.pictures is None:
-            raise CalibrationRefused("calibrating needs the pictures, and this station keeps none; start it with --keep")
+            raise CalibrationRefused("calibrating needs pictures, and this station keeps none; start it with --keep")
         if file_digest(self.path) != self.digest:
-            raise CalibrationRefused(f"{self.path.name} has changed since the station loaded it; start the station anew")
+            raise CalibrationRefused(f"{self.path.name} has changed since the station loaded it; restart the station")
         fresh: Any = unflaw.load(str(self.path))
         learned = set(fresh.record_.get("seen", []))
         chosen = self._decided(log, category)
@@ -143,8 +179,8 @@ class Served:
             paths[0], paths[1], rate=rate, miss_rate=miss_rate, category=category or None, keep=keep
         )
         fresh.save(self.path)
-        before = self.calibrations[category]
-        self.worker.submit(self._load).result()
+        before = self.detector.calibrations[category]
+        self._loaded = fresh, file_digest(self.path)
         return Recalibrated(before, after, len(paths[0]), len(paths[1]), len(good) - len(new), lost)
 
     def _decided(self, log: Log, category: str) -> Sequence[Entry]:
@@ -169,44 +205,3 @@ def load_all(models: Sequence[str]) -> dict[str, Served]:
             raise DetectorError(f"two detectors are called {name}; give names: first={served[name].path} second={path}")
         served[name] = Served(name, Path(path))
     return served
-
-
-def entry(
-    served: Served,
-    category: str,
-    data: bytes,
-    shape: tuple[int, ...],
-    result: Result,
-    calibration: Calibration,
-    *,
-    name: str,
-    source: str | None = None,
-    sample: float = 0.0,
-) -> Entry:
-    """The line of the log for an inspection that has just been done.
-
-    Args:
-        data: The picture's file.
-        shape: Of the picture as it was read: (height, width, …).
-        name: What the picture is called.
-        sample: Share of pictures that are drawn at random for review.
-    """
-    line = result.to_json()
-    return Entry(
-        time=datetime.now(timezone.utc),
-        name=legible(name),
-        digest=sha256(data),
-        size=len(data),
-        width=shape[1],
-        height=shape[0],
-        source=source,
-        detector=served.name,
-        detector_digest=served.digest,
-        category=category,
-        score=line["score"],
-        p_value=line["p_value"],
-        threshold=calibration.threshold,
-        verdict=line["verdict"],
-        regions=line["regions"],
-        sampled=random.random() < sample,  # noqa: S311 - nothing is secret here
-    )

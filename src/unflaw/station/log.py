@@ -34,12 +34,12 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import ArgumentError, IntegrityError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.types import TypeDecorator
 
-from unflaw.cache import batched
 from unflaw.files import write_atomically
+from unflaw.streams import batched
 
 BUSY = 30.0  # seconds that SQLite waits for another writer
 _ORPHAN = 3600.0  # seconds after which a picture without a record was left behind by a crash, and is not on its way in
@@ -90,7 +90,10 @@ class Entry(Base):
     """
 
     __tablename__ = "inspections"
-    __table_args__ = (UniqueConstraint("source", "digest", name="uq_inspections_source"), {"sqlite_autoincrement": True})
+    __table_args__ = (
+        UniqueConstraint("source", "digest", name="uq_inspections_source"),
+        {"sqlite_autoincrement": True},
+    )
 
     id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
     time: Mapped[datetime] = mapped_column(_UTC, index=True)
@@ -127,6 +130,7 @@ class Filter:
         text: Part of the picture's name.
         waiting: Only those that a person should decide and nobody has: verdicts other than good, and the sampled.
         decided: Only those that a person has decided, or has not.
+        decision: Only those decided so.
         sampled: Only those drawn at random, or only the others.
     """
 
@@ -138,10 +142,17 @@ class Filter:
     text: str | None = None
     waiting: bool = False
     decided: bool | None = None
+    decision: str | None = None
     sampled: bool | None = None
 
     def apply(self, query: Select[Any]) -> Select[Any]:
-        equal = {Entry.verdict: self.verdict, Entry.detector: self.detector, Entry.category: self.category}
+        equal = {
+            Entry.verdict: self.verdict,
+            Entry.detector: self.detector,
+            Entry.category: self.category,
+            Entry.decision: self.decision,
+            Entry.sampled: self.sampled,
+        }
         conditions = [column == value for column, value in equal.items() if value is not None]
         if self.since is not None:
             conditions.append(Entry.time >= self.since)
@@ -153,8 +164,6 @@ class Filter:
             conditions += [Entry.decision.is_(None), or_(Entry.verdict != "good", Entry.sampled)]
         if self.decided is not None:
             conditions.append(Entry.decision.is_not(None) if self.decided else Entry.decision.is_(None))
-        if self.sampled is not None:
-            conditions.append(Entry.sampled == self.sampled)
         return query.where(*conditions)
 
 
@@ -176,15 +185,17 @@ class Log:
         pictures: Folder for the pictures, a file for each content; None keeps none.
 
     Raises:
-        LogError: An unknown kind of database, or one that a newer unflaw has made. OperationalError of SQLAlchemy: the
-            database does not answer.
+        LogError: An unknown kind of database, one that does not answer, or one that a newer unflaw has made.
     """
 
     def __init__(self, url: str, pictures: Path | None = None) -> None:
         self.pictures = pictures
         self.engine = _engine(url)
         self._session = sessionmaker(self.engine, expire_on_commit=False)
-        _migrate(self.engine)
+        try:
+            _migrate(self.engine)
+        except OperationalError as error:
+            raise LogError(f"the log's database does not answer: {str(error.orig).strip()}") from error
 
     def add(self, entry: Entry, data: bytes | None = None) -> Entry | None:
         """Writes an inspection; when this returns it is on disk, picture first. None: this source has it already."""
@@ -231,7 +242,7 @@ class Log:
                 session.expunge_all()
 
     def decide(self, number: int, decision: str | None, by: str) -> Entry | None:
-        """What a person decided, in place of any earlier decision; None takes that back. Returns None for no such id."""
+        """What a person decided, instead of any earlier decision; None takes that back. No such id: returns None."""
         with self._session.begin() as session:
             entry = session.get(Entry, number)
             if entry is not None:
@@ -281,6 +292,11 @@ class Log:
             path.unlink(missing_ok=True)
         return Pruned(records, len(gone), sum(size for _, size, _ in gone))
 
+    def ping(self) -> None:
+        """Raises SQLAlchemyError where the database does not answer."""
+        with self.engine.connect() as connection:
+            connection.execute(select(1))
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -315,7 +331,9 @@ def _engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError as error:
-        raise LogError(f"{url}: not the URL of a database; such as sqlite:///log.db or postgresql://host/name") from error
+        raise LogError(
+            f"{url}: not the URL of a database; such as sqlite:///log.db or postgresql://host/name"
+        ) from error
     kind = parsed.get_backend_name()
     if kind == "postgresql":
         try:
@@ -355,4 +373,6 @@ def _migrate(engine: Engine) -> None:
         try:
             command.upgrade(config, "head")
         except CommandError as error:
-            raise LogError(f"the log was made by a newer unflaw ({error}); update with pip install -U unflaw") from error
+            raise LogError(
+                f"the log was made by a newer unflaw ({error}); update with pip install -U unflaw"
+            ) from error
