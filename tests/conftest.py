@@ -4,7 +4,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; set before anything imports the hub's client
 
-from collections.abc import Callable
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +138,43 @@ def saved(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "parts.safetensors"
     detector.save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own, on a socket in a temporary folder."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: int(folder.parent.name))
+    if not installed:
+        pytest.skip("needs PostgreSQL (apt-get install postgresql)")
+    owner = "postgres" if os.getuid() == 0 else None  # the server does not run as root
+    folder = Path(tempfile.mkdtemp(prefix="unflaw-pg-"))  # a short path: sockets have a limit
+    if owner:
+        shutil.chown(folder, owner)
+
+    def run(*command: object) -> None:
+        subprocess.run([str(part) for part in command], check=True, user=owner, cwd=folder, stdout=subprocess.DEVNULL)
+
+    control = (installed[-1] / "pg_ctl", "-D", folder / "data", "-w")
+    run(installed[-1] / "initdb", "-D", folder / "data", "-U", "unflaw", "-A", "trust", "-E", "UTF8", "--no-sync")
+    try:
+        run(*control, "-l", folder / "log", "-o", f"-k {folder} -c listen_addresses= -c fsync=off", "start")
+        yield f"postgresql://unflaw@/postgres?host={folder}"
+    finally:
+        run(*control, "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database, of each kind that the log is kept in."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'log.db'}"
+        return
+    import psycopg
+
+    server: str = request.getfixturevalue("postgres")
+    name = f"t{os.urandom(6).hex()}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
+        yield server.replace("/postgres?", f"/{name}?")
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Connection,
     DateTime,
     Dialect,
+    Double,
     Engine,
     Integer,
     Select,
@@ -106,9 +107,9 @@ class Entry(Base):
     detector: Mapped[str]
     detector_digest: Mapped[str] = mapped_column(String(64))
     category: Mapped[str]
-    score: Mapped[float]
-    p_value: Mapped[float]
-    threshold: Mapped[float]
+    score: Mapped[float] = mapped_column(Double)
+    p_value: Mapped[float] = mapped_column(Double)
+    threshold: Mapped[float] = mapped_column(Double)
     verdict: Mapped[str] = mapped_column(String(16), index=True)
     regions: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     sampled: Mapped[bool]
@@ -272,7 +273,8 @@ class Log:
         for files in batched(self._kept(), 500):
             query = select(Entry.digest, func.max(Entry.id)).group_by(Entry.digest)
             with self.engine.connect() as connection:
-                newest = dict(connection.execute(query.where(Entry.digest.in_([f.name for f in files]))).tuples().all())
+                found = connection.execute(query.where(Entry.digest.in_([file.name for file in files])))
+                newest = {digest: last for digest, last in found}
             for path in files:
                 try:
                     status = path.stat()
