@@ -4,9 +4,14 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; set before anything imports the hub's client
 
+import http.client
+import json
 import shutil
+import socket
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,3 +183,60 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
         yield server.replace("/postgres?", f"/{name}?")
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
+
+
+class StationProcess:
+    """`unflaw serve` in a process of its own, on a free port."""
+
+    def __init__(self, store: Path, models: tuple[object, ...], options: list[object], token: str | None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url, self.store, self._token = f"http://127.0.0.1:{self.port}", store, token
+        command = [sys.executable, "-c", "from unflaw.cli import main; main()", "serve", *models, "--store", store]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"UNFLAW_TOKEN": token} if token else {})
+        self.process = subprocess.Popen(
+            [str(part) for part in (*command, "--port", self.port, *options)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        for _ in range(600):
+            try:
+                self.ask("/health")
+                return
+            except OSError:
+                assert self.process.poll() is None, "the station has ended"
+                time.sleep(0.1)
+        raise AssertionError("the station does not start")
+
+    def ask(self, path: str, data: bytes | None = None) -> Any:
+        """GET, or POST of some bytes; the answer, or AssertionError where it is not 200."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        connection.request("GET" if data is None else "POST", path, data, headers)
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        assert answer.status == 200, body
+        return json.loads(body)
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start_station(tmp_path: Path) -> Iterator[Callable[..., StationProcess]]:
+    """`start_station(*models, store=…, token=…, options=[…])`."""
+    started: list[StationProcess] = []
+
+    def start(
+        *models: object, store: Path | None = None, token: str | None = None, options: Any = ()
+    ) -> StationProcess:
+        started.append(StationProcess(store or tmp_path / "station", models, list(options), token))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()

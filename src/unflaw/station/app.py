@@ -33,9 +33,10 @@ from unflaw.station.service import Busy, Missing, Slot, Station, names
 
 T = TypeVar("T")
 _PROBLEMS = {
+    400: "A body that cannot be parsed.",
     401: "The token is missing or wrong.",
     403: "Without a token, a request that came from another site.",
-    404: "There is no such detector, inspection or picture.",
+    404: "There is no such detector, category, inspection or picture.",
     409: "It cannot be done as things stand.",
     413: "More bytes than the station takes.",
     422: "A picture that cannot be read or has too many pixels, or parameters that cannot be used.",
@@ -55,6 +56,7 @@ _BODY = {
                 "schema": {
                     "type": "object",
                     "required": ["picture"],
+                    "additionalProperties": False,
                     "properties": {"picture": _PICTURE, "detector": _TEXT, "category": _TEXT, "name": _TEXT},
                 }
             },
@@ -198,7 +200,7 @@ def _add_inspections(api: APIRouter, station: Station) -> None:
         "/inspections/{id}/review",
         tags=["inspections"],
         response_model=schemas.Inspection,
-        responses=_problems(404, 413, 422, 503),
+        responses=_problems(400, 404, 413, 422, 503),
     )
     async def review(id: Id, review: schemas.Review) -> Entry:
         """Say what a person decided, instead of any earlier decision."""
@@ -250,7 +252,7 @@ def _add_state(api: APIRouter, station: Station) -> None:
         "/detectors/{name}/calibrate",
         tags=["station"],
         response_model=schemas.RecalibrationDone,
-        responses=_problems(404, 409, 413, 422, 503),
+        responses=_problems(400, 404, 409, 413, 422, 503),
     )
     async def calibrate(name: Annotated[str, Path(max_length=200)], wanted: schemas.Recalibration) -> dict[str, Any]:
         """Set a detector's threshold anew by what people decided, and replace its file. Inspections go on meanwhile."""
@@ -341,10 +343,9 @@ async def _retain(station: Station, days: float | None, picture_bytes: int | Non
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    about = {400: "A form that cannot be parsed."} | _PROBLEMS
     headers = {429: {"headers": _RETRY}}
     return {
-        status: {"model": schemas.Problem, "description": about[status], **headers.get(status, {})}
+        status: {"model": schemas.Problem, "description": _PROBLEMS[status], **headers.get(status, {})}
         for status in statuses
     }
 
@@ -371,7 +372,7 @@ def _unlogged(_: Request, error: Exception) -> JSONResponse:
 _HANDLERS: dict[Any, Any] = {
     Busy: lambda _, error: _answer(429, "the station is busy; try again in a second", {"Retry-After": "1"}),
     CalibrationRefused: _says(409),
-    DetectorError: _says(422),
+    DetectorError: _says(404),
     Exception: lambda _, error: _answer(500, "the station failed; its output says why"),
     ImageError: _says(422),
     Missing: _says(404),

@@ -5,12 +5,18 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 Verdict = Literal["good", "defect", "review"]
 Decision = Literal["good", "defect"]
 Number = Annotated[int, Field(ge=1, le=2**63 - 1)]
 _DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+
+
+def _written(moment: object) -> object:
+    if isinstance(moment, str) and "-" not in moment:  # would be taken for seconds since 1970
+        raise ValueError("is not a time such as 2026-11-25T06:12:00Z")
+    return moment
 
 
 def _in_range(moment: datetime) -> datetime:
@@ -20,7 +26,7 @@ def _in_range(moment: datetime) -> datetime:
         raise ValueError("lies outside the years 1 to 9999 in UTC") from error
 
 
-Moment = Annotated[AwareDatetime, AfterValidator(_in_range)]
+Moment = Annotated[AwareDatetime, BeforeValidator(_written), AfterValidator(_in_range)]
 
 
 def _example(**fields: Any) -> ConfigDict:
@@ -78,7 +84,7 @@ class Inspection(BaseModel):
     size: int = Field(description="Bytes of the picture's file.")
     width: int = Field(description="Of the picture, upright, pixels.")
     height: int
-    source: str | None = Field(description="The path of a watched file; null for what came over HTTP.")
+    source: str | None = Field(None, description="The path of a watched file; null for what came over HTTP.")
     detector: str
     detector_digest: str = Field(description="SHA-256 of the detector's file, in hex.")
     category: str = Field(description="Empty for a detector that has no categories.")
@@ -88,9 +94,9 @@ class Inspection(BaseModel):
     verdict: Verdict
     regions: list[Region] = Field(description="Largest peak first.")
     sampled: bool = Field(description="Whether it was drawn at random for review, whatever its verdict.")
-    decision: Decision | None = Field(description="What a person decided.")
-    decided_by: str | None
-    decided_at: datetime | None
+    decision: Decision | None = Field(None, description="What a person decided.")
+    decided_by: str | None = None
+    decided_at: datetime | None = None
 
 
 class History(BaseModel):
@@ -98,7 +104,7 @@ class History(BaseModel):
 
     model_config = _example(items=[_INSPECTION], next=4711)
     items: list[Inspection]
-    next: int | None = Field(description="`before` of the next page; null at the end.")
+    next: int | None = Field(None, description="`before` of the next page; null at the end.")
 
 
 class Pictures(BaseModel):
@@ -112,7 +118,7 @@ class Review(BaseModel):
     """A person's decision."""
 
     model_config = _example(decision="good", by="A. Lovelace") | ConfigDict(extra="forbid")
-    decision: Decision | None = Field(description="null takes an earlier decision back.")
+    decision: Decision | None = Field(None, description="null takes an earlier decision back.")
     by: str = Field(min_length=1, max_length=100, description="Who decides.")
 
 
@@ -152,7 +158,7 @@ class DetectorState(BaseModel):
     )
     name: str
     digest: str = Field(description="SHA-256 of its file, in hex.")
-    fixed: str | None = Field(description="Why it cannot be calibrated anew; null: it can.")
+    fixed: str | None = Field(None, description="Why it cannot be calibrated anew; null: it can.")
     categories: dict[str, Category] = Field(description="By name; the name is empty where there is one only.")
 
 
@@ -178,9 +184,14 @@ class Recalibration(BaseModel):
         description="Of good pictures, only those drawn at random. Those that a person saw because of their verdict "
         "are not like pictures to come, and raise the threshold.",
     )
-    rate: float | None = Field(None, gt=0, lt=1, description="False-alarm rate asked for; null: the detector's own.")
+    rate: float | None = Field(
+        None, ge=1e-6, le=0.5, description="False-alarm rate asked for; null: the detector's own."
+    )
     miss_rate: float | None = Field(
-        None, gt=0, lt=1, description="Share of defects that may be missed; decided defects then set the threshold."
+        None,
+        ge=1e-6,
+        le=0.5,
+        description="Share of defects that may be missed; decided defects then set the threshold.",
     )
 
 

@@ -136,9 +136,8 @@ class Station:
 
     async def recalibrate(self, served: Served, category: str, **options: bool | float | None) -> Recalibrated:
         """See `Served.recalibrate`."""
-        work = lambda: served.recalibrate(self.log, category, **options)  # type: ignore[arg-type] # noqa: E731
-        with ThreadPoolExecutor(1) as pool:  # for minutes perhaps: not one that others wait for
-            return await asyncio.wrap_future(pool.submit(work))
+        # for minutes perhaps, so not in a thread that others wait for
+        return await asyncio.to_thread(served.recalibrate, self.log, category, **options)  # type: ignore[arg-type]
 
     async def shown(self, slot: Slot, number: int) -> tuple[Entry, Result, bytes]:
         """What an inspection found. Where memory has lost it, a kept picture is inspected again, without a record.
