@@ -118,7 +118,7 @@ class Review(BaseModel):
     """A person's decision."""
 
     model_config = _example(decision="good", by="A. Lovelace") | ConfigDict(extra="forbid")
-    decision: Decision | None = Field(None, description="null takes an earlier decision back.")
+    decision: Decision | None = Field(description="null takes an earlier decision back.")
     by: str = Field(min_length=1, max_length=100, description="Who decides.")
 
 
