@@ -144,7 +144,7 @@ def test_categories(parts, weights, tiny, bad, tmp_path):
 def test_pictures_can_be_had_from_memory_and_later_from_what_is_kept(client, bad, saved):
     number = client.post("/inspect", content=bad).json()["id"]
     names = client.get(f"/inspections/{number}/pictures").json()["pictures"]
-    assert names[:2] == ["picture", "heat"] and {"uncertainty", "restored"} <= set(names)
+    assert names[:3] == ["picture", "heat", "overlay"] and {"uncertainty", "restored"} <= set(names)
     fetched = {name: client.get(f"/inspections/{number}/pictures/{name}").content for name in names}
     client.station._recent.clear()
     for name in names:
@@ -157,6 +157,8 @@ def test_pictures_can_be_had_from_memory_and_later_from_what_is_kept(client, bad
     heat = np.asarray(Image.open(io.BytesIO(fetched["heat"]))).astype(int)
     warm = heat[..., 0] > heat[..., 2]
     assert (warm == (result.map > unflaw.load(str(saved)).select().pixel_threshold)).mean() > 0.99
+    veil = np.asarray(Image.open(io.BytesIO(fetched["overlay"])))
+    assert (veil[..., :3] == heat).all() and veil[..., 3].max() <= 192 and not veil[result.map < 0, 3].any()
     assert "no picture nose" in complaint(client.get(f"/inspections/{number}/pictures/nose"), 404)
 
 

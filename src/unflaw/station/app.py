@@ -228,7 +228,7 @@ def _add_inspections(api: APIRouter, station: Station) -> None:
         """A picture of an inspection, as PNG.
 
         `picture` is what was inspected, `heat` the anomaly map on the detector's fixed scale: blue up to the threshold,
-        warm above it. The others are the method's own.
+        warm above it; `overlay` is that with transparency, to lay over the picture. The others are the method's own.
         """
         slot = Slot(station)
         png = await within(slot, station.draw(slot, id, picture))

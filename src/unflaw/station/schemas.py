@@ -110,7 +110,7 @@ class History(BaseModel):
 class Pictures(BaseModel):
     """What can be shown of an inspection."""
 
-    model_config = _example(pictures=["picture", "heat", "mean", "uncertainty", "mask", "restored"])
+    model_config = _example(pictures=["picture", "heat", "overlay", "mean", "uncertainty", "mask", "restored"])
     pictures: list[str] = Field(description="Names for `/inspections/{id}/pictures/{name}`.")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from unflaw.images import read
-from unflaw.report.panels import colour_map, grey_map, heat_map
+from unflaw.report.panels import colour_map, grey_map, heat_map, veil
 from unflaw.results import Result
 from unflaw.station.detectors import Recalibrated, Served
 from unflaw.station.log import Entry, Filter, Log
@@ -179,8 +179,9 @@ class Station:
                 return _png(_fitting(read(data)))
             x0, y0, x1, y1 = result.valid
             valid = np.s_[y0:y1, x0:x1]
-            if picture == "heat":
-                return _png(Image.fromarray(heat_map(result.map[valid], scale)))
+            if picture in ("heat", "overlay"):
+                draw = heat_map if picture == "heat" else veil
+                return _png(Image.fromarray(draw(result.map[valid], scale)))
             layer = result.layers[picture][valid]
             if picture == "uncertainty":  # a deviation of values in [0, 1] is at most one half
                 return _png(Image.fromarray(colour_map(layer, 0.5)))
@@ -219,7 +220,7 @@ class Station:
 
 def names(result: Result) -> list[str]:
     """The pictures that there are of a result."""
-    return ["picture", "heat", *result.layers]
+    return ["picture", "heat", "overlay", *result.layers]
 
 
 def _bytes(result: Result, data: bytes) -> int:

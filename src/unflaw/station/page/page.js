@@ -10,6 +10,8 @@ const PATHS = {
   busy: "M24 12v12l7 6",
   error: "M24 11v16M24 36v.5",
 };
+const LEGENDS = { heat: ["good", "far above the threshold"], uncertainty: ["sure", "unsure"] };
+const BLENDS = { heat: 50, restored: 100 }; // to begin with
 const LAYERS = { picture: "Picture", heat: "Heat map", mean: "Mean", uncertainty: "Uncertainty", mask: "Mask", restored: "Restored" };
 
 const stored = (name, fallback) => localStorage.getItem(`unflaw.${name}`) ?? fallback;
@@ -43,8 +45,8 @@ function el(tag, attributes = {}, ...children) {
 
 const number = (value, digits = 4) => Number(value.toPrecision(digits)).toString().replace("-", "−");
 const percent = (share) => `${number(share * 100, 2)} %`;
-const moment = (time) => new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" });
-const bytes = (count) => `${number(count / 2 ** 20, 3)} MB`;
+const moment = (time) => new Date(time).toLocaleString([], { dateStyle: "short", timeStyle: "medium" });
+const bytes = (count) => (count < 1e6 ? `${Math.ceil(count / 1e3)} kB` : `${number(count / 1e6, 3)} MB`);
 
 // Asking the station
 
@@ -322,8 +324,9 @@ function strip() {
     el("span", {}, item.name),
   )));
   const button = $("strip").children[state.index.inspect];
-  if (here) button?.focus();
-  button?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  if (!button) return;
+  if (here) button.focus({ preventScroll: true });
+  $("strip").scrollLeft = button.offsetLeft - ($("strip").clientWidth - button.clientWidth) / 2; // and nothing else moves
 }
 
 // Pictures: fetched with the token, so not by `src`
@@ -336,7 +339,12 @@ async function showPictures(item) {
     for (const url of shown.urls.values()) url.then(URL.revokeObjectURL, () => {});
     Object.assign(shown, { id: entry?.id ?? null, urls: new Map() });
     state.pictures = [];
-    for (const image of [$("base"), $("over")]) image.removeAttribute("src");
+    for (const image of [$("base"), $("over"), $("full")]) {
+      image.removeAttribute("src");
+      image.hidden = image.id !== "base";
+    }
+    $("legend").hidden = true;
+    $("main").scrollTo(0, 0);
     $("stage").hidden = !entry;
     $("unseen").hidden = true;
     layers();
@@ -359,11 +367,18 @@ async function showPictures(item) {
   }
   if (!entry || !state.pictures.length) return;
   const layer = state.pictures.includes(state.layer) ? state.layer : "picture";
-  const [base, over] = await Promise.all([picture(entry.id, "picture"), layer === "picture" ? null : picture(entry.id, layer)]);
-  if (shown.id !== entry.id) return;
-  if ($("base").src !== base) $("base").src = base;
-  $("over").hidden = !over;
-  if (over) $("over").src = over;
+  // the heat map comes in two steps: what is high over the picture, then the whole map
+  const wanted = { picture: ["picture"], heat: ["picture", "overlay", "heat"] }[layer] ?? ["picture", layer];
+  const [base, over, full] = await Promise.all(wanted.map((name) => picture(entry.id, name)));
+  if (shown.id !== entry.id || current() !== item) return;
+  for (const [image, url] of [[$("base"), base], [$("over"), over], [$("full"), full]]) {
+    image.hidden = !url;
+    if (url && image.src !== url) image.src = url;
+  }
+  $("legend").hidden = !LEGENDS[layer];
+  $("legend").className = layer;
+  $("legend").firstChild.textContent = LEGENDS[layer]?.[0];
+  $("legend").lastChild.textContent = LEGENDS[layer]?.[1];
   blend();
 }
 
@@ -389,7 +404,7 @@ async function patiently(work) {
 
 function layers() {
   const legend = $("layers").firstElementChild;
-  const names = state.pictures.filter((name) => !["mean", "mask"].includes(name) || state.pictures.length < 4);
+  const names = state.pictures.filter((name) => !["overlay", "mean", "mask"].includes(name));
   const chosen = names.includes(state.layer) ? state.layer : "picture";
   $("layers").hidden = !names.length;
   $("layers").replaceChildren(legend, ...names.map((name) => el(
@@ -397,20 +412,33 @@ function layers() {
     el("input", { type: "radio", name: "layer", value: name, checked: name === chosen, onchange: () => layer(name) }),
     el("span", {}, LAYERS[name] ?? name),
   )));
-  $("blend").disabled = chosen === "picture";
+  slider(chosen);
+}
+
+function slider(name) {
+  $("blend").disabled = name === "picture";
+  $("blend").value = stored(`blend.${name}`, BLENDS[name] ?? 60);
 }
 
 function layer(name) {
   state.layer = name;
   store("layer", name);
   for (const input of $("layers").querySelectorAll("input")) input.checked = input.value === name;
-  $("blend").disabled = name === "picture";
+  slider(name);
   guarded(showPictures)(current());
 }
 
 function blend() {
-  $("over").style.opacity = $("blend").value / 100;
-  store("blend", $("blend").value);
+  const share = $("blend").value / 100;
+  const steps = $("full").hidden ? 1 : 2;
+  $("over").style.opacity = Math.min(1, steps * share);
+  $("full").style.opacity = Math.max(0, steps * share - 1);
+}
+
+function slide() {
+  const chosen = $("layers").querySelector("input:checked");
+  if (chosen) store(`blend.${chosen.value}`, $("blend").value);
+  blend();
 }
 
 function outline(entry) {
@@ -481,10 +509,10 @@ function showRows() {
     };
     return el(
       "tr", {},
-      el("td", {}, moment(entry.time)),
-      el("td", { class: "name" }, el("button", { type: "button", onclick: open }, entry.name)),
-      el("td", {}, entry.category ? `${entry.detector}, ${entry.category}` : entry.detector),
       el("td", {}, el("span", { class: `mark ${entry.verdict}`, "aria-hidden": "true" }, `${SIGNS[entry.verdict]} `), WORDS[entry.verdict]),
+      el("td", { class: "name" }, el("button", { type: "button", onclick: open }, entry.name)),
+      el("td", {}, moment(entry.time)),
+      el("td", {}, entry.category ? `${entry.detector}, ${entry.category}` : entry.detector),
       el("td", { class: "number" }, number(entry.score)),
       el("td", { class: "number" }, number(entry.p_value, 2)),
       el("td", {}, entry.decision ? `${WORDS[entry.decision]}, ${entry.decided_by}` : "–"),
@@ -521,7 +549,7 @@ function card(detector, category, known) {
     field("checkbox", "keep", "Also count the pictures that calibrated it before", { checked: true }),
     field("checkbox", "sampled", "Of good pictures, only those drawn at random", { checked: enough }),
     el("p", { class: "dim" }, "Good pictures that were looked at because of their verdict are not like pictures to come: they raise the threshold."),
-    field("number", "miss", "% of defects may be missed (empty: set by good pictures alone)", { min: "0.1", max: "50", step: "any", inputmode: "decimal" }),
+    field("number", "miss", "% of defects missed at most; empty: good pictures alone set it", { min: "0.1", max: "50", step: "any", inputmode: "decimal" }),
     el("div", { class: "row" }, el("button", { class: "primary" }, "Set the threshold anew")),
   );
   const outcome = el("div", { role: "status", "aria-live": "polite" });
@@ -638,9 +666,9 @@ document.addEventListener("keydown", (event) => {
   if (writing || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
   const arrows = !event.target.closest("input"); // a slider and a group of choices have arrows of their own
   const names = [...$("layers").querySelectorAll("input")].map((input) => input.value);
-  const slide = (by) => {
+  const step = (by) => {
     $("blend").value = Number($("blend").value) + by;
-    blend();
+    slide();
   };
   const keys = {
     g: acts.good,
@@ -648,8 +676,8 @@ document.addEventListener("keydown", (event) => {
     u: acts.undo,
     o: acts.pick,
     "?": () => $("keys").showModal(),
-    "[": () => slide(-10),
-    "]": () => slide(10),
+    "[": () => step(-10),
+    "]": () => step(10),
     r: () => $("outlined").click(),
     ...(arrows ? { ArrowLeft: acts.previous, ArrowRight: acts.next } : {}),
     ...Object.fromEntries(names.map((name, i) => [String(i + 1), () => layer(name)])),
@@ -662,7 +690,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 $("detector").addEventListener("change", categories);
-$("blend").addEventListener("input", blend);
+$("blend").addEventListener("input", slide);
 $("outlined").addEventListener("change", () => current()?.entry && outline(current().entry));
 $("more").addEventListener("click", guarded(() => loadHistory(true)));
 $("help").addEventListener("click", () => $("keys").showModal());
@@ -680,6 +708,5 @@ $("theme").addEventListener("click", () => {
 
 document.documentElement.dataset.theme = stored("theme", "");
 $("reviewer").value = stored("reviewer", "");
-$("blend").value = stored("blend", "65");
 show("inspect");
 setInterval(() => document.visibilityState === "visible" && !away && guarded(refresh)(), 15000);
