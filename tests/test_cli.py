@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from conftest import OWN, TINY, TINY_URANET, make_parts
 from unflaw import training
-from unflaw.cli import app
+from unflaw.cli import app, common
 from unflaw.files import read_metadata
 
 
