@@ -3,8 +3,8 @@
     python benchmarks/station_load.py parts.safetensors --pictures parts/test/good
 
 Starts `unflaw serve` in a process of its own with its log on disk, as in earnest. A client that is told to come back
-(429) does so after the seconds that it is told. Latencies are of answers with a verdict, from the first byte sent to the
-last received. The client is this process, on the same processors; it speaks HTTP itself, so that it takes little of them.
+(429) does so after the seconds that it is told. Latencies are of answers with a verdict, from the first byte sent to
+the last received. The client is this process, on the same processors; it speaks HTTP itself, to take little of them.
 """
 
 import argparse
