@@ -240,6 +240,7 @@ def test_a_person_decides_with_keys(site, visit, bad):
     page = visit(station)
     choose(page, bad, good(1), good(2))
     page.get_by_role("button", name="Review").click()
+    expect(page.get_by_text("Good or defect?")).to_be_visible()
     expect(page.locator("#position")).to_have_text("1 of 3")
     page.keyboard.press("g")
     expect(page.locator("#notices")).to_contain_text("your name")
@@ -292,6 +293,10 @@ def test_decisions_become_a_new_threshold(site, visit, bad):
     card.get_by_label("Also count").uncheck()
     card.get_by_role("button", name="Set the threshold anew").click()
     expect(card.locator(".done")).to_contain_text("by 9 good")
+    page.evaluate("document.activeElement.blur()")
+    page.get_by_role("button", name="Detectors").click()  # asks anew, and what was said stays
+    expect(card).to_contain_text("9 good pictures outside of training")
+    expect(card.locator(".done")).to_be_visible()
     threshold = unflaw.load(str(station.model)).select().threshold
     highest = max(entry.score for entry in station.station.log.find(Filter()))
     assert threshold == pytest.approx(highest, rel=1e-4) and threshold != before
@@ -303,7 +308,7 @@ def test_an_exported_detector_hides_calibration_and_says_why(site, visit, monkey
     page = visit(site())
     page.get_by_role("button", name="Detectors").click()
     expect(page.locator(".card")).to_contain_text("is an exported detector")
-    expect(page.locator(".card form")).to_have_count(0)
+    expect(page.locator(".card form")).to_be_hidden()
 
 
 def test_history_is_filtered_and_opened(site, visit, bad):
@@ -335,7 +340,9 @@ def test_what_is_not_kept_is_said(site, visit, bad):
     station = site(keep=False)
     page = visit(station)
     choose(page, bad)
+    expect(page.locator("#over")).to_be_visible()
     station.station._recent.clear()
+    page.reload()
     page.get_by_role("button", name="History").click()
     page.locator("#rows button").click()
     expect(page.locator("#verdict")).to_contain_text("Defect")

@@ -8,10 +8,11 @@ const PATHS = {
   defect: "M13 13l22 22M35 13L13 35",
   review: "M17 18a7 7 0 1 1 10.5 6C25 26 24 27 24 30M24 37v.5",
   busy: "M24 12v12l7 6",
-  error: "M24 11v16M24 36v.5",
+  error: "M24 5a19 19 0 1 0 0 38a19 19 0 0 0 0-38M24 15v11M24 33v.5",
 };
 const LEGENDS = { heat: ["good", "far above the threshold"], uncertainty: ["sure", "unsure"] };
 const BLENDS = { heat: 50, restored: 100 }; // to begin with
+const ENOUGH = 8; // pictures drawn at random that are worth more than all that people saw
 const LAYERS = { picture: "Picture", heat: "Heat map", mean: "Mean", uncertainty: "Uncertainty", mask: "Mask", restored: "Restored" };
 
 const stored = (name, fallback) => localStorage.getItem(`unflaw.${name}`) ?? fallback;
@@ -281,7 +282,7 @@ function showVerdict(item) {
 
 function showDetails(item) {
   const entry = item.entry;
-  document.querySelector(".details").hidden = !entry;
+  for (const part of [".details", ".controls"]) document.querySelector(part).hidden = !entry;
   if (!entry) return;
   const share = entry.p_value < 1 ? `At most ${percent(entry.p_value)} of good parts score this high.` : "Every good part scores this high.";
   $("measure").textContent = `Score ${number(entry.score)}, threshold ${number(entry.threshold)}. ${share}`;
@@ -464,6 +465,7 @@ async function decide(decision) {
     return;
   }
   store("reviewer", by);
+  $("notices").replaceChildren();
   const view = state.view;
   item.entry = await send(`/inspections/${item.entry.id}/review`, "PUT", { decision, by });
   if (view === "review" && state.view === view && decision && current() === item) {
@@ -522,53 +524,46 @@ function showRows() {
 
 // Detectors and their calibration
 
+const cards = new Map(); // made once, so that nothing is lost that somebody is writing or reading there
+
 function showDetectors() {
-  if ($("detectors").contains(document.activeElement)) return; // somebody is writing there
-  $("detectors").replaceChildren($("detectors-title"), ...state.station.detectors.flatMap((detector) =>
-    Object.entries(detector.categories).map(([category, known]) => card(detector, category, known))));
+  for (const detector of state.station.detectors) {
+    for (const [category, known] of Object.entries(detector.categories)) {
+      const title = category ? `${detector.name}, ${category}` : detector.name;
+      if (!cards.has(title)) cards.set(title, card(title, detector.name, category));
+      cards.get(title)(detector, known);
+    }
+  }
 }
 
-function card(detector, category, known) {
-  const title = category ? `${detector.name}, ${category}` : detector.name;
-  const made = el(
-    "article", { class: "card", "aria-label": title },
-    el("h2", {}, title),
-    el("div", {}, el("div", { class: "dim" }, "Threshold"), el("div", { class: "big" }, number(known.threshold))),
-    el("p", {}, `${known.described[0].toUpperCase()}${known.described.slice(1)}.`),
-    el("p", { class: "dim" }, `File ${detector.digest.slice(0, 16)}. Decided by people: ${known.decided_good} good, of which ${known.decided_good_sampled} drawn at random, and ${known.decided_defect} with a defect.`),
-  );
-  const why = detector.fixed ?? (state.station.keeps_pictures ? null : "Calibrating needs pictures, and this station keeps none");
-  if (why) {
-    made.append(el("p", { class: "dim" }, `It cannot be calibrated here: ${why}.`));
-    return made;
-  }
-  const field = (type, name, text, more = {}) => el("label", { class: "check" }, el("input", { type, name, ...more }), el("span", {}, text));
-  const enough = known.decided_good_sampled >= 8;
+// A detector's card; returns what brings it up to date.
+function card(title, name, category) {
+  const [threshold, described, facts, why] = ["big", "", "dim", "dim"].map((kind) => el("p", { class: kind }));
+  const field = (type, key, text, more = {}) => el("label", { class: "check" }, el("input", { type, name: key, ...more }), el("span", {}, text));
   const form = el(
     "form", {},
     field("checkbox", "keep", "Also count the pictures that calibrated it before", { checked: true }),
-    field("checkbox", "sampled", "Of good pictures, only those drawn at random", { checked: enough }),
+    field("checkbox", "sampled", "Of good pictures, only those drawn at random"),
     el("p", { class: "dim" }, "Good pictures that were looked at because of their verdict are not like pictures to come: they raise the threshold."),
     field("number", "miss", "% of defects missed at most; empty: good pictures alone set it", { min: "0.1", max: "50", step: "any", inputmode: "decimal" }),
     el("div", { class: "row" }, el("button", { class: "primary" }, "Set the threshold anew")),
   );
+  const { keep, sampled, miss } = form.elements;
   const outcome = el("div", { role: "status", "aria-live": "polite" });
+  let chosen = false;
+  sampled.addEventListener("change", () => (chosen = true));
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     const button = form.querySelector("button");
-    const miss = form.elements.miss.value;
     button.disabled = true;
     outcome.replaceChildren(el("p", { class: "dim" }, "Inspecting the decided pictures …"));
     try {
-      const done = await send(`/detectors/${encodeURIComponent(detector.name)}/calibrate`, "POST", {
-        category,
-        keep: form.elements.keep.checked,
-        sampled: form.elements.sampled.checked,
-        ...(miss ? { miss_rate: Number(miss) / 100 } : {}),
-      });
-      made.querySelector(".big").textContent = number(done.after.threshold);
+      const wanted = { category, keep: keep.checked, sampled: sampled.checked, ...(miss.value ? { miss_rate: Number(miss.value) / 100 } : {}) };
+      const done = await send(`/detectors/${encodeURIComponent(name)}/calibrate`, "POST", wanted);
       const left = [done.seen && `${done.seen} left out that it has learned from`, done.lost && `${done.lost} no longer kept`].filter(Boolean);
-      outcome.replaceChildren(el("p", { class: "done" }, `Threshold ${number(done.before.threshold)} → ${number(done.after.threshold)}, by ${done.good} good and ${done.defects} defective pictures${left.length ? ` (${left.join(", ")})` : ""}. Now: ${done.after.described}. Saved.`));
+      const by = `by ${done.good} good and ${done.defects} defective pictures${left.length ? ` (${left.join(", ")})` : ""}`;
+      outcome.replaceChildren(el("p", { class: "done" }, `Threshold ${number(done.before.threshold)} → ${number(done.after.threshold)}, ${by}. Saved.`));
+      await refresh();
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
       outcome.replaceChildren(el("p", { class: "wrong" }, error.message));
@@ -576,8 +571,17 @@ function card(detector, category, known) {
       button.disabled = false;
     }
   });
-  made.append(form, outcome);
-  return made;
+  $("detectors").append(el("article", { class: "card", "aria-label": title }, el("h2", {}, title), el("div", {}, el("div", { class: "dim" }, "Threshold"), threshold), described, facts, why, form, outcome));
+  return (detector, known) => {
+    threshold.textContent = number(known.threshold);
+    described.textContent = `${known.described[0].toUpperCase()}${known.described.slice(1)}.`;
+    facts.textContent = `File ${detector.digest.slice(0, 16)}. Decided by people: ${known.decided_good} good, of which ${known.decided_good_sampled} drawn at random, and ${known.decided_defect} with a defect.`;
+    const reason = detector.fixed ?? (state.station.keeps_pictures ? null : "calibrating needs pictures, and this station keeps none");
+    why.textContent = reason ? `It cannot be calibrated here: ${reason}.` : "";
+    why.hidden = !reason;
+    form.hidden = Boolean(reason);
+    if (!chosen) sampled.checked = known.decided_good_sampled >= ENOUGH;
+  };
 }
 
 // The camera
