@@ -15,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 
 from unflaw.station.export import COLUMNS, export
 from unflaw.station.log import Base, Entry, Filter, Log, LogError, legible, sha256
@@ -123,6 +123,21 @@ def test_filters_choose(log):
     assert find(sampled=True) == [sampled] and find(sampled=False) == [review, defect, good]
     assert ids(log.find(Filter(), limit=2)) == [sampled, review]
     assert ids(log.find(Filter(), before=review, limit=2)) == [defect, good]
+
+
+def test_the_queue_and_the_decisions_are_found_without_reading_the_whole_log(tmp_path):
+    log = Log(f"sqlite:///{tmp_path / 'log.db'}")
+    for wanted, index in (
+        (Filter(waiting=True), "waiting"),
+        (Filter(detector="screw", category="", decision="good"), "decided"),
+        (Filter(detector="screw", category="", decided=True), "decided"),
+    ):
+        query = str(
+            wanted.apply(select(func.count(Entry.id))).compile(log.engine, compile_kwargs={"literal_binds": True})
+        )
+        with log.engine.connect() as connection:
+            (step,) = connection.execute(text(f"EXPLAIN QUERY PLAN {query}"))
+        assert f"ix_inspections_{index}" in step.detail
 
 
 def test_a_decision_has_a_name_and_a_time_and_can_be_taken_back(log):

@@ -78,7 +78,7 @@ def serve(
             raise ValueError(
                 f"on {host} others can reach the station: give it a token with --token-file or UNFLAW_TOKEN"
             )
-        limits = Limits(round(max_megabytes * 2**20), round(max_megapixels * 1e6), seconds, concurrency, sample)
+        limits = Limits(round(max_megabytes * 1e6), round(max_megapixels * 1e6), seconds, concurrency, sample)
         station = Station(load_all(models), _log(store, database, keep), limits)
         served = create_app(
             station,

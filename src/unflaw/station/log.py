@@ -22,6 +22,7 @@ from sqlalchemy import (
     Dialect,
     Double,
     Engine,
+    Index,
     Integer,
     Select,
     String,
@@ -31,7 +32,6 @@ from sqlalchemy import (
     event,
     func,
     make_url,
-    or_,
     select,
     text,
 )
@@ -45,6 +45,11 @@ from unflaw.streams import batched
 BUSY = 30.0  # seconds that SQLite waits for another writer
 _ORPHAN = 3600.0  # seconds after which a picture without a record was left behind by a crash, and is not on its way in
 _LOCK = 0x756E666C  # of PostgreSQL, held while the tables are brought up to date
+
+
+# Written out, since an index on some rows only serves queries that say the same, word by word.
+_WAITING = text("decision IS NULL AND (verdict <> 'good' OR sampled)")
+_DECIDED = text("decision IS NOT NULL")
 
 
 class LogError(ValueError):
@@ -93,6 +98,13 @@ class Entry(Base):
     __tablename__ = "inspections"
     __table_args__ = (
         UniqueConstraint("source", "digest", name="uq_inspections_source"),
+        Index("ix_inspections_waiting", "id", sqlite_where=_WAITING, postgresql_where=_WAITING),
+        Index(
+            "ix_inspections_decided",
+            *("detector", "category", "decision"),
+            sqlite_where=_DECIDED,
+            postgresql_where=_DECIDED,
+        ),
         {"sqlite_autoincrement": True},
     )
 
@@ -162,7 +174,7 @@ class Filter:
         if self.text:
             conditions.append(Entry.name.icontains(legible(self.text), autoescape=True))
         if self.waiting:
-            conditions += [Entry.decision.is_(None), or_(Entry.verdict != "good", Entry.sampled)]
+            query = query.where(_WAITING)
         if self.decided is not None:
             conditions.append(Entry.decision.is_not(None) if self.decided else Entry.decision.is_(None))
         return query.where(*conditions)

@@ -44,7 +44,7 @@ class Limits:
         sample: Share of pictures that are drawn at random for review.
     """
 
-    bytes: int = 32 * 2**20
+    bytes: int = 32_000_000
     pixels: int = 50_000_000
     seconds: float = 30.0
     concurrency: int = 16

@@ -35,6 +35,13 @@ def upgrade() -> None:
     )
     for column in ("time", "digest", "verdict"):
         op.create_index(f"ix_inspections_{column}", "inspections", [column])
+    waiting = sa.text("decision IS NULL AND (verdict <> 'good' OR sampled)")
+    decided = sa.text("decision IS NOT NULL")
+    for name, columns, where in (
+        ("ix_inspections_waiting", ["id"], waiting),
+        ("ix_inspections_decided", ["detector", "category", "decision"], decided),
+    ):
+        op.create_index(name, "inspections", columns, sqlite_where=where, postgresql_where=where)
 
 
 def downgrade() -> None:
