@@ -406,6 +406,21 @@ def test_the_rest_of_a_refused_request_is_read():
     assert sent[0] == (0, "http.response.start")
 
 
+def test_a_client_that_goes_away_in_the_middle_leaves_no_trace(client, bad):
+    messages = [{"type": "http.request", "body": bad[:100], "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/inspect", "query_string": b"", "http_version": "1.1"}
+    asyncio.run(client.app(scope | {"headers": [(b"host", b"localhost")]}, receive, send))
+    assert client.station.working == 0 and client.station.log.count(Filter()) == 0
+    assert 'status="500"' not in client.get("/metrics").text
+
+
 def test_an_inspection_that_cannot_be_logged_is_not_acknowledged(client, bad, monkeypatch):
     def fail(*_):
         raise OperationalError("INSERT", {}, Exception("disk is full"))

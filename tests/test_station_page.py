@@ -25,6 +25,7 @@ from unflaw.station.service import Busy, Limits, Station
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
 CAMERA = "--no-first-run --use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
+expect.set_options(timeout=15_000)  # other tests may keep the processors busy
 TOKEN = "sixteen-letters-or-more"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
 
@@ -357,6 +358,7 @@ def test_pictures_that_cannot_be_inspected_are_named(site, visit, bad):
     page = visit(station)
     broken = {"name": "broken.png", "mimeType": "image/png", "buffer": b"\x89PNG half"}
     large = {"name": "large.png", "mimeType": "image/png", "buffer": b"\x89PNG" + bytes(30_000)}
+    expect(page.locator("#detector option")).to_have_count(1)  # it knows the limits
     choose(page, broken, large, bad)
     expect(page.locator("#verdict")).to_have_class("error")
     expect(page.locator("#verdict")).to_contain_text("broken.png: is damaged")

@@ -20,6 +20,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from unflaw import __version__
 from unflaw.calibration import Calibration
@@ -372,6 +373,7 @@ def _unlogged(_: Request, error: Exception) -> JSONResponse:
 _HANDLERS: dict[Any, Any] = {
     Busy: lambda _, error: _answer(429, "the station is busy; try again in a second", {"Retry-After": "1"}),
     CalibrationRefused: _says(409),
+    ClientDisconnect: lambda _, error: _answer(400, "the picture did not arrive whole"),  # nobody reads that
     DetectorError: _says(404),
     Exception: lambda _, error: _answer(500, "the station failed; its output says why"),
     ImageError: _says(422),

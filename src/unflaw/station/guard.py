@@ -18,6 +18,7 @@ from unflaw.station.metrics import Metrics
 
 _OPEN = ("/", "/health")  # without a token: the page holds no data, and balancers ask for health
 _PAGE = "/page/"
+_METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT")
 _FRAMING = 64 * 2**10  # bytes of a multipart form around the picture
 _DRAIN = 10.0  # seconds in which the rest of a refused request is read and dropped
 HEADERS = {
@@ -81,7 +82,8 @@ class Guard:
                 # the page is looked up anew after an update, and no proxy keeps what the API says
                 out.setdefault("cache-control", "no-cache" if scope["path"].startswith(_PAGE) else "no-store")
                 path = getattr(scope.get("route"), "path", "other")
-                self._metrics.answers.labels(scope["method"], path, message["status"]).inc()
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                self._metrics.answers.labels(method, path, message["status"]).inc()
             await send(message)
 
         refusal = self._refuse(scope, headers)

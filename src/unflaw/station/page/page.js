@@ -332,14 +332,13 @@ function strip() {
 
 // Pictures: fetched with the token, so not by `src`
 
-const shown = { id: null, urls: new Map() };
+const shown = { id: null, ready: false, urls: new Map() };
 
 async function showPictures(item) {
   const entry = item.entry;
   if (shown.id !== entry?.id || !entry) {
     for (const url of shown.urls.values()) url.then(URL.revokeObjectURL, () => {});
-    Object.assign(shown, { id: entry?.id ?? null, urls: new Map() });
-    state.pictures = [];
+    Object.assign(shown, { id: entry?.id ?? null, ready: false, urls: new Map() });
     for (const image of [$("base"), $("over"), $("full")]) {
       image.removeAttribute("src");
       image.hidden = image.id !== "base";
@@ -348,7 +347,6 @@ async function showPictures(item) {
     $("main").scrollTo(0, 0);
     $("stage").hidden = !entry;
     $("unseen").hidden = true;
-    layers();
     if (!entry) return;
     $("stage").style.setProperty("--ratio", entry.width / entry.height);
     $("base").alt = `${WORDS[entry.verdict]}: ${entry.name}`;
@@ -357,6 +355,7 @@ async function showPictures(item) {
       const found = await patiently(() => json(`/inspections/${entry.id}/pictures`));
       if (shown.id !== entry.id) return;
       state.pictures = found.pictures;
+      shown.ready = true;
     } catch (error) {
       if (!(error instanceof Problem) || shown.id !== entry.id) throw error;
       $("stage").hidden = true;
@@ -366,7 +365,7 @@ async function showPictures(item) {
     }
     layers();
   }
-  if (!entry || !state.pictures.length) return;
+  if (!entry || !shown.ready) return;
   const layer = state.pictures.includes(state.layer) ? state.layer : "picture";
   // the heat map comes in two steps: what is high over the picture, then the whole map
   const wanted = { picture: ["picture"], heat: ["picture", "overlay", "heat"] }[layer] ?? ["picture", layer];
