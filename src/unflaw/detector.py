@@ -27,9 +27,10 @@ from unflaw.display import DisplayDecoder
 from unflaw.errors import DetectorError
 from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, read_metadata, write_atomically
+from unflaw.graph import Graph
 from unflaw.images import Prepared
 from unflaw.inspector import Inspector, Outputs
-from unflaw.methods import Inspection, create
+from unflaw.methods import create
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.training import optimise, step_rng, uses_bfloat16
@@ -162,7 +163,7 @@ class Detector(Inspector):
             self.network.turn_to(number)
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
             first = torch.tensor(rows[:FINISHED_ON])
-            self.network.finish(train.features[first], self._valid_cells(train.boxes[first]), first)
+            self.network.finish(train.features[first], self.network.valid_cells(train.boxes[first]), first)
             calibration = self._calibrated(calibrating[name])
             if options.extend:
                 self.network.extend(calibrating[name].features, rng)
@@ -252,19 +253,22 @@ class Detector(Inspector):
             tensors |= {f"display.{name}": tensor for name, tensor in self.display.state_dict().items()}
         for i, (name, category) in enumerate(self.categories_.items()):
             tensors |= {f"{_place(name, i)}.{buffer}": tensor for buffer, tensor in category.normal.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(self.metadata())}))
+
+    def metadata(self) -> dict[str, Any]:
+        """All that a file says of a detector besides its tensors."""
         known = {
-            name: category.calibration.model_dump(mode="json", exclude_defaults=True)
-            for name, category in self.categories_.items()
+            name: calibration.model_dump(mode="json", exclude_defaults=True)
+            for name, calibration in self.calibrations.items()
         }
-        by_defects = any(category.calibration.defects for category in self.categories_.values())
-        metadata = {
+        by_defects = any(calibration.defects for calibration in self.calibrations.values())
+        return {
             "format": 1 if "" in known and not by_defects else FORMAT,
             "config": self.config.model_dump(mode="json"),
             **({"calibration": known[""]} if "" in known else {"categories": known}),
             "record": self.record_,
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(metadata)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Detector:
@@ -375,7 +379,7 @@ class Detector(Inspector):
         peaks: list[float] = []
         medians: list[float] = []
         for features, boxes in zip(cache.features.split(8), cache.boxes.split(8), strict=True):
-            maps, scored = self.network.fuse(self.network(features.float()), self._valid_cells(boxes))
+            maps, scored = self.network.fuse(self.network(features.float()), self.network.valid_cells(boxes))
             scores += scored.tolist()
             for anomaly_map, (x0, y0, x1, y1) in zip(maps.numpy(), boxes.tolist(), strict=True):
                 peaks.append(float(anomaly_map[y0:y1, x0:x1].max()))
@@ -386,38 +390,9 @@ class Detector(Inspector):
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
         """What the network finds in pictures of a category; see `Inspector.compute`."""
         self.select(category)
-        inspection: Inspection = self.network(self.network.embed(stack(pictures)))
         boxes = torch.tensor([picture.box for picture in pictures])
-        maps, scores = self.network.fuse(inspection, self._valid_cells(boxes))
-        return Outputs(maps.numpy(), scores.numpy(), self._layers(inspection))
-
-    def _valid_cells(self, boxes: Tensor) -> Tensor | None:
-        """Boxes (N, 4) → (N, g, g) bool, feature cells that touch the picture; None where all do."""
-        if self.config.preparation.fit == "stretch":
-            return None
-        grid, size = self.network.features.grid, self.config.preparation.size
-        start, edges = torch.arange(grid) * size / grid, boxes[..., None]
-        x, y = ((start + size / grid > edges[:, i]) & (start < edges[:, i + 2]) for i in (0, 1))
-        return y[:, :, None] & x[:, None, :]
-
-    def _layers(self, inspection: Inspection) -> dict[str, np.ndarray]:
-        """The method's own maps at canvas size; masks by nearest neighbour, the rest bilinear."""
-        size = (self.config.preparation.size,) * 2
-        layers = {}
-        for name, layer in inspection.layers.items():
-            mode = "nearest" if name == "mask" else "bilinear"
-            layers[name] = torch.nn.functional.interpolate(layer.float(), size, mode=mode)[:, 0].numpy()
-        drawn = self._drawn(inspection)
-        if drawn is not None:
-            drawn = torch.nn.functional.interpolate(drawn, size, mode="bilinear")
-            layers["restored"] = (drawn.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        return layers
-
-    def _drawn(self, inspection: Inspection) -> Tensor | None:
-        """What was restored, as pictures (N, 3, h, w): restored pixels are some already."""
-        if inspection.restored is None or isinstance(self.network.features, PixelExtractor):
-            return inspection.restored
-        return None if self.display is None else self.display(inspection.restored.float())
+        found = Graph(self.network, self.display)(stack(pictures), boxes)
+        return Outputs.of({name: values.numpy() for name, values in found.items()})
 
 
 def _place(category: str, number: int) -> str:

@@ -153,7 +153,7 @@ class Memory(nn.Module):
     def _recall_all(self, tokens: Tensor, leave: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         bias = -self.prototypes.square().sum(1)
         if leave is None or self.owners is None:
-            parts = [self._recall(part, bias) for part in tokens.split(CHUNK)]
+            parts = [self._recall(part, bias) for part in _chunks(tokens)]
         else:
             both = zip(tokens.split(CHUNK), leave.split(CHUNK), strict=True)
             parts = [self._recall(part, self._without(pictures, bias)) for part, pictures in both]
@@ -188,9 +188,13 @@ class Memory(nn.Module):
         tokens = to_tokens(features)
         leave = None if pictures is None else pictures.repeat_interleave(tokens.shape[1])[:, None]
         found = self.recall(tokens.flatten(0, 1), leave)
-        mixture, *distances = (part.unflatten(0, (len(features), -1)) for part in found)
+        mixture, *distances = (part.unflatten(0, (features.shape[0], -1)) for part in found)
         distance, least = (to_grid(d[..., None]) for d in distances)
         return to_grid(mixture), distance, least
+
+
+def _chunks(tokens: Tensor) -> tuple[Tensor, ...]:
+    return (tokens,) if torch.compiler.is_exporting() else tokens.split(CHUNK)
 
 
 class Judge(nn.Module):
