@@ -278,6 +278,8 @@ class Detector(Inspector):
             DetectorError: Missing, damaged, not a detector, or of a newer format.
         """
         metadata = read_metadata(path)
+        if "exported" in metadata:
+            raise DetectorError(f"{path}: was exported, and only inspects; name the .safetensors file it was made of")
         try:
             known = calibrations(metadata)
             detector = cls(config=Config.model_validate(metadata["config"]), weights="later")

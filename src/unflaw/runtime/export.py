@@ -31,7 +31,6 @@ OPSET = 18
 SUFFIX: Mapping[str, str] = {"onnx": ".onnx", "openvino": ".xml"}
 HALVED = 1024  # numbers that a tensor has at least to be stored in 16 bits; smaller ones hold scales and means
 CALIBRATED_ON = 64  # pictures at most that say which range 8 bits have to cover
-BACKBONE = "network.features.backbone"
 
 
 class ByCategory(nn.Module):
@@ -88,13 +87,13 @@ def export(
         from unflaw.runtime.quantisation import quantise
 
         model = quantise(model, pictures[:CALIBRATED_ON])
-    if precision != "fp32":
-        halve(model)
     for node in model.graph.node:
         del node.metadata_props[:]  # where in torch's code it comes from
         node.doc_string = ""
     metadata = detector.metadata() | {"exported": _record(detector, to, precision)}
     if to == "onnx":
+        if precision != "fp32":
+            halve(model)
         helper.set_model_props(model, {"unflaw": json.dumps(metadata)})
         write_atomically(path, lambda file: file.write_bytes(model.SerializeToString()))
     else:
@@ -168,11 +167,12 @@ def _write_openvino(model: ModelProto, path: Path, metadata: dict[str, Any]) -> 
         source, written = Path(folder) / "graph.onnx", Path(folder) / "graph.xml"
         onnx.save(model, source)
         graph = openvino.convert_model(source)
-        openvino.serialize(graph, written)
+        half = metadata["exported"]["precision"] != "fp32"
+        openvino.save_model(graph, written, compress_to_fp16=half)
         weights = written.with_suffix(".bin").read_bytes()
         metadata["exported"]["weights"] = hashlib.sha256(weights).hexdigest()
         graph.set_rt_info(json.dumps(metadata), "unflaw")
-        openvino.serialize(graph, written)
+        openvino.save_model(graph, written, compress_to_fp16=half)
         described = written.read_bytes()
     write_atomically(path.with_suffix(".bin"), lambda file: file.write_bytes(weights))
     write_atomically(path, lambda file: file.write_bytes(described))
