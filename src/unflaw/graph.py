@@ -31,8 +31,8 @@ class Graph(nn.Module):
             boxes: (N, 4) int64, the part of the canvas that each picture fills (x0, y0, x1, y1); None: all of it.
 
         Returns:
-            "map" (N, S, S) and "score" (N,), float32, raw; then what the method has of "mean", "uncertainty" and "mask",
-            each (N, S, S) float32 in [0, 1], and "restored" (N, S, S, 3) uint8.
+            "map" (N, S, S) and "score" (N,), float32, raw; then what the method has of "mean", "uncertainty" and
+            "mask", each (N, S, S) float32 in [0, 1], and "restored" (N, S, S, 3) uint8.
         """
         inspection = self.network(self.network.embed(pictures))
         valid = None if boxes is None else self.network.valid_cells(boxes)

@@ -71,7 +71,7 @@ def verify(
     tolerance: Annotated[float, typer.Option(min=0, help="Largest relative difference of scores and maps.")] = 1e-4,
     category: Category = None,
 ) -> None:
-    """Inspect the same pictures with both; exit code 1 where scores, maps or verdicts differ by more than the tolerance.
+    """Inspect the same pictures with both; exit code 1 where scores, maps or verdicts differ above the tolerance.
 
     Example:  unflaw verify parts.safetensors parts.onnx --data parts
     """
@@ -101,6 +101,46 @@ def verify(
         if not found.agrees(tolerance):
             typer.echo(f"they differ by more than {tolerance:g}", err=True)
             raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="Detector files, trained or exported.")],
+    data: Annotated[Path | None, typer.Option(help="Data set to inspect; by default made-up JPEGs.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed inspections of each batch.")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="That compute.")] = 1,
+    category: Category = None,
+) -> None:
+    """Time inspection by stage: a picture alone and 32 together, and files through `inspect_many`.
+
+    Example:  unflaw bench parts.safetensors parts.onnx --data parts
+    """
+    with errors():
+        import tempfile
+
+        import unflaw
+        from unflaw.runtime.bench import HEAD, made_up, measure, rows, throughput, use_threads
+
+        with tempfile.TemporaryDirectory() as folder:
+            if data is None:
+                paths = [Path(folder) / f"{i}.jpg" for i in range(8)]
+                for path, content in zip(paths, made_up(len(paths)), strict=True):
+                    path.write_bytes(content)
+            else:
+                dataset = _dataset(data)
+                paths = [sample.path for sample in dataset.test or dataset.train]
+            detectors = {model.name: unflaw.load(model, threads=threads) for model in models}
+            use_threads(threads)
+            typer.echo(f"{threads} thread{'s' * (threads > 1)}, {rounds} rounds, {len(paths)} pictures\n\n{HEAD}")
+            for batch in (1, 32):
+                for name, detector in detectors.items():
+                    turns = rounds if batch == 1 else max(1, rounds // 8)
+                    found = measure(detector, paths, batch=batch, rounds=turns, category=category)
+                    typer.echo("\n".join(rows(name, batch, found)))
+            typer.echo("")
+            for name, detector in detectors.items():
+                speed = throughput(detector, paths, 2 * rounds, category)
+                typer.echo(f"{name}: {speed:.1f} images/s, files to results")
 
 
 def _dataset(data: Path) -> Dataset:

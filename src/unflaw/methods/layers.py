@@ -177,7 +177,7 @@ def _farthest(x: Tensor, nearest: Tensor, block: int, most: int) -> Tensor:
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As `values.topk(k)` of rows (T, M), several times as fast where M is large: values and indices (T, k), descending.
+    """As `values.topk(k)` of rows (T, M), faster where M is large: values and indices (T, k), descending.
 
     Every `DEPTH` values that lie M / DEPTH apart are a group. The k groups with the largest members hold the k largest
     values, so that only these are ordered.

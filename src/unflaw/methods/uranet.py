@@ -310,7 +310,7 @@ def _cells(pictures: Tensor, side: int) -> Tensor:
 def mean_logit(logits: Tensor) -> Tensor:
     """Logits (N, S, g, g) → the logit of their mean probability, (N, 1, g, g), within ±13.8: one in a million.
 
-    In logarithms throughout: of a probability near 0 or 1 rounding would leave nothing, and differently in every runtime.
+    In logarithms throughout: rounding would leave nothing of a probability near 0, and differently in every runtime.
     """
     likely, unlikely = (F.logsigmoid(x).logsumexp(1, keepdim=True) for x in (logits, -logits))
     return (likely - unlikely).clamp(-SUREST, SUREST)

@@ -103,14 +103,14 @@ def export(
 
 def to_onnx(detector: Detector) -> ModelProto:
     """The graph of a fitted detector in float32, without metadata. The number of pictures, N, is open."""
-    graph: nn.Module = Graph(detector.network, detector.display)
+    graph: Graph | ByCategory = Graph(detector.network, detector.display)
     size = detector.config.preparation.size
     batch = torch.export.Dim("N", min=1)
     arguments: dict[str, tuple[Tensor, Any]] = {"pictures": (torch.rand(2, 3, size, size), {0: batch})}
     if detector.config.preparation.fit == "pad":
         arguments["boxes"] = (torch.tensor([[0, 0, size, size]] * 2), {0: batch})
     if len(detector.categories_) > 1:
-        graph = ByCategory(graph, [category.normal for category in detector.categories_.values()])
+        graph = ByCategory(Graph(detector.network, detector.display), [category.normal for category in detector.categories_.values()])
         arguments["category"] = (torch.tensor(0), None)
     inputs = tuple(example for example, _ in arguments.values())
     shapes: Any = tuple(dynamic for _, dynamic in arguments.values())

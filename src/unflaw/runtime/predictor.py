@@ -99,7 +99,7 @@ def _open_onnx(path: Path, threads: int | None) -> tuple[list[str], list[str], R
 
 
 def _open_openvino(path: Path, threads: int | None) -> tuple[list[str], list[str], Run]:
-    """As `_open_onnx`. Computed is in float32: on some processors OpenVINO would else take bfloat16, which is coarser."""
+    """As `_open_onnx`. In float32: on some processors OpenVINO would else compute in bfloat16, which is coarser."""
     try:
         import openvino
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Eight bits for the backbone of an exported graph: its convolutions only, since distances to a memory need all bits."""
+"""Eight bits for the backbone of an exported graph."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def quantise(model: ModelProto, pictures: Sequence[Prepared]) -> ModelProto:
         raise ValueError("8 bits need good pictures that say which range they have to cover; give --data")
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv" and _in_backbone(node)]
     if not convolutions:
-        raise DetectorError("this method has no backbone whose convolutions could use 8 bits; export it in fp32 or fp16")
+        raise DetectorError("this method has no backbone that could compute in 8 bits; export it in fp32 or fp16")
     inputs = [node.name for node in model.graph.input]
 
     class Reader(CalibrationDataReader):
@@ -74,6 +74,4 @@ def quantise(model: ModelProto, pictures: Sequence[Prepared]) -> ModelProto:
 
 
 def _in_backbone(node: onnx.NodeProto) -> bool:
-    return any(
-        BACKBONE in entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"
-    )
+    return any(BACKBONE in entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes")

@@ -59,8 +59,8 @@ def compare(
     The difference of two scores a and b, b the trained detector's, is |a − b| / max(|b|, σ), σ the deviation of the
     scores that calibrated it: scores count in deviations from normal, and one near 0 must not count as infinitely far.
     That of two maps is the mean of |a − b| over the picture, divided by the largest |b| or the span of the heat map's
-    scale, whichever is larger; `cell` is the same of the largest |a − b|. Single cells may differ by more than rounding:
-    where two normal features are equally near, rounding decides which of them a memory recalls.
+    scale, whichever is larger; `cell` is the same of the largest |a − b|. Single cells may differ by more than
+    rounding: where two normal features are equally near, rounding decides which of them a memory recalls.
 
     Args:
         category: For detectors of several.
