@@ -110,7 +110,8 @@ def to_onnx(detector: Detector) -> ModelProto:
     if detector.config.preparation.fit == "pad":
         arguments["boxes"] = (torch.tensor([[0, 0, size, size]] * 2), {0: batch})
     if len(detector.categories_) > 1:
-        graph = ByCategory(Graph(detector.network, detector.display), [category.normal for category in detector.categories_.values()])
+        owned = [category.normal for category in detector.categories_.values()]
+        graph = ByCategory(Graph(detector.network, detector.display), owned)
         arguments["category"] = (torch.tensor(0), None)
     inputs = tuple(example for example, _ in arguments.values())
     shapes: Any = tuple(dynamic for _, dynamic in arguments.values())
