@@ -1,8 +1,11 @@
 """Exported detectors: loaded and run without torch, through the same commands; bad files are refused."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,7 +17,7 @@ from unflaw import Detector, evaluate, load, load_dataset
 from unflaw.cli import app
 from unflaw.errors import DetectorError
 from unflaw.files import read_metadata
-from unflaw.images import list_images
+from unflaw.images import Preparation, list_images, prepare
 
 ALONE = """
 import sys
@@ -91,8 +94,8 @@ def test_verify_compares_and_fails_above_the_tolerance(exported, saved, parts, c
     assert same.exit_code == 0 and "8 pictures" in same.output and "verdicts  0 differ" in same.output
     assert run("verify", saved, exported, "--data", parts, "--tolerance", 0).exit_code == 1
     model, path = copy
-    for tensor in model.graph.initializer:  # another memory
-        if tensor.name.endswith("memory.prototypes"):
+    for tensor in model.graph.initializer:  # another backbone
+        if tensor.name.endswith("backbone.conv1.weight"):
             values = numpy_helper.to_array(tensor)
             tensor.CopyFrom(numpy_helper.from_array(values * np.float32(1.05), tensor.name))
     onnx.save(model, path)
@@ -173,3 +176,50 @@ def test_a_detector_does_not_take_an_exported_file(exported):
     assert "exported" in read_metadata(exported)
     with pytest.raises(DetectorError, match="was exported"):
         Detector.load(exported)
+
+
+EXAMPLES = Path(__file__).parents[1] / "docs/examples"
+MAIN = """
+#include "prepare.hpp"
+#include <cstdio>
+#include <iostream>
+int main() {
+    int width, height, size;
+    std::cin >> width >> height >> size;
+    std::cin.get();
+    std::vector<uint8_t> rgb(size_t(3) * width * height);
+    std::cin.read(reinterpret_cast<char*>(rgb.data()), std::streamsize(rgb.size()));
+    const auto pixels = unflaw::prepare(rgb, width, height, size);
+    std::fwrite(pixels.data(), 4, pixels.size(), stdout);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_preparation_in_cpp_is_that_of_unflaw(tmp_path):
+    (tmp_path / "main.cpp").write_text(MAIN)
+    program = tmp_path / "prepare"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{EXAMPLES}"]
+    subprocess.run(["g++", *flags, str(tmp_path / "main.cpp"), "-o", str(program)], check=True)
+    rng = np.random.default_rng(3)
+    for width, height in ((64, 64), (500, 333), (3, 500), (1, 1), (90, 31), (2000, 7)):
+        picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        given = f"{width} {height} 64\n".encode() + picture.tobytes()
+        pixels = np.frombuffer(
+            subprocess.run([program], input=given, capture_output=True, check=True).stdout, np.float32
+        )
+        np.testing.assert_array_equal(pixels.reshape(3, 64, 64), prepare(picture, Preparation(size=64)).pixels)
+
+
+def test_the_python_example_needs_no_unflaw(exported, detector, parts):
+    pictures = list_images(parts / "test")
+    code = "import sys, runpy; runpy.run_path(sys.argv.pop(1)); assert not {'unflaw', 'torch'} & set(sys.modules)"
+    arguments = [sys.executable, "-c", code, EXAMPLES / "inspect_onnx.py", exported, *pictures]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line, path in zip(done.stdout.splitlines(), pictures, strict=True):
+        expected = detector.inspect(path)
+        found = re.match(r"(.*): (good|defect), score (\S+), p-value (\S+),", line)
+        assert found and found[1] == str(path) and found[2] == expected.verdict
+        assert float(found[3]) == pytest.approx(expected.score, abs=2e-4)
+        assert float(found[4]) == pytest.approx(expected.p_value, abs=1e-4)

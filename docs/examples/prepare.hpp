@@ -27,7 +27,7 @@ inline Taps taps(int in, int out) {
         std::vector<double> share;
         double sum = 0;
         for (int x = low; x < high; ++x) {
-            share.push_back(std::max(0.0, 1 - std::abs((x - centre + 0.5) / widened)));
+            share.push_back(std::max(0.0, 1 - std::abs((x - centre + 0.5) * (1 / widened))));
             sum += share.back();
         }
         std::vector<int> weights;
@@ -56,8 +56,11 @@ inline std::vector<uint8_t> resample(const std::vector<uint8_t>& from, int befor
 
 // (height, width, 3) bytes → (3, size, size) in [0, 1].
 inline std::vector<float> prepare(const std::vector<uint8_t>& rgb, int width, int height, int size) {
-    const auto across = resample(rgb, height, width, size, 3);
-    const auto square = resample(across, 1, height, size, size * 3);
+    std::vector<uint8_t> square;
+    if (height > 100 * width && size < height)  // of long and thin pictures Pillow takes the columns first
+        square = resample(resample(rgb, 1, height, size, width * 3), size, width, size, 3);
+    else
+        square = resample(resample(rgb, height, width, size, 3), 1, height, size, size * 3);
     std::vector<float> pixels(size_t(3) * size * size);
     for (int c = 0; c < 3; ++c)
         for (int i = 0; i < size * size; ++i) pixels[size_t(c) * size * size + i] = square[size_t(i) * 3 + c] / 255.0f;

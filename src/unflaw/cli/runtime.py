@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def export(
     model: ModelFile,
     to: Annotated[str, typer.Option(help="onnx or openvino: what will run it.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 (half the file) or int8 (also the backbone).")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 (half the file) or int8 (part of the backbone).")] = "fp32",
     out: Annotated[
         Path | None, typer.Option(help="Where to write it; by default beside MODEL, as .onnx or as .xml and .bin.")
     ] = None,

@@ -74,7 +74,7 @@ def export(
         path: Where to write; for OpenVINO the `.xml` file, and the `.bin` file comes beside it.
         to: What will run it.
         precision: "fp32" agrees with the detector to rounding. "fp16" stores weights and memories in 16 bits and
-            computes in 32: half the file. "int8" also computes the backbone's convolutions in 8 bits.
+            computes in 32: half the file. "int8" also computes the deeper half of the backbone in 8 bits.
         pictures: Good ones, which say what range 8 bits have to cover; up to 64 are used.
 
     Raises:

@@ -1,4 +1,9 @@
-"""Eight bits for the backbone of an exported graph."""
+"""Eight bits for the deeper half of an exported backbone.
+
+The distance to a memory takes the noise of rounding for what is not normal: with all of EfficientNet-Lite0 in 8 bits
+image AUROC on screw fell from .945 to .194 (`lookup`), with the 1×1 convolutions alone to .877, with those of its first
+half to .874, and with those of its second half not at all (.949). That half has most of the weights.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +36,13 @@ def quantise(model: ModelProto, pictures: Sequence[Prepared]) -> ModelProto:
 
     if not pictures:
         raise ValueError("8 bits need good pictures that say which range they have to cover; give --data")
-    convolutions = [node.name for node in model.graph.node if node.op_type == "Conv" and _in_backbone(node)]
+    dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    convolutions = [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Conv" and _in_backbone(node) and dims[node.input[1]][1] > 1  # depthwise ones gain nothing
+    ]
+    convolutions = convolutions[len(convolutions) // 2 :]
     if not convolutions:
         raise DetectorError("this method has no backbone that could compute in 8 bits; export it in fp32 or fp16")
     inputs = [node.name for node in model.graph.input]
