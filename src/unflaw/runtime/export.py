@@ -34,7 +34,7 @@ CALIBRATED_ON = 64  # pictures at most that say which range 8 bits have to cover
 
 
 class ByCategory(nn.Module):
-    """A graph of several categories: the last input says whose memories and normal evidence it uses.
+    """A graph of several categories: an input says whose memories and normal evidence it uses.
 
     What the categories own is stacked, and the graph picks one row of each stack. So the detector stays one file with
     one set of weights, and a caller names a category by a number instead of carrying tensors about. The price is a copy
@@ -52,11 +52,10 @@ class ByCategory(nn.Module):
         for name, place in self.owned.items():
             self.register_buffer(place, torch.stack([category[name] for category in categories]))
 
-    def forward(self, pictures: Tensor, *rest: Tensor) -> dict[str, Tensor]:
-        """As `Graph`, with the number of the category, () int64, behind."""
-        *boxes, category = rest
+    def forward(self, pictures: Tensor, category: Tensor, boxes: Tensor | None = None) -> dict[str, Tensor]:
+        """As `Graph`, with the number of the category, () int64."""
         own = {f"network.{name}": getattr(self, place)[category] for name, place in self.owned.items()}
-        return functional_call(self.whole, own, (pictures, *boxes))
+        return functional_call(self.whole, own, (pictures, boxes))
 
 
 def export(
@@ -107,12 +106,12 @@ def to_onnx(detector: Detector) -> ModelProto:
     size = detector.config.preparation.size
     batch = torch.export.Dim("N", min=1)
     arguments: dict[str, tuple[Tensor, Any]] = {"pictures": (torch.rand(2, 3, size, size), {0: batch})}
-    if detector.config.preparation.fit == "pad":
-        arguments["boxes"] = (torch.tensor([[0, 0, size, size]] * 2), {0: batch})
     if len(detector.categories_) > 1:
         owned = [category.normal for category in detector.categories_.values()]
         graph = ByCategory(Graph(detector.network, detector.display), owned)
         arguments["category"] = (torch.tensor(0), None)
+    if detector.config.preparation.fit == "pad":
+        arguments["boxes"] = (torch.tensor([[0, 0, size, size]] * 2), {0: batch})
     inputs = tuple(example for example, _ in arguments.values())
     shapes: Any = tuple(dynamic for _, dynamic in arguments.values())
     with torch.no_grad(), warnings.catch_warnings():
@@ -124,7 +123,7 @@ def to_onnx(detector: Detector) -> ModelProto:
             dynamo=True,
             input_names=list(arguments),
             output_names=outputs,
-            dynamic_shapes=(shapes[0], shapes[1:]) if isinstance(graph, ByCategory) else shapes,
+            dynamic_shapes=shapes,
             opset_version=OPSET,
             verbose=False,
         )
