@@ -54,9 +54,8 @@ def main(trained: str, source: str, exported: list[str]) -> None:
     detector = unflaw.load(trained)
     with tempfile.TemporaryDirectory() as folder:
         pictures = make(Path(source), Path(folder))
-        print(
-            "| exported | pictures | scores | maps | at one place | verdicts | at the threshold |\n" + "|---" * 7 + "|"
-        )
+        print("| exported | pictures | scores | maps | at one place | verdicts | at the threshold |")
+        print("|---" * 7 + "|")
         for path in exported:
             found = compare(detector, unflaw.load(path), pictures)
             print(
