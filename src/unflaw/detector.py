@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from unflaw import __version__
 from unflaw.cache import Cache, build_cache, stack
-from unflaw.calibration import Calibration, calibrate, calibrations
+from unflaw.calibration import Calibration, Evidence, calibrations
 from unflaw.categories import Category, Data, gather, hold_out
 from unflaw.config import Config, make_config
+from unflaw.crossfit import cross_fit, finish, gather_evidence, leave_one_out
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256
 from unflaw.display import DisplayDecoder
 from unflaw.errors import DetectorError
@@ -30,12 +32,10 @@ from unflaw.files import FORMAT, read_metadata, write_atomically
 from unflaw.graph import Graph
 from unflaw.images import Prepared
 from unflaw.inspector import Inspector, Outputs
-from unflaw.methods import create
+from unflaw.methods import Method, create
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.training import optimise, step_rng, uses_bfloat16
-
-FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
 
 
 class Detector(Inspector):
@@ -114,7 +114,7 @@ class Detector(Inspector):
         self.network = create(self.config, "later").eval()  # the same start, however often `fit` is called
         self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
         spared = {categories[path] for path in train} <= {categories[path] for path in validation}
-        share = 0.0 if spared else self.config.calibration.holdout
+        share = 0.0 if spared or self.config.calibration.folds else self.config.calibration.holdout
         cache = self._cache(train, seed=settings.seed, held_out=share, categories=categories, progress=progress)
         held = self._cache(validation, fit=False, categories=categories) if validation else None
         cached = time.perf_counter()
@@ -151,28 +151,50 @@ class Detector(Inspector):
     ) -> dict[str, Any]:
         """`fit` from cached features on: hold-out where there is no validation part, training, display, calibration.
 
+        With `calibration.folds`, cross-fitting takes the place of hold-out; see `crossfit`.
+
         Returns:
             "history" of losses, the number of pictures "held_out" and, where they have names, numbers by "categories".
         """
-        rng, options = step_rng(self.config.training.seed, 2**31), self.config.calibration
-        train, calibrating = hold_out(cache, validation, options.holdout, self.config.training.cache_gb * 2**30)
-        history = self._train(train, textures, rng, progress, checkpoint)
+        rng, options, network = step_rng(self.config.training.seed, 2**31), self.config.calibration, self.network
+        budget, share = self.config.training.cache_gb * 2**30, 0.0 if options.folds else options.holdout
+        train, calibrating = hold_out(cache, validation, share, budget)
+        trains = any(p.requires_grad for p in network.parameters())
+        start = copy.deepcopy(network) if options.folds and trains else network
+
+        def fold(part: Cache, number: int) -> Method:
+            def named(stage: str, done: int, total: int, loss: float | None) -> None:
+                progress(f"{stage} {number + 1}/{options.folds}", done, total, loss)
+
+            other, draws = copy.deepcopy(start), step_rng(self.config.training.seed, 2**31 + 1 + number)
+            self._train(other, part, textures, draws, named, None)
+            return other
+
+        history = self._train(network, train, textures, rng, progress, checkpoint)
         self._fit_display(train, progress)
+        crossed = {}
+        if trains and len(calibrating) < len(train.rows()):
+            crossed = cross_fit(fold, train, options, calibrating.keys(), network.valid_cells, budget)
         categories = {}
         for number, (name, rows) in enumerate(train.rows().items()):
-            self.network.turn_to(number)
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
-            first = torch.tensor(rows[:FINISHED_ON])
-            self.network.finish(train.features[first], self.network.valid_cells(train.boxes[first]), first)
-            calibration = self._calibrated(calibrating[name])
-            if options.extend:
-                self.network.extend(calibrating[name].features, rng)
-            categories[name] = Category(calibration, self.network.finished_state())
+            finish(network, train, number, rows, network.valid_cells)
+            held = calibrating.get(name)
+            if name in crossed:
+                found = crossed[name]
+            elif held is not None:
+                found = gather_evidence(network, held, network.valid_cells, Evidence(options.minimum_area))
+            else:
+                found = leave_one_out(network, train, rows, network.valid_cells, options, budget)
+            calibration = found.calibrate(options, crossed=held is None)
+            if options.extend and held is not None:
+                network.extend(held.features, rng)
+            categories[name] = Category(calibration, network.finished_state())
         self.categories_, self._selected = categories, name
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         counts = {
-            name: {"good_pictures": len(rows), "held_out": len(calibrating[name])}
+            name: {"good_pictures": len(rows), "held_out": len(calibrating.get(name, ()))}
             for name, rows in cache.rows().items()
         }
         learned = {"history": history, "held_out": sum(map(len, calibrating.values()))}
@@ -211,6 +233,7 @@ class Detector(Inspector):
         category: str | None = None,
         keep: bool = False,
         progress: Progress = silent,
+        **settings: Any,
     ) -> Calibration:
         """Sets thresholds and p-values anew, without training, from pictures of today.
 
@@ -223,6 +246,7 @@ class Detector(Inspector):
             rate: False-alarm rate asked for; None: that of the configuration.
             category: Of a detector of several.
             keep: Also counts the scores it was calibrated with before; right where both kinds of pictures will come.
+            **settings: `review_rate`, `review_uncertain`, `minimum_area` and `tail` in place of the configuration's.
 
         Returns:
             The new calibration, which is also in the detector.
@@ -242,6 +266,7 @@ class Detector(Inspector):
             cost_ratio=cost_ratio,
             category=category,
             keep=keep,
+            settings=settings,
             progress=progress,
         )
 
@@ -315,13 +340,14 @@ class Detector(Inspector):
 
     def _train(
         self,
+        network: Method,
         cache: Cache,
         textures: Tensor | None,
         rng: torch.Generator,
         progress: Progress,
         checkpoint: Path | None,
     ) -> list[dict[str, float]]:
-        network, settings = self.network, self.config.training
+        settings = self.config.training
         progress("memory", 0, 1, None)
         with torch.no_grad():
             numbers = {name: number for number, name in enumerate(cache.rows())}
@@ -374,19 +400,6 @@ class Detector(Inspector):
 
         n, steps = len(cache), settings.display_steps
         optimise(decoder, loss, n, steps, settings, stage="display", progress=progress)
-
-    @torch.inference_mode()
-    def _calibrated(self, cache: Cache) -> Calibration:
-        scores: list[float] = []
-        peaks: list[float] = []
-        medians: list[float] = []
-        for features, boxes in zip(cache.features.split(8), cache.boxes.split(8), strict=True):
-            maps, scored = self.network.fuse(self.network(features.float()), self.network.valid_cells(boxes))
-            scores += scored.tolist()
-            for anomaly_map, (x0, y0, x1, y1) in zip(maps.numpy(), boxes.tolist(), strict=True):
-                peaks.append(float(anomaly_map[y0:y1, x0:x1].max()))
-                medians.append(float(np.median(anomaly_map[y0:y1, x0:x1])))
-        return calibrate(scores, peaks, float(np.median(medians)), self.config.calibration.false_alarm_rate)
 
     @torch.inference_mode()
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:

@@ -146,6 +146,11 @@ class Prepared:
         y0, y1 = _rescale(box[1] - top, box[3] - top, height, bottom - top)
         return x0, y0, x1, y1
 
+    def points_to_original(self, points: np.ndarray) -> np.ndarray:
+        """Points (..., 2), x and y on the canvas, as points in the original picture; float64, clipped to it."""
+        (left, top, right, bottom), size = self.box, np.array(self.original_size)
+        return ((points - (left, top)) * size / (right - left, bottom - top)).clip(0, size)
+
     def area_to_original(self, area: float) -> float:
         """An area in pixels of the canvas as an area in pixels of the original picture."""
         (left, top, right, bottom), (width, height) = self.box, self.original_size

@@ -132,17 +132,30 @@ class Inspector(ABC):
         calibration = self.calibrations[name]
         with self._busy:
             outputs = self.compute(pictures, name)
+        doubts = outputs.layers.get("uncertainty", [None] * len(pictures))
+        regions = [
+            find_regions(
+                outputs.maps[i],
+                calibration.pixel_threshold,
+                picture,
+                minimum_area=calibration.minimum_area,
+                uncertainty=doubts[i],
+            )
+            for i, picture in enumerate(pictures)
+        ]
         return [
             Result(
                 score=score,
                 p_value=calibration.p_value(score),
-                verdict=calibration.verdict(score),
+                verdict=calibration.verdict(score, regions[i]),
                 map=outputs.maps[i],
-                regions=find_regions(outputs.maps[i], calibration.pixel_threshold, picture),
+                regions=regions[i],
                 image=(picture.pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8),
                 valid=picture.box,
                 layers={layer: values[i] for layer, values in outputs.layers.items()},
                 path=path,
+                size=picture.original_size,
+                p_estimated=calibration.estimated_p_value(score),
             )
             for i, (picture, path, score) in enumerate(zip(pictures, paths, outputs.scores.tolist(), strict=True))
         ]

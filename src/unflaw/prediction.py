@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from unflaw.annotations import numbered
+from unflaw.batch import Sink
 from unflaw.inspector import Inspector
 from unflaw.results import Result
 from unflaw.streams import Progress, silent
@@ -19,6 +21,7 @@ def predict(
     *,
     category: str | None = None,
     pictures: bool = False,
+    sinks: Sequence[Sink] = (),
     progress: Progress = silent,
 ) -> Counter[str]:
     """Inspects files in order and writes `out/results.jsonl`, line by line, so that an interruption loses nothing.
@@ -26,8 +29,11 @@ def predict(
     A line holds path, score, p_value, verdict and regions, or path and error. With `pictures`, also
     `out/pictures/<number>_<name>.png`: picture, heat map on the detector's fixed scale, and the method's own maps.
 
+    Args:
+        sinks: See every outcome, after its line is written. The caller closes them.
+
     Returns:
-        How many were "good", "defect" and "error".
+        How many were "good", "review", "defect" and "error".
 
     Raises:
         DetectorError: As `Inspector.select`.
@@ -45,10 +51,7 @@ def predict(
                 counts[outcome.verdict] += 1
                 line = outcome.to_json()
                 if pictures:
-                    stem = (
-                        paths[i].stem.encode(errors="replace")[:100].decode(errors="ignore")
-                    )  # whole names can be too long
-                    name = f"{i:05d}_{stem}.png"
+                    name = f"{numbered(i, paths[i])}.png"
                     panel(outcome, scale).save(folder / name)
                     line["picture"] = f"pictures/{name}"
             else:
@@ -56,5 +59,7 @@ def predict(
                 line = {"path": outcome[0], "error": str(outcome[1])}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
+            for sink in sinks:
+                sink.add(paths[i], outcome if isinstance(outcome, Result) else outcome[1])
             progress("inspecting", i + 1, len(paths), None)
     return counts
