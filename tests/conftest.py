@@ -146,6 +146,34 @@ def saved(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exported(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That detector as a graph for ONNX Runtime. Only to be read."""
+    from unflaw.runtime.export import export
+
+    return export(detector, tmp_path_factory.mktemp("exported") / "parts.onnx")
+
+
+@pytest.fixture(scope="session")
+def odd_pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Pictures of many sizes and modes: grey, RGB, RGBA, palette, 16 bits, tiny, huge, long and thin."""
+    import tifffile
+
+    folder, rng = tmp_path_factory.mktemp("odd"), np.random.default_rng(11)
+    picture = textured(rng)
+    paths = []
+    for mode, side in (("L", (30, 40)), ("RGB", (64, 64)), ("RGBA", (100, 33)), ("P", (7, 5)), ("RGB", (1500, 1100))):
+        paths.append(folder / f"{mode}_{side[0]}.png")
+        Image.fromarray(picture).resize(side).convert(mode).save(paths[-1])
+    for name, side in (("wide", (900, 9)), ("tall", (3, 400)), ("dot", (1, 1))):
+        paths.append(folder / f"{name}.jpg")
+        Image.fromarray(picture).resize(side).save(paths[-1])
+    paths += [folder / "grey16.png", folder / "colour16.tif"]
+    Image.fromarray(rng.integers(0, 2**16, (50, 70), dtype=np.uint16)).save(paths[-2])
+    tifffile.imwrite(paths[-1], rng.integers(0, 2**16, (45, 80, 3), dtype=np.uint16), photometric="rgb")
+    return paths
+
+
+@pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL server of our own, on a socket in a temporary folder."""
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: int(folder.parent.name))

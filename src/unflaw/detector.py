@@ -29,9 +29,10 @@ from unflaw.display import DisplayDecoder
 from unflaw.errors import DetectorError
 from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, read_metadata, write_atomically
+from unflaw.graph import Graph
 from unflaw.images import Prepared
 from unflaw.inspector import Inspector, Outputs
-from unflaw.methods import Inspection, Method, create
+from unflaw.methods import Method, create
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.training import optimise, step_rng, uses_bfloat16
@@ -173,18 +174,18 @@ class Detector(Inspector):
         self._fit_display(train, progress)
         crossed = {}
         if trains and len(calibrating) < len(train.rows()):
-            crossed = cross_fit(fold, train, options, calibrating.keys(), self._valid_cells, budget)
+            crossed = cross_fit(fold, train, options, calibrating.keys(), network.valid_cells, budget)
         categories = {}
         for number, (name, rows) in enumerate(train.rows().items()):
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
-            finish(network, train, number, rows, self._valid_cells)
+            finish(network, train, number, rows, network.valid_cells)
             held = calibrating.get(name)
             if name in crossed:
                 found = crossed[name]
             elif held is not None:
-                found = gather_evidence(network, held, self._valid_cells, Evidence(options.minimum_area))
+                found = gather_evidence(network, held, network.valid_cells, Evidence(options.minimum_area))
             else:
-                found = leave_one_out(network, train, rows, self._valid_cells, options, budget)
+                found = leave_one_out(network, train, rows, network.valid_cells, options, budget)
             calibration = found.calibrate(options, crossed=held is None)
             if options.extend and held is not None:
                 network.extend(held.features, rng)
@@ -277,19 +278,22 @@ class Detector(Inspector):
             tensors |= {f"display.{name}": tensor for name, tensor in self.display.state_dict().items()}
         for i, (name, category) in enumerate(self.categories_.items()):
             tensors |= {f"{_place(name, i)}.{buffer}": tensor for buffer, tensor in category.normal.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(self.metadata())}))
+
+    def metadata(self) -> dict[str, Any]:
+        """All that a file says of a detector besides its tensors."""
         known = {
-            name: category.calibration.model_dump(mode="json", exclude_defaults=True)
-            for name, category in self.categories_.items()
+            name: calibration.model_dump(mode="json", exclude_defaults=True)
+            for name, calibration in self.calibrations.items()
         }
-        by_defects = any(category.calibration.defects for category in self.categories_.values())
-        metadata = {
+        by_defects = any(calibration.defects for calibration in self.calibrations.values())
+        return {
             "format": 1 if "" in known and not by_defects else FORMAT,
             "config": self.config.model_dump(mode="json"),
             **({"calibration": known[""]} if "" in known else {"categories": known}),
             "record": self.record_,
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(metadata)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Detector:
@@ -299,6 +303,8 @@ class Detector(Inspector):
             DetectorError: Missing, damaged, not a detector, or of a newer format.
         """
         metadata = read_metadata(path)
+        if "exported" in metadata:
+            raise DetectorError(f"{path}: was exported, and only inspects; name the .safetensors file it was made of")
         try:
             known = calibrations(metadata)
             detector = cls(config=Config.model_validate(metadata["config"]), weights="later")
@@ -399,38 +405,9 @@ class Detector(Inspector):
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
         """What the network finds in pictures of a category; see `Inspector.compute`."""
         self.select(category)
-        inspection: Inspection = self.network(self.network.embed(stack(pictures)))
         boxes = torch.tensor([picture.box for picture in pictures])
-        maps, scores = self.network.fuse(inspection, self._valid_cells(boxes))
-        return Outputs(maps.numpy(), scores.numpy(), self._layers(inspection))
-
-    def _valid_cells(self, boxes: Tensor) -> Tensor | None:
-        """Boxes (N, 4) → (N, g, g) bool, feature cells that touch the picture; None where all do."""
-        if self.config.preparation.fit == "stretch":
-            return None
-        grid, size = self.network.features.grid, self.config.preparation.size
-        start, edges = torch.arange(grid) * size / grid, boxes[..., None]
-        x, y = ((start + size / grid > edges[:, i]) & (start < edges[:, i + 2]) for i in (0, 1))
-        return y[:, :, None] & x[:, None, :]
-
-    def _layers(self, inspection: Inspection) -> dict[str, np.ndarray]:
-        """The method's own maps at canvas size; masks by nearest neighbour, the rest bilinear."""
-        size = (self.config.preparation.size,) * 2
-        layers = {}
-        for name, layer in inspection.layers.items():
-            mode = "nearest" if name == "mask" else "bilinear"
-            layers[name] = torch.nn.functional.interpolate(layer.float(), size, mode=mode)[:, 0].numpy()
-        drawn = self._drawn(inspection)
-        if drawn is not None:
-            drawn = torch.nn.functional.interpolate(drawn, size, mode="bilinear")
-            layers["restored"] = (drawn.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        return layers
-
-    def _drawn(self, inspection: Inspection) -> Tensor | None:
-        """What was restored, as pictures (N, 3, h, w): restored pixels are some already."""
-        if inspection.restored is None or isinstance(self.network.features, PixelExtractor):
-            return inspection.restored
-        return None if self.display is None else self.display(inspection.restored.float())
+        found = Graph(self.network, self.display)(stack(pictures), boxes)
+        return Outputs.of({name: values.numpy() for name, values in found.items()})
 
 
 def _place(category: str, number: int) -> str:

@@ -133,7 +133,7 @@ class CachedDetector(Detector):
     @torch.inference_mode()
     def _results(self, part: Part, category: str | None) -> list[Result]:
         calibration, network = self.select(category), self.network
-        maps, scores = network.fuse(network(network.features.project(part.raw)), self._valid_cells(part.boxes))
+        maps, scores = network.fuse(network(network.features.project(part.raw)), network.valid_cells(part.boxes))
         nothing = np.empty((0, 0, 3), np.uint8)
         return [
             Result(s, calibration.p_value(s), calibration.verdict(s), found, (), nothing, (x0, y0, x1, y1))

@@ -181,6 +181,16 @@ class Method(nn.Module):
         Only what can lower the evidence of a picture and never raise it, or the calibration would not hold.
         """
 
+    def valid_cells(self, boxes: Tensor) -> Tensor | None:
+        """Boxes (N, 4) on the canvas → (N, g, g) bool, feature cells that touch the picture; None where all do."""
+        preparation, grid = self.config.preparation, self.features.grid
+        if preparation.fit == "stretch":
+            return None
+        cell = preparation.size / grid
+        start, edges = torch.arange(grid) * cell, boxes[..., None]
+        x, y = ((start + cell > edges[:, i]) & (start < edges[:, i + 2]) for i in (0, 1))
+        return y[:, :, None] & x[:, None, :]
+
     def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Evidence → anomaly maps at canvas size, (N, S, S), and image scores (N,).
 
@@ -254,7 +264,7 @@ def highest(maps: Tensor, shares: Sequence[float], valid: Tensor | None = None, 
     smooth = (F.avg_pool2d((maps * inside)[:, None], *around) / covered.clamp_min(1e-6)).flatten(1)
     cells = smooth if valid is None else smooth.masked_fill(~valid.flatten(1), -torch.inf)
     ordered = cells.sort(dim=1, descending=True).values
-    present = torch.full((len(maps),), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)
+    present = torch.full((maps.shape[0],), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)
     rank = torch.arange(cells.shape[1], device=maps.device)
     counts = [(q * present).round().clamp_min(1)[:, None] for q in shares]
     return torch.stack([torch.where(rank < k, ordered, 0).sum(1) / k[:, 0] for k in counts], dim=1)
