@@ -80,6 +80,8 @@ def export(
         DetectorError: Not fitted. ValueError: "int8" without pictures, or without a backbone.
     """
     path = Path(path)
+    if precision == "int8" and not pictures:
+        raise ValueError("8 bits need good pictures that say which range they have to cover; give --data")
     detector.select(next(iter(detector.calibrations), None))
     model = to_onnx(detector)
     if precision == "int8":

@@ -30,12 +30,10 @@ def quantise(model: ModelProto, pictures: Sequence[Prepared]) -> ModelProto:
         pictures: Good ones, on the detector's canvas.
 
     Raises:
-        ValueError: No pictures. DetectorError: No backbone.
+        DetectorError: No backbone.
     """
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
 
-    if not pictures:
-        raise ValueError("8 bits need good pictures that say which range they have to cover; give --data")
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     convolutions = [
         node.name
