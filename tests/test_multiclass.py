@@ -62,7 +62,14 @@ def named(categories: list[str], rng: torch.Generator, channels: int = 8) -> Cac
     size = torch.tensor([1.0 + 3 * (name == "b") for name in categories])[:, None, None, None]
     features = (torch.randn(n, channels, side, side, generator=rng) * size).half()
     paths = [Path(__file__)] * n
-    return Cache(features, torch.zeros(n, 0), torch.tensor([[0, 0, 64, 64]] * n), paths, categories=categories)
+    return Cache(
+        features,
+        torch.zeros(n, 0),
+        torch.tensor([[0, 0, 64, 64]] * n),
+        torch.zeros(n, 87),
+        paths,
+        categories=categories,
+    )
 
 
 def unfitted(tiny, **changes) -> Detector:
@@ -293,7 +300,7 @@ def test_a_loaded_detector_knows_its_categories(multi, both, tmp_path):
 
 
 def test_files_without_categories_are_as_ever(saved):
-    assert list(read_metadata(saved)) == ["format", "config", "calibration", "record"]
+    assert list(read_metadata(saved)) == ["format", "config", "calibration", "drift", "record"]
     assert read_metadata(saved)["format"] == 1
     assert {name.split(".")[0] for name in load_file(saved)} == {"network", "display"}
 

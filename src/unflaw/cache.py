@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from unflaw.drift import describe
 from unflaw.errors import TrainingError
 from unflaw.features import Extractor
 from unflaw.images import ImageError, Preparation, Prepared, try_prepare
@@ -46,12 +47,14 @@ class Cache:
         boxes: (N, 4) int64, the part of the canvas that each picture covers (x0, y0, x1, y1).
         paths: The N pictures.
         skipped: `(path, reason)` of pictures that could not be read.
+        described: (N, D) float16, what `drift.describe` says of each.
         categories: The category of each picture; left out, all are of the category "".
     """
 
     features: Tensor
     thumbnails: Tensor
     boxes: Tensor
+    described: Tensor
     paths: list[Path]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
@@ -70,6 +73,7 @@ class Cache:
             features=self.features[part],
             thumbnails=self.thumbnails[part],
             boxes=self.boxes[part],
+            described=self.described[part],
             paths=self.paths[part],
             categories=self.categories[part],
         )
@@ -95,7 +99,8 @@ class Cache:
             row.copy_(self.features[chosen])
         paths, categories = [self.paths[row] for row in rows], [self.categories[row] for row in rows]
         index = torch.tensor(rows)
-        return Cache(features, self.thumbnails[index], self.boxes[index], paths, self.skipped, categories, folder)
+        tensors = self.thumbnails[index], self.boxes[index], self.described[index]
+        return Cache(features, *tensors, paths, self.skipped, categories, folder)
 
 
 @dataclass
@@ -105,13 +110,14 @@ class Part:
     Attributes:
         paths: The N of them that could be read.
         raw: What `Extractor.aggregate` makes of them, (N, C_raw, g, g) float32.
-        thumbnails, boxes, skipped: As in `Cache`.
+        thumbnails, boxes, described, skipped: As in `Cache`.
     """
 
     paths: list[Path]
     raw: Tensor
     thumbnails: Tensor
     boxes: Tensor
+    described: Tensor
     skipped: list[tuple[str, str]]
 
 
@@ -127,12 +133,14 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
             good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
             if not good:
                 nothing = torch.empty(0)
-                yield Part([], nothing, nothing, nothing, skipped)
+                yield Part([], nothing, nothing, nothing, nothing, skipped)
                 continue
             images = stack([picture for _, picture in good])
             thumbnails = (F.interpolate(images, (THUMBNAIL, THUMBNAIL), mode="area") * 255).round().byte()
             boxes = torch.tensor([picture.box for _, picture in good])
-            yield Part([path for path, _ in good], extractor.aggregate(images), thumbnails, boxes, skipped)
+            described = torch.from_numpy(np.stack([describe(picture.view()) for _, picture in good]))
+            paths_read = [path for path, _ in good]
+            yield Part(paths_read, extractor.aggregate(images), thumbnails, boxes, described, skipped)
 
     return parts
 
@@ -177,6 +185,7 @@ def build_cache(
     names: list[str] = []  # their categories
     boxes: list[Tensor] = []
     thumbnails: list[Tensor] = []
+    described: list[Tensor] = []
     skipped: list[tuple[str, str]] = []
 
     def keep(raw: Tensor) -> None:
@@ -205,6 +214,7 @@ def build_cache(
             continue
         boxes.append(part.boxes)
         thumbnails.append(part.thumbnails)
+        described.append(part.described)
         if features is None:
             first.append(part.raw)
             if len(kept) >= FITTED_ON or sum(raw.nbytes for raw in first) >= 2**29:
@@ -225,7 +235,8 @@ def build_cache(
     if first:
         fit_first()
     assert features is not None
-    return Cache(features[:filled], pictures, torch.cat(boxes), kept, sorted(skipped), names, folder)
+    tensors = features[:filled], pictures, torch.cat(boxes), torch.cat(described)
+    return Cache(*tensors, kept, sorted(skipped), names, folder)
 
 
 def _shuffled(paths: Sequence[Path], category: Mapping[Path, str], seed: int) -> list[Path]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from unflaw.cache import Cache
 from unflaw.calibration import Calibration
 from unflaw.datasets import Dataset, load_dataset
+from unflaw.drift import Reference
 from unflaw.errors import TrainingError
 
 Data = str | Path | Dataset | Sequence[str | Path]  # what `load_dataset` recognises, or pictures
@@ -21,6 +22,7 @@ class Category(NamedTuple):
 
     calibration: Calibration
     normal: dict[str, Tensor]  # `Method.finished_state`, memories included
+    reference: Reference | None = None
 
 
 def gather(data: Data | Mapping[str, Data]) -> tuple[list[Path], list[Path], dict[Path, str]]:

@@ -24,6 +24,7 @@ from unflaw.categories import Category, Data, gather, hold_out
 from unflaw.config import Config, make_config
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256
 from unflaw.display import DisplayDecoder
+from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError
 from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, read_metadata, write_atomically
@@ -166,7 +167,9 @@ class Detector(Inspector):
             calibration = self._calibrated(calibrating[name])
             if options.extend:
                 self.network.extend(calibrating[name].features, rng)
-            categories[name] = Category(calibration, self.network.finished_state())
+            looks = torch.cat([train.described[torch.tensor(rows)], calibrating[name].described])
+            looks = looks[torch.randperm(len(looks), generator=step_rng(self.config.training.seed, 2**31 + 1))]
+            categories[name] = Category(calibration, self.network.finished_state(), Reference(looks.numpy()))
         self.categories_, self._selected = categories, name
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -181,6 +184,11 @@ class Detector(Inspector):
     def calibrations(self) -> dict[str, Calibration]:
         """By category; "" is the category of a detector that has no others; empty before `fit`."""
         return {name: known.calibration for name, known in self.categories_.items()}
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        """By category; empty before `fit`, and where the file is of an unflaw that did not remember pictures."""
+        return {name: known.reference for name, known in self.categories_.items() if known.reference is not None}
 
     def select(self, category: str | None = None) -> Calibration:
         """Puts what is normal for a category into the network and returns the calibration.
@@ -261,6 +269,7 @@ class Detector(Inspector):
             "format": 1 if "" in known and not by_defects else FORMAT,
             "config": self.config.model_dump(mode="json"),
             **({"calibration": known[""]} if "" in known else {"categories": known}),
+            "drift": {name: reference.to_json() for name, reference in self.references.items()},
             "record": self.record_,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -275,7 +284,7 @@ class Detector(Inspector):
         """
         metadata = read_metadata(path)
         try:
-            known = calibrations(metadata)
+            known, remembered = calibrations(metadata), references(metadata)
             detector = cls(config=Config.model_validate(metadata["config"]), weights="later")
         except (KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -295,7 +304,7 @@ class Detector(Inspector):
                 detector.display.load_state_dict(parts["display"])
             for i, (name, calibration) in enumerate(known.items()):
                 normal = {buffer: tensors[f"{_place(name, i)}.{buffer}"] for buffer in detector.network.finished}
-                detector.categories_[name] = Category(calibration, normal)
+                detector.categories_[name] = Category(calibration, normal, remembered.get(name))
                 detector.select(name)  # fails where a shape is wrong
         except (RuntimeError, KeyError) as error:
             raise DetectorError(f"{path}: its tensors do not fit its configuration ({error})") from error

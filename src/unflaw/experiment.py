@@ -22,6 +22,7 @@ from unflaw.cache import THUMBNAIL, Cache, Part, read_parts
 from unflaw.config import Config
 from unflaw.datasets import Dataset, fingerprint
 from unflaw.detector import Detector
+from unflaw.drift import STATISTICS
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.files import write_atomically
 from unflaw.images import ImageError, Preparation, try_prepare
@@ -59,8 +60,10 @@ class FeatureFile:
     ) -> None:
         self.rows = {path: row for row, path in enumerate(dict.fromkeys(paths))}
         raw = extractor.aggregate(torch.zeros(1, 3, preparation.size, preparation.size)).shape[1:]
-        thumbnail = (3, THUMBNAIL, THUMBNAIL)
-        self.kind = np.dtype([("raw", "<f4", tuple(raw)), ("box", "<i4", 4), ("thumbnail", "u1", thumbnail)])
+        thumbnail, described = (3, THUMBNAIL, THUMBNAIL), [("described", "<f2", len(STATISTICS))]
+        self.kind = np.dtype(
+            [("raw", "<f4", tuple(raw)), ("box", "<i4", 4), ("thumbnail", "u1", thumbnail), *described]
+        )
         if not file.is_file():
             parts = read_parts(extractor, preparation)(list(self.rows), BATCH)
             try:
@@ -81,9 +84,10 @@ class FeatureFile:
         """What there is of some of the pictures."""
         good = [path for path in group if path not in self.skipped]
         found = self.records[[self.rows[path] for path in good]]
-        raw, boxes, thumbnails = (torch.from_numpy(found[name].copy()) for name in ("raw", "box", "thumbnail"))
+        names = ("raw", "box", "thumbnail", "described")
+        raw, boxes, thumbnails, described = (torch.from_numpy(found[name].copy()) for name in names)
         skipped = [(str(path), self.skipped[path]) for path in group if path in self.skipped]
-        return Part(good, raw, thumbnails, boxes.long(), skipped)
+        return Part(good, raw, thumbnails, boxes.long(), described, skipped)
 
     def parts(self, paths: Sequence[Path], batch: int) -> Iterator[Part]:
         """A `Source` for `build_cache`."""
@@ -99,7 +103,7 @@ class FeatureFile:
                 places = {path: i for i, path in enumerate(order[done : done + len(records)])}
                 rows = [places[path] for path in part.paths]
                 records["raw"][rows], records["box"][rows] = part.raw.numpy(), part.boxes.numpy()
-                records["thumbnail"][rows] = part.thumbnails.numpy()
+                records["thumbnail"][rows], records["described"][rows] = part.thumbnails.numpy(), part.described.numpy()
                 stream.write(records.tobytes())
                 done += len(records)
                 progress("features", done, len(order), None)

@@ -136,6 +136,11 @@ class Prepared:
     box: Box  # the part of the canvas that the picture fills
     original_size: tuple[int, int]  # (width, height), pixels
 
+    def view(self) -> np.ndarray:
+        """The picture without the padding, (h, w, 3) uint8."""
+        x0, y0, x1, y1 = self.box
+        return (self.pixels[:, y0:y1, x0:x1].transpose(1, 2, 0) * 255).round().astype(np.uint8)
+
     def to_original(self, box: Box) -> Box:
         """A box on the canvas as a box in the original picture, rounded outward and clipped.
 

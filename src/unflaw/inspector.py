@@ -13,6 +13,7 @@ import numpy as np
 
 from unflaw.calibration import Calibration
 from unflaw.config import Config
+from unflaw.drift import Reference, describe
 from unflaw.errors import DetectorError
 from unflaw.images import ImageError, Prepared, prepare, read, try_prepare
 from unflaw.results import Result
@@ -53,6 +54,11 @@ class Inspector(ABC):
     @abstractmethod
     def calibrations(self) -> Mapping[str, Calibration]:
         """By category; "" is the category of a detector that has no others; empty before it has learned."""
+
+    @property
+    def references(self) -> Mapping[str, Reference]:
+        """By category, the good pictures that tell drift; without those of a detector that remembers none."""
+        return {}
 
     @abstractmethod
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
@@ -124,9 +130,10 @@ class Inspector(ABC):
     ) -> list[Result]:
         """From pictures to decisions."""
         name = self.category(category)
-        calibration = self.calibrations[name]
+        calibration, reference = self.calibrations[name], self.references.get(name)
         with self._busy:
             outputs = self.compute(pictures, name)
+        described = [describe(picture.view()) for picture in pictures]
         return [
             Result(
                 score=score,
@@ -138,6 +145,8 @@ class Inspector(ABC):
                 valid=picture.box,
                 layers={layer: values[i] for layer, values in outputs.layers.items()},
                 path=path,
+                drift=None if reference is None else reference.p_value(described[i]),
+                described=described[i],
             )
             for i, (picture, path, score) in enumerate(zip(pictures, paths, outputs.scores.tolist(), strict=True))
         ]

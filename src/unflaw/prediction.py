@@ -6,10 +6,21 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from unflaw.drift import RATE, Drift, check_rate
 from unflaw.inspector import Inspector
 from unflaw.results import Result
 from unflaw.streams import Progress, silent
+
+
+class Predicted(NamedTuple):
+    """How many were "good", "defect" and "error", and what all together say of drift; None where that is unknown."""
+
+    counts: Counter[str]
+    drift: Drift | None
 
 
 def predict(
@@ -19,21 +30,26 @@ def predict(
     *,
     category: str | None = None,
     pictures: bool = False,
+    drift_rate: float = RATE,
     progress: Progress = silent,
-) -> Counter[str]:
+) -> Predicted:
     """Inspects files in order and writes `out/results.jsonl`, line by line, so that an interruption loses nothing.
 
-    A line holds path, score, p_value, verdict and regions, or path and error. With `pictures`, also
+    A line holds path, score, p_value, verdict, drift and regions, or path and error. `out/drift.json` says whether all
+    pictures together differ from those learned from (`drift.Reference.test`). With `pictures`, also
     `out/pictures/<number>_<name>.png`: picture, heat map on the detector's fixed scale, and the method's own maps.
 
-    Returns:
-        How many were "good", "defect" and "error".
+    Args:
+        drift_rate: False-alarm rate of the drift alarm.
 
     Raises:
-        DetectorError: As `Inspector.select`.
+        DetectorError: As `Inspector.select`. ValueError: As `drift.Reference.test`.
     """
     scale = detector.select(category).scale
+    reference = detector.references.get(detector.category(category))
+    check_rate(drift_rate)
     counts: Counter[str] = Counter()
+    described: list[np.ndarray] = []
     folder = out / "pictures"
     if pictures:
         from unflaw.report import panel
@@ -43,6 +59,7 @@ def predict(
         for i, outcome in enumerate(detector.inspect_many(paths, category=category)):
             if isinstance(outcome, Result):
                 counts[outcome.verdict] += 1
+                described += [] if outcome.described is None else [outcome.described]
                 line = outcome.to_json()
                 if pictures:
                     stem = (
@@ -57,4 +74,6 @@ def predict(
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             progress("inspecting", i + 1, len(paths), None)
-    return counts
+    drift = None if reference is None or not described else reference.test(described, drift_rate)
+    (out / "drift.json").write_text(json.dumps(drift and drift.to_json(), indent=2) + "\n")
+    return Predicted(counts, drift)

@@ -11,6 +11,7 @@ import numpy as np
 from unflaw.calibration import Calibration, calibrate
 from unflaw.datasets.samples import Sample, digest, short_digest
 from unflaw.detector import Detector
+from unflaw.drift import Reference
 from unflaw.errors import TrainingError
 from unflaw.results import Result
 from unflaw.streams import Progress
@@ -38,7 +39,7 @@ def recalibrate(
             "and finds them more normal than new ones. Leave them out"
         )
     scores: list[list[float]] = [[], []]
-    peaks, medians = list[float](), list[float]()
+    peaks, medians, described = list[float](), list[float](), list[np.ndarray]()
     total = sum(map(len, paths))
     for kind, part in enumerate(paths):
         for outcome in detector.inspect_many(part, category=category):
@@ -50,6 +51,7 @@ def recalibrate(
                 x0, y0, x1, y1 = outcome.valid
                 peaks.append(float(outcome.map[y0:y1, x0:x1].max()))
                 medians.append(float(np.median(outcome.map[y0:y1, x0:x1])))
+                described += [] if outcome.described is None else [outcome.described]
     if not scores[0]:
         raise TrainingError("there are no good pictures to calibrate with")
     if keep:
@@ -61,7 +63,11 @@ def recalibrate(
     low = float(np.median(medians))
     found = calibrate(scores[0], peaks, low, asked, defects=scores[1], miss_rate=miss_rate, cost_ratio=cost_ratio)
     name = detector.category(category)
-    detector.categories_[name] = detector.categories_[name]._replace(calibration=found)
+    own = detector.categories_[name]
+    if described and own.reference is not None:  # today's pictures are no drift from now on
+        described += list(own.reference.described) if keep else []
+        own = own._replace(reference=Reference(np.random.default_rng(0).permutation(described)))
+    detector.categories_[name] = own._replace(calibration=found)
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **({"category": name} if name else {}),

@@ -54,6 +54,9 @@ class Result:
         layers: The method's own pictures by name. Maps in [0, 1] such as "mean", "uncertainty" and "mask" (URA-Net's
             U, V and M_final); "restored" is (size, size, 3) uint8. Empty where the method has none.
         path: Where the picture came from, if from a file.
+        drift: p-value, in (0, 1], of the picture as a whole being like those learned from (see `drift.Reference`);
+            small where camera, light, focus or product have changed. None where the detector remembers none.
+        described: What `drift.describe` says of the picture, (D,).
     """
 
     score: float
@@ -65,6 +68,8 @@ class Result:
     valid: tuple[int, int, int, int]
     layers: dict[str, np.ndarray] = field(default_factory=dict)
     path: str | None = None
+    drift: float | None = None
+    described: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def uncertainty(self) -> np.ndarray | None:
@@ -78,6 +83,7 @@ class Result:
             "score": self.score,
             "p_value": self.p_value,
             "verdict": self.verdict,
+            "drift": self.drift,
             "regions": [region.to_json() for region in self.regions],
         }
 

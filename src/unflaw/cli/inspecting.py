@@ -86,9 +86,12 @@ def predict(
     inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.")],
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl and pictures.")],
     pictures: Annotated[bool, typer.Option("--pictures", help="Also write a panel for each picture.")] = False,
+    drift_rate: Annotated[float, typer.Option(help="False-alarm rate of the drift alarm.")] = 0.01,
     category: Category = None,
 ) -> None:
     """Inspect pictures: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
+
+    All of them together are tested for drift: a moved camera, other light, lost focus, another product (drift.json).
 
     Example:  unflaw predict parts.safetensors parts/new 0001.png --out results --pictures
     """
@@ -99,11 +102,15 @@ def predict(
         out.mkdir(parents=True, exist_ok=True)
         detector = load_detector(model)
         with progress_bars() as progress:
-            counts = run(detector, paths, out, category=category, pictures=pictures, progress=progress)
+            counts, drift = run(
+                detector, paths, out, category=category, pictures=pictures, drift_rate=drift_rate, progress=progress
+            )
         typer.echo(
             f"{out / 'results.jsonl'}: {counts['good']} good, {counts['defect']} defective, "
             f"{counts['error']} not readable"
         )
+        if drift is not None:
+            typer.echo(drift.describe())
         if counts["error"]:
             raise typer.Exit(3)
 
