@@ -24,6 +24,7 @@ from unflaw.evaluation import evaluate, evaluate_all
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor
 from unflaw.files import FORMAT, read_metadata
+from unflaw.layout import Preparation, Window, layout
 from unflaw.methods import create
 from unflaw.methods.memory import Memory
 from unflaw.report.figures import write_figures
@@ -65,7 +66,7 @@ def named(categories: list[str], rng: torch.Generator, channels: int = 8) -> Cac
     return Cache(
         features,
         torch.zeros(n, 0),
-        torch.tensor([[0, 0, 64, 64]] * n),
+        [Window(layout(64, 64, Preparation(size=64)), 0)] * n,
         torch.zeros(n, 87),
         paths,
         categories=categories,

@@ -70,14 +70,16 @@ def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float
     trained: list[int] = []
     calibrating: dict[str, Cache] = {}
     for name, rows in cache.rows().items():
-        left = len(rows)
+        first = len(rows)
         if validation is not None and name in given:
             calibrating[name] = validation.take(given[name], budget)
         else:
-            left -= max(2, round(share * left))
+            heads = cache.heads(rows)
+            left = len(heads) - max(2, round(share * len(heads)))
             if left < 2:
                 of = f"{name}: " if name else ""
                 raise TrainingError(f"{of}calibration.holdout leaves {left} pictures to train on; lower it")
-            calibrating[name] = cache.take(rows[left:], budget)
-        trained += rows[:left]
+            first = rows.index(heads[left])  # the windows of one picture stay together
+            calibrating[name] = cache.take(rows[first:], budget)
+        trained += rows[:first]
     return cache.take(sorted(trained), budget), calibrating

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unflaw import __version__
-from unflaw.cache import Cache, build_cache, stack
+from unflaw.cache import Cache, build_cache, cells, stack
 from unflaw.calibration import Calibration, calibrate, calibrations
 from unflaw.categories import Category, Data, gather, hold_out
 from unflaw.config import Config, make_config
@@ -30,7 +30,9 @@ from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, read_metadata, write_atomically
 from unflaw.images import Prepared
 from unflaw.inspector import Inspector, Outputs
+from unflaw.layout import Window
 from unflaw.methods import Inspection, create
+from unflaw.mosaic import Mosaic
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.training import optimise, step_rng, uses_bfloat16
@@ -127,8 +129,8 @@ class Detector(Inspector):
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "weights": self.weights or "default",
-            "good_pictures": len(cache),
-            "digest": digest([Sample(path, 0) for path in cache.paths], contents),
+            "good_pictures": cache.count,
+            "digest": digest([Sample(path, 0) for path in dict.fromkeys(cache.paths)], contents),
             "seen": sorted(content[:SHORT] for content in contents.values()),
             "skipped": cache.skipped + (held.skipped if held else []),
             **learned,
@@ -162,22 +164,25 @@ class Detector(Inspector):
         for number, (name, rows) in enumerate(train.rows().items()):
             self.network.turn_to(number)
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
-            first = torch.tensor(rows[:FINISHED_ON])
-            self.network.finish(train.features[first], self._valid_cells(train.boxes[first]), first)
-            calibration = self._calibrated(calibrating[name])
+            first = train.mixed(rows)[:FINISHED_ON]
+            inside = train.cells(self.network.features.grid, first)
+            self.network.finish(train.features[torch.tensor(first)], inside, torch.tensor(first))
+            held = calibrating[name]
+            calibration = self._calibrated(held)
             if options.extend:
-                self.network.extend(calibrating[name].features, rng)
-            looks = torch.cat([train.described[torch.tensor(rows)], calibrating[name].described])
+                self._arrange(held)
+                self.network.extend(held.features, rng)
+            looks = torch.cat([part.described[part.heads(own)] for part, own in ((train, rows), (held, None))])
             looks = looks[torch.randperm(len(looks), generator=step_rng(self.config.training.seed, 2**31 + 1))]
             categories[name] = Category(calibration, self.network.finished_state(), Reference(looks.numpy()))
         self.categories_, self._selected = categories, name
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         counts = {
-            name: {"good_pictures": len(rows), "held_out": len(calibrating[name])}
+            name: {"good_pictures": len(cache.heads(rows)), "held_out": calibrating[name].count}
             for name, rows in cache.rows().items()
         }
-        learned = {"history": history, "held_out": sum(map(len, calibrating.values()))}
+        learned = {"history": history, "held_out": sum(held.count for held in calibrating.values())}
         return learned if "" in counts else learned | {"categories": counts}
 
     @property
@@ -329,6 +334,7 @@ class Detector(Inspector):
         with torch.no_grad():
             numbers = {name: number for number, name in enumerate(cache.rows())}
             categories = torch.tensor([numbers[name] for name in cache.categories])
+            self._arrange(cache)
             extras = network.setup(cache.features, textures, rng, categories)
         progress("memory", 1, 1, None)
         tensors = {"features": cache.features, **extras}
@@ -345,7 +351,9 @@ class Detector(Inspector):
             backbone = hashlib.sha256()
             for tensor in network.features.backbone.state_dict().values():
                 backbone.update(tensor.numpy().tobytes())
-            samples = {name: [Sample(cache.paths[row], 0) for row in rows] for name, rows in cache.rows().items()}
+            samples = {
+                name: [Sample(cache.paths[row], 0) for row in cache.heads(rows)] for name, rows in cache.rows().items()
+            }
             pictures = " ".join(name + digest(own) for name, own in samples.items())
             identity = f"{pictures} {backbone.hexdigest()} {self.config.model_dump_json()}"
         return optimise(
@@ -378,36 +386,44 @@ class Detector(Inspector):
         n, steps = len(cache), settings.display_steps
         optimise(decoder, loss, n, steps, settings, stage="display", progress=progress)
 
+    def _arrange(self, cache: Cache) -> None:
+        """Tells the memories which rows belong together, and what of them counts."""
+        self.network.arrange(cache.pictures, cache.cells(self.network.features.grid))
+
     @torch.inference_mode()
     def _calibrated(self, cache: Cache) -> Calibration:
         scores: list[float] = []
         peaks: list[float] = []
         medians: list[float] = []
-        for features, boxes in zip(cache.features.split(8), cache.boxes.split(8), strict=True):
-            maps, scored = self.network.fuse(self.network(features.float()), self._valid_cells(boxes))
-            scores += scored.tolist()
-            for anomaly_map, (x0, y0, x1, y1) in zip(maps.numpy(), boxes.tolist(), strict=True):
-                peaks.append(float(anomaly_map[y0:y1, x0:x1].max()))
-                medians.append(float(np.median(anomaly_map[y0:y1, x0:x1])))
+        for mosaic in self._pieced(cache.windows, lambda rows: cache.features[rows].float()):
+            score, found = mosaic.result()
+            values = mosaic.layout.inside(found["map"])
+            scores.append(score)
+            peaks.append(float(values.max()))
+            medians.append(float(np.median(values)))
         return calibrate(scores, peaks, float(np.median(medians)), self.config.calibration.false_alarm_rate)
+
+    def _pieced(self, windows: Sequence[Window], features: Callable[[Tensor], Tensor]) -> Iterator[Mosaic]:
+        """What the network finds in pictures one after the other, from features of their windows, F of given rows."""
+        grid, mosaic = self.network.features.grid, None
+        for rows in torch.arange(len(windows)).split(8):
+            shown = [windows[row] for row in rows.tolist()]
+            maps, scores = self.network.fuse(self.network(features(rows)), cells(shown, grid))
+            for window, found, score in zip(shown, maps.numpy(), scores.tolist(), strict=True):
+                mosaic = mosaic or Mosaic(window.layout)
+                mosaic.add(score, {"map": found})
+                if mosaic.complete:
+                    yield mosaic
+                    mosaic = None
 
     @torch.inference_mode()
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
-        """What the network finds in pictures of a category; see `Inspector.compute`."""
+        """What the network finds in windows, of pictures of a category; see `Inspector.compute`."""
         self.select(category)
         inspection: Inspection = self.network(self.network.embed(stack(pictures)))
-        boxes = torch.tensor([picture.box for picture in pictures])
-        maps, scores = self.network.fuse(inspection, self._valid_cells(boxes))
+        inside = cells([picture.window for picture in pictures], self.network.features.grid)
+        maps, scores = self.network.fuse(inspection, inside)
         return Outputs(maps.numpy(), scores.numpy(), self._layers(inspection))
-
-    def _valid_cells(self, boxes: Tensor) -> Tensor | None:
-        """Boxes (N, 4) → (N, g, g) bool, feature cells that touch the picture; None where all do."""
-        if self.config.preparation.fit == "stretch":
-            return None
-        grid, size = self.network.features.grid, self.config.preparation.size
-        start, edges = torch.arange(grid) * size / grid, boxes[..., None]
-        x, y = ((start + size / grid > edges[:, i]) & (start < edges[:, i + 2]) for i in (0, 1))
-        return y[:, :, None] & x[:, None, :]
 
     def _layers(self, inspection: Inspection) -> dict[str, np.ndarray]:
         """The method's own maps at canvas size; masks by nearest neighbour, the rest bilinear."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.stats import rankdata
 
 SIDE = 256  # pictures are described at this side
 CELLS = 8  # a side, of the grid over which quantiles are taken
@@ -143,6 +142,8 @@ class Reference:
         Raises:
             ValueError: A rate too small for this test.
         """
+        from scipy.stats import rankdata  # slow to import
+
         check_rate(rate)
         batch = np.asarray(described, np.float16)
         pooled = np.vstack([self.described, batch]).astype(np.float64)

@@ -73,7 +73,7 @@ def evaluate(
     started, cpu = time.perf_counter(), time.process_time()
     for sample, result in _inspected(detector, dataset.test, category, skipped, progress):
         facts = {"p_value": result.p_value, "verdict": result.verdict}
-        mask = measured.add(sample, result.score, result.map, result.valid, **facts)
+        mask = measured.add(sample, result.score, result.map, result.valid, result.counted, **facts)
         gallery.add(Inspected(result, sample.label, sample.defect, mask))
     elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
     rows = measured.rows

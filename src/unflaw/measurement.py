@@ -48,12 +48,21 @@ class Measurement:
         self._spool = MapSpool() if spool and self.masks_known else None
 
     def add(
-        self, sample: Sample, score: float, anomaly_map: Array, valid: tuple[int, ...], **facts: Any
+        self,
+        sample: Sample,
+        score: float,
+        anomaly_map: Array,
+        valid: tuple[int, ...],
+        counted: Array | None = None,
+        **facts: Any,
     ) -> Array | None:
-        """One picture: its image score, its map (S, S) and the part of the canvas `(x0, y0, x1, y1)` that it covers.
+        """One picture: its image score, its map (h, w) and the part of the canvas `(x0, y0, x1, y1)` that it covers.
+
+        Args:
+            counted: (h, w) bool, what counts of the map; None: all of `valid`.
 
         Returns:
-            The mask on the canvas, bool (S, S); None for a good picture and where there is none or it cannot be read.
+            The mask on the canvas, bool (h, w); None for a good picture and where there is none or it cannot be read.
         """
         row = {"path": str(sample.path), "label": sample.label, "defect": sample.defect, "score": score}
         self.rows.append(row | facts)
@@ -62,14 +71,16 @@ class Measurement:
             x0, y0, x1, y1 = valid
             inside = np.s_[y0:y1, x0:x1]
             crop, truth = anomaly_map[inside], None if mask is None else mask[inside]
-            self._pixels.update(crop, truth)
-            self._overlap.update(crop, truth)
+            counts = None if counted is None else counted[inside]
+            self._pixels.update(crop, truth, counts)
+            self._overlap.update(*((crop, truth) if counts is None else (crop[counts], _within(truth, counts))))
             if self._saturated is not None:
-                self._saturated.update(crop, truth, regions=self._regions(sample, inside) if sample.regions else None)
+                regions = self._regions(sample, inside) if sample.regions else None
+                self._saturated.update(crop, truth, counts, regions)
             if sample.label:
-                self._per_defect[sample.defect].update(crop, truth)
+                self._per_defect[sample.defect].update(crop, truth, counts)
             if self._spool is not None:
-                self._spool.add(len(self.rows) - 1, crop, truth)
+                self._spool.add(len(self.rows) - 1, crop if counts is None else np.where(counts, crop, np.nan), truth)
         return mask
 
     def metrics(self) -> dict[str, Any]:
@@ -143,3 +154,7 @@ class Measurement:
             if "verdict" in members[0]:
                 table[defect]["found"] = sum(row["verdict"] == "defect" for row in members)
         return table
+
+
+def _within(mask: Array | None, counts: Array) -> Array | None:
+    return None if mask is None else mask[counts]

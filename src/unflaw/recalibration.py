@@ -49,8 +49,9 @@ def recalibrate(
             progress("calibrating", len(scores[0]) + len(scores[1]), total, None)
             if kind == 0:
                 x0, y0, x1, y1 = outcome.valid
-                peaks.append(float(outcome.map[y0:y1, x0:x1].max()))
-                medians.append(float(np.median(outcome.map[y0:y1, x0:x1])))
+                values = outcome.map[y0:y1, x0:x1] if outcome.counted is None else outcome.map[outcome.counted]
+                peaks.append(float(values.max()))
+                medians.append(float(np.median(values)))
                 described += [] if outcome.described is None else [outcome.described]
     if not scores[0]:
         raise TrainingError("there are no good pictures to calibrate with")

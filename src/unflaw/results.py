@@ -41,7 +41,9 @@ class Region:
 
 @dataclass(frozen=True)
 class Result:
-    """The inspection of one picture. All maps are (size, size) float32 on the prepared canvas (see `Preparation`).
+    """The inspection of one picture. All maps are (h, w) float32 on the prepared canvas (see `Preparation`).
+
+    h and w are the size of the canvas; of a picture in tiles what it needs, up to `layout.MAP_PIXELS` in all.
 
     Attributes:
         score: Image score, raw and unbounded; comparable between pictures of one detector only.
@@ -49,14 +51,15 @@ class Result:
         verdict: "defect" where the score exceeds the threshold calibrated for the stated false-alarm rate.
         map: Anomaly map, raw values.
         regions: Areas above the pixel threshold, largest peak first.
-        image: (size, size, 3) uint8, the picture as the detector saw it.
+        image: (h, w, 3) uint8, the picture as the detector saw it.
         valid: `(x0, y0, x1, y1)`, the part of the canvas which the picture covers; the rest is padding.
         layers: The method's own pictures by name. Maps in [0, 1] such as "mean", "uncertainty" and "mask" (URA-Net's
-            U, V and M_final); "restored" is (size, size, 3) uint8. Empty where the method has none.
+            U, V and M_final); "restored" is (h, w, 3) uint8. Empty where the method has none.
         path: Where the picture came from, if from a file.
         drift: p-value, in (0, 1], of the picture as a whole being like those learned from (see `drift.Reference`);
             small where camera, light, focus or product have changed. None where the detector remembers none.
         described: What `drift.describe` says of the picture, (D,).
+        counted: (h, w) bool, what counts of the map; None where that is all of `valid`.
     """
 
     score: float
@@ -70,6 +73,7 @@ class Result:
     path: str | None = None
     drift: float | None = None
     described: np.ndarray | None = field(default=None, repr=False)
+    counted: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def uncertainty(self) -> np.ndarray | None:
