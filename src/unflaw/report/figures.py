@@ -145,9 +145,7 @@ def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str |
     features, image = network.embed(stack([shown])), result.image[here]
     return {
         figure: [
-            _Line(
-                [*name, *filter(None, [line])], first | _shown(detector, stages, result.image[here]) | last, shown.box
-            )
+            _Line([*name, *filter(None, [line])], first | _shown(detector, stages, image) | last, shown.box)
             for line, stages in rows
         ]
         for figure, rows in network.stages(features, network(features)).items()
