@@ -221,7 +221,8 @@ class Judge(nn.Module):
     """A memory of whole regions: the coarsest level on half the grid (ours).
 
     Fine levels say where a small defect is; whether a picture as a whole is normal is better seen in the coarsest one
-    (docs/research.md). It has fewer tokens, so more prototypes cost the same.
+    (docs/research.md). It has fewer tokens, so more prototypes cost the same. What all regions of a picture have in
+    common, such as its exposure, is left out: a region stands out against its own picture.
     """
 
     def __init__(self, size: int, extractor: Extractor) -> None:
@@ -240,7 +241,11 @@ class Judge(nn.Module):
 
     def forward(self, features: Tensor, pictures: Tensor | None = None) -> Tensor:
         """F (N, C, g, g) → distance to the nearest region known, (N, 1, ⌈g/2⌉, ⌈g/2⌉)."""
-        return self.memory(self._coarsen(features), pictures)[2]
+        return self.memory(self._regions(features), pictures)[2]
+
+    def _regions(self, features: Tensor) -> Tensor:
+        coarse = self._coarsen(features)
+        return coarse - coarse.mean((2, 3), keepdim=True)
 
     def _all(self, features: Tensor) -> Tensor:
-        return torch.cat([self._coarsen(part.float()) for part in features.split(32)])
+        return torch.cat([self._regions(part.float()) for part in features.split(32)])
