@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
-from unflaw.calibration import Calibration, calibrate
+from unflaw.calibration import Calibration, Evidence, calibrate, calibrations
+from unflaw.config import Config, make_config
+from unflaw.results import Region
+from unflaw.scoring import flagged
 
 SCORES = [3.0, 1.0, 2.0, 2.0]
 finite = st.floats(-1e6, 1e6)
@@ -141,3 +145,132 @@ def test_what_defects_set_is_said():
     for wrong in ({"miss_rate": 0.1}, {"cost_ratio": 1.0}, {"defects": [math.nan], "miss_rate": 0.5}):
         with pytest.raises(ValueError):
             calibrate([1, 2, 3], [1, 2, 3], 0.0, **wrong)
+
+
+# Review
+
+
+@given(score_lists, rates, rates, st.data())
+def test_review_lies_between_two_rates_and_takes_nothing_from_the_first(scores, rate, wider, data):
+    plain = calibrate(scores, scores, 0.0, rate)
+    calibration = calibrate(scores, scores, 0.0, rate, review_rate=wider)
+    assert (calibration.threshold, calibration.rate) == (plain.threshold, plain.rate)
+    score = data.draw(finite | st.sampled_from(scores))
+    p, verdict = calibration.p_value(score), calibration.verdict(score)
+    assert (verdict == "defect") == (p <= calibration.rate)
+    if calibration.review_rate is None:  # too few pictures, or none with a score between
+        assert verdict == plain.verdict(score)
+    else:
+        assert calibration.rate < calibration.review_rate <= max(wider + 1e-9, 1 / (len(scores) + 1))
+        assert (verdict == "review") == (calibration.rate < p <= calibration.review_rate)
+
+
+def test_good_pictures_are_called_so_as_often_as_promised():
+    rng, n = np.random.default_rng(3), 99
+    trials, fresh = 400, 200
+    verdicts = []
+    for _ in range(trials):
+        calibration = calibrate(rng.gumbel(size=n).tolist(), [0.0] * n, 0.0, 0.01, review_rate=0.05)
+        verdicts += [calibration.verdict(score) for score in rng.gumbel(size=fresh)]
+    assert calibration.describe().endswith("; with those for review 5.00%")
+    for kinds, promised in ((("defect",), 0.01), (("defect", "review"), 0.05)):
+        deviation = math.sqrt(promised * (1 - promised) * (1 / (n + 2) + 1 / fresh) / trials)
+        assert np.isin(verdicts, kinds).mean() == pytest.approx(promised, abs=4 * deviation)
+
+
+def test_without_a_rate_or_with_too_few_pictures_nothing_is_reviewed():
+    scores = [float(i) for i in range(50)]
+    assert calibrate(scores, scores, 0.0, 0.02).review_threshold is None
+    assert calibrate(scores[:18], scores[:18], 0.0, 0.01, review_rate=0.05).review_threshold is None
+    assert calibrate(scores, scores, 0.0, 0.1, review_rate=0.05).review_threshold is None
+    assert calibrate(scores, scores, 0.0, 0.02, review_rate=0.1).review_threshold == 45
+
+
+def test_an_uncertain_region_sends_a_defect_to_review_and_nothing_else():
+    scores = [float(i) for i in range(39)]
+    doubts = [i / 100 for i in range(39)]
+    calibration = calibrate(scores, scores, 0.0, 0.05, review_rate=0.1, doubts=doubts, review_uncertain=True)
+    assert calibration.uncertainty_threshold == 0.35  # the fourth: one tenth of 40
+    doubtful, sure = (Region((0, 0, 1, 1), 1, 9.0, uncertainty) for uncertainty in (0.36, 0.35))
+    assert (
+        calibration.verdict(99, [doubtful, sure]) == "review" and calibration.verdict(99, [sure, doubtful]) == "defect"
+    )
+    assert calibration.verdict(99) == "defect" and calibration.verdict(0, [doubtful]) == "good"
+    assert calibrate(scores, scores, 0.0, 0.05, doubts=doubts).verdict(99, [doubtful]) == "defect"
+
+
+def test_evidence_is_gathered_within_the_picture():
+    found = Evidence()
+    anomaly_map, doubt = np.zeros((2, 8, 8))
+    anomaly_map[0], doubt[0] = 9, 9  # padding
+    anomaly_map[3, 3], doubt[4, 4] = 2, 0.25
+    for score in range(24):
+        found.add(score, anomaly_map + score, (0, 2, 8, 8), doubt)
+    made = found.calibrate(make_config(changes={"calibration.review_uncertain": True}).calibration, rate=0.04)
+    assert made.scores == tuple(range(24)) and made.pixel_threshold == 2 + 23 and made.low == 11.5
+    assert made.uncertainty_threshold == 0.25 and made.review_rate is None  # 5 % are no more pictures than 4 %
+    again = Evidence()
+    again.add(99.0, anomaly_map, (0, 2, 8, 8), doubt)
+    again.keep(made)
+    assert sorted(again.scores)[-2:] == [23, 99] and sorted(again.peaks)[0] == 2 and again.peaks.count(25) == 24
+
+
+@pytest.mark.parametrize("minimum", [0.0, 0.02])
+def test_regions_show_on_no_more_good_pictures_than_promised(minimum):
+    """Whatever the minimum area: the pixel threshold is calibrated with it."""
+    rng, valid, n, fresh, trials = np.random.default_rng(6), (0, 0, 24, 24), 19, 20, 40
+    options = make_config(changes={"calibration.false_alarm_rate": 0.1}).calibration
+    shown = 0
+    for _ in range(trials):
+        maps = gaussian_filter(rng.normal(size=(n + fresh, 24, 24)), (0, 1.5, 1.5)) * rng.gamma(
+            4, size=(n + fresh, 1, 1)
+        )
+        found = Evidence(minimum)
+        for anomaly_map in maps[:n]:
+            found.add(0.0, anomaly_map, valid)
+        made = found.calibrate(options)
+        shown += sum(flagged(anomaly_map, made.pixel_threshold, valid, minimum)[1] > 0 for anomaly_map in maps[n:])
+    deviation = math.sqrt(0.1 * 0.9 * (1 / (n + 2) + 1 / fresh) / trials)
+    assert shown / (trials * fresh) == pytest.approx(0.1, abs=4 * deviation)
+
+
+# Cross-fitting, and tails
+
+
+def test_what_is_not_certified_is_said():
+    scores = [float(i) for i in range(99)]
+    crossed = calibrate(scores, scores, 0.0, 0.02, crossed=True)
+    assert not crossed.certified
+    assert crossed.describe() == "false-alarm rate about 2.00%, from 99 good pictures by cross-fitting"
+    assert "99 good pictures give about 1.00% at best" in crossed.reach()
+    few = calibrate(scores, scores, 0.0, 0.001, crossed=True)
+    assert few.describe() == (
+        "99 good pictures by cross-fitting give about a false-alarm rate of 1.00%, not the 0.10% asked for; 999 would"
+    )
+
+
+@given(st.lists(finite, min_size=1, max_size=120), st.floats(0.0005, 0.2))
+def test_a_tail_estimates_only_what_pictures_cannot_certify(scores, rate):
+    plain, made = (calibrate(scores, scores, 0.0, rate, tail=tail) for tail in (False, True))
+    n = len(scores)
+    if made.tail is None:
+        assert made == plain and (n < 40 or rate >= 1 / (n + 1) - 1e-9 or len(set(scores)) < n)
+        assert made.estimated_p_value(scores[0]) is None
+        return
+    assert made.estimated and not made.certified and "estimated from the tail" in made.describe()
+    assert made.rate == pytest.approx(max(rate, 0.1 / (n + 1))) and made.threshold >= plain.threshold
+    assert made.pixel_threshold == plain.pixel_threshold  # regions stay certified
+    for score in (min(scores), *sorted(scores)[-3:], max(scores) + 1.0, made.threshold):
+        assert made.estimated_p_value(score) <= made.p_value(score)
+    if made.threshold > max(scores):
+        assert made.estimated_p_value(made.threshold) == pytest.approx(made.rate, rel=1e-3)
+
+
+def test_what_files_of_before_say_is_read_as_it_was():
+    old = {"scores": [1.0, 2.0], "asked_rate": 0.5, "rate": 1 / 3, "threshold": 2.0, "pixel_threshold": 9.0, "low": 0.0}
+    (made,) = calibrations({"calibration": old}).values()
+    assert [made.verdict(score) for score in (1.5, 2.0, 2.5)] == ["good", "good", "defect"]
+    assert made.describe() == "false-alarm rate 33.33% or less, certified by 2 good pictures outside of training"
+    config = make_config().model_dump()
+    config["calibration"] = {"holdout": 0.2, "false_alarm_rate": 0.01, "extend": True}
+    assert Config.model_validate(config) == make_config()

@@ -107,11 +107,27 @@ def test_verdicts_are_counted(evaluated):
     alarms = [row for row in rows if row["verdict"] == "defect" and not row["label"]]
     missed = [row for row in rows if row["verdict"] == "good" and row["label"]]
     assert (evaluated.metrics["false_alarms"], evaluated.metrics["missed"]) == (len(alarms), len(missed))
+    review = [row["label"] for row in rows if row["verdict"] == "review"]
+    assert evaluated.metrics["review_good"] + evaluated.metrics["review_defective"] == len(review)
+    assert evaluated.metrics["review_defective"] == sum(review)
     assert alarms  # a bright square that was called good
 
 
 def mistaken(item) -> bool:
-    return (item.result.verdict == "defect") != bool(item.label)
+    return item.result.verdict == ("good" if item.label else "defect")  # review is no mistake
+
+
+def test_regions_are_those_of_the_inspections(evaluated, detector, dataset):
+    good = [detector.inspect(sample.path).regions for sample in dataset.test if not sample.label]
+    metrics = evaluated.metrics
+    assert metrics["false_regions"] == np.mean([len(regions) for regions in good])
+    assert metrics["good_with_regions"] == np.mean([bool(regions) for regions in good])
+    squares = [sample for sample in dataset.test if sample.mask and sample.label]
+    assert metrics["regions_true"] == len(squares) and metrics["region_recall"] == metrics["regions_found"] / len(
+        squares
+    )
+    areas = metrics["risk"]["areas"]
+    assert 0 <= areas["ideal"] <= areas["p_value"] <= 2 * areas["random"]
 
 
 def test_mistakes_are_shown_first(evaluated, dataset):
@@ -133,7 +149,7 @@ def test_what_is_shown_is_bounded(monkeypatch, detector, dataset, evaluated):
 
 
 def test_curves_go_from_end_to_end(evaluated):
-    assert evaluated.curves.keys() == {"roc", "pr", "pro"}
+    assert evaluated.curves.keys() == {"roc", "pr", "pro", "risk", "risk_uncertainty"}
     fpr, tpr = evaluated.curves["roc"]
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
     assert np.trapezoid(tpr, fpr) == pytest.approx(evaluated.metrics["image_auroc"])

@@ -4,7 +4,7 @@ from PIL import Image
 
 from unflaw.datasets import Dataset, Sample, Saturated
 from unflaw.images import Preparation
-from unflaw.measurement import Measurement
+from unflaw.measurement import Measurement, RegionTally
 from unflaw.metrics import PixelAccumulator
 
 SIDE = 32
@@ -64,3 +64,23 @@ def test_pictures_are_kept_for_resampling_only_where_asked_for(regions):
     measured = Measurement(dataset, Preparation(size=SIDE), spool=True)
     measured.add(dataset.test[0], 0.0, np.ones((SIDE, SIDE)), (0, 4, SIDE, SIDE))
     assert measured.per_picture().pixels.clean[0, -1] == SIDE * (SIDE - 4)  # padding does not count
+
+
+def test_regions_are_counted_against_true_ones():
+    tally = RegionTally(1.0, 4 / 64)
+    anomaly_map, mask = np.zeros((8, 8)), np.zeros((8, 8), bool)
+    mask[0:2, 0:2] = mask[4:6, 4:6] = mask[7, 0] = True  # three
+    mask[2, 2] = True  # touches the first at a corner
+    anomaly_map[1:3, 2:4] = 2  # four pixels, one of them true
+    anomaly_map[5, 5] = anomaly_map[7, 0] = 9  # too small
+    tally.add(anomaly_map, mask, (0, 0, 8, 8))
+    tally.add(anomaly_map, None, (0, 0, 8, 8))
+    tally.add(np.zeros((8, 8)), None, (0, 0, 8, 8))
+    assert tally.metrics() == {
+        "region_recall": pytest.approx(1 / 3),
+        "regions_found": 1,
+        "regions_true": 3,
+        "good_with_regions": 0.5,
+        "false_regions": 0.5,
+    }
+    assert set(RegionTally(1.0, 0).metrics().values()) == {None, 0}

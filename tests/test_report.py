@@ -37,6 +37,7 @@ def make_result(defect: bool, path: str | None, layers: bool = False, **changes:
         valid=VALID,
         layers={"mean": grey, "uncertainty": grey, "mask": grey, "restored": image} if layers else {},
         path=path,
+        size=(96, 64),
     )
     return replace(made, **changes)
 

@@ -1,7 +1,11 @@
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage
 
 from unflaw.images import Preparation, Prepared, prepare
-from unflaw.scoring import find_regions
+from unflaw.scoring import EIGHT_CONNECTED, find_regions, flagged, outline, region_level
 
 RNG = np.random.default_rng(0)
 
@@ -54,3 +58,49 @@ def test_padding_has_no_regions_and_adds_none():
     assert region.peak == 2.0
     assert region.box == (0, 0, 13, 7)  # 8 and 4 cells of 100 / 64 pixels, rounded outward
     assert region.area == round(32 * (100 / 64) ** 2)
+
+
+masks = arrays(bool, st.tuples(st.integers(1, 8), st.integers(1, 8)))
+
+
+@given(masks)
+def test_an_outline_encloses_its_area_and_the_holes_in_it(mask):
+    labels, n = ndimage.label(mask, EIGHT_CONNECTED)
+    for i in range(1, n + 1):
+        x, y = outline(labels == i).T
+        enclosed = (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2  # positive: clockwise, y pointing down
+        assert enclosed == ndimage.binary_fill_holes(labels == i).sum()
+        steps = np.abs(np.diff(np.column_stack([x, y]), axis=0, append=[[x[0], y[0]]]))
+        assert ((steps > 0).sum(1) == 1).all()  # along the axes, and no corner is none
+
+
+def test_contours_and_uncertainty_are_those_of_the_region():
+    prepared = canvas(128, 32)
+    anomaly_map = np.zeros((64, 64), np.float32)
+    anomaly_map[8:16, 20:30] = 2.0
+    doubt = np.zeros((64, 64))
+    doubt[8:12, 20:30] = 0.5
+    (region,) = find_regions(anomaly_map, 1.0, prepared.layout, uncertainty=doubt)
+    assert region.contour == ((40, 4), (60, 4), (60, 8), (40, 8)) and region.uncertainty == 0.25
+    assert region.to_json() == {"box": [40, 4, 60, 8], "area": 80, "peak": 2.0, "uncertainty": 0.25}
+    assert region.to_json(contour=True)["contour"] == [[40, 4], [60, 4], [60, 8], [40, 8]]
+
+
+@given(arrays(np.float32, (12, 9), elements=st.integers(0, 6).map(float)), st.floats(0, 0.6))
+def test_below_its_level_a_map_has_a_region_and_from_it_on_none(anomaly_map, minimum):
+    valid = (1, 2, 9, 12)
+    level = region_level(anomaly_map, valid, minimum)
+    assert flagged(anomaly_map, level, valid, minimum)[1] == 0
+    assert flagged(anomaly_map, np.nextafter(level, -np.inf), valid, minimum)[1] > 0
+    if not minimum:
+        assert level == anomaly_map[2:12, 1:9].max()
+
+
+def test_small_areas_are_no_regions():
+    prepared = canvas(64, 64)
+    anomaly_map = np.zeros((64, 64), np.float32)
+    anomaly_map[10, 10] = 9.0
+    anomaly_map[20:24, 20:24] = 2.0
+    (region,) = find_regions(anomaly_map, 1.0, prepared.layout, minimum_area=16 / 64**2)
+    assert region.box == (20, 20, 24, 24) and region.area == 16
+    assert find_regions(anomaly_map, 1.0, prepared.layout, minimum_area=17 / 64**2) == ()

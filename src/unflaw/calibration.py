@@ -1,4 +1,4 @@
-"""From good pictures to decisions: threshold, p-value, heat-map scale. NumPy only, so that every runtime shares it."""
+"""From good pictures to decisions: thresholds, p-value, verdict, heat-map scale. No torch: every runtime shares it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from unflaw.results import Scale, Verdict
+from unflaw import conformal
+from unflaw.config import CalibrationOptions
+from unflaw.images import Box
+from unflaw.results import Region, Scale, Verdict
+from unflaw.scoring import region_level
 
 
 class Calibration(BaseModel):
@@ -22,12 +27,22 @@ class Calibration(BaseModel):
         scores: Their image scores, ascending.
         asked_rate: The false-alarm rate asked for.
         rate: The rate that `threshold` certifies: at most the asked one, or the smallest that n pictures can certify.
+            Below that only as an estimate, where there is a `tail`.
         threshold: Pictures that score above it are called defective.
-        pixel_threshold: The same rule over the largest map value of each picture: at most a share `rate` of good
-            pictures shows any region.
+        pixel_threshold: The same rule over the map of each picture: at most a share `rate` of good pictures, or the
+            smallest that is certified, shows any region.
         low: Median of the maps' values, the zero of the heat-map scale.
         defects: Scores of labelled defects, ascending, where they set the threshold.
         miss_rate: The share of defects like those that `threshold` misses: certified where it was asked for, else None.
+        review_rate: The share of good pictures, certified, that are called anything but good; None: no review.
+        review_threshold: Pictures that score above it, and not above `threshold`, are for review.
+        uncertainty_threshold: A region is dominated by uncertainty where that is higher on average. At most the share
+            of good pictures that review was asked for (else that of alarms) has any such value. None: there is no map.
+        review_uncertain: Defects whose first region is so are for review.
+        minimum_area: Smaller areas are no regions, share of the picture.
+        tail: Of the scores, where rates below the smallest certified one are estimated.
+        crossed: Each score was found without what was learned from its picture, but this detector has learned from all
+            of them: rates are about so, and how far they are certain is said in `crossfit`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +54,13 @@ class Calibration(BaseModel):
     low: float
     defects: tuple[float, ...] = ()
     miss_rate: float | None = None
+    review_rate: float | None = None
+    review_threshold: float | None = None
+    uncertainty_threshold: float | None = None
+    review_uncertain: bool = False
+    minimum_area: float = 0.0
+    tail: conformal.Tail | None = None
+    crossed: bool = False
 
     @property
     def scale(self) -> Scale:
@@ -46,18 +68,57 @@ class Calibration(BaseModel):
 
     @property
     def certified(self) -> bool:
-        return self.rate <= self.asked_rate
+        return self.rate <= self.asked_rate and not (self.estimated or self.crossed)
+
+    @property
+    def estimated(self) -> bool:
+        """Whether `threshold` is one that the tail estimates."""
+        return self.tail is not None and self.rate < self.smallest
+
+    @property
+    def smallest(self) -> float:
+        """The smallest rate that is certified, 1 / (n + 1)."""
+        return 1 / (len(self.scores) + 1)
 
     def p_value(self, score: float) -> float:
         """(1 + number of calibration scores ≥ score) / (n + 1), in [1 / (n + 1), 1]."""
-        n = len(self.scores)
-        return (1 + n - bisect.bisect_left(self.scores, score)) / (n + 1)
+        return conformal.p_value(self.scores, score)
 
-    def verdict(self, score: float) -> Verdict:
-        return "defect" if score > self.threshold else "good"
+    def estimated_p_value(self, score: float) -> float | None:
+        """What the tail says of a score beyond all calibration scores; elsewhere the p-value. None without a tail."""
+        if self.tail is None:
+            return None
+        found = self.p_value(score)
+        return found if found > self.smallest else min(found, self.tail.p_value(score))
+
+    def verdict(self, score: float, regions: Sequence[Region] = ()) -> Verdict:
+        """ "good" up to `review_threshold`, "defect" above `threshold`, and "review" between.
+
+        With `review_uncertain`, a defect is for review as well where the uncertainty map dominates its first region.
+        That takes verdicts away from "defect" and none from "good": both rates hold.
+        """
+        if score > self.threshold:
+            doubt = regions[0].uncertainty if self.review_uncertain and regions else None
+            limit = self.uncertainty_threshold
+            return "defect" if doubt is None or limit is None or doubt <= limit else "review"
+        return "review" if self.review_threshold is not None and score > self.review_threshold else "good"
 
     def describe(self) -> str:
         """One sentence for people."""
+        review = "" if self.review_rate is None else f"; with those for review {self.review_rate:.2%}"
+        return self._promise() + review
+
+    def reach(self) -> str:
+        """One sentence on what so many pictures can certify."""
+        found = conformal.certifiable(len(self.scores))
+        words = "give about" if self.crossed else "certify"
+        more = ", ".join(f"{rate:.2%} takes {conformal.needed(rate)}" for rate in (0.01, 0.001) if rate < found.rate)
+        return (
+            f"{found.n} good pictures {words} {found.rate:.2%} at best, on average over calibrations; 95 of 100 "
+            f"calibrations stay below {found.unlucky:.2%}" + (f"; {more}" if more else "")
+        )
+
+    def _promise(self) -> str:
         n = len(self.scores)
         if self.defects:
             found = sum(score > self.threshold for score in self.defects)
@@ -70,12 +131,76 @@ class Calibration(BaseModel):
                 f"{by} by {len(self.defects)} labelled defects, of which {found} are found; false-alarm rate about "
                 f"{self.rate:.2%}, from {n} good pictures"
             )
+        pictures = f"{n} good pictures " + ("by cross-fitting" if self.crossed else "outside of training")
         if self.certified:
-            return f"false-alarm rate {self.rate:.2%} or less, certified by {n} good pictures outside of training"
-        need = math.ceil(1 / self.asked_rate) - 1
-        return (
-            f"{n} good pictures outside of training certify a false-alarm rate of {self.rate:.2%}, not the "
-            f"{self.asked_rate:.2%} asked for; {need} would"
+            return f"false-alarm rate {self.rate:.2%} or less, certified by {pictures}"
+        reach = f"{pictures} {'give about' if self.crossed else 'certify'} a false-alarm rate of {self.smallest:.2%}"
+        if self.estimated and self.tail is not None:
+            fit = f"goodness of fit p = {self.tail.goodness:.2g}"
+            return f"false-alarm rate {self.rate:.2%}, estimated from the tail of the scores ({fit}); {reach}"
+        if self.rate <= self.asked_rate:
+            return f"false-alarm rate about {self.rate:.2%}, from {pictures}"
+        return f"{reach}, not the {self.asked_rate:.2%} asked for; {conformal.needed(self.asked_rate)} would"
+
+
+class Evidence:
+    """What good pictures outside of training show, gathered one by one.
+
+    Args:
+        minimum_area: Of a region, share of the picture.
+
+    Attributes:
+        scores: Of the pictures.
+        peaks: The `region_level` of their maps.
+        medians: Of their maps.
+        doubts: The largest values of their uncertainty maps, where there are some.
+    """
+
+    def __init__(self, minimum_area: float = 0.0) -> None:
+        self.minimum_area = minimum_area
+        self.scores: list[float] = []
+        self.peaks: list[float] = []
+        self.medians: list[float] = []
+        self.doubts: list[float] = []
+
+    def add(
+        self,
+        score: float,
+        anomaly_map: np.ndarray,
+        valid: Box,
+        uncertainty: np.ndarray | None = None,
+        counted: np.ndarray | None = None,
+    ) -> None:
+        """One picture: its score, its maps (h, w), the part of them that it covers, and what counts of that (h, w)."""
+        x0, y0, x1, y1 = valid
+        inside = np.s_[y0:y1, x0:x1] if counted is None else counted
+        self.scores.append(score)
+        self.peaks.append(region_level(anomaly_map, valid, self.minimum_area))
+        self.medians.append(float(np.median(anomaly_map[inside])))
+        if uncertainty is not None:
+            self.doubts.append(float(uncertainty[inside].max()))
+
+    def keep(self, before: Calibration) -> None:
+        """Counts the pictures of another calibration too: their scores, and its thresholds for each of their maps."""
+        n = len(before.scores)
+        self.scores += before.scores
+        self.peaks += [before.pixel_threshold] * n
+        self.medians += [before.low] * n
+        self.doubts += [before.uncertainty_threshold] * n if before.uncertainty_threshold is not None else []
+
+    def calibrate(self, options: CalibrationOptions, *, rate: float | None = None, **more: Any) -> Calibration:
+        """`calibrate` as the options say, for another rate where one is given; what is more is passed on."""
+        return calibrate(
+            self.scores,
+            self.peaks,
+            float(np.median(self.medians)) if self.medians else 0.0,
+            options.false_alarm_rate if rate is None else rate,
+            review_rate=options.review_rate,
+            doubts=self.doubts,
+            review_uncertain=options.review_uncertain,
+            minimum_area=self.minimum_area,
+            tail=options.tail,
+            **more,
         )
 
 
@@ -95,6 +220,12 @@ def calibrate(
     low: float,
     rate: float = 0.01,
     *,
+    review_rate: float = 0.0,
+    doubts: Sequence[float] = (),
+    review_uncertain: bool = False,
+    minimum_area: float = 0.0,
+    tail: bool = False,
+    crossed: bool = False,
     defects: Sequence[float] = (),
     miss_rate: float | None = None,
     cost_ratio: float | None = None,
@@ -106,9 +237,17 @@ def calibrate(
 
     Args:
         scores: Image scores of good pictures.
-        peaks: Largest map value of each of them.
+        peaks: For each of them, the least pixel threshold at which it shows no region (`scoring.region_level`).
         low: Median of the map values.
         rate: False-alarm rate asked for, in (0, 1).
+        review_rate: Share of good pictures that may be called anything but good, in [0, 1); where the rate that it
+            certifies is not above that of alarms, there is no review.
+        doubts: For each of the good pictures, the largest value of the uncertainty map; empty where there is none.
+        review_uncertain: Whether that has a say in verdicts.
+        minimum_area: Of a region, share of the picture: the one that `peaks` were found with.
+        tail: Estimate the threshold where n pictures cannot certify the rate, down to a tenth of 1 / (n + 1). It is
+            never below the highest score. Fewer than 40 pictures have no tail.
+        crossed: Scores are from cross-fitting.
         defects: Image scores of defective pictures.
         miss_rate: Share of defects that may be missed, in (0, 1): a defect exchangeable with those given is missed with
             at most this probability (split conformal prediction, for every number of them).
@@ -118,42 +257,60 @@ def calibrate(
     Raises:
         ValueError: No scores, scores that are not finite, or too few defects for the miss rate.
     """
-    if not scores or not all(map(math.isfinite, [*scores, *peaks])):
+    if not scores or not all(map(math.isfinite, [*scores, *peaks, *doubts])):
         raise ValueError("calibration needs finite scores of at least one good picture outside of training")
     if not all(map(math.isfinite, defects)):
         raise ValueError("scores of defects must be finite")
-    n = len(scores)
-    good, bad = sorted(scores), sorted(defects)
-    # p ≤ rate  ⇔  #{s_i ≥ s} ≤ rate·(n + 1) − 1  ⇔  s above the k-th largest score, k = ⌊rate·(n + 1)⌋
-    k = max(1, math.floor(rate * (n + 1) + 1e-9))
-    threshold, promised = good[-k], None
     by_defects = miss_rate is not None or cost_ratio is not None
-    if by_defects and not bad:
+    if by_defects and not defects:
         raise ValueError("a miss rate and a cost ratio need labelled defects")
+    n, good = len(scores), sorted(scores)
+    k, asked, found = conformal.rank(n, rate), rate, None
+    threshold, certified, promised = good[-k], k / (n + 1), None
+    if by_defects:
+        threshold, promised = _by_defects(good, sorted(defects), miss_rate, cost_ratio)
+        k = 1 + n - bisect.bisect_right(good, threshold)
+        certified = asked = k / (n + 1)
+    elif tail and asked < certified and (found := conformal.fit_tail(good)):
+        certified = max(asked, certified / conformal.REACH)
+        threshold = max(threshold, found.threshold(certified))
+    reviewed = conformal.rank(n, review_rate)
+    band = reviewed > k and good[-reviewed] < threshold
+    return Calibration(
+        scores=tuple(good),
+        asked_rate=asked,
+        rate=certified,
+        threshold=threshold,
+        pixel_threshold=sorted(peaks)[-min(k, n)],
+        low=low,
+        defects=tuple(sorted(defects)) if by_defects else (),
+        miss_rate=promised,
+        review_rate=reviewed / (n + 1) if band else None,
+        review_threshold=good[-reviewed] if band else None,
+        uncertainty_threshold=sorted(doubts)[-min(reviewed, len(doubts))] if doubts else None,
+        review_uncertain=review_uncertain,
+        minimum_area=minimum_area,
+        tail=found,
+        crossed=crossed,
+    )
+
+
+def _by_defects(
+    good: list[float], bad: list[float], miss_rate: float | None, cost_ratio: float | None
+) -> tuple[float, float | None]:
+    """The threshold that labelled defects set, and the miss rate it certifies, if that was asked for."""
     if miss_rate is not None:
         # missed ⇔ below the j-th smallest score of defects, j = ⌊miss_rate·(m + 1)⌋
         j = math.floor(miss_rate * (len(bad) + 1) + 1e-9)
         if j < 1:
-            need = math.ceil(1 / miss_rate) - 1
+            need = conformal.needed(miss_rate)
             raise ValueError(f"{len(bad)} defects cannot certify a miss rate of {miss_rate:.2%}; {need} would")
-        threshold, promised = math.nextafter(bad[j - 1], -math.inf), j / (len(bad) + 1)
-    elif cost_ratio is not None:
-        candidates = [math.nextafter(bad[0], -math.inf), *sorted({*good, *bad})]
+        return math.nextafter(bad[j - 1], -math.inf), j / (len(bad) + 1)
+    assert cost_ratio is not None
+    candidates = [math.nextafter(bad[0], -math.inf), *sorted({*good, *bad})]
 
-        def cost(t: float) -> float:
-            return (n - bisect.bisect_right(good, t)) / n + cost_ratio * bisect.bisect_right(bad, t) / len(bad)
+    def cost(t: float) -> float:
+        alarms = (len(good) - bisect.bisect_right(good, t)) / len(good)
+        return alarms + cost_ratio * bisect.bisect_right(bad, t) / len(bad)
 
-        threshold = max((t for t in candidates), key=lambda t: (-cost(t), t))
-    if by_defects:
-        k = 1 + n - bisect.bisect_right(good, threshold)
-        rate = k / (n + 1)
-    return Calibration(
-        scores=tuple(good),
-        asked_rate=rate,
-        rate=k / (n + 1),
-        threshold=threshold,
-        pixel_threshold=sorted(peaks)[-min(k, n)],
-        low=low,
-        defects=tuple(bad) if by_defects else (),
-        miss_rate=promised,
-    )
+    return max(candidates, key=lambda t: (-cost(t), t)), None

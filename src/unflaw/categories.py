@@ -55,12 +55,12 @@ def gather(data: Data | Mapping[str, Data]) -> tuple[list[Path], list[Path], dic
 
 
 def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float) -> tuple[Cache, dict[str, Cache]]:
-    """Pictures to train on, and by category those that calibrate: the last ones where it has no validation part.
+    """Pictures to train on, and by category those that calibrate: its validation part or, without one, the last ones.
 
     Args:
         cache: Of all good pictures but validation parts.
         validation: Those, where there are any.
-        share: Of the pictures of a category that is held out, at least two pictures.
+        share: Of the pictures of a category that is held out, at least two pictures; 0: none, it is cross-fitted.
         budget: Of `Cache.take`.
 
     Raises:
@@ -73,7 +73,7 @@ def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float
         first = len(rows)
         if validation is not None and name in given:
             calibrating[name] = validation.take(given[name], budget)
-        else:
+        elif share:
             heads = cache.heads(rows)
             left = len(heads) - max(2, round(share * len(heads)))
             if left < 2:

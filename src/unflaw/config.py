@@ -211,8 +211,20 @@ class CalibrationOptions(Settings):
     """Good pictures kept out of training, and the promise made from them."""
 
     holdout: float = Field(0.2, gt=0, lt=1, description="share of the good pictures kept out of training")
+    folds: int = Field(0, ge=0, description="2 or more: cross-fitting on all pictures instead; 0: none")
     false_alarm_rate: float = Field(0.01, gt=0, lt=1)
+    review_rate: float = Field(0.05, ge=0, lt=1, description="rate of good pictures not called good; 0: no review")
+    review_uncertain: bool = Field(False, description="review also where the uncertainty map dominates a defect")
+    minimum_area: float = Field(0.0, ge=0, lt=1, description="smaller areas are no regions; share of the picture")
+    tail: bool = Field(False, description="estimate thresholds of rates that the pictures cannot certify")
     extend: bool = Field(True, description="once they have calibrated, the memory learns the held-out pictures too")
+
+    @field_validator("folds")
+    @classmethod
+    def _several(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("one fold leaves nothing to learn from; give 2 or more, or 0 for a hold-out")
+        return folds
 
 
 Network = Annotated[

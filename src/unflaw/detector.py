@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from unflaw import __version__
 from unflaw.cache import Cache, build_cache, cells, stack
-from unflaw.calibration import Calibration, calibrate, calibrations
+from unflaw.calibration import Calibration, Evidence, calibrations
 from unflaw.categories import Category, Data, gather, hold_out
 from unflaw.config import Config, make_config
+from unflaw.crossfit import arrange, cross_fit, finish, gather_evidence, leave_one_out
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256
 from unflaw.display import DisplayDecoder
 from unflaw.drift import Reference, references
@@ -30,14 +32,10 @@ from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, read_metadata, write_atomically
 from unflaw.images import Prepared
 from unflaw.inspector import Inspector, Outputs
-from unflaw.layout import Window
-from unflaw.methods import Inspection, create
-from unflaw.mosaic import Mosaic
+from unflaw.methods import Inspection, Method, create
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.training import optimise, step_rng, uses_bfloat16
-
-FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
 
 
 class Detector(Inspector):
@@ -116,7 +114,7 @@ class Detector(Inspector):
         self.network = create(self.config, "later").eval()  # the same start, however often `fit` is called
         self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
         spared = {categories[path] for path in train} <= {categories[path] for path in validation}
-        share = 0.0 if spared else self.config.calibration.holdout
+        share = 0.0 if spared or self.config.calibration.folds else self.config.calibration.holdout
         cache = self._cache(train, seed=settings.seed, held_out=share, categories=categories, progress=progress)
         held = self._cache(validation, fit=False, categories=categories) if validation else None
         cached = time.perf_counter()
@@ -153,33 +151,59 @@ class Detector(Inspector):
     ) -> dict[str, Any]:
         """`fit` from cached features on: hold-out where there is no validation part, training, display, calibration.
 
+        With `calibration.folds`, cross-fitting takes the place of hold-out; see `crossfit`.
+
         Returns:
             "history" of losses, the number of pictures "held_out" and, where they have names, numbers by "categories".
         """
-        rng, options = step_rng(self.config.training.seed, 2**31), self.config.calibration
-        train, calibrating = hold_out(cache, validation, options.holdout, self.config.training.cache_gb * 2**30)
-        history = self._train(train, textures, rng, progress, checkpoint)
+        rng, options, network = step_rng(self.config.training.seed, 2**31), self.config.calibration, self.network
+        budget, share = self.config.training.cache_gb * 2**30, 0.0 if options.folds else options.holdout
+        train, calibrating = hold_out(cache, validation, share, budget)
+        trains = any(p.requires_grad for p in network.parameters())
+        start = copy.deepcopy(network) if options.folds and trains else network
+
+        def fold(part: Cache, number: int) -> Method:
+            def named(stage: str, done: int, total: int, loss: float | None) -> None:
+                progress(f"{stage} {number + 1}/{options.folds}", done, total, loss)
+
+            other, draws = copy.deepcopy(start), step_rng(self.config.training.seed, 2**31 + 1 + number)
+            self._train(other, part, textures, draws, named, None)
+            return other
+
+        history = self._train(network, train, textures, rng, progress, checkpoint)
         self._fit_display(train, progress)
+        crossed = {}
+        if trains and len(calibrating) < len(train.rows()):
+            crossed = cross_fit(fold, train, options, calibrating.keys(), budget)
         categories = {}
         for number, (name, rows) in enumerate(train.rows().items()):
-            self.network.turn_to(number)
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
-            first = train.mixed(rows)[:FINISHED_ON]
-            inside = train.cells(self.network.features.grid, first)
-            self.network.finish(train.features[torch.tensor(first)], inside, torch.tensor(first))
-            held = calibrating[name]
-            calibration = self._calibrated(held)
-            if options.extend:
-                self._arrange(held)
-                self.network.extend(held.features, rng)
-            looks = torch.cat([part.described[part.heads(own)] for part, own in ((train, rows), (held, None))])
-            looks = looks[torch.randperm(len(looks), generator=step_rng(self.config.training.seed, 2**31 + 1))]
-            categories[name] = Category(calibration, self.network.finished_state(), Reference(looks.numpy()))
+            finish(network, train, number, rows)
+            held = calibrating.get(name)
+            if name in crossed:
+                found = crossed[name]
+            elif held is not None:
+                found = gather_evidence(network, held, Evidence(options.minimum_area))
+            else:
+                found = leave_one_out(network, train, rows, options, budget)
+            calibration = found.calibrate(options, crossed=held is None)
+            looks = [train.described[train.heads(rows)]]
+            if held is not None:
+                looks.append(held.described[held.heads()])
+                if options.extend:
+                    arrange(network, held)
+                    network.extend(held.features, rng)
+            order = torch.randperm(sum(map(len, looks)), generator=step_rng(self.config.training.seed, 2**31 - 1))
+            remembered = Reference(torch.cat(looks)[order].numpy())
+            categories[name] = Category(calibration, network.finished_state(), remembered)
         self.categories_, self._selected = categories, name
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         counts = {
-            name: {"good_pictures": len(cache.heads(rows)), "held_out": calibrating[name].count}
+            name: {
+                "good_pictures": len(cache.heads(rows)),
+                "held_out": calibrating[name].count if name in calibrating else 0,
+            }
             for name, rows in cache.rows().items()
         }
         learned = {"history": history, "held_out": sum(held.count for held in calibrating.values())}
@@ -223,6 +247,7 @@ class Detector(Inspector):
         category: str | None = None,
         keep: bool = False,
         progress: Progress = silent,
+        **settings: Any,
     ) -> Calibration:
         """Sets thresholds and p-values anew, without training, from pictures of today.
 
@@ -235,6 +260,7 @@ class Detector(Inspector):
             rate: False-alarm rate asked for; None: that of the configuration.
             category: Of a detector of several.
             keep: Also counts the scores it was calibrated with before; right where both kinds of pictures will come.
+            **settings: `review_rate`, `review_uncertain`, `minimum_area` and `tail` in place of the configuration's.
 
         Returns:
             The new calibration, which is also in the detector.
@@ -254,6 +280,7 @@ class Detector(Inspector):
             cost_ratio=cost_ratio,
             category=category,
             keep=keep,
+            settings=settings,
             progress=progress,
         )
 
@@ -323,18 +350,19 @@ class Detector(Inspector):
 
     def _train(
         self,
+        network: Method,
         cache: Cache,
         textures: Tensor | None,
         rng: torch.Generator,
         progress: Progress,
         checkpoint: Path | None,
     ) -> list[dict[str, float]]:
-        network, settings = self.network, self.config.training
+        settings = self.config.training
         progress("memory", 0, 1, None)
         with torch.no_grad():
             numbers = {name: number for number, name in enumerate(cache.rows())}
             categories = torch.tensor([numbers[name] for name in cache.categories])
-            self._arrange(cache)
+            arrange(network, cache)
             extras = network.setup(cache.features, textures, rng, categories)
         progress("memory", 1, 1, None)
         tensors = {"features": cache.features, **extras}
@@ -385,36 +413,6 @@ class Detector(Inspector):
 
         n, steps = len(cache), settings.display_steps
         optimise(decoder, loss, n, steps, settings, stage="display", progress=progress)
-
-    def _arrange(self, cache: Cache) -> None:
-        """Tells the memories which rows belong together, and what of them counts."""
-        self.network.arrange(cache.pictures, cache.cells(self.network.features.grid))
-
-    @torch.inference_mode()
-    def _calibrated(self, cache: Cache) -> Calibration:
-        scores: list[float] = []
-        peaks: list[float] = []
-        medians: list[float] = []
-        for mosaic in self._pieced(cache.windows, lambda rows: cache.features[rows].float()):
-            score, found = mosaic.result()
-            values = mosaic.layout.inside(found["map"])
-            scores.append(score)
-            peaks.append(float(values.max()))
-            medians.append(float(np.median(values)))
-        return calibrate(scores, peaks, float(np.median(medians)), self.config.calibration.false_alarm_rate)
-
-    def _pieced(self, windows: Sequence[Window], features: Callable[[Tensor], Tensor]) -> Iterator[Mosaic]:
-        """What the network finds in pictures one after the other, from features of their windows, F of given rows."""
-        grid, mosaic = self.network.features.grid, None
-        for rows in torch.arange(len(windows)).split(8):
-            shown = [windows[row] for row in rows.tolist()]
-            maps, scores = self.network.fuse(self.network(features(rows)), cells(shown, grid))
-            for window, found, score in zip(shown, maps.numpy(), scores.tolist(), strict=True):
-                mosaic = mosaic or Mosaic(window.layout)
-                mosaic.add(score, {"map": found})
-                if mosaic.complete:
-                    yield mosaic
-                    mosaic = None
 
     @torch.inference_mode()
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:

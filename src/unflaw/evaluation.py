@@ -13,6 +13,7 @@ from unflaw.errors import TrainingError
 from unflaw.inspector import Inspector
 from unflaw.measurement import Measurement
 from unflaw.results import Evaluation, Inspected, Result
+from unflaw.risk import risk
 from unflaw.streams import Progress, silent
 
 SHOWN = 40  # pictures kept whole for the report
@@ -67,12 +68,14 @@ def evaluate(
         raise TrainingError(
             f"{dataset.name}: there are no test pictures; give a folder with test/good and test/<defect>"
         )
-    measured = Measurement(dataset, detector.config.preparation, spool=spool)
+    regions = calibration.pixel_threshold, calibration.minimum_area
+    measured = Measurement(dataset, detector.config.preparation, regions=regions, spool=spool)
     skipped: list[tuple[str, str]] = []
     gallery = _Gallery(SHOWN if shown is None else shown)
     started, cpu = time.perf_counter(), time.process_time()
     for sample, result in _inspected(detector, dataset.test, category, skipped, progress):
-        facts = {"p_value": result.p_value, "verdict": result.verdict}
+        doubt = result.regions[0].uncertainty if result.regions else None
+        facts = {"p_value": result.p_value, "verdict": result.verdict, "uncertainty": doubt}
         mask = measured.add(sample, result.score, result.map, result.valid, result.counted, **facts)
         gallery.add(Inspected(result, sample.label, sample.defect, mask))
     elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -80,17 +83,21 @@ def evaluate(
     if not rows:
         raise TrainingError(f"{dataset.name}: none of the {len(skipped)} test pictures could be read; {skipped[0][1]}")
     started_metrics = time.perf_counter()
+    risks, curves = risk(rows, calibration)
     metrics: dict[str, Any] = {
         **measured.metrics(),
         "false_alarms": sum(row["verdict"] == "defect" and not row["label"] for row in rows),
         "missed": sum(row["verdict"] == "good" and bool(row["label"]) for row in rows),
+        "review_good": sum(row["verdict"] == "review" and not row["label"] for row in rows),
+        "review_defective": sum(row["verdict"] == "review" and bool(row["label"]) for row in rows),
+        "risk": risks,
         "skipped": skipped,
         "problems": list(dataset.problems),
         "dataset": dataset.name,
     }
     if category:
         metrics["category"] = category
-    metrics["threshold"] = calibration.threshold
+    metrics["threshold"], metrics["review_threshold"] = calibration.threshold, calibration.review_threshold
     metrics["calibration"] = calibration.describe()
     metrics["timing"] = {
         "seconds": round(elapsed, 2),
@@ -101,7 +108,7 @@ def evaluate(
     }
     metrics["config"] = detector.config.model_dump(mode="json")
     pictures = measured.per_picture() if spool else None
-    return Evaluation(metrics, rows, measured.curves(), gallery.pictures(), skipped, pictures)
+    return Evaluation(metrics, rows, measured.curves() | curves, gallery.pictures(), skipped, pictures)
 
 
 def _inspected(
@@ -128,7 +135,7 @@ class _Gallery:
         self.kept: dict[tuple[bool, str], list[Inspected]] = defaultdict(list)
 
     def add(self, item: Inspected) -> None:
-        wrong = (item.result.verdict == "defect") != bool(item.label)
+        wrong = item.result.verdict == ("good" if item.label else "defect")
         group = self.kept[wrong, item.defect]
         group.append(replace(item, result=replace(item.result, image=item.result.image.copy())))
         # the worst mistakes and, of right verdicts, those nearest to being mistakes

@@ -20,6 +20,7 @@ from torch import nn
 from unflaw import __version__
 from unflaw.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
 from unflaw.config import Config
+from unflaw.crossfit import pieced
 from unflaw.datasets import Dataset, fingerprint
 from unflaw.detector import Detector
 from unflaw.drift import STATISTICS
@@ -152,7 +153,7 @@ class CachedDetector(Detector):
     def _results(self, part: Part, category: str | None) -> list[Result]:
         calibration, project = self.select(category), self.network.features.project
         nothing, results = np.empty((0, 0, 3), np.uint8), []
-        for mosaic in self._pieced(part.windows, lambda rows: project(part.raw[rows])):
+        for mosaic in pieced(self.network, part.windows, lambda rows: project(part.raw[rows])):
             s, found = mosaic.result()
             box, counted = mosaic.layout.box, mosaic.layout.counted
             verdict = calibration.p_value(s), calibration.verdict(s)

@@ -177,18 +177,27 @@ class Inspector(ABC):
         """From what was found in all windows of a picture to decisions."""
         calibration, reference = self.calibrations[category], self.references.get(category)
         score, layers = mosaic.result()
-        anomaly_map, image = layers.pop("map"), layers.pop("image")
+        anomaly_map, image, laid = layers.pop("map"), layers.pop("image"), mosaic.layout
+        regions = find_regions(
+            anomaly_map,
+            calibration.pixel_threshold,
+            laid,
+            minimum_area=calibration.minimum_area,
+            uncertainty=layers.get("uncertainty"),
+        )
         return Result(
             score=score,
             p_value=calibration.p_value(score),
-            verdict=calibration.verdict(score),
+            verdict=calibration.verdict(score, regions),
             map=anomaly_map,
-            regions=find_regions(anomaly_map, calibration.pixel_threshold, mosaic.layout),
+            regions=regions,
             image=image,
-            valid=mosaic.layout.box,
+            valid=laid.box,
             layers=layers,
             path=path,
             drift=None if reference is None else reference.p_value(described),
             described=described,
-            counted=mosaic.layout.counted,
+            counted=laid.counted,
+            size=laid.original_size,
+            p_estimated=calibration.estimated_p_value(score),
         )

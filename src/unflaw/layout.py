@@ -238,6 +238,12 @@ class Layout:
         top_edge, bottom_edge = _rescale(box[1] * step - top, box[3] * step - top, y1 - y0, bottom - top)
         return x0 + left_edge, y0 + top_edge, x0 + right_edge, y0 + bottom_edge
 
+    def points_to_original(self, points: np.ndarray) -> np.ndarray:
+        """Points (..., 2), x and y on the map, as points in the picture; float64, clipped to the region's box."""
+        (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, np.array(self.crop)
+        scale = np.array([x1 - x0, y1 - y0]) / (right - left, bottom - top)
+        return ((points * self.step - (left, top)) * scale + (x0, y0)).clip((x0, y0), (x1, y1))
+
     def area_to_original(self, area: float) -> float:
         """An area in pixels of the map as an area in pixels of the picture."""
         (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, self.crop

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from unflaw.datasets import Dataset, Sample
-from unflaw.images import ImageError, Preparation, prepare_mask, read_mask
+from unflaw.images import Box, ImageError, Preparation, prepare_mask, read_mask
 from unflaw.metrics import (
     Array,
     OverlapAccumulator,
@@ -20,7 +21,42 @@ from unflaw.metrics import (
     precision_recall_curve,
     roc_curve,
 )
+from unflaw.scoring import EIGHT_CONNECTED, flagged
 from unflaw.statistics import MapSpool, PerPicture
+
+
+class RegionTally:
+    """Predicted regions against true ones, on the canvas.
+
+    Args:
+        threshold: The pixel threshold.
+        minimum_area: Of predicted regions, share of the picture.
+    """
+
+    def __init__(self, threshold: float, minimum_area: float) -> None:
+        self.threshold, self.minimum_area = threshold, minimum_area
+        self.touched = self.true = self.good = self.good_with = self.false = 0
+
+    def add(self, anomaly_map: Array, mask: Array | None, valid: Box) -> None:
+        """A map (S, S) and, of a defective picture, its mask; true regions are 8-connected as well."""
+        labels, n = flagged(anomaly_map, self.threshold, valid, self.minimum_area)
+        if mask is None:
+            self.good, self.good_with, self.false = self.good + 1, self.good_with + (n > 0), self.false + n
+        else:
+            areas, count = ndimage.label(mask, EIGHT_CONNECTED)
+            self.true += count
+            self.touched += len(np.setdiff1d(areas[labels > 0], 0))
+
+    def metrics(self) -> dict[str, Any]:
+        """ "region_recall" (of true regions, those that a predicted one touches), "regions_found", "regions_true",
+        "good_with_regions" (share of good pictures that show any) and "false_regions" (per good picture)."""
+        return {
+            "region_recall": self.touched / self.true if self.true else None,
+            "regions_found": self.touched,
+            "regions_true": self.true,
+            "good_with_regions": self.good_with / self.good if self.good else None,
+            "false_regions": self.false / self.good if self.good else None,
+        }
 
 
 class Measurement:
@@ -32,19 +68,28 @@ class Measurement:
     Args:
         dataset: Its test part says whether there are masks.
         preparation: Of the pictures that the maps are of.
+        regions: Pixel threshold and minimum area of predicted regions, where they are to be measured.
         spool: Keeps the maps in a file for `per_picture`.
 
     Attributes:
         rows: Per picture "path label defect score" and the facts that `add` was given.
     """
 
-    def __init__(self, dataset: Dataset, preparation: Preparation, *, spool: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        preparation: Preparation,
+        *,
+        regions: tuple[float, float] | None = None,
+        spool: bool = False,
+    ) -> None:
         self.preparation = preparation
         self.masks_known = any(sample.mask for sample in dataset.test)
         self.rows: list[dict[str, Any]] = []
         self._pixels, self._overlap = PixelAccumulator(), OverlapAccumulator()
         self._saturated = PixelAccumulator() if any(sample.regions for sample in dataset.test) else None
         self._per_defect: dict[str, PixelAccumulator] = defaultdict(lambda: PixelAccumulator(limit=2**22))
+        self._found = None if regions is None else RegionTally(*regions)
         self._spool = MapSpool() if spool and self.masks_known else None
 
     def add(
@@ -52,7 +97,7 @@ class Measurement:
         sample: Sample,
         score: float,
         anomaly_map: Array,
-        valid: tuple[int, ...],
+        valid: Box,
         counted: Array | None = None,
         **facts: Any,
     ) -> Array | None:
@@ -67,6 +112,8 @@ class Measurement:
         row = {"path": str(sample.path), "label": sample.label, "defect": sample.defect, "score": score}
         self.rows.append(row | facts)
         mask = self._mask(sample)
+        if self._found is not None and (sample.label == 0 or mask is not None):
+            self._found.add(anomaly_map, mask, valid)
         if self.masks_known and (sample.label == 0 or mask is not None):
             x0, y0, x1, y1 = valid
             inside = np.s_[y0:y1, x0:x1]
@@ -84,7 +131,7 @@ class Measurement:
         return mask
 
     def metrics(self) -> dict[str, Any]:
-        """`METRICS` of `results`, None where undefined, "per_defect", "n_images" and "n_good".
+        """`METRICS` of `results`, None where undefined, "per_defect", "n_images", "n_good" and those of `RegionTally`.
 
         "per_defect" holds each defect type against all good pictures, and pixel AUROC within the pictures of that type.
         """
@@ -97,6 +144,8 @@ class Measurement:
         }
         if not self.masks_known:
             found |= {name: None for name in found if not name.startswith("image")}
+        if self._found is not None:
+            found |= self._found.metrics()
         labels = self._ranked()[1]
         counts = {"n_images": len(labels), "n_good": int((labels == 0).sum())}
         return {**found, "per_defect": self._defects(), **counts}
@@ -152,7 +201,8 @@ class Measurement:
                 "pixel_auroc": pixels.get("pixel_auroc"),
             }
             if "verdict" in members[0]:
-                table[defect]["found"] = sum(row["verdict"] == "defect" for row in members)
+                for column, verdict in (("found", "defect"), ("review", "review")):
+                    table[defect][column] = sum(row["verdict"] == verdict for row in members)
         return table
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unflaw.annotations import numbered
+from unflaw.batch import Sink
 from unflaw.drift import RATE, Drift, check_rate
 from unflaw.inspector import Inspector
 from unflaw.results import Result
@@ -31,6 +33,7 @@ def predict(
     category: str | None = None,
     pictures: bool = False,
     drift_rate: float = RATE,
+    sinks: Sequence[Sink] = (),
     progress: Progress = silent,
 ) -> Predicted:
     """Inspects files in order and writes `out/results.jsonl`, line by line, so that an interruption loses nothing.
@@ -41,6 +44,7 @@ def predict(
 
     Args:
         drift_rate: False-alarm rate of the drift alarm.
+        sinks: See every outcome, after its line is written. The caller closes them.
 
     Raises:
         DetectorError: As `Inspector.select`. ValueError: As `drift.Reference.test`.
@@ -62,10 +66,7 @@ def predict(
                 described += [] if outcome.described is None else [outcome.described]
                 line = outcome.to_json()
                 if pictures:
-                    stem = (
-                        paths[i].stem.encode(errors="replace")[:100].decode(errors="ignore")
-                    )  # whole names can be too long
-                    name = f"{i:05d}_{stem}.png"
+                    name = f"{numbered(i, paths[i])}.png"
                     panel(outcome, scale).save(folder / name)
                     line["picture"] = f"pictures/{name}"
             else:
@@ -73,6 +74,8 @@ def predict(
                 line = {"path": outcome[0], "error": str(outcome[1])}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
+            for sink in sinks:
+                sink.add(paths[i], outcome if isinstance(outcome, Result) else outcome[1])
             progress("inspecting", i + 1, len(paths), None)
     drift = None if reference is None or not described else reference.test(described, drift_rate)
     (out / "drift.json").write_text(json.dumps(drift and drift.to_json(), indent=2) + "\n")

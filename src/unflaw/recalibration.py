@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from unflaw.calibration import Calibration, calibrate
+from unflaw.calibration import Calibration, Evidence
+from unflaw.config import CalibrationOptions
 from unflaw.datasets.samples import Sample, digest, short_digest
 from unflaw.detector import Detector
 from unflaw.drift import Reference
@@ -27,10 +29,12 @@ def recalibrate(
     cost_ratio: float | None,
     category: str | None,
     keep: bool,
+    settings: Mapping[str, Any],
     progress: Progress,
 ) -> Calibration:
     """What `Detector.calibrate` does; arguments, result and errors are said there. On an error nothing changes."""
-    before, config = detector.select(category), detector.config.calibration
+    before = detector.select(category)
+    options = CalibrationOptions.model_validate(detector.config.calibration.model_dump() | dict(settings))
     paths = [good, defects]
     seen = set(detector.record_.get("seen", []))
     if known := [path for path in paths[0] if path.is_file() and short_digest(path) in seen]:
@@ -38,37 +42,30 @@ def recalibrate(
             f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
             "and finds them more normal than new ones. Leave them out"
         )
-    scores: list[list[float]] = [[], []]
-    peaks, medians, described = list[float](), list[float](), list[np.ndarray]()
+    found, missable, described = Evidence(options.minimum_area), list[float](), list[np.ndarray]()
     total = sum(map(len, paths))
     for kind, part in enumerate(paths):
         for outcome in detector.inspect_many(part, category=category):
             if not isinstance(outcome, Result):
                 raise TrainingError(f"{outcome[1]}; leave it out, or mend it")
-            scores[kind].append(outcome.score)
-            progress("calibrating", len(scores[0]) + len(scores[1]), total, None)
             if kind == 0:
-                x0, y0, x1, y1 = outcome.valid
-                values = outcome.map[y0:y1, x0:x1] if outcome.counted is None else outcome.map[outcome.counted]
-                peaks.append(float(values.max()))
-                medians.append(float(np.median(values)))
+                found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty, outcome.counted)
                 described += [] if outcome.described is None else [outcome.described]
-    if not scores[0]:
+            else:
+                missable.append(outcome.score)
+            progress("calibrating", len(found.scores) + len(missable), total, None)
+    if not found.scores:
         raise TrainingError("there are no good pictures to calibrate with")
     if keep:
-        # the peaks of before are not kept: its threshold stands for each of them
-        scores[0] += before.scores
-        peaks += [before.pixel_threshold] * len(before.scores)
-        medians += [before.low] * len(before.scores)
-    asked = config.false_alarm_rate if rate is None else rate
-    low = float(np.median(medians))
-    found = calibrate(scores[0], peaks, low, asked, defects=scores[1], miss_rate=miss_rate, cost_ratio=cost_ratio)
+        found.keep(before)
+    by_defects: dict[str, Any] = {"defects": missable, "miss_rate": miss_rate, "cost_ratio": cost_ratio}
+    after = found.calibrate(options, rate=rate, crossed=keep and before.crossed, **by_defects)
     name = detector.category(category)
     own = detector.categories_[name]
     if described and own.reference is not None:  # today's pictures are no drift from now on
         described += list(own.reference.described) if keep else []
         own = own._replace(reference=Reference(np.random.default_rng(0).permutation(described)))
-    detector.categories_[name] = own._replace(calibration=found)
+    detector.categories_[name] = own._replace(calibration=after)
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **({"category": name} if name else {}),
@@ -76,8 +73,8 @@ def recalibrate(
         "defects": len(paths[1]),
         "kept": len(before.scores) if keep else 0,
         "digest": digest([Sample(path, kind) for kind, part in enumerate(paths) for path in part]),
-        "threshold": found.threshold,
-        "described": found.describe(),
+        "threshold": after.threshold,
+        "described": after.describe(),
     }
     detector.record_ = detector.record_ | {"calibrations": [*detector.record_.get("calibrations", []), entry]}
-    return found
+    return after

@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from unflaw.statistics import PerPicture
 
-Verdict = Literal["good", "defect"]
+Verdict = Literal["good", "review", "defect"]
 # Figures of an evaluation that can be compared, in the order in which they are shown.
 METRICS = (
     *("image_auroc", "image_ap", "image_f1_max"),
@@ -29,14 +29,22 @@ class Region:
         box: `(x0, y0, x1, y1)` in pixels of the original picture; x1 and y1 are exclusive.
         area: Pixels of the original picture.
         peak: Largest map value inside.
+        uncertainty: Mean of the uncertainty map inside; None where the method does not estimate one.
+        contour: Corners (x, y) of the polygon around it, in pixels of the original picture.
     """
 
     box: tuple[int, int, int, int]
     area: int
     peak: float
+    uncertainty: float | None = None
+    contour: tuple[tuple[float, float], ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return {"box": list(self.box), "area": self.area, "peak": self.peak}
+    def to_json(self, contour: bool = False) -> dict[str, Any]:
+        """What is known, as JSON; the contour where it is asked for."""
+        found: dict[str, Any] = {"box": list(self.box), "area": self.area, "peak": self.peak}
+        if self.uncertainty is not None:
+            found["uncertainty"] = self.uncertainty
+        return found | ({"contour": [list(point) for point in self.contour]} if contour else {})
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,8 @@ class Result:
     Attributes:
         score: Image score, raw and unbounded; comparable between pictures of one detector only.
         p_value: Share of held-out good pictures that score at least as high, in (0, 1]: `(1 + #{s_i >= s}) / (n + 1)`.
-        verdict: "defect" where the score exceeds the threshold calibrated for the stated false-alarm rate.
+        verdict: "defect" where the score exceeds the threshold calibrated for the stated false-alarm rate; "review"
+            where the evidence is ambiguous (see `Calibration.verdict`); else "good".
         map: Anomaly map, raw values.
         regions: Areas above the pixel threshold, largest peak first.
         image: (h, w, 3) uint8, the picture as the detector saw it.
@@ -60,6 +69,9 @@ class Result:
             small where camera, light, focus or product have changed. None where the detector remembers none.
         described: What `drift.describe` says of the picture, (D,).
         counted: (h, w) bool, what counts of the map; None where that is all of `valid`.
+        size: (width, height) of the original picture; (0, 0) where it is not known, and there are no regions.
+        p_estimated: Where the calibration has a tail: an estimate of the share of good pictures that score higher,
+            which goes below what `p_value` can reach.
     """
 
     score: float
@@ -74,21 +86,25 @@ class Result:
     drift: float | None = None
     described: np.ndarray | None = field(default=None, repr=False)
     counted: np.ndarray | None = field(default=None, repr=False)
+    size: tuple[int, int] = (0, 0)
+    p_estimated: float | None = None
 
     @property
     def uncertainty(self) -> np.ndarray | None:
         """The uncertainty map V, or None where the method does not estimate one."""
         return self.layers.get("uncertainty")
 
-    def to_json(self) -> dict[str, Any]:
-        """One line of `results.jsonl`: numbers only, no maps."""
+    def to_json(self, contours: bool = False) -> dict[str, Any]:
+        """One line of `results.jsonl`: numbers only, no maps; contours of regions where they are asked for."""
+        estimated = {} if self.p_estimated is None else {"p_estimated": self.p_estimated}
         return {
             "path": self.path,
             "score": self.score,
             "p_value": self.p_value,
+            **estimated,
             "verdict": self.verdict,
             "drift": self.drift,
-            "regions": [region.to_json() for region in self.regions],
+            "regions": [region.to_json(contours) for region in self.regions],
         }
 
 

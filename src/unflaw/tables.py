@@ -18,7 +18,7 @@ def lines(metrics: Mapping[str, Any]) -> str:
     known = defined([metrics])
     kinds = [[name for name in known if name.startswith(kind)] for kind in ("image", "pixel", ("au", "spro"))]
     shown = ["  ".join(f"{name} {_number(metrics[name])}" for name in names) for names in kinds]
-    return "\n".join([*shown, _verdicts(metrics), metrics["calibration"]])
+    return "\n".join([*shown, _verdicts(metrics), *_regions(metrics), metrics["calibration"]])
 
 
 def table(metrics: Mapping[str, Mapping[str, Any]], mean: Mapping[str, float | None]) -> str:
@@ -39,8 +39,19 @@ def _number(value: float | None) -> str:
 def _verdicts(metrics: Mapping[str, Any]) -> str:
     return (
         f"{metrics['n_images']} pictures: {metrics['false_alarms']} false alarms among {metrics['n_good']} good ones, "
-        f"{metrics['missed']} missed of {metrics['n_images'] - metrics['n_good']} defective ones"
+        f"{metrics['missed']} missed of {metrics['n_images'] - metrics['n_good']} defective ones, "
+        f"for review {metrics['review_good']} good and {metrics['review_defective']} defective ones"
     )
+
+
+def _regions(metrics: Mapping[str, Any]) -> list[str]:
+    """A line on predicted regions, where there are masks or good pictures to compare them with."""
+    found = []
+    if metrics["region_recall"] is not None:
+        found.append(f"{metrics['regions_found']} of {metrics['regions_true']} true regions are touched by one")
+    if metrics["false_regions"] is not None:
+        found.append(f"{metrics['false_regions']:.3g} per good picture, on {metrics['good_with_regions']:.2%} of these")
+    return [f"regions: {'; '.join(found)}"] if found else []
 
 
 def summary(values: Sequence[float | None]) -> dict[str, float | None]:

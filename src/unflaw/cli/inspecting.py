@@ -88,6 +88,26 @@ def predict(
     pictures: Annotated[bool, typer.Option("--pictures", help="Also write a panel for each picture.")] = False,
     drift_rate: Annotated[float, typer.Option(help="False-alarm rate of the drift alarm.")] = 0.01,
     category: Category = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Pictures of one part: 'folder', or a regular expression whose group names it. → parts.jsonl"
+        ),
+    ] = None,
+    combine: Annotated[
+        str, typer.Option(help="How their p-values are combined: bonferroni, harmonic, geometric or mean.")
+    ] = "bonferroni",
+    fdr: Annotated[
+        float | None,
+        typer.Option(help="Mark discoveries in the whole batch at this false discovery rate, such as 0.1."),
+    ] = None,
+    coco: Annotated[Path | None, typer.Option(help="Write regions there, as COCO annotations.")] = None,
+    labelme: Annotated[
+        bool, typer.Option("--labelme", help="Write regions to OUT/labelme, a file per picture.")
+    ] = False,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit code 4 if any picture is defective, else 5 if any is for review.")
+    ] = False,
 ) -> None:
     """Inspect pictures: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
 
@@ -96,23 +116,50 @@ def predict(
     Example:  unflaw predict parts.safetensors parts/new 0001.png --out results --pictures
     """
     with errors():
+        from unflaw.annotations import Coco, LabelMe
+        from unflaw.batch import Discoveries, Parts, Sink
+        from unflaw.conformal import COMBINATIONS
         from unflaw.prediction import predict as run
 
+        if combine not in COMBINATIONS:
+            raise ValueError(f"--combine {combine}: there are {', '.join(COMBINATIONS)}")
+        if coco is not None:
+            writable(coco)
         paths = pictures_in(inputs)
         out.mkdir(parents=True, exist_ok=True)
         detector = load_detector(model)
+        calibration, sinks = detector.select(category), list[Sink]()
+        if group_by is not None:
+            sinks.append(Parts(out / "parts.jsonl", paths, group_by, calibration, combine))
+        if fdr is not None:
+            sinks.append(Discoveries(out / "results.jsonl", fdr, calibration))
+        if coco is not None:
+            sinks.append(Coco(coco))
+        if labelme:
+            sinks.append(LabelMe(out / "labelme"))
         with progress_bars() as progress:
             counts, drift = run(
-                detector, paths, out, category=category, pictures=pictures, drift_rate=drift_rate, progress=progress
+                detector,
+                paths,
+                out,
+                category=category,
+                pictures=pictures,
+                drift_rate=drift_rate,
+                sinks=sinks,
+                progress=progress,
             )
         typer.echo(
-            f"{out / 'results.jsonl'}: {counts['good']} good, {counts['defect']} defective, "
-            f"{counts['error']} not readable"
+            f"{out / 'results.jsonl'}: {counts['good']} good, {counts['review']} for review, "
+            f"{counts['defect']} defective, {counts['error']} not readable"
         )
+        for sink in sinks:
+            typer.echo(sink.close())
         if drift is not None:
             typer.echo(drift.describe())
         if counts["error"]:
             raise typer.Exit(3)
+        if exit_code and (counts["defect"] or counts["review"]):
+            raise typer.Exit(4 if counts["defect"] else 5)
 
 
 @app.command()
@@ -136,6 +183,7 @@ def info(model: ModelFile) -> None:
         for name, calibration in calibrations(metadata).items():
             of = f"category {name}" if name else "calibration"
             typer.echo(f"{of}: {calibration.describe()}; threshold {calibration.threshold:.4g}")
+            typer.echo(f"{of}: {calibration.reach()}")
         typer.echo(json.dumps({"record": record, "config": metadata["config"]}, indent=2))
 
 

@@ -23,6 +23,8 @@ from unflaw.cli.common import (
     writable,
 )
 
+_TAIL = "Estimate thresholds of rates that the pictures cannot certify, from the tail of their scores."
+
 
 @app.command()
 def train(
@@ -37,6 +39,7 @@ def train(
     fit: Annotated[str | None, typer.Option(help="stretch, or pad to keep the aspect ratio.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same detector.")] = None,
     rate: Annotated[float | None, typer.Option(help="False-alarm rate to calibrate for, such as 0.01.")] = None,
+    tail: Annotated[bool, typer.Option("--tail", help=_TAIL)] = False,
     textures: Annotated[Path | None, typer.Option(help="Folder of texture pictures for artificial anomalies.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, such as training.steps=200.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint after an interruption.")] = False,
@@ -56,6 +59,7 @@ def train(
         "training.seed": seed,
         "training.textures": str(textures) if textures else None,
         "calibration.false_alarm_rate": rate,
+        "calibration.tail": tail or None,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     with errors():
@@ -96,6 +100,13 @@ def calibrate(
     cost_ratio: Annotated[
         float | None, typer.Option(min=0, help="What a missed defect costs if a false alarm costs 1; needs --defect.")
     ] = None,
+    review_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Rate of good pictures not called good; 0: no review.")
+    ] = None,
+    minimum_area: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Smaller areas are no regions; share of the picture.")
+    ] = None,
+    tail: Annotated[bool, typer.Option("--tail", help=_TAIL)] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Also count the pictures that calibrated it before.")] = False,
     category: Category = None,
 ) -> None:
@@ -106,12 +117,13 @@ def calibrate(
     with errors():
         if len([option for option in (rate, miss_rate, cost_ratio) if option is not None]) > 1:
             raise ValueError("--rate, --miss-rate and --cost-ratio each set the threshold; give one of them")
-        if any(option in (0, 1) for option in (rate, miss_rate)):
+        if any(option in (0, 1) for option in (rate, miss_rate)) or 1 in (review_rate, minimum_area):
             raise ValueError("a rate must lie between 0 and 1, such as 0.01")
         if defect and miss_rate is None and cost_ratio is None:
             raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
         writable(out or model)
         detector = load_detector(model)
+        asked = {"review_rate": review_rate, "minimum_area": minimum_area, "tail": tail or None}
         with progress_bars() as progress:
             found = detector.calibrate(
                 pictures_in(good),
@@ -122,6 +134,7 @@ def calibrate(
                 category=category,
                 keep=keep,
                 progress=progress,
+                **{name: value for name, value in asked.items() if value is not None},
             )
         detector.save(out or model)
         typer.echo(f"{out or model}: {found.describe()}; threshold {found.threshold:.4g}")

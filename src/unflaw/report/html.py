@@ -31,11 +31,21 @@ _METRICS = {
     "aupimo": ("AUPIMO", "share found of each picture's defects while 1 to 10 of 100,000 good pixels are marked"),
     "spro_05": ("sPRO 5%", "as AUPRO 5%, but of each defect only as much need be found as its kind asks for"),
 }
+# Of verdicts and regions, at the detector's own thresholds.
+_DECISIONS = {
+    "region_recall": ("Region recall", "share of the true defect areas that a predicted region touches"),
+    "false_regions": ("False regions", "per good picture"),
+    "good_with_regions": ("Good with regions", "share of good pictures that show any region"),
+    "review_good": ("Good for review", "good pictures that went to review"),
+    "review_defective": ("Defects for review", "defective pictures that went to review"),
+}
 # name -> title, x axis, y axis, end of the x axis. PRO is only of interest where few good pixels are marked.
 _CURVES = {
     "roc": ("ROC, pictures", "false-alarm rate", "detection rate", 1.0),
     "pr": ("Precision and recall, pictures", "recall", "precision", 1.0),
     "pro": ("Per-region overlap, pixels", "false-positive rate", "overlap", 0.3),
+    "risk": ("Review by p-value", "share sent to review", "share of errors left", 1.0),
+    "risk_uncertainty": ("Review with uncertainty", "share sent to review", "share of errors left", 1.0),
 }
 
 
@@ -110,8 +120,9 @@ def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
     return {
         "name": name,
         "metrics": metrics,
+        "decisions": {name: about for name, about in _DECISIONS.items() if metrics.get(name) is not None},
         "defect_columns": list(dict.fromkeys(column for values in per_defect for column in values)),
-        "scores": _histogram(rows, metrics.get("threshold")) if rows else None,
+        "scores": _histogram(rows, metrics.get("threshold"), metrics.get("review_threshold")) if rows else None,
         "curves": [(_points(*curves[name], about[-1]), *about) for name, about in _CURVES.items() if name in curves],
         "cards": [_card(inspected, scale) for inspected in evaluation.shown],
         "scale": scale,
@@ -122,7 +133,9 @@ def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
 
 
 def _outcome(label: int, verdict: str) -> str:
-    """What a verdict was worth: "correct", "missed" or "false alarm"."""
+    """What a verdict was worth: "correct", "review", "missed" or "false alarm"."""
+    if verdict == "review":
+        return verdict
     mistake = "missed" if label else "false alarm"
     return "correct" if (verdict == "defect") == bool(label) else mistake
 
@@ -135,7 +148,11 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
         if outcomes:
             count, total = outcomes.count(mistake), len(outcomes)
             clauses.append(f"{count} of {total} {kind} pictures ({count / total:.1%}) {happened}")
-    return f"At the calibrated threshold, {' and '.join(clauses)}." if clauses else "No picture was inspected."
+    if not clauses:
+        return "No picture was inspected."
+    review = sum(row["outcome"] == "review" for row in rows)
+    reviewed = f" {review} of all {len(rows)} pictures ({review / len(rows):.1%}) went to review." if review else ""
+    return f"At the calibrated threshold, {' and '.join(clauses)}.{reviewed}"
 
 
 def _card(inspected: Inspected, scale: Scale) -> dict[str, Any]:
@@ -157,8 +174,13 @@ def _data_uri(pixels: np.ndarray, side: int = 384) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def _histogram(rows: Sequence[Mapping[str, Any]], threshold: float | None, bins: int = 48) -> dict[str, Any]:
-    """Counts of good and defective scores between common edges. The threshold is one: no bar stands on both sides."""
+def _histogram(
+    rows: Sequence[Mapping[str, Any]], threshold: float | None, review: float | None = None, bins: int = 48
+) -> dict[str, Any]:
+    """Counts of good and defective scores between common edges. The threshold is one: no bar stands on both sides.
+
+    "lines" are thresholds by what they are called, the one of review where it lies among the scores.
+    """
     scores, defective = np.array([(row["score"], bool(row["label"])) for row in rows], float).T
     origin = scores.min() if threshold is None else threshold
     low, high = min(scores.min(), origin), max(scores.max(), origin)
@@ -166,7 +188,9 @@ def _histogram(rows: Sequence[Mapping[str, Any]], threshold: float | None, bins:
     edges = origin + step * np.arange(np.floor((low - origin) / step), np.ceil((high - origin) / step) + 1.5)
     scores = np.clip(scores, edges[0], edges[-1])  # rounding may leave the lowest or highest outside
     good, bad = (np.histogram(scores[defective == kind], edges)[0] for kind in (0, 1))
-    return {"edges": edges, "good": good, "defective": bad, "threshold": threshold}
+    known = {"threshold": threshold, "review": review}
+    lines = {name: at for name, at in known.items() if at is not None and edges[0] <= at <= edges[-1]}
+    return {"edges": edges, "good": good, "defective": bad, "lines": lines}
 
 
 def _points(x: np.ndarray, y: np.ndarray, end: float) -> str:

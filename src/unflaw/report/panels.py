@@ -25,6 +25,7 @@ _MAP_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 9
 COVER = (214, 228, 240)  # what is covered in a picture
 
 _CAPTIONS = {"mean": "Mean map", "uncertainty": "Uncertainty", "mask": "Final mask", "restored": "Restored"}
+_VERDICTS = {"good": "#1b6e3c", "review": "#8a5a00", "defect": "#b3261e"}
 _MARGIN, _HEADER, _CAPTION = 12, 58, 22  # pixels of a panel
 _GAP = 6  # pixels between the tiles of a sheet
 
@@ -93,7 +94,7 @@ def views(result: Result, scale: Scale, mask: np.ndarray | None = None) -> dict[
     shown = {"Picture": image}
     if mask is not None and mask[valid].any():
         shown["Ground truth"] = outline(image, mask[valid])
-    shown["Heat map"] = _boxed(overlay(image, anomaly_map, scale), anomaly_map, scale.threshold, len(result.regions))
+    shown["Heat map"] = _boxed(overlay(image, anomaly_map, scale), result)
     for name, layer in result.layers.items():
         gain = 2 if name == "uncertainty" else 1  # a deviation of values in [0, 1] is at most one half
         shown[_CAPTIONS.get(name, name)] = (layer if layer.ndim == 3 else grey_map(gain * layer))[valid]
@@ -117,7 +118,7 @@ def panel(result: Result, scale: Scale, mask: np.ndarray | None = None, tile: in
     large = ImageFont.load_default(16)
     draw.text((_MARGIN, 8), _shortened(label(result), large, row.width - 2 * _MARGIN), "black", large)
     verdict = f"{result.verdict}   score {result.score:.4g}   p {result.p_value:.3g}"
-    draw.text((_MARGIN, 32), verdict, "#b3261e" if result.verdict == "defect" else "#1b6e3c", small)
+    draw.text((_MARGIN, 32), verdict, _VERDICTS[result.verdict], small)
     for x, (caption, pixels) in zip(range(_MARGIN, row.width, step), shown.items(), strict=False):
         row.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS), (x, _HEADER))
         draw.text((x, _HEADER + height + 4), caption, "#444444", small)
@@ -213,11 +214,14 @@ def label(result: Result) -> str:
     return "/".join(Path(result.path).parts[-2:]) if result.path else "picture"
 
 
-def _boxed(image: np.ndarray, anomaly_map: np.ndarray, threshold: float, count: int) -> np.ndarray:
-    """Boxes the `count` areas with the largest peaks. `Region.box` itself counts pixels of the file, not these."""
-    areas, _ = ndimage.label(anomaly_map > threshold, np.ones((3, 3)))
-    for where in sorted(ndimage.find_objects(areas), key=lambda where: -anomaly_map[where].max())[:count]:
-        box = np.zeros(anomaly_map.shape, bool)
-        box[where] = True
+def _boxed(image: np.ndarray, result: Result) -> np.ndarray:
+    """Boxes the regions of a result on its picture without padding; `Region.box` counts pixels of the file."""
+    for region in result.regions:
+        x0, y0, x1, y1 = (
+            round(place * side / original)
+            for place, side, original in zip(region.box, image.shape[1::-1] * 2, result.size * 2, strict=True)
+        )
+        box = np.zeros(image.shape[:2], bool)
+        box[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
         image = outline(image, box, (255, 255, 255))
     return image

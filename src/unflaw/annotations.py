@@ -1,0 +1,110 @@
+"""Regions for the tools that people label with: COCO and LabelMe."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from unflaw.files import write_atomically
+from unflaw.images import ImageError
+from unflaw.results import Result
+
+LABEL = "anomaly"
+
+
+class Coco:
+    """One file of object detection annotations: a category, a box and a polygon per region, its peak as "score".
+
+    Args:
+        file: To be written; names of pictures in it are as they were given.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+
+    def add(self, path: Path, outcome: Result | ImageError) -> None:
+        if not isinstance(outcome, Result):
+            return
+        width, height = outcome.size
+        number = len(self.images) + 1
+        self.images.append({"id": number, "file_name": str(path), "width": width, "height": height})
+        for region in outcome.regions:
+            x0, y0, x1, y1 = region.box
+            self.annotations.append(
+                {
+                    "id": len(self.annotations) + 1,
+                    "image_id": number,
+                    "category_id": 1,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": region.area,
+                    "segmentation": [list(chain.from_iterable(region.contour))],
+                    "iscrowd": 0,
+                    "score": region.peak,
+                }
+            )
+
+    def close(self) -> str:
+        written = {
+            "info": {"description": "Regions found by unflaw"},
+            "licenses": [],
+            "images": self.images,
+            "categories": [{"id": 1, "name": LABEL, "supercategory": ""}],
+            "annotations": self.annotations,
+        }
+        write_atomically(self.file, lambda file: file.write_text(json.dumps(written), "utf-8"))
+        return f"{self.file}: {len(self.annotations)} regions on {len(self.images)} pictures (COCO)"
+
+
+class LabelMe:
+    """One file per picture: a polygon for each region, with its peak as the description, and the verdict as a flag.
+
+    Args:
+        folder: To be made; files are named like those of `predict --pictures`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._number = self._written = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, path: Path, outcome: Result | ImageError) -> None:
+        number, self._number = self._number, self._number + 1
+        if not isinstance(outcome, Result):
+            return
+        width, height = outcome.size
+        shapes: list[dict[str, Any]] = [
+            {
+                "label": LABEL,
+                "points": [list(point) for point in region.contour],
+                "group_id": None,
+                "description": f"peak {region.peak:.4g}",
+                "shape_type": "polygon",
+                "flags": {},
+            }
+            for region in outcome.regions
+        ]
+        written = {
+            "version": "5.0.0",  # of the format
+            "flags": {name: name == outcome.verdict for name in ("good", "review", "defect")},
+            "shapes": shapes,
+            "imagePath": os.path.relpath(path, self.folder),
+            "imageData": None,
+            "imageHeight": height,
+            "imageWidth": width,
+        }
+        file = self.folder / f"{numbered(number, path)}.json"
+        write_atomically(file, lambda temporary: temporary.write_text(json.dumps(written), "utf-8"))
+        self._written += 1
+
+    def close(self) -> str:
+        return f"{self.folder}: {self._written} files (LabelMe)"
+
+
+def numbered(number: int, path: Path) -> str:
+    """A file name, without suffix, of what belongs to a picture; whole names can be too long."""
+    return f"{number:05d}_{path.stem.encode(errors='replace')[:100].decode(errors='ignore')}"
