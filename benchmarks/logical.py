@@ -1,10 +1,11 @@
-"""Logical anomalies: parts that are whole but missing, doubled, swapped, moved or of the wrong kind. A set is made.
+"""Logical anomalies: parts that are whole but missing, doubled, swapped, moved or of the wrong kind. Sets are made.
 
 An assembled plate: seven parts of five kinds in a fixed arrangement on brushed metal. Good plates differ in light, in
 where they lie, in how each part is turned, shaded and placed, by a little. Defects break the arrangement only: every
-part of them could stand in a good plate, though not there.
+part of them could stand in a good plate, though not there. With --free the parts lie in any of nine places: only
+how many there are of each kind is the same on all good plates, and defects break that.
 
-    python benchmarks/logical.py OUT [--method lookup ...] [--weights FILE] [--set NAME=VALUE ...]
+    python benchmarks/logical.py OUT [--free] [--method lookup ...] [--weights FILE] [--set NAME=VALUE ...]
 
 writes the set to OUT where it is not there yet, in the layout of MVTec AD, and measures image AUROC by kind of defect.
 """
@@ -31,6 +32,8 @@ PARTS = (  # kind, x, y in shares of the side
 )
 SPARE = ((0.35, 0.45), (0.65, 0.45), (0.2, 0.86), (0.8, 0.86), (0.5, 0.46))  # where a part could lie, and none does
 DEFECTS = ("missing", "doubled", "swapped", "moved", "wrong kind")
+COUNTED = ("missing", "doubled", "wrong kind")  # those that change how many there are
+PLACES = tuple((x, y) for y in (0.2, 0.5, 0.8) for x in (0.2, 0.5, 0.8))
 Parts = list[tuple[str, float, float]]
 
 
@@ -69,12 +72,15 @@ KINDS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray
 }
 
 
-def arrangement(rng: np.random.Generator, defect: str | None) -> Parts:
+def arrangement(rng: np.random.Generator, defect: str | None, free: bool = False) -> Parts:
     """The parts of a plate, by kind and place."""
-    parts = list(PARTS)
+    parts, spare = list(PARTS), SPARE[rng.integers(len(SPARE))]
+    if free:
+        order = rng.permutation(len(PLACES))
+        parts = [(kind, *PLACES[place]) for (kind, _, _), place in zip(PARTS, order, strict=False)]
+        spare = PLACES[order[-1]]
     i = int(rng.integers(len(parts)))
     kind, x, y = parts[i]
-    spare = SPARE[rng.integers(len(SPARE))]
     if defect == "missing":
         del parts[i]
     elif defect == "doubled":
@@ -112,25 +118,26 @@ def plate(rng: np.random.Generator, parts: Parts) -> np.ndarray:
     return np.repeat(np.clip(small, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def write_plates(folder: Path) -> None:
+def write_plates(folder: Path, free: bool = False) -> None:
     """In the layout of MVTec AD, without masks: where a missing part is wrong is a matter of taste."""
-    rng = np.random.default_rng(0)
+    rng, kinds = np.random.default_rng(0), COUNTED if free else DEFECTS
     parts = [("train/good", None, GOOD), ("test/good", None, TEST_GOOD)]
-    for name, defect, count in [*parts, *((f"test/{defect}", defect, TEST_BAD) for defect in DEFECTS)]:
+    for name, defect, count in [*parts, *((f"test/{defect}", defect, TEST_BAD) for defect in kinds)]:
         (folder / name).mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(plate(rng, arrangement(rng, defect))).save(folder / name / f"{i:03d}.png")
+            Image.fromarray(plate(rng, arrangement(rng, defect, free))).save(folder / name / f"{i:03d}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Logical anomalies on a made set.")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--free", action="store_true", help="parts in any place; how many there are is what counts")
     parser.add_argument("--method", action="append", help="may be repeated; lookup by default")
     parser.add_argument("--weights", help="of ResNet-18; without, the default backbone")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     if not options.out.exists():
-        write_plates(options.out)
+        write_plates(options.out, options.free)
     from unflaw.config import make_config
     from unflaw.datasets import load_dataset
     from unflaw.evaluation import evaluate

@@ -4,7 +4,15 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; set before anything imports the hub's client
 
-from collections.abc import Callable
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +143,143 @@ def saved(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "parts.safetensors"
     detector.save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def export_again(detector: Any) -> Callable[..., Path]:
+    """`export` of that detector, whose graph is made once: making it takes seconds, writing it does not."""
+    import onnx
+
+    from unflaw.runtime import export
+
+    graph = export.to_onnx(detector).SerializeToString()
+
+    def again(path: Path, **options: Any) -> Path:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(export, "to_onnx", lambda _: onnx.load_from_string(graph))
+            return export.export(detector, path, **options)
+
+    return again
+
+
+@pytest.fixture(scope="session")
+def exported(export_again: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That detector as a graph for ONNX Runtime. Only to be read."""
+    return export_again(tmp_path_factory.mktemp("exported") / "parts.onnx")
+
+
+@pytest.fixture(scope="session")
+def odd_pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Pictures of many sizes and modes: grey, RGB, RGBA, palette, 16 bits, tiny, huge, long and thin."""
+    import tifffile
+
+    folder, rng = tmp_path_factory.mktemp("odd"), np.random.default_rng(11)
+    picture = textured(rng)
+    paths = []
+    for mode, side in (("L", (30, 40)), ("RGB", (64, 64)), ("RGBA", (100, 33)), ("P", (7, 5)), ("RGB", (1500, 1100))):
+        paths.append(folder / f"{mode}_{side[0]}.png")
+        Image.fromarray(picture).resize(side).convert(mode).save(paths[-1])
+    for name, side in (("wide", (900, 9)), ("tall", (3, 400)), ("dot", (1, 1))):
+        paths.append(folder / f"{name}.jpg")
+        Image.fromarray(picture).resize(side).save(paths[-1])
+    paths += [folder / "grey16.png", folder / "colour16.tif"]
+    Image.fromarray(rng.integers(0, 2**16, (50, 70), dtype=np.uint16)).save(paths[-2])
+    tifffile.imwrite(paths[-1], rng.integers(0, 2**16, (45, 80, 3), dtype=np.uint16), photometric="rgb")
+    return paths
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own, on a socket in a temporary folder."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: int(folder.parent.name))
+    if not installed:
+        pytest.skip("needs PostgreSQL (apt-get install postgresql)")
+    owner = "postgres" if os.getuid() == 0 else None  # the server does not run as root
+    folder = Path(tempfile.mkdtemp(prefix="unflaw-pg-"))  # a short path: sockets have a limit
+    if owner:
+        shutil.chown(folder, owner)
+
+    def run(*command: object) -> None:
+        subprocess.run([str(part) for part in command], check=True, user=owner, cwd=folder, stdout=subprocess.DEVNULL)
+
+    control = (installed[-1] / "pg_ctl", "-D", folder / "data", "-w")
+    run(installed[-1] / "initdb", "-D", folder / "data", "-U", "unflaw", "-A", "trust", "-E", "UTF8", "--no-sync")
+    try:
+        run(*control, "-l", folder / "log", "-o", f"-k {folder} -c listen_addresses= -c fsync=off", "start")
+        yield f"postgresql://unflaw@/postgres?host={folder}"
+    finally:
+        run(*control, "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database, of each kind that the log is kept in."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'log.db'}"
+        return
+    import psycopg
+
+    server: str = request.getfixturevalue("postgres")
+    name = f"t{os.urandom(6).hex()}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
+        yield server.replace("/postgres?", f"/{name}?")
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
+
+
+class StationProcess:
+    """`unflaw serve` in a process of its own, on a free port."""
+
+    def __init__(self, store: Path, models: tuple[object, ...], options: list[object], token: str | None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url, self.store, self._token = f"http://127.0.0.1:{self.port}", store, token
+        command = [sys.executable, "-c", "from unflaw.cli import main; main()", "serve", *models, "--store", store]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"UNFLAW_TOKEN": token} if token else {})
+        self.process = subprocess.Popen(
+            [str(part) for part in (*command, "--port", self.port, *options)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        for _ in range(600):
+            try:
+                self.ask("/health")
+                return
+            except OSError:
+                assert self.process.poll() is None, "the station has ended"
+                time.sleep(0.1)
+        raise AssertionError("the station does not start")
+
+    def ask(self, path: str, data: bytes | None = None) -> Any:
+        """GET, or POST of some bytes; the answer, or AssertionError where it is not 200."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        connection.request("GET" if data is None else "POST", path, data, headers)
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        assert answer.status == 200, body
+        return json.loads(body)
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start_station(tmp_path: Path) -> Iterator[Callable[..., StationProcess]]:
+    """`start_station(*models, store=…, token=…, options=[…])`."""
+    started: list[StationProcess] = []
+
+    def start(
+        *models: object, store: Path | None = None, token: str | None = None, options: Any = ()
+    ) -> StationProcess:
+        started.append(StationProcess(store or tmp_path / "station", models, list(options), token))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()

@@ -299,7 +299,7 @@ def held_out(features: Tensor) -> Tensor:
 
 def test_perception_sees_how_far_features_are_from_normal_in_units_of_the_radius(trained, features):
     network, given = trained[0], []
-    hook = network.perception.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    hook = network.perception.narrow.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     far = features[:3].float() + 0.3 * torch.randn(3, CHANNELS, GRID, GRID, generator=rng(8))
     rows = torch.tensor([4, 0, 2])
     with torch.no_grad():

@@ -6,10 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from unflaw.config import Config, make_config
     from unflaw.datasets import load_categories, load_dataset
     from unflaw.detector import Detector
     from unflaw.evaluation import evaluate
+    from unflaw.inspector import Inspector
     from unflaw.results import Result
 
 __version__ = "0.1.0"
@@ -26,9 +29,24 @@ _HOMES = {
 }
 
 
-def load(path: str) -> Detector:
-    """A detector from a file that `Detector.save` wrote."""
-    return _attribute("Detector").load(path)
+def load(path: str | Path, *, threads: int | None = None) -> Inspector:
+    """A detector from a file: a `Detector` that was saved, or one that `unflaw export` wrote, which needs no torch.
+
+    Args:
+        path: `.safetensors`, `.onnx`, or the `.xml` of OpenVINO.
+        threads: That compute, for an exported one; None: as many as the runtime likes. For a `Detector`,
+            `torch.set_num_threads` says so.
+
+    Raises:
+        DetectorError: Missing, damaged, or not a detector.
+    """
+    from unflaw.files import kind_of
+
+    if kind_of(path) == "safetensors":
+        return _attribute("Detector").load(path)
+    from unflaw.runtime.predictor import ExportedDetector
+
+    return ExportedDetector(path, threads=threads)
 
 
 def _attribute(name: str) -> Any:

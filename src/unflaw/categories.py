@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from unflaw.cache import Cache
@@ -83,3 +84,11 @@ def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float
             calibrating[name] = cache.take(rows[first:], budget)
         trained += rows[:first]
     return cache.take(sorted(trained), budget), calibrating
+
+
+def remembered(train: Cache, rows: Sequence[int], held: Cache | None, seed: int) -> Reference:
+    """What tells drift of a category: its good pictures, by rows, and those held out, in random order."""
+    described = [train.described[train.heads(rows)].numpy()]
+    if held is not None:
+        described.append(held.described[held.heads()].numpy())
+    return Reference(np.random.default_rng(seed).permutation(np.concatenate(described)))

@@ -21,7 +21,7 @@ from torch import Tensor
 from unflaw import __version__
 from unflaw.cache import Cache, build_cache, cells, stack
 from unflaw.calibration import Calibration, Evidence, calibrations
-from unflaw.categories import Category, Data, gather, hold_out
+from unflaw.categories import Category, Data, gather, hold_out, remembered
 from unflaw.config import Config, make_config
 from unflaw.crossfit import arrange, cross_fit, finish, gather_evidence, leave_one_out
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256
@@ -30,9 +30,10 @@ from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError
 from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, read_metadata, write_atomically
+from unflaw.graph import Graph
 from unflaw.images import Prepared
 from unflaw.inspector import Inspector, Outputs
-from unflaw.methods import Inspection, Method, create
+from unflaw.methods import Method, create
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.training import optimise, step_rng, uses_bfloat16
@@ -187,15 +188,11 @@ class Detector(Inspector):
             else:
                 found = leave_one_out(network, train, rows, options, budget)
             calibration = found.calibrate(options, crossed=held is None)
-            looks = [train.described[train.heads(rows)]]
-            if held is not None:
-                looks.append(held.described[held.heads()])
-                if options.extend:
-                    arrange(network, held)
-                    network.extend(held.features, rng)
-            order = torch.randperm(sum(map(len, looks)), generator=step_rng(self.config.training.seed, 2**31 - 1))
-            remembered = Reference(torch.cat(looks)[order].numpy())
-            categories[name] = Category(calibration, network.finished_state(), remembered)
+            if options.extend and held is not None:
+                arrange(network, held)
+                network.extend(held.features, rng)
+            reference = remembered(train, rows, held, self.config.training.seed)
+            categories[name] = Category(calibration, network.finished_state(), reference)
         self.categories_, self._selected = categories, name
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -292,20 +289,23 @@ class Detector(Inspector):
             tensors |= {f"display.{name}": tensor for name, tensor in self.display.state_dict().items()}
         for i, (name, category) in enumerate(self.categories_.items()):
             tensors |= {f"{_place(name, i)}.{buffer}": tensor for buffer, tensor in category.normal.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(self.metadata())}))
+
+    def metadata(self) -> dict[str, Any]:
+        """All that a file says of a detector besides its tensors."""
         known = {
-            name: category.calibration.model_dump(mode="json", exclude_defaults=True)
-            for name, category in self.categories_.items()
+            name: calibration.model_dump(mode="json", exclude_defaults=True)
+            for name, calibration in self.calibrations.items()
         }
-        by_defects = any(category.calibration.defects for category in self.categories_.values())
-        metadata = {
+        by_defects = any(calibration.defects for calibration in self.calibrations.values())
+        return {
             "format": 1 if "" in known and not by_defects else FORMAT,
             "config": self.config.model_dump(mode="json"),
             **({"calibration": known[""]} if "" in known else {"categories": known}),
             "drift": {name: reference.to_json() for name, reference in self.references.items()},
             "record": self.record_,
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(metadata)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Detector:
@@ -315,6 +315,8 @@ class Detector(Inspector):
             DetectorError: Missing, damaged, not a detector, or of a newer format.
         """
         metadata = read_metadata(path)
+        if "exported" in metadata:
+            raise DetectorError(f"{path}: was exported, and only inspects; name the .safetensors file it was made of")
         try:
             known, remembered = calibrations(metadata), references(metadata)
             detector = cls(config=Config.model_validate(metadata["config"]), weights="later")
@@ -418,29 +420,9 @@ class Detector(Inspector):
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
         """What the network finds in windows, of pictures of a category; see `Inspector.compute`."""
         self.select(category)
-        inspection: Inspection = self.network(self.network.embed(stack(pictures)))
         inside = cells([picture.window for picture in pictures], self.network.features.grid)
-        maps, scores = self.network.fuse(inspection, inside)
-        return Outputs(maps.numpy(), scores.numpy(), self._layers(inspection))
-
-    def _layers(self, inspection: Inspection) -> dict[str, np.ndarray]:
-        """The method's own maps at canvas size; masks by nearest neighbour, the rest bilinear."""
-        size = (self.config.preparation.size,) * 2
-        layers = {}
-        for name, layer in inspection.layers.items():
-            mode = "nearest" if name == "mask" else "bilinear"
-            layers[name] = torch.nn.functional.interpolate(layer.float(), size, mode=mode)[:, 0].numpy()
-        drawn = self._drawn(inspection)
-        if drawn is not None:
-            drawn = torch.nn.functional.interpolate(drawn, size, mode="bilinear")
-            layers["restored"] = (drawn.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        return layers
-
-    def _drawn(self, inspection: Inspection) -> Tensor | None:
-        """What was restored, as pictures (N, 3, h, w): restored pixels are some already."""
-        if inspection.restored is None or isinstance(self.network.features, PixelExtractor):
-            return inspection.restored
-        return None if self.display is None else self.display(inspection.restored.float())
+        found = Graph(self.network, self.display)(stack(pictures), inside)
+        return Outputs.of({name: values.numpy() for name, values in found.items()})
 
 
 def _place(category: str, number: int) -> str:

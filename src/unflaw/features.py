@@ -127,12 +127,12 @@ class FeatureExtractor(nn.Module):
 
     def project(self, raw: Tensor) -> Tensor:
         """(N, C_raw, g, g) → F (N, C, g, g)."""
-        return torch.einsum("ncij,ck->nkij", raw - self.centre.view(-1, 1, 1), self.basis)
+        return F.conv2d(raw - self.centre.view(-1, 1, 1), self.basis.T[..., None, None])
 
     def coarsen(self, features: Tensor) -> Tensor:
         """F (N, C, g, g) → its coarsest level on half the grid, (N, C', ⌈g/2⌉, ⌈g/2⌉): how a whole region looks."""
         pooled = F.avg_pool2d(features, 2, ceil_mode=True)
-        return torch.einsum("ncij,ck->nkij", pooled, self.coarse_basis)
+        return F.conv2d(pooled, self.coarse_basis.T[..., None, None])
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g)."""

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -32,21 +32,79 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Configuration, calibration and training record of a detector file, without loading its tensors.
+def kind_of(path: str | Path) -> Literal["safetensors", "onnx", "openvino"]:
+    """What kind of detector file it is: by what it begins with, else by its suffix.
 
     Raises:
-        DetectorError: See `Detector.load`.
+        DetectorError: There is no such file, or it is the half of a detector that has no name of its own.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise DetectorError(f"{path}: there is no such file; `unflaw train … --out {path}` makes one")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":
+        return "safetensors"
+    if head.lstrip().startswith(b"<"):
+        return "openvino"
+    if path.suffix == ".bin" and path.with_suffix(".xml").is_file():
+        raise DetectorError(f"{path}: is the weights of {path.with_suffix('.xml').name}; name that file")
+    return "onnx" if path.suffix == ".onnx" else "safetensors"
+
+
+def weights_of(path: Path) -> Path:
+    """The second file of a detector exported to OpenVINO.
+
+    Raises:
+        DetectorError: It is missing.
+    """
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
+        raise DetectorError(f"{weights}: is missing; it belongs to {path.name} and must lie beside it")
+    return weights
+
+
+def read_metadata(path: str | Path, data: bytes | None = None) -> dict[str, Any]:
+    """Configuration, calibration and training record of a detector file, trained or exported, without loading it.
+
+    Args:
+        path: Of the file.
+        data: What is in it, where that is known already.
+
+    Raises:
+        DetectorError: See `Detector.load` and `ExportedDetector`.
+    """
+    kind = kind_of(path)
     try:
-        with safe_open(path, "np") as file:
-            metadata = json.loads((file.metadata() or {}).get("unflaw", "null"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DetectorError(f"{path}: not a readable .safetensors file ({error}); copy or train it again") from error
+        metadata = json.loads(_READERS[kind](Path(path), data) or "null")
+    except (SafetensorError, OSError, ValueError, SyntaxError, RecursionError) as error:
+        raise DetectorError(
+            f"{path}: not a readable {_CALLED[kind]} file ({error}); copy it again, or make it anew"
+        ) from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("format"), int):
-        raise DetectorError(f"{path}: a .safetensors file, but not a detector of unflaw")
+        raise DetectorError(f"{path}: a {_CALLED[kind]} file, but not a detector of unflaw")
     if metadata["format"] > FORMAT:
         raise DetectorError(f"{path}: made by a newer unflaw; update with pip install --upgrade unflaw")
     return metadata
+
+
+def _from_safetensors(path: Path, data: bytes | None) -> str | None:
+    with safe_open(path, "np") as file:
+        return (file.metadata() or {}).get("unflaw")
+
+
+def _from_onnx(path: Path, data: bytes | None) -> str | None:
+    from unflaw.runtime.onnx_file import read_properties
+
+    return read_properties(path.read_bytes() if data is None else data).get("unflaw")
+
+
+def _from_openvino(path: Path, data: bytes | None) -> str | None:
+    from xml.etree import ElementTree  # expat expands no external entities and limits internal ones
+
+    entry = ElementTree.fromstring(path.read_bytes() if data is None else data).find("rt_info/unflaw")
+    return None if entry is None else entry.get("value")
+
+
+_READERS = {"safetensors": _from_safetensors, "onnx": _from_onnx, "openvino": _from_openvino}
+_CALLED = {"safetensors": ".safetensors", "onnx": ".onnx", "openvino": "OpenVINO .xml"}

@@ -37,6 +37,11 @@ class Outputs:
     scores: np.ndarray
     layers: dict[str, np.ndarray] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, found: dict[str, np.ndarray]) -> Outputs:
+        """From "map", "score" and layers, each by its name."""
+        return cls(found.pop("map"), found.pop("score"), found)
+
 
 class Inspector(ABC):
     """A fitted detector: subclasses say what it is calibrated with and compute.

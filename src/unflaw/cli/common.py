@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from unflaw.datasets import Dataset
     from unflaw.detector import Detector
+    from unflaw.inspector import Inspector
     from unflaw.streams import Progress
 
 app = typer.Typer(
@@ -34,7 +35,7 @@ Several = Annotated[
     typer.Option("--data", help=f"{_KINDS} May be repeated; a folder of categories stands for all of them."),
 ]
 Category = Annotated[str | None, typer.Option(help="What the pictures show, if the detector has several categories.")]
-ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors).")]
+ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors, or exported: .onnx, .xml).")]
 
 
 def levels_of(text: str | None) -> tuple[int, ...] | None:
@@ -72,7 +73,13 @@ def pictures_in(inputs: list[Path]) -> list[Path]:
     return paths
 
 
-def load_detector(model: Path) -> Detector:
+def load_detector(model: Path) -> Inspector:
+    import unflaw
+
+    return unflaw.load(model)
+
+
+def load_trained(model: Path) -> Detector:
     from unflaw.detector import Detector
 
     return Detector.load(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from unflaw.cli.common import (
     app,
     errors,
     load_detector,
+    load_trained,
     pictures_in,
     progress_bars,
     report_dataset_problems,
@@ -169,17 +169,15 @@ def info(model: ModelFile) -> None:
     Example:  unflaw info parts.safetensors
     """
     with errors():
-        from safetensors import safe_open
-
         from unflaw.calibration import calibrations
-        from unflaw.files import read_metadata
+        from unflaw.files import kind_of, read_metadata, weights_of
 
         metadata = read_metadata(model)
-        with safe_open(model, "np") as file:
-            slices = [file.get_slice(name).get_shape() for name in file.keys()]
-        numbers = sum(math.prod(shape) for shape in slices)
         record = {name: value for name, value in metadata["record"].items() if name not in ("history", "seen")}
-        typer.echo(f"{model}: {model.stat().st_size / 1e6:.1f} MB, {numbers / 1e6:.2f} million numbers")
+        files = [model, weights_of(model)] if kind_of(model) == "openvino" else [model]
+        exported = metadata.get("exported", {})
+        how = f", exported to {exported['to']} in {exported['precision']}" if exported else ""
+        typer.echo(f"{model}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB{how}")
         for name, calibration in calibrations(metadata).items():
             of = f"category {name}" if name else "calibration"
             typer.echo(f"{of}: {calibration.describe()}; threshold {calibration.threshold:.4g}")
@@ -208,7 +206,7 @@ def figures(
         from unflaw.datasets import load_dataset
         from unflaw.report.figures import write_figures
 
-        detector = load_detector(model)
+        detector = load_trained(model)
         dataset = load_dataset(data)
         report_problems(dataset.problems)
         with progress_bars() as progress:

@@ -14,7 +14,7 @@ from unflaw.cli.common import (
     app,
     errors,
     levels_of,
-    load_detector,
+    load_trained,
     pictures_in,
     progress_bars,
     report_dataset_problems,
@@ -122,7 +122,7 @@ def calibrate(
         if defect and miss_rate is None and cost_ratio is None:
             raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
         writable(out or model)
-        detector = load_detector(model)
+        detector = load_trained(model)
         asked = {"review_rate": review_rate, "minimum_area": minimum_area, "tail": tail or None}
         with progress_bars() as progress:
             found = detector.calibrate(

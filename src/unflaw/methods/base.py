@@ -263,7 +263,7 @@ def highest(maps: Tensor, shares: Sequence[float], valid: Tensor | None = None, 
     smooth = (F.avg_pool2d((maps * inside)[:, None], *around) / covered.clamp_min(1e-6)).flatten(1)
     cells = smooth if valid is None else smooth.masked_fill(~valid.flatten(1), -torch.inf)
     ordered = cells.sort(dim=1, descending=True).values
-    present = torch.full((len(maps),), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)
+    present = torch.full((maps.shape[0],), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)
     rank = torch.arange(cells.shape[1], device=maps.device)
     counts = [(q * present).round().clamp_min(1)[:, None] for q in shares]
     return torch.stack([torch.where(rank < k, ordered, 0).sum(1) / k[:, 0] for k in counts], dim=1)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+DEPTH = 16  # values in each group of `largest`
+
 
 class BayesianConv2d(nn.Module):
     """Convolution whose weights are independent Gaussians (Bayes by backprop, Blundell et al. 2015).
@@ -177,6 +179,22 @@ def _farthest(x: Tensor, nearest: Tensor, block: int, most: int) -> Tensor:
             break
         chosen.append(int(left.argmax()))
     return candidates[chosen]
+
+
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `values.topk(k)` of rows (T, M), faster where M is large: values and indices (T, k), descending.
+
+    Every `DEPTH` values that lie M / DEPTH apart are a group. The k groups with the largest members hold the k largest
+    values, so that only these are ordered.
+    """
+    groups = values.shape[1] // DEPTH
+    if values.shape[1] % DEPTH or groups < 4 * k:
+        return values.topk(k)
+    grouped = values.unflatten(1, (DEPTH, groups))
+    leading = grouped.amax(1).topk(k).indices  # (T, k)
+    candidates = grouped.gather(2, leading[:, None].expand(-1, DEPTH, -1))  # (T, DEPTH, k)
+    found, place = candidates.flatten(1).topk(k)
+    return found, place // k * groups + leading.gather(1, place % k)
 
 
 def to_tokens(features: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from unflaw.cache import allocate
 from unflaw.features import Extractor, FeatureExtractor
-from unflaw.methods.layers import coarser, greedy_coreset, to_grid, to_tokens
+from unflaw.methods.layers import coarser, greedy_coreset, largest, to_grid, to_tokens
 
 CHUNK = 256  # tokens compared with the memory at a time: their (256, M) matrix stays in the processor's cache
 
@@ -173,34 +173,44 @@ class Memory(nn.Module):
         return mixture, distance, least
 
     def _recall_all(self, tokens: Tensor, leave: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        bias = -self.prototypes.square().sum(1)
+        keys, extra = _keys(self.prototypes), _keys(self.extra)
         if leave is None or self.owners is None:
-            parts = [self._recall(part, bias) for part in tokens.split(CHUNK)]
+            parts = [self._recall(part, keys, extra) for part in _chunks(tokens)]
         else:
             both = zip(tokens.split(CHUNK), leave.split(CHUNK), strict=True)
-            parts = [self._recall(part, self._without(pictures, bias)) for part, pictures in both]
+            parts = [self._recall(part, keys, extra, self._closed(pictures)) for part, pictures in both]
         mixture, distance, least = (torch.cat(part) for part in zip(*parts, strict=True))
         return mixture, distance, least
 
-    def _without(self, pictures: Tensor, bias: Tensor) -> Tensor:
-        """(T, L) pictures, (M,) → (T, M): bias that closes the prototypes of those pictures."""
+    def _closed(self, pictures: Tensor) -> Tensor:
+        """(T, L) pictures → (T, M) bool: the prototypes that these taught, unless that is all."""
         assert self.owners is not None
         if self._owned is not None:
             pictures = self._owned[pictures]
         which, row = pictures.unique(dim=0, return_inverse=True)  # many tokens leave out the same
         own = (self.owners == which[..., None]).any(1)
-        return bias.masked_fill(own & ~own.all(1, keepdim=True), -torch.inf)[row]
+        return (own & ~own.all(1, keepdim=True))[row]
 
-    def _recall(self, tokens: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # ‖t‖² − d² = 2·t·p − ‖p‖²: the term of the token itself changes neither order nor softmax
-        closeness, nearest = torch.addmm(bias, 2 * tokens, self.prototypes.T).topk(self.neighbours)
-        weights = (closeness * (self.sharpness / self.radius.square())).softmax(1)
-        mixture = torch.einsum("tk,tkc->tc", weights, self.prototypes[nearest])
-        near = most = closeness[:, 0]
-        if len(self.extra):
-            most = torch.addmm(-self.extra.square().sum(1), 2 * tokens, self.extra.T).amax(1).maximum(near)
-        energy = tokens.square().sum(1)
-        return mixture, (energy - near).clamp_min(0).sqrt(), (energy - most).clamp_min(0).sqrt()
+    def _recall(
+        self, tokens: Tensor, keys: Tensor, extra: Tensor, closed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`recall` of a chunk. What is near is found by a matrix product; distances are then those of what was found.
+
+        Differences of large squares, as the product gives them, would make small distances vanish in rounding, and
+        differently in every runtime.
+        """
+        closeness = _closeness(tokens, keys)
+        if closed is not None:
+            closeness = closeness.masked_fill(closed, -torch.inf)
+        closest, nearest = largest(closeness, self.neighbours)
+        weights = (closest * (self.sharpness / self.radius.square())).softmax(1)
+        recalled = self.prototypes[nearest]  # (T, k, C)
+        mixture = torch.einsum("tk,tkc->tc", weights, recalled)
+        least = distance = (tokens - recalled[:, 0]).norm(dim=1)
+        if self.extra.shape[0]:
+            added = self.extra[largest(_closeness(tokens, extra), 1)[1][:, 0]]
+            least = torch.minimum(distance, (tokens - added).norm(dim=1))
+        return mixture, distance, least
 
     def forward(self, features: Tensor, pictures: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """F (N, C, g, g) → what `recall` says of its tokens: (N, C, g, g) and twice (N, 1, g, g).
@@ -212,9 +222,23 @@ class Memory(nn.Module):
         tokens = to_tokens(features)
         leave = None if pictures is None else pictures.repeat_interleave(tokens.shape[1])[:, None]
         found = self.recall(tokens.flatten(0, 1), leave)
-        mixture, *distances = (part.unflatten(0, (len(features), -1)) for part in found)
+        mixture, *distances = (part.unflatten(0, (features.shape[0], -1)) for part in found)
         distance, least = (to_grid(d[..., None]) for d in distances)
         return to_grid(mixture), distance, least
+
+
+def _chunks(tokens: Tensor) -> tuple[Tensor, ...]:
+    return (tokens,) if torch.compiler.is_exporting() else tokens.split(CHUNK)
+
+
+def _keys(prototypes: Tensor) -> Tensor:
+    """(M, C) → (C + 1, M), so that (t, 1) times it is 2·t·p − ‖p‖² = ‖t‖² − d²: highest for what is nearest."""
+    return torch.cat([2 * prototypes, -prototypes.square().sum(1, keepdim=True)], dim=1).T
+
+
+def _closeness(tokens: Tensor, keys: Tensor) -> Tensor:
+    """(T, C) and `_keys` → ‖t‖² − d² (T, M). The term of the token itself changes neither order nor softmax."""
+    return torch.cat([tokens, torch.ones_like(tokens[:, :1])], dim=1) @ keys
 
 
 class Judge(nn.Module):

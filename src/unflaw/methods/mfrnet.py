@@ -183,7 +183,7 @@ class MFRNet(Method):
             recalled, _, least = self.memory(features, pictures)
             distance, coarse = [least], self.judge(features, pictures)
         restored = self.restore(features, self.masks, recalled)  # (N, K, C, g, g)
-        kinds = len(self.masks)
+        kinds = self.masks.shape[0]
         terms = self.compare(features.repeat_interleave(kinds, 0), restored.flatten(0, 1))
         maps = self.hybrid(terms).sqrt().unflatten(0, (-1, kinds)).mean(1)
         witnesses = torch.cat([maps, *distance], dim=1)
@@ -221,11 +221,11 @@ class MFRNet(Method):
         All K·n masked maps are one batch, and of each only the hidden cells are kept. Unmasked: all of one map.
         """
         sets, n = masks.shape[:2]
-        visible = masks.flatten(0, 1)[:, None].repeat(len(features), 1, 1, 1)  # (N·K·n, 1, g, g)
+        visible = masks.flatten(0, 1)[:, None].repeat(features.shape[0], 1, 1, 1)  # (N·K·n, 1, g, g)
         seen = features.repeat_interleave(sets * n, 0) * visible
         filling = None if recalled is None else recalled.repeat_interleave(sets * n, 0)
         kept = self.restoration(seen, visible, filling) * (1 - visible if self.options.masked else 1)
-        return kept.view(len(features), sets, n, *features.shape[1:]).sum(2)
+        return kept.view(features.shape[0], sets, n, *features.shape[1:]).sum(2)
 
     def compare(self, features: Tensor, restored: Tensor) -> dict[str, Tensor]:
         """The terms of the hybrid loss at every cell, F and F̂ (N, C, g, g) → (N, 1, g, g) each, 0 where they agree."""

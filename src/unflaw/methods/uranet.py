@@ -23,6 +23,8 @@ from unflaw.methods.memory import Judge, Memory
 from unflaw.methods.stages import Row, Stage, Stages
 from unflaw.synthesis import Anomalies, blend, perlin_masks, sources, synthesise
 
+SUREST = math.log(1e6 - 1)  # logit that counts at most
+
 
 class UIAPM(nn.Module):
     """Uncertainty-integrated anomaly perception: a Bayesian network from F to the probability of an anomaly.
@@ -61,12 +63,20 @@ class UIAPM(nn.Module):
             x = layer.sample(F.relu(x), rng)
         return x
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """F (N, C, g, g) → mean map U and uncertainty map V, both (N, 1, g, g): mean and deviation of S draws."""
+    def draws(self, features: Tensor) -> Tensor:
+        """F (N, C, g, g) → logits (N, S, g, g) of the frozen draws; one draw if not Bayesian."""
         x = self.narrow(features)
         for layer in self.bayesian_layers():
             x = layer(F.relu(x))
-        draws = x.sigmoid()  # (N, S, g, g); one draw if not Bayesian
+        return x
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """F (N, C, g, g) → mean map U and uncertainty map V, both (N, 1, g, g): mean and deviation of S draws."""
+        return self.moments(self.draws(features))
+
+    def moments(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """U and V from `draws`."""
+        draws = logits.sigmoid()
         deviation = draws.std(1, keepdim=True) if draws.shape[1] > 1 else torch.zeros_like(draws)
         return draws.mean(1, keepdim=True), deviation
 
@@ -183,18 +193,21 @@ class URANet(Method):
 
     def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
         if self.memory is None or self.judge is None:
-            mean, deviation, final = self._perceive(features)
+            mean, deviation = self.perception(features)
+            final = self.perception.masks(mean, deviation)[1]
             restored = self.restoration(features, final)
             witnesses, perceived, coarse = length(features - restored), None, None
         else:
             recalled, distance, least = self.memory(features, pictures)
             departure = length(features - recalled)
-            mean, deviation, final = self._perceive(self._evidence(distance, departure, pictures))
+            logits = self.perception.draws(self._evidence(distance, departure, pictures))
+            mean, deviation = self.perception.moments(logits)
+            final = self.perception.masks(mean, deviation)[1]
             restored = self.restoration(recalled, final)
             # what the memory learned after calibration may speak for a picture, never against it
-            calmed, _ = self.perception(self._evidence(least, departure, pictures))
+            calmed = self.perception.draws(self._evidence(least, departure, pictures))
             witnesses = torch.cat([length(features - restored), least], dim=1)
-            perceived = torch.minimum(mean, calmed).logit(1e-6)
+            perceived = torch.minimum(mean_logit(logits), mean_logit(calmed))
             coarse = self.judge(features, pictures)
         return Inspection(
             witnesses, perceived, coarse, restored, {"mean": mean, "uncertainty": deviation, "mask": final}
@@ -251,11 +264,6 @@ class URANet(Method):
         farthest = max((float(t.values.max()) for _, row in rows for t in row.values() if t.kind == "map"), default=0)
         return {"fasm": [(name, {h: t._replace(limit=farthest) for h, t in row.items()}) for name, row in rows]}
 
-    def _perceive(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """U, V and M_final, each (N, 1, g, g), from what UIAPM sees."""
-        mean, deviation = self.perception(seen)
-        return mean, deviation, self.perception.masks(mean, deviation)[1]
-
     def _evidence(self, distance: Tensor, departure: Tensor, pictures: Tensor | None = None) -> Tensor:
         """Distance to the memory and to the recall, both (N, 1, g, g) → (N, 2, g, g) in units of the usual distance.
 
@@ -297,6 +305,15 @@ def _cells(pictures: Tensor, side: int) -> Tensor:
     """Pictures (N, 3, S, S) as a grid whose cells hold their pixels, (N, 3·m², side, side); m about S / side."""
     m = max(1, pictures.shape[-1] // side)
     return F.pixel_unshuffle(F.interpolate(pictures, (m * side, m * side), mode="bilinear"), m)
+
+
+def mean_logit(logits: Tensor) -> Tensor:
+    """Logits (N, S, g, g) → the logit of their mean probability, (N, 1, g, g), within ±13.8: one in a million.
+
+    In logarithms throughout: rounding would leave nothing of a probability near 0, and differently in every runtime.
+    """
+    likely, unlikely = (F.logsigmoid(x).logsumexp(1, keepdim=True) for x in (logits, -logits))
+    return (likely - unlikely).clamp(-SUREST, SUREST)
 
 
 def length(features: Tensor) -> Tensor:

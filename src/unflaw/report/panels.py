@@ -58,8 +58,19 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, scale: Scale, opacity: f
         scale: The detector's fixed scale.
         opacity: Weight in [0, 1] of the heat map from a scaled value of 0.75 on; half at the threshold, none to 0.25.
     """
-    alpha = opacity * np.clip(2 * scale(anomaly_map) - 0.5, 0, 1)[..., None]
+    alpha = _opacity(anomaly_map, scale, opacity)
     return (image * (1 - alpha) + heat_map(anomaly_map, scale) * alpha).round().astype(np.uint8)
+
+
+def veil(anomaly_map: np.ndarray, scale: Scale, opacity: float = 0.75) -> np.ndarray:
+    """What `overlay` lays over a picture, as (H, W, 4) uint8: colours and their opacity."""
+    alpha = (255 * _opacity(anomaly_map, scale, opacity)).round().astype(np.uint8)
+    return np.concatenate([heat_map(anomaly_map, scale), alpha], axis=-1)
+
+
+def _opacity(anomaly_map: np.ndarray, scale: Scale, opacity: float) -> np.ndarray:
+    """(H, W, 1) in [0, 1]."""
+    return opacity * np.clip(2 * scale(anomaly_map) - 0.5, 0, 1)[..., None]
 
 
 def outline(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = (0, 230, 118)) -> np.ndarray:

@@ -1,0 +1,58 @@
+// Inspects a binary PPM picture (P6, 8 bits) with an exported detector of one category, `fit = stretch`.
+//
+//     g++ -std=c++17 -O2 inspect.cpp -I onnxruntime/include -L onnxruntime/lib -lonnxruntime -o inspect
+//     ./inspect parts.onnx picture.ppm
+//
+// Needs ONNX Runtime (the archive of its releases has headers and library) and nlohmann/json.
+#include <onnxruntime_cxx_api.h>
+
+#include <array>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+
+#include "prepare.hpp"
+
+int main(int argc, char** argv) {
+    if (argc != 3) {
+        std::cerr << "usage: inspect DETECTOR.onnx PICTURE.ppm\n";
+        return 2;
+    }
+    Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "unflaw");
+    Ort::SessionOptions options;
+    options.SetIntraOpNumThreads(1);
+    Ort::Session session(env, argv[1], options);
+
+    Ort::AllocatorWithDefaultOptions allocator;
+    const auto text = session.GetModelMetadata().LookupCustomMetadataMapAllocated("unflaw", allocator);
+    if (!text) throw std::runtime_error("not a detector of unflaw");
+    const auto metadata = nlohmann::json::parse(text.get());
+    const auto& preparation = metadata.at("config").at("preparation");
+    if (preparation.at("fit") != "stretch") throw std::runtime_error("this example does not pad");
+    const int size = preparation.at("size");
+    const double threshold = metadata.at("calibration").at("threshold");
+
+    std::ifstream file(argv[2], std::ios::binary);
+    std::string kind;
+    int width = 0, height = 0, largest = 0;
+    file >> kind >> width >> height >> largest;
+    file.get();
+    if (kind != "P6" || largest != 255 || width < 1 || height < 1) throw std::runtime_error("not a binary PPM of 8 bits");
+    std::vector<uint8_t> rgb(size_t(3) * width * height);
+    if (!file.read(reinterpret_cast<char*>(rgb.data()), std::streamsize(rgb.size()))) throw std::runtime_error("too short");
+    std::vector<float> pixels = unflaw::prepare(rgb, width, height, size);
+
+    const std::array<int64_t, 4> shape{1, 3, size, size};
+    const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+    const Ort::Value picture = Ort::Value::CreateTensor<float>(memory, pixels.data(), pixels.size(), shape.data(), 4);
+    const char* inputs[] = {"pictures"};
+    const char* outputs[] = {"score", "map"};
+    auto found = session.Run(Ort::RunOptions{}, inputs, &picture, 1, outputs, 2);
+
+    const float score = found[0].GetTensorData<float>()[0];
+    const float* map = found[1].GetTensorData<float>();  // size × size, row by row
+    std::cout << (score > threshold ? "defect" : "good") << ' ' << score << ' '
+              << *std::max_element(map, map + size_t(size) * size) << '\n';
+}

@@ -1,0 +1,27 @@
+"""Inspects pictures with an exported detector of one category and `fit = stretch`: ONNX Runtime, Pillow, NumPy only.
+
+python inspect_onnx.py parts.onnx picture.png …
+"""
+
+import bisect
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+metadata = json.loads(session.get_modelmeta().custom_metadata_map["unflaw"])
+calibration = metadata["calibration"]
+size = metadata["config"]["preparation"]["size"]
+
+for path in sys.argv[2:]:
+    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(picture).transpose(2, 0, 1)[None] / np.float32(255)
+    score, anomaly_map = session.run(["score", "map"], {"pictures": pixels})
+    verdict = "defect" if score[0] > calibration["threshold"] else "good"
+    n = len(calibration["scores"])
+    p_value = (1 + n - bisect.bisect_left(calibration["scores"], score[0])) / (n + 1)
+    marked = (anomaly_map[0] > calibration["pixel_threshold"]).mean()
+    print(f"{path}: {verdict}, score {score[0]:.4f}, p-value {p_value:.4f}, {marked:.1%} of the picture marked")

@@ -1,0 +1,151 @@
+"""Commands for exported detectors: export, verify, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unflaw.cli.common import (
+    Category,
+    Data,
+    ModelFile,
+    app,
+    errors,
+    load_detector,
+    load_trained,
+    progress_bars,
+    report_problems,
+    writable,
+)
+
+if TYPE_CHECKING:
+    from unflaw.datasets import Dataset
+
+
+@app.command()
+def export(
+    model: ModelFile,
+    to: Annotated[str, typer.Option(help="onnx or openvino: what will run it.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 (half the file) or int8 (part of the backbone).")] = "fp32",
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write it; by default beside MODEL, as .onnx or as .xml and .bin.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Data set whose good pictures say what 8 bits must cover.")] = None,
+) -> None:
+    """Write a detector as one graph for ONNX Runtime or OpenVINO, which run it without torch.
+
+    Example:  unflaw export parts.safetensors --to onnx
+    """
+    with errors():
+        if to not in ("onnx", "openvino") or precision not in ("fp32", "fp16", "int8"):
+            raise ValueError("--to takes onnx or openvino, and --precision fp32, fp16 or int8")
+        from unflaw.runtime.export import CALIBRATED_ON, SUFFIX
+        from unflaw.runtime.export import export as write
+
+        out = out or model.with_suffix(SUFFIX[to])
+        if out.suffix != SUFFIX[to]:
+            raise ValueError(f"{out}: a detector for {to} is called {out.stem}{SUFFIX[to]}")
+        writable(out)
+        detector = load_trained(model)
+        pictures = []
+        if precision == "int8" and data is not None:
+            from unflaw.datasets import load_dataset
+            from unflaw.images import prepare, read
+
+            train = load_dataset(data).train
+            chosen = train[:: max(1, len(train) // CALIBRATED_ON)][:CALIBRATED_ON]
+            pictures = [prepare(read(sample.path), detector.config.preparation) for sample in chosen]
+        write(detector, out, to=to, precision=precision, pictures=pictures)  # type: ignore[arg-type]
+        files = [out, out.with_suffix(".bin")] if to == "openvino" else [out]
+        size = sum(file.stat().st_size for file in files) / 1e6
+        typer.echo(f"{' and '.join(map(str, files))}: {precision}, {size:.1f} MB; `unflaw verify` compares it")
+
+
+@app.command()
+def verify(
+    trained: Annotated[Path, typer.Argument(help="A detector file (.safetensors).")],
+    exported: Annotated[Path, typer.Argument(help="What `unflaw export` made of it (.onnx or .xml).")],
+    data: Data,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative difference of scores and maps.")] = 1e-4,
+    category: Category = None,
+) -> None:
+    """Inspect the same pictures with both; exit code 1 where scores, maps or verdicts differ above the tolerance.
+
+    Example:  unflaw verify parts.safetensors parts.onnx --data parts
+    """
+    with errors():
+        from unflaw.runtime.verification import compare
+
+        dataset = _dataset(data)
+        samples = dataset.test or [*dataset.train, *dataset.validation]
+        detectors = load_trained(trained), load_detector(exported)
+        with progress_bars() as progress:
+            found = compare(
+                *detectors,
+                [sample.path for sample in samples],
+                category=category or detectors[0].match(dataset.name),
+                tolerance=tolerance,
+                progress=progress,
+            )
+        report_problems(f"skipped {reason}" for _, reason in found.skipped)
+        typer.echo(f"{found.pictures} pictures, {trained.name} and {exported.name}, largest relative differences")
+        typer.echo(f"scores    {found.score:.2e}  {found.score_path}")
+        typer.echo(f"maps      {found.map:.2e}  {found.map_path}  (mean over a picture; at one place {found.cell:.2e})")
+        for name, difference in sorted(found.layers.items()):
+            typer.echo(f"{name:9} {difference:.2e}")
+        typer.echo(f"verdicts  {len(found.verdicts)} differ  {' '.join(found.verdicts[:3])}".rstrip())
+        if found.edge:
+            typer.echo(f"{len(found.edge)} more verdicts differ where the score is a threshold, to rounding")
+        if not found.agrees(tolerance):
+            typer.echo(f"they differ by more than {tolerance:g}", err=True)
+            raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="Detector files, trained or exported.")],
+    data: Annotated[Path | None, typer.Option(help="Data set to inspect; by default made-up JPEGs.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed inspections of each batch.")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="That compute.")] = 1,
+    category: Category = None,
+) -> None:
+    """Time inspection by stage: a picture alone and 32 together, and files through `inspect_many`.
+
+    Example:  unflaw bench parts.safetensors parts.onnx --data parts
+    """
+    with errors():
+        import tempfile
+
+        import unflaw
+        from unflaw.runtime.bench import HEAD, made_up, measure, rows, throughput, use_threads
+
+        with tempfile.TemporaryDirectory() as folder:
+            if data is None:
+                paths = [Path(folder) / f"{i}.jpg" for i in range(8)]
+                for path, content in zip(paths, made_up(len(paths)), strict=True):
+                    path.write_bytes(content)
+            else:
+                dataset = _dataset(data)
+                paths = [sample.path for sample in dataset.test or dataset.train]
+            detectors = {model.name: unflaw.load(model, threads=threads) for model in models}
+            use_threads(threads)
+            typer.echo(f"{threads} thread{'s' * (threads > 1)}, {rounds} rounds, {len(paths)} pictures\n\n{HEAD}")
+            for batch in (1, 32):
+                for name, detector in detectors.items():
+                    turns = rounds if batch == 1 else max(1, rounds // 8)
+                    found = measure(detector, paths, batch=batch, rounds=turns, category=category)
+                    typer.echo("\n".join(rows(name, batch, found)))
+            typer.echo("")
+            for name, detector in detectors.items():
+                speed = throughput(detector, paths, 2 * rounds, category)
+                typer.echo(f"{name}: {speed:.1f} images/s, files to results")
+
+
+def _dataset(data: Path) -> Dataset:
+    from unflaw.datasets import load_dataset
+
+    dataset = load_dataset(data)
+    report_problems(dataset.problems)
+    return dataset

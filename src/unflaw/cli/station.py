@@ -1,0 +1,225 @@
+"""Commands of the inspection station: serve, watch, and its log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unflaw.cli.common import Category, app, errors
+
+if TYPE_CHECKING:
+    from unflaw.station.log import Log
+
+Store = Annotated[Path, typer.Option(help="Folder of the log and of kept pictures.")]
+Database = Annotated[
+    str | None,
+    typer.Option(
+        envvar="UNFLAW_DATABASE",
+        help="URL of the log's database; by default STORE/log.db, in SQLite.",
+        show_envvar=True,
+    ),
+]
+Keep = Annotated[
+    bool, typer.Option("--keep/--no-keep", help="Keep the pictures in STORE/pictures, for review and calibration.")
+]
+Sample = Annotated[float, typer.Option(min=0, max=1, help="Share of pictures drawn at random for review.")]
+Since = Annotated[datetime | None, typer.Option(help="First moment, UTC.")]
+Until = Annotated[datetime | None, typer.Option(help="First moment that is too late, UTC.")]
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(help="Detector files, or NAME=FILE.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; all but loopback need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    store: Store = Path("station"),
+    database: Database = None,
+    keep: Keep = True,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the token; UNFLAW_TOKEN in the environment does as well.")
+    ] = None,
+    sample: Sample = 0.05,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Of a picture's file.")] = 32,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Of a picture.")] = 50,
+    seconds: Annotated[float, typer.Option(min=0.001, help="After which a request is given up.")] = 30,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests worked on or waiting; further ones get 429 and come back.")
+    ] = 16,
+    cors: Annotated[list[str] | None, typer.Option(help="Another site whose pages may ask; may be repeated.")] = None,
+    retain_days: Annotated[float | None, typer.Option(min=0, help="Records older than this go.")] = None,
+    retain_gigabytes: Annotated[
+        float | None, typer.Option(min=0, help="The oldest pictures go until the rest takes no more.")
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM file; browsers give a camera to https only.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+) -> None:
+    """Serve detectors over HTTP, with a page, a log, a review queue and metrics.
+
+    Example:  unflaw serve parts.safetensors --port 8000  then open http://127.0.0.1:8000
+    """
+    with errors():
+        import uvicorn
+
+        from unflaw.station.app import create_app
+        from unflaw.station.detectors import load_all
+        from unflaw.station.guard import is_loopback
+        from unflaw.station.service import Limits, Station
+
+        token = _token(token_file)
+        if token is None and not is_loopback(host):
+            raise ValueError(
+                f"on {host} others can reach the station: give it a token with --token-file or UNFLAW_TOKEN"
+            )
+        limits = Limits(round(max_megabytes * 1e6), round(max_megapixels * 1e6), seconds, concurrency, sample)
+        station = Station(load_all(models), _log(store, database, keep), limits)
+        served = create_app(
+            station,
+            token=token,
+            origins=cors or (),
+            days=retain_days,
+            picture_bytes=_bytes(retain_gigabytes),
+        )
+        scheme = "https" if tls_certificate else "http"
+        typer.echo(f"{', '.join(station.detectors)} on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+        uvicorn.run(
+            served,
+            host=host,
+            port=port,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=round(seconds) + 1,
+            ssl_certfile=tls_certificate,
+            ssl_keyfile=tls_key,
+        )
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="Where a camera drops pictures.")],
+    model: Annotated[Path, typer.Option(help="A detector file.")],
+    out: Annotated[Path, typer.Option(help="Gets the folders good, defect, review and error.")],
+    store: Store = Path("station"),
+    database: Database = None,
+    keep: Keep = True,
+    copy: Annotated[bool, typer.Option("--copy", help="Leave the pictures where they are.")] = False,
+    category: Category = None,
+    sample: Sample = 0.05,
+    every: Annotated[float, typer.Option(min=0.01, help="Seconds from one look to the next.")] = 1,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds for which a file must not change.")] = 2,
+    patience: Annotated[
+        float, typer.Option(min=0, help="Seconds after which a file that cannot be read is an error.")
+    ] = 60,
+    once: Annotated[bool, typer.Option("--once", help="End when no file is waited for.")] = False,
+) -> None:
+    """Inspect pictures as they arrive in a folder, once each, and move or copy them by verdict.
+
+    Example:  unflaw watch camera --model parts.safetensors --out sorted
+    """
+    with errors():
+        from unflaw.station.detectors import Served
+        from unflaw.station.watch import Watcher
+
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        served = Served(model.stem, model)
+        watcher = Watcher(
+            served,
+            _log(store, database, keep),
+            folder,
+            out,
+            copy=copy,
+            category=category,
+            settle=settle,
+            patience=patience,
+            sample=sample,
+            report=lambda line: typer.echo(line, err=line.startswith("note: ")),
+        )
+        watcher.run(stop, every=every, once=once)
+
+
+log_app = typer.Typer(
+    help="The log of the station: as a table, and what is removed from it.",
+    epilog="Example:  unflaw log export --out inspections.parquet  then  unflaw log prune --days 90",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(log_app, name="log")
+
+
+@log_app.command("export")
+def export_log(
+    out: Annotated[Path, typer.Option(help="File to write, .csv or .parquet.")],
+    store: Store = Path("station"),
+    database: Database = None,
+    since: Since = None,
+    until: Until = None,
+    verdict: Annotated[str | None, typer.Option(help="Only good, defect or review.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Only of this detector.")] = None,
+    decided: Annotated[bool | None, typer.Option("--decided/--undecided", help="By a person.")] = None,
+) -> None:
+    """Write inspections as a table, a row each, oldest first.
+
+    Example:  unflaw log export --out today.csv --since 2026-11-25
+    """
+    with errors():
+        from unflaw.cli.common import writable
+        from unflaw.station.export import export
+        from unflaw.station.log import Filter
+
+        writable(out)
+        since, until = (moment and moment.replace(tzinfo=moment.tzinfo or timezone.utc) for moment in (since, until))
+        wanted = Filter(verdict=verdict, detector=detector, since=since, until=until, decided=decided)
+        count = export(_existing(store, database), out, wanted)
+        typer.echo(f"{out}: {count} inspections")
+
+
+@log_app.command("prune")
+def prune_log(
+    store: Store = Path("station"),
+    database: Database = None,
+    days: Annotated[float | None, typer.Option(min=0, help="Records older than this go.")] = None,
+    gigabytes: Annotated[
+        float | None, typer.Option(min=0, help="The oldest pictures go until the rest takes no more.")
+    ] = None,
+) -> None:
+    """Remove old records and pictures, once. `unflaw serve --retain-days 90` does so every hour.
+
+    Example:  unflaw log prune --days 90 --gigabytes 20
+    """
+    with errors():
+        if days is None and gigabytes is None:
+            raise ValueError("say what may stay: --days or --gigabytes")
+        done = _existing(store, database).prune(days=days, picture_bytes=_bytes(gigabytes))
+        typer.echo(f"removed {done.records} records and {done.pictures} pictures ({done.bytes / 1e6:.1f} MB)")
+
+
+def _log(store: Path, database: str | None, keep: bool) -> Log:
+    from unflaw.station.log import Log
+
+    return Log(database or f"sqlite:///{(store / 'log.db').absolute()}", store / "pictures" if keep else None)
+
+
+def _existing(store: Path, database: str | None) -> Log:
+    if database is None and not (store / "log.db").is_file():
+        raise ValueError(f"{store / 'log.db'}: there is no such log; name its folder with --store")
+    return _log(store, database, keep=True)
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else round(gigabytes * 1e9)
+
+
+def _token(file: Path | None) -> str | None:
+    token = file.read_text("utf-8").strip() if file else os.environ.get("UNFLAW_TOKEN")
+    if token is not None and (len(token) < 16 or not token.isprintable() or " " in token):
+        raise ValueError("a token needs at least 16 letters and no spaces; `openssl rand -hex 32` makes one")
+    return token

@@ -1,0 +1,53 @@
+"""From prepared pictures to all that an inspection shows, in one module: what `Detector` computes and export writes."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unflaw.display import DisplayDecoder
+from unflaw.features import PixelExtractor
+from unflaw.methods import Inspection, Method
+
+
+class Graph(nn.Module):
+    """A method, and the decoder that draws what it restores.
+
+    Args:
+        network: Trained, with what is normal for the category in use.
+        display: None where nothing is drawn, or the method restores pixels.
+    """
+
+    def __init__(self, network: Method, display: DisplayDecoder | None) -> None:
+        super().__init__()
+        self.network, self.display = network, display
+        self.size = network.config.preparation.size
+
+    def forward(self, pictures: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
+        """Prepared pictures (N, 3, S, S) in [0, 1] → everything by name.
+
+        Args:
+            pictures: On the canvas, float32.
+            cells: (N, g, g) bool, the feature cells that count (`Window.cells`); None: all.
+
+        Returns:
+            "map" (N, S, S) and "score" (N,), float32, raw; then what the method has of "mean", "uncertainty" and
+            "mask", each (N, S, S) float32 in [0, 1], and "restored" (N, S, S, 3) uint8.
+        """
+        inspection = self.network(self.network.embed(pictures))
+        maps, scores = self.network.fuse(inspection, cells)
+        found = {"map": maps, "score": scores}
+        for name, layer in inspection.layers.items():
+            mode = "nearest" if name == "mask" else "bilinear"
+            found[name] = F.interpolate(layer.float(), (self.size,) * 2, mode=mode)[:, 0]
+        drawn = self._drawn(inspection)
+        if drawn is not None:
+            canvas = F.interpolate(drawn, (self.size,) * 2, mode="bilinear").clamp(0, 1)
+            found["restored"] = (canvas * 255).round().byte().permute(0, 2, 3, 1)
+        return found
+
+    def _drawn(self, inspection: Inspection) -> Tensor | None:
+        """What was restored, as pictures (N, 3, h, w): restored pixels are some already."""
+        if inspection.restored is None or isinstance(self.network.features, PixelExtractor):
+            return inspection.restored
+        return None if self.display is None else self.display(inspection.restored.float())

@@ -1,0 +1,1 @@
+"""Exported detectors: written with torch (`export`), run without it (`predictor`), compared, and timed."""

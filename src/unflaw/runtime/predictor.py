@@ -1,0 +1,134 @@
+"""Detectors that were exported: run by ONNX Runtime or OpenVINO, without torch and timm."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unflaw.calibration import Calibration, calibrations
+from unflaw.config import Config
+from unflaw.drift import Reference, references
+from unflaw.errors import DetectorError
+from unflaw.files import kind_of, read_metadata, weights_of
+from unflaw.images import Prepared
+from unflaw.inspector import Inspector, Outputs
+
+INPUTS = ("pictures", "cells", "category")  # of which every graph has the first
+
+Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+class ExportedDetector(Inspector):
+    """A detector that `unflaw export` wrote. It inspects as the one that it was made of.
+
+    Args:
+        path: The `.onnx` file, or the `.xml` file of OpenVINO, whose `.bin` file lies beside it.
+        threads: That compute a picture; None: as many as the runtime likes, usually one per core.
+
+    Raises:
+        DetectorError: Missing, damaged, not a detector, of a newer format, or with parts that no exported detector has.
+        ImportError: The runtime is not installed.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        super().__init__()
+        metadata = read_metadata(path)
+        try:
+            self._calibrations, self._references = calibrations(metadata), references(metadata)
+            self.config = Config.model_validate(metadata["config"])
+            self.exported: Mapping[str, Any] = metadata["exported"]
+        except (KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DetectorError(f"{path}: its metadata cannot be used ({reason}); export it again") from error
+        self.record_ = metadata.get("record", {})
+        open_graph = _open_onnx if kind_of(path) == "onnx" else _open_openvino
+        self.inputs, outputs, self._run = open_graph(Path(path), threads)
+        if not {"map", "score"} <= set(outputs) or not {"pictures"} <= set(self.inputs) <= set(INPUTS):
+            raise DetectorError(
+                f"{path}: its graph has the inputs {', '.join(self.inputs)} and the outputs {', '.join(outputs)}, "
+                "which are not those of a detector; export it again"
+            )
+
+    @property
+    def calibrations(self) -> Mapping[str, Calibration]:
+        return self._calibrations
+
+    @property
+    def references(self) -> Mapping[str, Reference]:
+        return self._references
+
+    def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
+        """What the graph finds in windows, of pictures of a category; see `Inspector.compute`.
+
+        One picture at a time: matrices of one stay in the processor's cache, those of several do not.
+        """
+        number = list(self.calibrations).index(category)
+        found = [self._run(self.feeds([picture], number)) for picture in pictures]
+        return Outputs.of({name: np.concatenate([one[name] for one in found]) for name in found[0]})
+
+    def feeds(self, pictures: Sequence[Prepared], category: int = 0) -> dict[str, np.ndarray]:
+        """What goes into the graph, by the names of its inputs."""
+        fed = {
+            "pictures": np.stack([picture.pixels for picture in pictures]),
+            "cells": np.stack([picture.window.cells(self.exported["grid"]) for picture in pictures]),
+            "category": np.array(category, np.int64),
+        }
+        return {name: fed[name] for name in self.inputs}
+
+
+def _open_onnx(path: Path, threads: int | None) -> tuple[list[str], list[str], Run]:
+    """Names of inputs and of outputs, and what runs the graph. From bytes that were looked at, not from a path."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(f"{path}: running it needs: pip install 'unflaw[runtime]'") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    data = path.read_bytes()
+    read_metadata(path, data)
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises classes of its own that share no base
+        raise DetectorError(f"{path}: ONNX Runtime refuses it ({_first(error)}); export it again") from error
+    outputs = [output.name for output in session.get_outputs()]
+
+    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(outputs, session.run(outputs, feeds), strict=True))
+
+    return [node.name for node in session.get_inputs()], outputs, run
+
+
+def _open_openvino(path: Path, threads: int | None) -> tuple[list[str], list[str], Run]:
+    """As `_open_onnx`. In float32: on some processors OpenVINO would else compute in bfloat16, which is coarser."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError(f"{path}: running it needs: pip install 'unflaw[openvino]'") from error
+    graph, weights = path.read_bytes(), weights_of(path).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != read_metadata(path, graph)["exported"].get("weights"):
+        raise DetectorError(f"{weights_of(path)}: is not the file that belongs to {path.name}; export it again")
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    core = openvino.Core()
+    try:
+        model = core.read_model(graph, openvino.Tensor(np.frombuffer(weights, np.uint8)))
+        compiled = core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        raise DetectorError(f"{path}: OpenVINO refuses it ({_first(error)}); export it again") from error
+    outputs = [output.any_name for output in compiled.outputs]
+
+    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = compiled(feeds)
+        return {name: np.array(found[i]) for i, name in enumerate(outputs)}
+
+    return [node.any_name for node in compiled.inputs], outputs, run
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:200]

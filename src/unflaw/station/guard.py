@@ -1,0 +1,135 @@
+"""What every request passes before it is looked at: who asks, from where, and how much it sends."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+from collections.abc import MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from unflaw.station.metrics import Metrics
+
+_OPEN = ("/", "/health")  # without a token: the page holds no data, and balancers ask for health
+_PAGE = "/page/"
+_METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT")
+_FRAMING = 64 * 2**10  # bytes of a multipart form around the picture
+_DRAIN = 10.0  # seconds in which the rest of a refused request is read and dropped
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(self), microphone=(), geolocation=()",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Guard:
+    """Refuses what may not come in, and puts headers on what goes out.
+
+    With a token, requests must carry it as `Authorization: Bearer …`. Without, only this machine can reach the station;
+    then what a browser sends on behalf of other sites is refused, by the names in `Host` and `Origin`.
+
+    Args:
+        max_bytes: Of a body, besides the framing of a form.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_bytes: int, token: str | None) -> None:
+        self._app, self._metrics = app, metrics
+        self._token = None if token is None else token.encode()
+        self._max_bytes = max_bytes + _FRAMING
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        read, more = 0, True
+
+        async def limited() -> Message:
+            nonlocal read, more
+            message = await receive()
+            read += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            if read > self._max_bytes and message["type"] == "http.request":
+                raise HTTPException(
+                    413, f"the request is larger than {self._max_bytes:,} bytes; send a smaller picture"
+                )
+            return message
+
+        async def finish(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if message["status"] >= 400 and more and read <= self._max_bytes:
+                    await _drain(receive, self._max_bytes)
+                out = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    out.setdefault(name, value)
+                # the page is looked up anew after an update, and no proxy keeps what the API says
+                out.setdefault("cache-control", "no-cache" if scope["path"].startswith(_PAGE) else "no-store")
+                path = getattr(scope.get("route"), "path", "other")
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                self._metrics.answers.labels(method, path, message["status"]).inc()
+            await send(message)
+
+        refusal = self._refuse(scope, headers)
+        await (refusal or self._app)(scope, limited, finish)
+
+    def _refuse(self, scope: MutableMapping[str, Any], headers: Headers) -> JSONResponse | None:
+        path = scope["path"]
+        if self._token is None:
+            if not is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname or ""):
+                return _problem(403, "without a token the station only answers to localhost; start it with a token")
+            origin = headers.get("origin")
+            if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin and not self._own(origin, headers):
+                return _problem(403, f"{origin} may not use this station; start it with --cors {origin} and a token")
+        elif path not in _OPEN and not path.startswith(_PAGE):
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            # compared in bytes: text with other letters than ASCII cannot be compared in constant time
+            if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):
+                refused = _problem(401, "this station needs its token: Authorization: Bearer …")
+                refused.headers["www-authenticate"] = "Bearer"
+                return refused
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._max_bytes:
+            return _problem(413, f"the request is larger than {self._max_bytes:,} bytes; send a smaller picture")
+        return None
+
+    @staticmethod
+    def _own(origin: str, headers: Headers) -> bool:
+        return urlsplit(origin).netloc == headers.get("host")
+
+
+def _problem(status: int, detail: str) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status)
+
+
+async def _drain(receive: Receive, limit: int) -> None:
+    """Reads what a client still sends: were the connection closed on it, it might never see the answer."""
+
+    async def rest() -> None:
+        read = 0
+        while read <= limit:
+            message = await receive()
+            read += len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                return
+
+    try:
+        await asyncio.wait_for(rest(), _DRAIN)
+    except asyncio.TimeoutError:
+        return
