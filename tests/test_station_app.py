@@ -79,7 +79,7 @@ def test_the_answer_is_what_the_detector_says_and_what_the_log_holds(client, sav
     told, expected = answer.json(), unflaw.load(str(saved)).inspect(bad)
     assert told["score"] == pytest.approx(expected.score, rel=1e-5)
     assert (told["verdict"], told["p_value"]) == (expected.verdict, expected.p_value)
-    assert told["regions"] == [region.to_json() for region in expected.regions]
+    assert told["regions"] == [region.to_json(contour=True) for region in expected.regions]
     assert told["digest"] == sha256(bad) and told["detector_digest"] == sha256(saved.read_bytes())
     assert (told["name"], told["width"], told["height"], told["size"]) == ("line 3/ä.png", SIDE, SIDE, len(bad))
     assert (told["detector"], told["category"], told["source"]) == ("parts", "", None)
@@ -212,11 +212,16 @@ def test_decisions_make_a_new_threshold_and_a_new_file(saved, bad, tmp_path):
             again["detector_digest"] == done["digest"] == sha256(Path(model).read_bytes()) != told[0]["detector_digest"]
         )
 
+        assert "9 that count already" in complaint(client.post("/detectors/parts/calibrate", json={}), 409)
+        client.put(f"/inspections/{again['id']}/review", json={"decision": "good", "by": "Ada"})
         kept = client.post("/detectors/parts/calibrate", json={"keep": True}).json()
-        assert "18 good pictures" in kept["after"]["described"]
+        assert (kept["good"], kept["counted"]) == (1, 9) and "10 good pictures" in kept["after"]["described"]
+        assert "10 that count already" in complaint(client.post("/detectors/parts/calibrate", json={}), 409)
         missed = client.post("/detectors/parts/calibrate", json={"keep": False, "miss_rate": 0.5}).json()
         assert missed["defects"] == 1 and "miss rate" in missed["after"]["described"]
-        assert "certify" in complaint(client.post("/detectors/parts/calibrate", json={"miss_rate": 0.01}), 409)
+        assert "certify" in complaint(
+            client.post("/detectors/parts/calibrate", json={"keep": False, "miss_rate": 0.01}), 409
+        )
 
 
 def test_only_the_sampled_do_not_bend_the_threshold(saved, tmp_path):
@@ -251,9 +256,9 @@ def test_the_last_decision_on_a_picture_counts(saved, tmp_path):
         ]
         for number, decision in zip(numbers, ["good", "defect", "good"], strict=True):
             client.put(f"/inspections/{number}/review", json={"decision": decision, "by": "Ada"})
-        assert client.post("/detectors/parts/calibrate", json={}).json()["good"] == 2
+        assert client.post("/detectors/parts/calibrate", json={"keep": False}).json()["good"] == 2
         client.put(f"/inspections/{numbers[1]}/review", json={"decision": "defect", "by": "Ada"})
-        assert client.post("/detectors/parts/calibrate", json={}).json()["good"] == 1
+        assert client.post("/detectors/parts/calibrate", json={"keep": False}).json()["good"] == 1
 
 
 def test_a_file_that_changed_or_cannot_be_written_is_not_replaced(saved, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from unflaw.calibration import Calibration
 from unflaw.errors import DetectorError
 from unflaw.images import ImageError
 from unflaw.station import schemas
-from unflaw.station.detectors import CalibrationRefused, Served
+from unflaw.station.detectors import Served
 from unflaw.station.guard import Guard
 from unflaw.station.log import Entry, Filter, legible
 from unflaw.station.service import Busy, Missing, Slot, Station, names
@@ -258,11 +258,9 @@ def _add_state(api: APIRouter, station: Station) -> None:
     async def calibrate(name: Annotated[str, Path(max_length=200)], wanted: schemas.Recalibration) -> dict[str, Any]:
         """Set a detector's threshold anew by what people decided, and replace its file. Inspections go on meanwhile."""
         served = station.detector(name)
-        options = wanted.model_dump(exclude={"category"})
+        category, options = served.detector.category(wanted.category or None), wanted.model_dump(exclude={"category"})
         try:
-            done = await station.recalibrate(served, served.detector.category(wanted.category or None), **options)
-        except (DetectorError, ImageError):
-            raise
+            done = await station.recalibrate(served, category, **options)
         except (ValueError, OSError) as error:
             raise HTTPException(409, str(error)) from error
         return {**vars(done), "before": _told(done.before), "after": _told(done.after), "digest": served.digest}
@@ -307,9 +305,8 @@ async def _picture(request: Request, asked: Asked, limit: int) -> tuple[bytes, A
             given |= {name: value for name, value in form.items() if name in Asked.model_fields and value}
         asked = Asked.model_validate(given)
     if len(data) > limit:
-        raise HTTPException(
-            413, f"the picture has {len(data):,} bytes, over the limit of {limit:,}; send a smaller one"
-        )
+        name = asked.name or "the picture"
+        raise HTTPException(413, f"{name}: has {len(data):,} bytes, over the limit of {limit:,}; send a smaller one")
     return data, asked
 
 
@@ -372,7 +369,6 @@ def _unlogged(_: Request, error: Exception) -> JSONResponse:
 
 _HANDLERS: dict[Any, Any] = {
     Busy: lambda _, error: _answer(429, "the station is busy; try again in a second", {"Retry-After": "1"}),
-    CalibrationRefused: _says(409),
     ClientDisconnect: lambda _, error: _answer(400, "the picture did not arrive whole"),  # nobody reads that
     DetectorError: _says(404),
     Exception: lambda _, error: _answer(500, "the station failed; its output says why"),

@@ -15,15 +15,11 @@ import unflaw
 from unflaw.calibration import Calibration
 from unflaw.datasets.samples import SHORT
 from unflaw.datasets.samples import sha256 as file_digest
-from unflaw.errors import DetectorError
+from unflaw.errors import DetectorError, TrainingError
 from unflaw.images import read
 from unflaw.inspector import Inspector
 from unflaw.results import Result
 from unflaw.station.log import Entry, Filter, Log, legible, sha256
-
-
-class CalibrationRefused(ValueError):
-    """A calibration that cannot be done as things stand. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,7 @@ class Recalibrated:
         before, after: Calibrations.
         good, defects: Pictures that took part.
         seen: Good ones left out because the detector has learned from them.
+        counted: Good ones left out because their scores are among those that were kept.
         lost: Decided ones whose pictures are not kept.
     """
 
@@ -42,6 +39,7 @@ class Recalibrated:
     good: int
     defects: int
     seen: int
+    counted: int
     lost: int
 
 
@@ -105,7 +103,7 @@ class Served:
         category = detector.category(category or None)
         pixels = read(data, max_pixels=max_pixels, name=name)
         result = detector.inspect(pixels, category=category)
-        line = result.to_json()
+        line = result.to_json(contours=True)
         entry = Entry(
             time=datetime.now(timezone.utc),
             name=legible(name),
@@ -146,7 +144,7 @@ class Served:
                 are not like pictures to come, and raise the threshold.
 
         Raises:
-            CalibrationRefused: An exported detector, a file that is not the one served, no pictures of good parts.
+            TrainingError: An exported detector, a file that is not the one served, no pictures of good parts.
             ValueError, OSError: As for `Detector.calibrate` and `Detector.save`. Nothing has changed then.
         """
         with self._changing:
@@ -156,38 +154,53 @@ class Served:
         self, log: Log, category: str, keep: bool, sampled: bool, rate: float | None, miss_rate: float | None
     ) -> Recalibrated:
         if self.fixed:
-            raise CalibrationRefused(self.fixed)
+            raise TrainingError(self.fixed)
         if log.pictures is None:
-            raise CalibrationRefused("calibrating needs pictures, and this station keeps none; start it with --keep")
+            raise TrainingError("calibrating needs pictures, and this station keeps none; start it with --keep")
         if file_digest(self.path) != self.digest:
-            raise CalibrationRefused(f"{self.path.name} has changed since the station loaded it; restart the station")
+            raise TrainingError(f"{self.path.name} has changed since the station loaded it; restart the station")
         fresh: Any = unflaw.load(str(self.path))
-        learned = set(fresh.record_.get("seen", []))
+        learned, counted = set(fresh.record_.get("seen", [])), _counted(fresh.record_, category) if keep else set()
         chosen = self._decided(log, category)
         good = [e.digest for e in chosen if e.decision == "good" and (e.sampled or not sampled)]
         defects = [e.digest for e in chosen if e.decision == "defect"] if miss_rate is not None else []
-        new = [digest for digest in good if digest[:SHORT] not in learned]
+        unseen = [digest for digest in good if digest[:SHORT] not in learned]
+        new = [digest for digest in unseen if digest[:SHORT] not in counted]
         paths = [[path for digest in part if (path := log.picture(digest))] for part in (new, defects)]
-        lost = len(new) + len(defects) - sum(map(len, paths))
+        left = {
+            "seen": len(good) - len(unseen),
+            "counted": len(unseen) - len(new),
+            "lost": len(new) + len(defects) - sum(map(len, paths)),
+        }
         if not paths[0]:
             why = "drawn at random and " * sampled + "decided to be good"
-            raise CalibrationRefused(
-                f"there are no pictures of {self.name} that were {why} ({len(good) - len(new)} that it has learned "
-                f"from, {lost} not kept); decide some first"
+            raise TrainingError(
+                f"there are no pictures of {self.name} that were {why}, but for {left['seen']} that it has learned "
+                f"from, {left['counted']} that count already and {left['lost']} not kept; decide some first"
             )
         after = fresh.calibrate(
             paths[0], paths[1], rate=rate, miss_rate=miss_rate, category=category or None, keep=keep
         )
+        fresh.record_["calibrations"][-1]["pictures"] = sorted(path.name[:SHORT] for path in paths[0])
         fresh.save(self.path)
         before = self.detector.calibrations[category]
         self._loaded = fresh, file_digest(self.path)
-        return Recalibrated(before, after, len(paths[0]), len(paths[1]), len(good) - len(new), lost)
+        return Recalibrated(before, after, len(paths[0]), len(paths[1]), **left)
 
     def _decided(self, log: Log, category: str) -> Sequence[Entry]:
         """The last decision on each picture of a category."""
         wanted = Filter(detector=self.name, category=category, decided=True)
         found = [entry for batch in log.stream(wanted) for entry in batch]
         return list({e.digest: e for e in sorted(found, key=lambda e: (e.decided_at, e.id))}.values())
+
+
+def _counted(record: dict[str, Any], category: str) -> set[str]:
+    """Short digests of decided pictures whose scores calibrate a category now; kept, they must not count twice."""
+    counted: set[str] = set()
+    for entry in record.get("calibrations", []):
+        if entry.get("category", "") == category:
+            counted = (counted if entry["kept"] else set()) | set(entry.get("pictures", []))
+    return counted
 
 
 def load_all(models: Sequence[str]) -> dict[str, Served]:

@@ -203,6 +203,7 @@ class RecalibrationDone(BaseModel):
     good: int = Field(description="Good pictures that took part.")
     defects: int = Field(description="Defects that took part.")
     seen: int = Field(description="Good pictures left out because the detector has learned from them.")
+    counted: int = Field(description="Good pictures left out because their scores are among those that were kept.")
     lost: int = Field(description="Decided pictures that are no longer kept.")
     digest: str = Field(description="SHA-256 of the detector's new file, in hex.")
 

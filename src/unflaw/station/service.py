@@ -191,8 +191,7 @@ class Station:
 
     async def prune(self, days: float | None, picture_bytes: int | None) -> None:
         """See `Log.prune`."""
-        pruning = self._writer.submit(self.log.prune, days=days, picture_bytes=picture_bytes)
-        await asyncio.wrap_future(pruning)
+        await asyncio.to_thread(self.log.prune, days=days, picture_bytes=picture_bytes)  # nobody waits for it
 
     async def waiting(self) -> int:
         """Inspections that a person should decide."""

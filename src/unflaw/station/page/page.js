@@ -559,7 +559,7 @@ function card(title, name, category) {
     try {
       const wanted = { category, keep: keep.checked, sampled: sampled.checked, ...(miss.value ? { miss_rate: Number(miss.value) / 100 } : {}) };
       const done = await send(`/detectors/${encodeURIComponent(name)}/calibrate`, "POST", wanted);
-      const left = [done.seen && `${done.seen} left out that it has learned from`, done.lost && `${done.lost} no longer kept`].filter(Boolean);
+      const left = [done.seen && `${done.seen} left out that it has learned from`, done.counted && `${done.counted} count already`, done.lost && `${done.lost} no longer kept`].filter(Boolean);
       const by = `by ${done.good} good and ${done.defects} defective pictures${left.length ? ` (${left.join(", ")})` : ""}`;
       outcome.replaceChildren(el("p", { class: "done" }, `Threshold ${number(done.before.threshold)} → ${number(done.after.threshold)}, ${by}. Saved.`));
       await refresh();
