@@ -25,7 +25,7 @@ from unflaw.categories import Category, Data, gather, hold_out, remembered
 from unflaw.config import Config, make_config
 from unflaw.crossfit import arrange, cross_fit, finish, gather_evidence, leave_one_out
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256
-from unflaw.display import DisplayDecoder
+from unflaw.display import DisplayDecoder, fit_display
 from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError
 from unflaw.features import PixelExtractor
@@ -172,7 +172,8 @@ class Detector(Inspector):
             return other
 
         history = self._train(network, train, textures, rng, progress, checkpoint)
-        self._fit_display(train, progress)
+        if self.config.training.display_steps and not isinstance(network.features, PixelExtractor):
+            self.display = fit_display(train, self.config.training, progress)
         crossed = {}
         if trains and len(calibrating) < len(train.rows()):
             crossed = cross_fit(fold, train, options, calibrating.keys(), budget)
@@ -318,7 +319,7 @@ class Detector(Inspector):
         if "exported" in metadata:
             raise DetectorError(f"{path}: was exported, and only inspects; name the .safetensors file it was made of")
         try:
-            known, remembered = calibrations(metadata), references(metadata)
+            known, drift = calibrations(metadata), references(metadata)
             detector = cls(config=Config.model_validate(metadata["config"]), weights="later")
         except (KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -338,7 +339,7 @@ class Detector(Inspector):
                 detector.display.load_state_dict(parts["display"])
             for i, (name, calibration) in enumerate(known.items()):
                 normal = {buffer: tensors[f"{_place(name, i)}.{buffer}"] for buffer in detector.network.finished}
-                detector.categories_[name] = Category(calibration, normal, remembered.get(name))
+                detector.categories_[name] = Category(calibration, normal, drift.get(name))
                 detector.select(name)  # fails where a shape is wrong
         except (RuntimeError, KeyError) as error:
             raise DetectorError(f"{path}: its tensors do not fit its configuration ({error})") from error
@@ -402,19 +403,6 @@ class Detector(Inspector):
         if not self.network.uses_textures:
             return []
         return texture_pictures(self.config.training.textures, self.config.preparation)
-
-    def _fit_display(self, cache: Cache, progress: Progress) -> None:
-        settings = self.config.training
-        if not settings.display_steps or isinstance(self.network.features, PixelExtractor):
-            return
-        decoder = self.display = DisplayDecoder(self.network.features.channels)
-
-        def loss(indices: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-            drawn = decoder(cache.features[indices].float())
-            return {"loss": (drawn - cache.thumbnails[indices].float() / 255).abs().mean()}
-
-        n, steps = len(cache), settings.display_steps
-        optimise(decoder, loss, n, steps, settings, stage="display", progress=progress)
 
     @torch.inference_mode()
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
