@@ -281,6 +281,14 @@ def test_what_a_whole_picture_has_in_common_does_not_matter_to_a_judge(features)
     torch.testing.assert_close(made(features + shift), made(features), atol=1e-3, rtol=0)
 
 
+def test_what_does_not_count_has_no_part_in_what_a_picture_has_in_common(features):
+    made, valid = judge(features), torch.zeros(len(features), *features.shape[-2:], dtype=torch.bool)
+    valid[:, :4] = True
+    other = torch.where(valid[:, None], features, 50.0)
+    found, expected = (made(f, valid=valid)[:, :, :2] for f in (other, features))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
 def test_a_judge_learns_from_all_cached_pictures(features):
     many = torch.cat([features] * 10).half()
     many[-1] *= 100  # far from all others, in the second part

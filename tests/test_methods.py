@@ -185,7 +185,7 @@ def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, mon
     method = create(tiny("lookup"), "random")
     good = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, GRID, GRID)  # of deviation √2
 
-    def forward(features: Tensor, pictures: Tensor | None = None) -> Inspection:
+    def forward(features: Tensor, *_: object) -> Inspection:
         coarse = torch.zeros(len(features), 1, GRID // 2, GRID // 2)
         return Inspection(features[:, :1], coarse=coarse)
 
@@ -307,7 +307,7 @@ def test_padding_has_no_part_in_what_is_normal(method):
     method.finish(features, valid)
     before = method.normal.clone(), method.normal_scores.clone()
     with torch.no_grad():
-        found = method(features.float(), rows)
+        found = method(features.float(), rows, valid)
     assert_statistics_are_standard(method, found, valid)
     for kind in standardised(method, found):
         inside = kind[:, 2:6] if kind.shape[-1] == GRID else kind[:, 1:3]

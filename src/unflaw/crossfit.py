@@ -55,8 +55,9 @@ def pieced(
     size, mosaic = (network.config.preparation.size,) * 2, None
     for rows in torch.arange(len(windows)).split(8):
         shown = [windows[row] for row in rows.tolist()]
-        inspection = network(features(rows), None if leave is None else leave[rows])
-        maps, scores = network.fuse(inspection, cells(shown, network.features.grid))
+        inside = cells(shown, network.features.grid)
+        inspection = network(features(rows), None if leave is None else leave[rows], inside)
+        maps, scores = network.fuse(inspection, inside)
         found = {"map": maps.numpy()}
         if (doubt := inspection.layers.get("uncertainty")) is not None:
             found["uncertainty"] = F.interpolate(doubt, size, mode="bilinear")[:, 0].numpy()

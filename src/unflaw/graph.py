@@ -34,7 +34,7 @@ class Graph(nn.Module):
             "map" (N, S, S) and "score" (N,), float32, raw; then what the method has of "mean", "uncertainty" and
             "mask", each (N, S, S) float32 in [0, 1], and "restored" (N, S, S, 3) uint8.
         """
-        inspection = self.network(self.network.embed(pictures))
+        inspection = self.network(self.network.embed(pictures), valid=cells)
         maps, scores = self.network.fuse(inspection, cells)
         found = {"map": maps, "score": scores}
         for name, layer in inspection.layers.items():

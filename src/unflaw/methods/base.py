@@ -106,13 +106,14 @@ class Method(nn.Module):
         """Terms by name; "loss" is minimised. `batch["features"]` is F (B, C, g, g) float32."""
         raise TypeError(f"{type(self).__name__} has nothing to train")
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
+    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
         """F (N, C, g, g) → evidence on the feature grid. Deterministic.
 
         Args:
             features: Of any pictures.
             pictures: (N,) rows of the cache that `setup` saw, where they are training pictures: what a memory keeps of
                 them is left out, so that their evidence is that of new good pictures. Only before `extend`.
+            valid: (N, g, g) bool, the cells that count; None: all.
         """
         raise NotImplementedError
 
@@ -146,7 +147,7 @@ class Method(nn.Module):
             pictures: (N,) rows of the cache that `setup` saw; None: the first N.
         """
         rows = torch.arange(len(features)) if pictures is None else pictures
-        inspection = self._inspected(features, rows)
+        inspection = self._inspected(features, rows, valid)
         cells = [kind if valid is None else kind[valid] for kind in inspection.witnesses.unbind(1)]
         if inspection.coarse is not None:
             coarse = inspection.coarse[:, 0]
@@ -160,14 +161,17 @@ class Method(nn.Module):
             normal, moved = self._sayings(inspection, valid)[0], []
             for _ in range(ALTERED):
                 altered = synthesise(features.float(), None, anomalies, rng).features
-                moved.append((self._sayings(self._inspected(altered, rows), valid)[0] - normal).clamp(0, 3))
+                moved.append((self._sayings(self._inspected(altered, rows, valid), valid)[0] - normal).clamp(0, 3))
             self.fine_say.copy_(torch.cat(moved).mean().clamp(MUTE, 1))
 
-    def _inspected(self, features: Tensor, rows: Tensor) -> Inspection:
-        """Evidence on training pictures, as they are or altered; `rows` as `forward` takes them."""
-        found = [self(part.float(), i) for part, i in zip(features.split(8), rows.split(8), strict=True)]
+    def _inspected(self, features: Tensor, rows: Tensor, valid: Tensor | None) -> Inspection:
+        """Evidence on training pictures, as they are or altered; `rows` and `valid` as `forward` takes them."""
+        cells = [None] * len(features.split(8)) if valid is None else valid.split(8)
+        parts = zip(features.split(8), rows.split(8), cells, strict=True)
+        found = [self(part.float(), i, inside) for part, i, inside in parts]
         witnesses = torch.cat([inspection.witnesses for inspection in found])
-        return Inspection(witnesses, _joined(found, "perceived"), _joined(found, "coarse"))
+        layers = {name: torch.cat([inspection.layers[name] for inspection in found]) for name in found[0].layers}
+        return Inspection(witnesses, _joined(found, "perceived"), _joined(found, "coarse"), layers=layers)
 
     def turn_to(self, category: int) -> None:
         """After training, before `finish`: memories use what this category, counted from 0, has taught."""

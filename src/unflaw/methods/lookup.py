@@ -37,9 +37,9 @@ class Lookup(Method):
         self.memory.extend(features, rng)
         self.judge.extend(features, rng)
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
+    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
         recalled, _, distance = self.memory(features, pictures)
-        return Inspection(distance, coarse=self.judge(features, pictures), restored=recalled)
+        return Inspection(distance, coarse=self.judge(features, pictures, valid), restored=recalled)
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:
         assert inspection.restored is not None and inspection.coarse is not None

@@ -43,11 +43,11 @@ class Memory(nn.Module):
         self._taught: list[tuple[Tensor, Tensor, Tensor]] = []
         self._categories = torch.zeros(0, dtype=torch.long)
         self._pictures: Tensor | None = None  # of the rows to come: which picture each is of, which cells count
-        self._valid: Tensor | None = None
+        self.valid: Tensor | None = None
 
     def arrange(self, pictures: Tensor, valid: Tensor | None) -> None:
         """As `Method.arrange`: what a picture taught is left out for all its windows."""
-        self._pictures, self._valid = pictures, valid
+        self._pictures, self.valid = pictures, valid
 
     @torch.no_grad()
     def fit(self, features: Tensor, rng: Generator, categories: Tensor | None = None) -> None:
@@ -75,7 +75,7 @@ class Memory(nn.Module):
         rows = pictures[torch.randperm(n, generator=rng)[: max(1, MOST_TOKENS // side**2)].sort().values]
         tokens = to_tokens(features[rows].float()).flatten(0, 1)
         owners = rows.repeat_interleave(side**2)
-        if self._valid is not None:
+        if self.valid is not None:
             inside = self._inside(rows, side)
             tokens, owners = tokens[inside], owners[inside]
         size = len(self.prototypes)
@@ -88,15 +88,15 @@ class Memory(nn.Module):
         sample = pictures[torch.randperm(n, generator=rng)[: max(2, 2**14 // side**2)]]
         self._taught, taught = [], self._taught  # of those in use, whatever there was before
         distances = self(features[sample].float(), sample)[1].clamp_min(1e-6).flatten()
-        if self._valid is not None:
+        if self.valid is not None:
             distances = distances[self._inside(sample, side)]
         self.radius.copy_(distances.median())
         self._taught = taught
 
     def _inside(self, rows: Tensor, side: int) -> Tensor:
         """(T,) bool, which tokens of some rows count, on a grid of this side."""
-        assert self._valid is not None
-        valid = self._valid[rows]
+        assert self.valid is not None
+        valid = self.valid[rows]
         return (valid if valid.shape[-1] == side else coarser(valid)).flatten()
 
     def use(self, category: int) -> None:
@@ -122,7 +122,7 @@ class Memory(nn.Module):
         """
         parts = [to_tokens(part.float()).flatten(0, 1) for part in features.split(8)]
         distance, tokens = torch.cat([self.recall(part)[2] for part in parts]), torch.cat(parts)
-        if self._valid is not None:
+        if self.valid is not None:
             inside = self._inside(torch.arange(len(features)), features.shape[-1])
             distance, tokens = distance[inside], tokens[inside]
         tokens = tokens[distance.argsort(descending=True)[: 16 * len(self.extra)]]
@@ -263,13 +263,27 @@ class Judge(nn.Module):
         """As `Memory.extend`."""
         self.memory.extend(self._all(features), rng)
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Tensor:
-        """F (N, C, g, g) → distance to the nearest region known, (N, 1, ⌈g/2⌉, ⌈g/2⌉)."""
-        return self.memory(self._regions(features), pictures)[2]
+    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """F (N, C, g, g) → distance to the nearest region known, (N, 1, ⌈g/2⌉, ⌈g/2⌉).
 
-    def _regions(self, features: Tensor) -> Tensor:
+        Args:
+            features, pictures: As for `Memory`.
+            valid: (N, g, g) bool, the cells that count; None: all.
+        """
+        return self.memory(self._regions(features, valid), pictures)[2]
+
+    def _regions(self, features: Tensor, valid: Tensor | None) -> Tensor:
         coarse = self._coarsen(features)
-        return coarse - coarse.mean((2, 3), keepdim=True)
+        if valid is None:
+            return coarse - coarse.mean((2, 3), keepdim=True)
+        counts = coarser(valid)[:, None].to(coarse)
+        common = (coarse * counts).sum((2, 3), keepdim=True) / counts.sum((2, 3), keepdim=True).clamp_min(1)
+        return coarse - common
 
     def _all(self, features: Tensor) -> Tensor:
-        return torch.cat([self._regions(part.float()) for part in features.split(32)])
+        """Regions of the rows that `Memory.arrange` told of."""
+        valid = self.memory.valid
+        cells = [None] * len(features.split(32)) if valid is None else valid.split(32)
+        return torch.cat(
+            [self._regions(part.float(), inside) for part, inside in zip(features.split(32), cells, strict=True)]
+        )

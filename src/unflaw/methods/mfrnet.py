@@ -176,12 +176,12 @@ class MFRNet(Method):
             self.memory.extend(features, rng)
             self.judge.extend(features, rng)
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
+    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
         """All masks of all k in one batch; maps and restored features are means over k."""
         recalled, distance, coarse = None, [], None
         if self.memory is not None and self.judge is not None:
             recalled, _, least = self.memory(features, pictures)
-            distance, coarse = [least], self.judge(features, pictures)
+            distance, coarse = [least], self.judge(features, pictures, valid)
         restored = self.restore(features, self.masks, recalled)  # (N, K, C, g, g)
         kinds = self.masks.shape[0]
         terms = self.compare(features.repeat_interleave(kinds, 0), restored.flatten(0, 1))

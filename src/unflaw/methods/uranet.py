@@ -191,7 +191,7 @@ class URANet(Method):
             self.memory.extend(features, rng)
             self.judge.extend(features, rng)
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None) -> Inspection:
+    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
         if self.memory is None or self.judge is None:
             mean, deviation = self.perception(features)
             final = self.perception.masks(mean, deviation)[1]
@@ -208,7 +208,7 @@ class URANet(Method):
             calmed = self.perception.draws(self._evidence(least, departure, pictures))
             witnesses = torch.cat([length(features - restored), least], dim=1)
             perceived = torch.minimum(mean_logit(logits), mean_logit(calmed))
-            coarse = self.judge(features, pictures)
+            coarse = self.judge(features, pictures, valid)
         return Inspection(
             witnesses, perceived, coarse, restored, {"mean": mean, "uncertainty": deviation, "mask": final}
         )
@@ -294,8 +294,8 @@ class URANet(Method):
     def finish(self, features: Tensor, valid: Tensor | None = None, pictures: Tensor | None = None) -> None:
         """Also raises τ_U and τ_V so far that hardly any cell of good training pictures is marked."""
         rows = torch.arange(len(features)) if pictures is None else pictures
-        maps = [self(part.float(), i).layers for part, i in zip(features.split(8), rows.split(8), strict=True)]
-        mean, deviation = (torch.cat([m[name] for m in maps])[:, 0] for name in ("mean", "uncertainty"))
+        layers = self._inspected(features, rows, valid).layers
+        mean, deviation = (layers[name][:, 0] for name in ("mean", "uncertainty"))
         inside = torch.ones_like(mean, dtype=torch.bool) if valid is None else valid
         self.perception.fit_thresholds(mean[inside], deviation[inside])
         super().finish(features, valid, pictures)
