@@ -64,7 +64,7 @@ def compare(
 
     Args:
         category: For detectors of several.
-        tolerance: How near to the threshold a score may be for its verdict not to count.
+        tolerance: How near to a threshold a score may be for its verdict not to count.
 
     Raises:
         DetectorError: They are not made for the same pictures or categories, or a category is missing.
