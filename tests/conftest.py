@@ -146,11 +146,26 @@ def saved(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That detector as a graph for ONNX Runtime. Only to be read."""
-    from unflaw.runtime.export import export
+def export_again(detector: Any) -> Callable[..., Path]:
+    """`export` of that detector, whose graph is made once: making it takes seconds, writing it does not."""
+    import onnx
 
-    return export(detector, tmp_path_factory.mktemp("exported") / "parts.onnx")
+    from unflaw.runtime import export
+
+    graph = export.to_onnx(detector).SerializeToString()
+
+    def again(path: Path, **options: Any) -> Path:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(export, "to_onnx", lambda _: onnx.load_from_string(graph))
+            return export.export(detector, path, **options)
+
+    return again
+
+
+@pytest.fixture(scope="session")
+def exported(export_again: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That detector as a graph for ONNX Runtime. Only to be read."""
+    return export_again(tmp_path_factory.mktemp("exported") / "parts.onnx")
 
 
 @pytest.fixture(scope="session")

@@ -78,16 +78,16 @@ def test_categories_have_their_own_memories_in_one_graph(parts, weights, tiny, t
     assert path.stat().st_size < 4 * numbers + 600_000  # weights once, memories twice
 
 
-def test_half_the_bits_are_half_the_file(detector, exported, pictures, tmp_path):
-    path = export(detector, tmp_path / "half.onnx", precision="fp16")
+def test_half_the_bits_are_half_the_file(detector, export_again, exported, pictures, tmp_path):
+    path = export_again(tmp_path / "half.onnx", precision="fp16")
     assert path.stat().st_size < 0.6 * exported.stat().st_size
     found = compare(detector, load(path), pictures)
     assert 0 < found.score < 0.1 and found.map < 0.1
 
 
-def test_openvino_agrees_too(detector, pictures, tmp_path):
+def test_openvino_agrees_too(detector, export_again, pictures, tmp_path):
     pytest.importorskip("openvino")
-    path = export(detector, tmp_path / "parts.xml", to="openvino")
+    path = export_again(tmp_path / "parts.xml", to="openvino")
     agree(detector, path, pictures)
     weights = path.with_suffix(".bin")
     content = weights.read_bytes()
@@ -101,11 +101,11 @@ def test_openvino_agrees_too(detector, pictures, tmp_path):
         load(path)
 
 
-def test_eight_bits_are_for_the_backbone(detector, parts, tmp_path):
+def test_eight_bits_are_for_the_backbone(detector, export_again, parts, tmp_path):
     with pytest.raises(ValueError, match="--data"):
         export(detector, tmp_path / "small.onnx", precision="int8")
     good = [prepare(read(path), detector.config.preparation) for path in list_images(parts / "train/good")]
-    path = export(detector, tmp_path / "small.onnx", precision="int8", pictures=good)
+    path = export_again(tmp_path / "small.onnx", precision="int8", pictures=good)
     nodes = onnx.load(path).graph.node
     restored = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     eight = [node for node in nodes if node.op_type == "Conv" and node.input[1] in restored]

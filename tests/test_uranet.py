@@ -6,7 +6,7 @@ from torch import Generator, Tensor
 from unflaw.config import Perception, Restoration
 from unflaw.methods.base import Batch
 from unflaw.methods.layers import to_grid, to_tokens
-from unflaw.methods.uranet import RAM, UIAPM, URANet, length
+from unflaw.methods.uranet import RAM, SUREST, UIAPM, URANet, length, mean_logit
 from unflaw.synthesis import synthesise
 from unflaw.training import optimise
 
@@ -529,3 +529,10 @@ def test_every_switch_trains_and_inspects(tiny, features, textures, changes):
 
 def test_it_trains_without_any_texture_picture(tiny, features):
     assert len(train(URANet(tiny(), "random"), features, None, 2)) == 2
+
+
+def test_the_mean_of_probabilities_keeps_its_digits_in_logarithms():
+    logits = 12 * torch.randn(2, 8, 5, 5, generator=rng(4))
+    expected = logits.double().sigmoid().mean(1, keepdim=True).logit(1e-6)
+    torch.testing.assert_close(mean_logit(logits).double(), expected, rtol=1e-5, atol=1e-5)
+    assert mean_logit(torch.full((1, 3, 1, 1), -40.0)).item() == pytest.approx(-SUREST)

@@ -97,7 +97,7 @@ def verify(
             typer.echo(f"{name:9} {difference:.2e}")
         typer.echo(f"verdicts  {len(found.verdicts)} differ  {' '.join(found.verdicts[:3])}".rstrip())
         if found.edge:
-            typer.echo(f"{len(found.edge)} more verdicts differ where the score is the threshold, to rounding")
+            typer.echo(f"{len(found.edge)} more verdicts differ where the score is a threshold, to rounding")
         if not found.agrees(tolerance):
             typer.echo(f"they differ by more than {tolerance:g}", err=True)
             raise typer.Exit(1)

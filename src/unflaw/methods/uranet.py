@@ -312,7 +312,8 @@ def mean_logit(logits: Tensor) -> Tensor:
 
     In logarithms throughout: rounding would leave nothing of a probability near 0, and differently in every runtime.
     """
-    likely, unlikely = (F.logsigmoid(x).logsumexp(1, keepdim=True) for x in (logits, -logits))
+    rest = (-logits.abs()).exp().log1p()  # log σ(x) = min(x, 0) − rest; runtimes may compute log(σ(x)), which is coarse
+    likely, unlikely = ((x.clamp_max(0) - rest).logsumexp(1, keepdim=True) for x in (logits, -logits))
     return (likely - unlikely).clamp(-SUREST, SUREST)
 
 

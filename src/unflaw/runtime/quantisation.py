@@ -30,12 +30,10 @@ def quantise(model: ModelProto, pictures: Sequence[Prepared]) -> ModelProto:
         pictures: Good ones, on the detector's canvas.
 
     Raises:
-        ValueError: No pictures. DetectorError: No backbone.
+        DetectorError: No backbone.
     """
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
 
-    if not pictures:
-        raise ValueError("8 bits need good pictures that say which range they have to cover; give --data")
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     convolutions = [
         node.name
@@ -46,6 +44,8 @@ def quantise(model: ModelProto, pictures: Sequence[Prepared]) -> ModelProto:
     if not convolutions:
         raise DetectorError("this method has no backbone that could compute in 8 bits; export it in fp32 or fp16")
     inputs = [node.name for node in model.graph.input]
+    sides = [node.type.tensor_type.shape.dim[1].dim_value for node in model.graph.input if node.name == "cells"]
+    grid = sides[0] if sides else 1
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -57,7 +57,7 @@ def quantise(model: ModelProto, pictures: Sequence[Prepared]) -> ModelProto:
                 return None
             fed = {
                 "pictures": picture.pixels[None],
-                "boxes": np.array([picture.box], np.int64),
+                "cells": picture.window.cells(grid)[None],
                 "category": np.array(0, np.int64),
             }
             return {name: fed[name] for name in inputs}

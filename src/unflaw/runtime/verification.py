@@ -24,7 +24,7 @@ class Comparison:
         map: Largest mean difference of a map, and `map_path` where.
         cell: Largest difference at any place of a map.
         layers: By name, the largest difference at any place of "mean" and "uncertainty", which lie in [0, 1].
-        verdicts: Pictures with another verdict although neither score is as near to the threshold as the tolerance.
+        verdicts: Pictures with another verdict although neither score is as near to a threshold as the tolerance.
         edge: Pictures with another verdict whose scores are: any rounding may turn these.
         skipped: (path, reason) of pictures that could not be read.
     """
@@ -64,7 +64,7 @@ def compare(
 
     Args:
         category: For detectors of several.
-        tolerance: How near to the threshold a score may be for its verdict not to count.
+        tolerance: How near to a threshold a score may be for its verdict not to count.
 
     Raises:
         DetectorError: They are not made for the same pictures or categories, or a category is missing.
@@ -98,8 +98,11 @@ def compare(
             worst = _size(np.abs(after.layers[name] - before.layers[name]).max())
             found.layers[name] = max(found.layers.get(name, 0.0), worst)
         if after.verdict != before.verdict:
-            near = max(abs(result.score - calibration.threshold) for result in (before, after))
-            at_edge = near <= tolerance * max(abs(calibration.threshold), deviation)
+            at_edge = any(
+                max(abs(result.score - edge) for result in (before, after)) <= tolerance * max(abs(edge), deviation)
+                for edge in (calibration.threshold, calibration.review_threshold)
+                if edge is not None
+            )
             (found.edge if at_edge else found.verdicts).append(str(path))
     return found
 

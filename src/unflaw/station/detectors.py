@@ -103,7 +103,7 @@ class Served:
         category = detector.category(category or None)
         pixels = read(data, max_pixels=max_pixels, name=name)
         result = detector.inspect(pixels, category=category)
-        line = result.to_json()
+        line = result.to_json(contours=True)
         entry = Entry(
             time=datetime.now(timezone.utc),
             name=legible(name),
