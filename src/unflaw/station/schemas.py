@@ -119,7 +119,7 @@ class Pictures(BaseModel):
         contours=[[[212, 90], [261, 90], [261, 130], [212, 130]]],
     )
     pictures: list[str] = Field(description="Names for `/inspections/{id}/pictures/{name}`.")
-    contours: list[list[tuple[float, float]]] = Field(
+    contours: list[list[Annotated[list[float], Field(min_length=2, max_length=2)]]] = Field(
         description="Corners (x, y) of the polygon around each region, in pixels of the picture. They are not logged: "
         "after a new calibration there may be other regions than in the log."
     )
