@@ -16,8 +16,8 @@ import numpy as np
 from scipy import ndimage
 
 from unflaw.datasets import load_dataset
-from unflaw.drift import Reference, describe
-from unflaw.images import Preparation, prepare, read
+from unflaw.drift import Reference
+from unflaw.images import Preparation, read, show
 
 Change = Callable[[np.ndarray], np.ndarray]
 BATCHES = 100  # random ones, of each size
@@ -50,7 +50,7 @@ CHANGES: dict[str, Change] = {
 
 
 def described(paths: list[Path], change: Change) -> np.ndarray:
-    return np.stack([describe(prepare(change(read(path)), Preparation()).view()) for path in paths])
+    return np.stack([show(change(read(path)), Preparation()).described for path in paths])
 
 
 def rates(reference: Reference, pictures: np.ndarray, rng: np.random.Generator) -> dict[str, float]:

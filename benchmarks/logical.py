@@ -5,7 +5,7 @@ where they lie, in how each part is turned, shaded and placed, by a little. Defe
 part of them could stand in a good plate, though not there. With --free the parts lie in any of nine places: only
 how many there are of each kind is the same on all good plates, and defects break that.
 
-    python benchmarks/logical.py OUT [--free] [--method lookup ...] [--weights FILE] [--set NAME=VALUE ...]
+    python benchmarks/logical.py OUT [--free] [--good N] [--method lookup ...] [--weights FILE] [--set NAME=VALUE ...]
 
 writes the set to OUT where it is not there yet, in the layout of MVTec AD, and measures image AUROC by kind of defect.
 """
@@ -20,7 +20,6 @@ from PIL import Image
 from scipy import ndimage
 
 SIDE, SCALE = 256, 2  # of the pictures, pixels; drawn so many times larger
-GOOD, TEST_GOOD, TEST_BAD = 120, 60, 20  # pictures: to learn from, good ones, of each kind of defect
 PARTS = (  # kind, x, y in shares of the side
     ("bolt", 0.2, 0.22),
     ("bolt", 0.8, 0.22),
@@ -118,11 +117,11 @@ def plate(rng: np.random.Generator, parts: Parts) -> np.ndarray:
     return np.repeat(np.clip(small, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def write_plates(folder: Path, free: bool = False) -> None:
+def write_plates(folder: Path, good: int, free: bool = False) -> None:
     """In the layout of MVTec AD, without masks: where a missing part is wrong is a matter of taste."""
     rng, kinds = np.random.default_rng(0), COUNTED if free else DEFECTS
-    parts = [("train/good", None, GOOD), ("test/good", None, TEST_GOOD)]
-    for name, defect, count in [*parts, *((f"test/{defect}", defect, TEST_BAD) for defect in kinds)]:
+    parts = [("train/good", None, good), ("test/good", None, good // 2)]
+    for name, defect, count in [*parts, *((f"test/{defect}", defect, good // 6) for defect in kinds)]:
         (folder / name).mkdir(parents=True)
         for i in range(count):
             Image.fromarray(plate(rng, arrangement(rng, defect, free))).save(folder / name / f"{i:03d}.png")
@@ -131,13 +130,16 @@ def write_plates(folder: Path, free: bool = False) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Logical anomalies on a made set.")
     parser.add_argument("out", type=Path)
+    parser.add_argument(
+        "--good", type=int, default=120, help="to learn from; half as many to test, a sixth of each defect"
+    )
     parser.add_argument("--free", action="store_true", help="parts in any place; how many there are is what counts")
     parser.add_argument("--method", action="append", help="may be repeated; lookup by default")
     parser.add_argument("--weights", help="of ResNet-18; without, the default backbone")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     if not options.out.exists():
-        write_plates(options.out, options.free)
+        write_plates(options.out, options.good, options.free)
     from unflaw.config import make_config
     from unflaw.datasets import load_dataset
     from unflaw.evaluation import evaluate

@@ -3,7 +3,7 @@
 Pictures are made: boards of a printed grain with a grid of round pads, each a little off its place, and as defects a
 pad with a nick, a speck between pads, or a scratch, all of a few pixels. `lookup` learns from good ones.
 
-    python benchmarks/small_defects.py [--side 1536] [--tile 512] [--weights FILE] [--json FILE]
+    python benchmarks/small_defects.py [--side 1024] [--tile 512] [--weights FILE] [--json FILE]
 
 Image AUROC; pixel AUROC and AUPRO at the resolution of the pictures, maps brought to it bilinearly: so both ways are
 measured on the same pixels.
@@ -24,8 +24,9 @@ from unflaw import Detector
 from unflaw.metrics import PixelAccumulator, auroc, image_ranking
 
 PITCH, RADIUS = 64, 17  # of the pads, pixels
+MEMORY = {"network__prototypes": 1024, "network__coarse_prototypes": 4096}  # enough for few pictures
 DEFECTS = ("nick", "speck", "scratch")
-GOOD, TEST_GOOD, TEST_BAD = 40, 20, 10  # pictures: to learn from, good ones, of each defect
+GOOD, TEST_GOOD, TEST_BAD = 24, 20, 8  # pictures: to learn from, good ones, of each defect
 
 
 def board(rng: np.random.Generator, side: int, defect: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -90,6 +91,7 @@ def measure(folder: Path, side: int, tile: int | None, weights: str | None) -> d
     settings: dict[str, Any] = {
         "preparation__tile": tile,
         "training__display_steps": 0,
+        **MEMORY,
         "features__backbone": "resnet18",
     }
     if weights is None:
@@ -119,7 +121,7 @@ def measure(folder: Path, side: int, tile: int | None, weights: str | None) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Small defects in large pictures, with and without tiles.")
-    parser.add_argument("--side", type=int, default=1536, help="of the pictures, pixels")
+    parser.add_argument("--side", type=int, default=1024, help="of the pictures, pixels")
     parser.add_argument("--tile", type=int, default=512, help="side of a tile, pixels")
     parser.add_argument("--weights", help="of ResNet-18; without, the default backbone")
     parser.add_argument("--json", type=Path)
