@@ -93,7 +93,7 @@ def test_cache_holds_every_readable_picture(extractor, many, batch):
     assert all(path in reason for path, reason in cache.skipped)
     assert cache.features.shape == (68, extractor.channels, 4, 4) and cache.features.dtype == torch.float16
     assert len(cache.thumbnails) == 68 and cache.thumbnails.dtype == torch.uint8
-    assert cache.boxes.tolist() == [[0, 0, 32, 32]] * 68
+    assert [window.box for window in cache.windows] == [(0, 0, 32, 32)] * 68
     for i in (0, 9, 10, 39, 67):
         torch.testing.assert_close(cache.features[i].float(), embedded(extractor, cache.paths[i]), atol=1e-2, rtol=1e-2)
         side = cache.thumbnails.shape[-1] // 32
@@ -132,7 +132,7 @@ def test_features_on_disk_are_those_in_memory(weights, many):
     (a, ram), (b, disk) = built(PLENTY), built(NOTHING)
     assert torch.equal(a.basis, b.basis)  # fitted on the same pictures
     assert disk.paths == ram.paths and disk.skipped == ram.skipped
-    for name in ("features", "thumbnails", "boxes"):
+    for name in ("features", "thumbnails", "described"):
         assert torch.equal(getattr(disk, name), getattr(ram, name))
     assert ram._folder is None
     (file,) = Path(disk._folder.name).iterdir()
@@ -168,7 +168,7 @@ def test_a_part_of_a_cache_is_a_view(extractor, many, part):
     found = cache[part]
     assert found.paths == cache.paths[part] and len(found) == len(cache.paths[part])
     assert found.skipped == cache.skipped and len(found.skipped) == 1
-    for name in ("features", "thumbnails", "boxes"):
+    for name in ("features", "thumbnails", "described"):
         whole, some = getattr(cache, name), getattr(found, name)
         assert torch.equal(some, whole[part])
         assert some.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()  # nothing is copied
@@ -181,8 +181,8 @@ def test_boxes_are_where_the_pictures_are(extractor, many, tmp_path):
         width = 64 if int(path.stem) % 2 else 32
         Image.open(path).resize((width, 32)).save(paths[-1])
     cache = build_cache(extractor, paths, Preparation(size=32, fit="pad"), PLENTY)
-    for path, box in zip(cache.paths, cache.boxes.tolist(), strict=True):
-        assert box == ([0, 8, 32, 24] if int(path.stem) % 2 else [0, 0, 32, 32])
+    for path, window in zip(cache.paths, cache.windows, strict=True):
+        assert window.box == ((0, 8, 32, 24) if int(path.stem) % 2 else (0, 0, 32, 32))
 
 
 def test_too_few_pictures_are_refused_with_the_reason(extractor, many):

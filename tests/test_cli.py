@@ -162,7 +162,7 @@ def test_predict_without_pictures_or_mistakes(model, parts, tmp_path):
     out = tmp_path / "new/results"
     done = unflaw("predict", model, parts / "test/good", "--out", out)
     assert done.exit_code == 0
-    assert [p.name for p in out.iterdir()] == ["results.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == ["drift.json", "results.jsonl"]
     assert len((out / "results.jsonl").read_text().splitlines()) == 4
 
 

@@ -20,6 +20,7 @@ from unflaw.errors import DetectorError, TrainingError
 from unflaw.features import WeightsError
 from unflaw.files import FORMAT, read_metadata
 from unflaw.images import ImageError
+from unflaw.layout import Preparation, Window, layout
 from unflaw.results import Result
 
 
@@ -208,8 +209,8 @@ def good_ones(n: int, rng: torch.Generator, channels: int = 8) -> Cache:
     usual = torch.randn(n, channels, 4, 4, generator=rng)
     scale = torch.randn(n, 1, 1, 1, generator=rng).mul(0.7).exp()
     spots = (torch.rand(n, 1, 4, 4, generator=rng) < 0.1) * torch.randn(n, 1, 1, 1, generator=rng).mul(1.5).exp()
-    thumbnails, boxes = torch.zeros(n, 0), torch.tensor([[0, 0, 64, 64]] * n)
-    return Cache((usual * (scale + spots)).half(), thumbnails, boxes, [Path(__file__)] * n)
+    thumbnails, windows = torch.zeros(n, 0), [Window(layout(64, 64, Preparation(size=64)), 0)] * n
+    return Cache((usual * (scale + spots)).half(), thumbnails, windows, torch.zeros(n, 87), [Path(__file__)] * n)
 
 
 def scores_of(detector: Detector, cache: Cache) -> list[float]:
@@ -240,7 +241,9 @@ def test_pictures_that_calibrate_have_no_other_part(tiny, method):
     train, ten, states, alarms = good_ones(20, rng), good_ones(10, rng), [], []
     for i in range(10):
         others = [j for j in range(10) if j != i]
-        held = Cache(ten.features[others], ten.thumbnails[others], ten.boxes[others], ten.paths[:9])
+        held = Cache(
+            ten.features[others], ten.thumbnails[others], ten.windows[:9], ten.described[others], ten.paths[:9]
+        )
         made.learn(train, held)
         (score,) = scores_of(made, ten[i : i + 1])
         alarms.append(made.calibration_.verdict(score) == "defect")

@@ -283,7 +283,7 @@ def test_8_and_16_bits_are_prepared_alike(fit, shape):
     preparation = Preparation(size=48, fit=fit)
     narrow, wide = prepare(image, preparation), prepare(image / np.float32(255), preparation)
     assert narrow.pixels.shape == (3, 48, 48) and narrow.pixels.dtype == wide.pixels.dtype == np.float32
-    assert narrow.pixels.flags.c_contiguous and narrow.original_size == shape[1::-1] and narrow.box == wide.box
+    assert narrow.pixels.flags.c_contiguous and narrow.layout.original_size == shape[1::-1] and narrow.box == wide.box
     np.testing.assert_allclose(narrow.pixels, wide.pixels, atol=1.5 / 255)  # two passes, each rounded to 8 bits
 
 
@@ -305,8 +305,8 @@ def test_padding_repeats_the_edge():
     assert prepared.box == (16, 0, 48, 64)
     np.testing.assert_array_equal(prepared.pixels[:, :, :16], np.repeat(prepared.pixels[:, :, 16:17], 16, axis=2))
     np.testing.assert_array_equal(prepared.pixels[:, :, 48:], np.repeat(prepared.pixels[:, :, 47:48], 16, axis=2))
-    assert prepared.area_to_original(32 * 64) == 5000
-    assert prepared.to_original((0, 0, 10, 64)) == (0, 0, 0, 100)  # wholly padding: no area
+    assert prepared.layout.area_to_original(32 * 64) == 5000
+    assert prepared.layout.to_original((0, 0, 10, 64)) == (0, 0, 0, 100)  # wholly padding: no area
 
 
 geometry = {
@@ -324,14 +324,18 @@ def test_boxes_come_back(width, height, size, fit, corners):
     prepared = prepare(np.zeros((height, width, 3), np.uint8), preparation)
     left, top, right, bottom = prepared.box
     assert 0 <= left < right <= size and 0 <= top < bottom <= size
-    assert prepared.to_original(prepared.box) == prepared.to_original((0, 0, size, size)) == (0, 0, width, height)
-    assert prepared.area_to_original((right - left) * (bottom - top)) == pytest.approx(width * height)
+    assert (
+        prepared.layout.to_original(prepared.box)
+        == prepared.layout.to_original((0, 0, size, size))
+        == (0, 0, width, height)
+    )
+    assert prepared.layout.area_to_original((right - left) * (bottom - top)) == pytest.approx(width * height)
     (x0, x1), (y0, y1) = (
         sorted(round(c * side) for c in cs) for cs, side in ((corners[:2], width), (corners[2:], height))
     )
     sx, sy = (right - left) / width, (bottom - top) / height
     there = (int(left + x0 * sx), int(top + y0 * sy), int(np.ceil(left + x1 * sx)), int(np.ceil(top + y1 * sy)))
-    back = prepared.to_original(there)
+    back = prepared.layout.to_original(there)
     slack = [1 + 1 / s for s in (sx, sy, sx, sy)]  # a pixel of the canvas and one of the original
     assert all(abs(a - b) <= s for a, b, s in zip(back, (x0, y0, x1, y1), slack, strict=True))
     assert back[0] <= x0 and back[1] <= y0 and back[2] >= x1 and back[3] >= y1

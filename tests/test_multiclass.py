@@ -24,6 +24,7 @@ from unflaw.evaluation import evaluate, evaluate_all
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor
 from unflaw.files import FORMAT, read_metadata
+from unflaw.layout import Preparation, Window, layout
 from unflaw.methods import create
 from unflaw.methods.memory import Memory
 from unflaw.report.figures import write_figures
@@ -62,7 +63,14 @@ def named(categories: list[str], rng: torch.Generator, channels: int = 8) -> Cac
     size = torch.tensor([1.0 + 3 * (name == "b") for name in categories])[:, None, None, None]
     features = (torch.randn(n, channels, side, side, generator=rng) * size).half()
     paths = [Path(__file__)] * n
-    return Cache(features, torch.zeros(n, 0), torch.tensor([[0, 0, 64, 64]] * n), paths, categories=categories)
+    return Cache(
+        features,
+        torch.zeros(n, 0),
+        [Window(layout(64, 64, Preparation(size=64)), 0)] * n,
+        torch.zeros(n, 87),
+        paths,
+        categories=categories,
+    )
 
 
 def unfitted(tiny, **changes) -> Detector:
@@ -293,7 +301,7 @@ def test_a_loaded_detector_knows_its_categories(multi, both, tmp_path):
 
 
 def test_files_without_categories_are_as_ever(saved):
-    assert list(read_metadata(saved)) == ["format", "config", "calibration", "record"]
+    assert list(read_metadata(saved)) == ["format", "config", "calibration", "drift", "record"]
     assert read_metadata(saved)["format"] == 1
     assert {name.split(".")[0] for name in load_file(saved)} == {"network", "display"}
 

@@ -79,7 +79,7 @@ def test_the_answer_is_what_the_detector_says_and_what_the_log_holds(client, sav
     told, expected = answer.json(), unflaw.load(str(saved)).inspect(bad)
     assert told["score"] == pytest.approx(expected.score, rel=1e-5)
     assert (told["verdict"], told["p_value"]) == (expected.verdict, expected.p_value)
-    assert told["regions"] == [region.to_json(contour=True) for region in expected.regions]
+    assert told["regions"] == [region.to_json(contour=True) for region in expected.regions] and told["regions"]
     assert told["digest"] == sha256(bad) and told["detector_digest"] == sha256(saved.read_bytes())
     assert (told["name"], told["width"], told["height"], told["size"]) == ("line 3/ä.png", SIDE, SIDE, len(bad))
     assert (told["detector"], told["category"], told["source"]) == ("parts", "", None)
@@ -145,6 +145,9 @@ def test_pictures_can_be_had_from_memory_and_later_from_what_is_kept(client, bad
     number = client.post("/inspect", content=bad).json()["id"]
     names = client.get(f"/inspections/{number}/pictures").json()["pictures"]
     assert names[:3] == ["picture", "heat", "overlay"] and {"uncertainty", "restored"} <= set(names)
+    contours = client.get(f"/inspections/{number}/pictures").json()["contours"]
+    for contour, region in zip(contours, unflaw.load(str(saved)).inspect(bad).regions, strict=True):
+        assert [tuple(corner) for corner in contour] == list(region.contour)
     fetched = {name: client.get(f"/inspections/{number}/pictures/{name}").content for name in names}
     client.station._recent.clear()
     for name in names:
@@ -284,10 +287,15 @@ def test_a_file_that_changed_or_cannot_be_written_is_not_replaced(saved, tmp_pat
         assert "has changed" in complaint(client.post("/detectors/parts/calibrate", json={}), 409)
 
 
-def test_an_exported_detector_says_why_it_cannot_be_calibrated(client, monkeypatch):
-    monkeypatch.delattr("unflaw.detector.Detector.calibrate")
-    assert "exported" in client.get("/station").json()["detectors"][0]["fixed"]
-    assert "exported" in complaint(client.post("/detectors/parts/calibrate", json={}), 409)
+def test_an_exported_detector_is_served_but_not_calibrated(saved, exported, bad, tmp_path):
+    with running(tmp_path, [saved, f"exported={exported}"]) as client:
+        trained, graph = (client.post(f"/inspect?detector={n}", content=bad).json() for n in ("parts", "exported"))
+        assert graph["verdict"] == trained["verdict"] and graph["score"] == pytest.approx(trained["score"], rel=1e-3)
+        pictures = client.get(f"/inspections/{graph['id']}/pictures").json()["pictures"]
+        assert {"picture", "heat", "uncertainty"} <= set(pictures)
+        told = {detector["name"]: detector["fixed"] for detector in client.get("/station").json()["detectors"]}
+        assert told["parts"] is None and "exported" in told["exported"]
+        assert "exported" in complaint(client.post("/detectors/exported/calibrate", json={}), 409)
 
 
 # History

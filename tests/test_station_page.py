@@ -304,12 +304,14 @@ def test_decisions_become_a_new_threshold(site, visit, bad):
     expect(card.locator(".big")).to_have_text(f"{threshold:.4g}".replace("-", "−"))
 
 
-def test_an_exported_detector_hides_calibration_and_says_why(site, visit, monkeypatch):
-    monkeypatch.delattr("unflaw.detector.Detector.calibrate")
-    page = visit(site())
+def test_an_exported_detector_hides_calibration_and_says_why(site, visit, exported):
+    page = visit(site(f"graph={exported}"))
     page.get_by_role("button", name="Detectors").click()
-    expect(page.locator(".card")).to_contain_text("is an exported detector")
-    expect(page.locator(".card form")).to_be_hidden()
+    expect(page.locator(".card")).to_have_count(2)
+    card = page.get_by_role("article", name="graph")
+    expect(card).to_contain_text("is an exported detector")
+    expect(card.locator("form")).to_be_hidden()
+    expect(page.get_by_role("article", name="parts").locator("form")).to_be_visible()
 
 
 def test_history_is_filtered_and_opened(site, visit, bad):

@@ -6,6 +6,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Generator, Tensor
 
 from unflaw.errors import TrainingError
 from unflaw.features import Extractor
-from unflaw.images import ImageError, Preparation, Prepared, try_prepare
+from unflaw.images import ImageError, Picture, Prepared, image_size, try_show
+from unflaw.layout import Preparation, Window, layout
 from unflaw.streams import Progress, ahead, batched, silent
 
 THUMBNAIL = 128  # side of the pictures that the display decoder learns to draw
@@ -26,6 +28,23 @@ FITTED_ON = 64  # pictures, or half a gigabyte of features, that standardisation
 def stack(prepared: Sequence[Prepared]) -> Tensor:
     """Prepared pictures as (N, 3, S, S) float32 in [0, 1]."""
     return torch.from_numpy(np.stack([p.pixels for p in prepared]))
+
+
+def cells(windows: Sequence[Window], grid: int) -> Tensor | None:
+    """(N, grid, grid) bool: cells of the windows that touch what counts of the picture; None where all must."""
+    if not windows or windows[0].layout.preparation.covers:
+        return None
+    return torch.from_numpy(np.stack([window.cells(grid) for window in windows]))
+
+
+def count_windows(path: Path, preparation: Preparation) -> int:
+    """How many a picture has; 0 where it cannot be read."""
+    if preparation.tile is None:
+        return 1
+    try:
+        return len(layout(*image_size(path), preparation))
+    except ValueError:
+        return 0
 
 
 def allocate(shape: tuple[int, ...], budget: float) -> tuple[Tensor, tempfile.TemporaryDirectory[str] | None]:
@@ -43,15 +62,17 @@ class Cache:
     Attributes:
         features: F (N, C, g, g), float16, in RAM or memory-mapped.
         thumbnails: (N, 3, t, t) uint8.
-        boxes: (N, 4) int64, the part of the canvas that each picture covers (x0, y0, x1, y1).
-        paths: The N pictures.
+        windows: What each of the N rows shows of a picture. Windows of one picture lie together.
+        paths: The picture of each row.
         skipped: `(path, reason)` of pictures that could not be read.
+        described: (N, D) float16, what `drift.describe` says of each picture.
         categories: The category of each picture; left out, all are of the category "".
     """
 
     features: Tensor
     thumbnails: Tensor
-    boxes: Tensor
+    windows: list[Window]
+    described: Tensor
     paths: list[Path]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
@@ -63,13 +84,48 @@ class Cache:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @cached_property
+    def pictures(self) -> Tensor:
+        """(N,) int64: the number of the picture of each row, from 0."""
+        return torch.tensor([window.number == 0 for window in self.windows]).cumsum(0) - 1
+
+    @property
+    def count(self) -> int:
+        """The number of pictures."""
+        return len(self.heads())
+
+    def heads(self, rows: Sequence[int] | None = None) -> list[int]:
+        """The first row of each picture, of some rows or all."""
+        return [row for row in (range(len(self)) if rows is None else rows) if self.windows[row].number == 0]
+
+    def mixed(self, rows: Sequence[int]) -> list[int]:
+        """Some rows in an order that goes from picture to picture, so that the first of them show many."""
+        numbers = self.pictures.tolist()
+
+        def turn(row: int) -> tuple[int, int]:
+            layout, number = self.windows[row]
+            return (number - numbers[row]) % len(layout), row
+
+        return sorted(rows, key=turn)
+
+    def cells(self, grid: int, rows: Sequence[int] | None = None) -> Tensor | None:
+        """(N, grid, grid) bool, cells that touch what counts of the picture; None where all of all do.
+
+        Args:
+            grid: Side of the feature grid.
+            rows: None: all.
+        """
+        shown = self.windows if rows is None else [self.windows[row] for row in rows]
+        return cells(shown, grid)
+
     def __getitem__(self, part: slice) -> Cache:
         """Some of the pictures, without copying their features."""
         return replace(
             self,
             features=self.features[part],
             thumbnails=self.thumbnails[part],
-            boxes=self.boxes[part],
+            windows=self.windows[part],
+            described=self.described[part],
             paths=self.paths[part],
             categories=self.categories[part],
         )
@@ -95,7 +151,9 @@ class Cache:
             row.copy_(self.features[chosen])
         paths, categories = [self.paths[row] for row in rows], [self.categories[row] for row in rows]
         index = torch.tensor(rows)
-        return Cache(features, self.thumbnails[index], self.boxes[index], paths, self.skipped, categories, folder)
+        windows, described = [self.windows[row] for row in rows], self.described[index]
+        own = features, self.thumbnails[index], windows, described, paths
+        return Cache(*own, self.skipped, categories, folder)
 
 
 @dataclass
@@ -103,15 +161,16 @@ class Part:
     """Some pictures on their way into a cache.
 
     Attributes:
-        paths: The N of them that could be read.
+        paths: Of the N windows of those that could be read.
         raw: What `Extractor.aggregate` makes of them, (N, C_raw, g, g) float32.
-        thumbnails, boxes, skipped: As in `Cache`.
+        thumbnails, windows, described, skipped: As in `Cache`. A picture in tiles may go on in the next part.
     """
 
     paths: list[Path]
     raw: Tensor
     thumbnails: Tensor
-    boxes: Tensor
+    windows: list[Window]
+    described: Tensor
     skipped: list[tuple[str, str]]
 
 
@@ -121,18 +180,35 @@ Source = Callable[[Sequence[Path], int], Iterator[Part]]  # pictures and how man
 def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
     """The source that reads pictures from their files and takes them through the backbone."""
 
+    tiled = preparation.tile is not None
+
+    def load(path: Path) -> tuple[Path, Picture | ImageError]:
+        return path, try_show(path, preparation)
+
+    def stream(paths: Sequence[Path]) -> Iterator[tuple[Path, Prepared | ImageError, Tensor]]:
+        loaded = ahead(load, paths, 1, 1) if tiled else ahead(load, paths)  # pictures in tiles wait whole
+        for path, picture in loaded:
+            if isinstance(picture, ImageError):
+                yield path, picture, torch.empty(0)
+            else:
+                described = torch.from_numpy(picture.described)
+                yield from ((path, window, described) for window in picture.windows)
+
     def parts(paths: Sequence[Path], batch: int) -> Iterator[Part]:
-        for group in batched(ahead(lambda path: (path, try_prepare(path, preparation)), paths), batch):
-            skipped = [(str(path), str(picture)) for path, picture in group if isinstance(picture, ImageError)]
-            good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
+        for group in batched(stream(paths), batch):
+            skipped = [(str(path), str(found)) for path, found, _ in group if isinstance(found, ImageError)]
+            good = [(path, found, said) for path, found, said in group if isinstance(found, Prepared)]
             if not good:
                 nothing = torch.empty(0)
-                yield Part([], nothing, nothing, nothing, skipped)
+                yield Part([], nothing, nothing, [], nothing, skipped)
                 continue
-            images = stack([picture for _, picture in good])
+            shown = [window for _, window, _ in good]
+            images = stack(shown)
             thumbnails = (F.interpolate(images, (THUMBNAIL, THUMBNAIL), mode="area") * 255).round().byte()
-            boxes = torch.tensor([picture.box for _, picture in good])
-            yield Part([path for path, _ in good], extractor.aggregate(images), thumbnails, boxes, skipped)
+            described = torch.stack([said for *_, said in good])
+            read = [path for path, *_ in good]
+            raw = extractor.aggregate(images)
+            yield Part(read, raw, thumbnails, [window.window for window in shown], described, skipped)
 
     return parts
 
@@ -171,19 +247,21 @@ def build_cache(
     order = _shuffled(paths, category, seed)
     features: Tensor | None = None
     folder = None
-    filled = 0
+    filled = done = 0  # rows and pictures
     first: list[Tensor] = []  # raw features of the first pictures, until there are enough to fit
     kept: list[Path] = []
     names: list[str] = []  # their categories
-    boxes: list[Tensor] = []
+    windows: list[Window] = []
     thumbnails: list[Tensor] = []
+    described: list[Tensor] = []
     skipped: list[tuple[str, str]] = []
 
     def keep(raw: Tensor) -> None:
         nonlocal features, folder, filled
         projected = extractor.project(raw)
         if features is None:
-            features, folder = allocate((len(paths), *projected.shape[1:]), budget)
+            rows = sum(count_windows(path, preparation) for path in paths)
+            features, folder = allocate((rows, *projected.shape[1:]), budget)
         features[filled : filled + len(raw)] = projected
         filled += len(raw)
 
@@ -191,7 +269,7 @@ def build_cache(
         nonlocal first
         if fit:
             raw = torch.cat(first)
-            extractor.fit(raw[_trained_on(names, held_out)] if held_out else raw)
+            extractor.fit(raw[_trained_on(windows, names, held_out)] if held_out else raw)
         for part in first:
             keep(part)
         first = []
@@ -200,32 +278,35 @@ def build_cache(
         skipped += part.skipped
         kept += part.paths
         names += [category.get(path, "") for path in part.paths]
-        progress("features", len(kept) + len(skipped), len(paths), None)
+        windows += part.windows
+        done += sum(window.number == 0 for window in part.windows)
+        progress("features", done + len(skipped), len(paths), None)
         if not part.paths:
             continue
-        boxes.append(part.boxes)
         thumbnails.append(part.thumbnails)
+        described.append(part.described)
         if features is None:
             first.append(part.raw)
-            if len(kept) >= FITTED_ON or sum(raw.nbytes for raw in first) >= 2**29:
+            if done >= FITTED_ON or sum(raw.nbytes for raw in first) >= 2**29:
                 fit_first()
         else:
             keep(part.raw)
     pictures = torch.cat(thumbnails) if thumbnails else torch.empty(0)
     for name in dict.fromkeys(category.get(path, "") for path in order) or [""]:
         of = f"{name}: " if name else ""
-        if names.count(name) < (MINIMUM if fit else 1):
+        found = sum(own == name and window.number == 0 for own, window in zip(names, windows, strict=True))
+        if found < (MINIMUM if fit else 1):
             broken = [reason for path, reason in skipped if category.get(Path(path), "") == name]
             reasons = f"; {len(broken)} could not be read, first: {broken[0]}" if broken else ""
             purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
-            raise TrainingError(f"{of}{names.count(name)} good pictures are too few to {purpose}{reasons}")
-        own = pictures[torch.tensor([found == name for found in names])]
+            raise TrainingError(f"{of}{found} good pictures are too few to {purpose}{reasons}")
+        own = pictures[torch.tensor([each == name for each in names])]
         if fit and bool((own == own[:1]).all()):
             raise TrainingError(f"{of}all good pictures are identical; give pictures of different parts")
     if first:
         fit_first()
     assert features is not None
-    return Cache(features[:filled], pictures, torch.cat(boxes), kept, sorted(skipped), names, folder)
+    return Cache(features[:filled], pictures, windows, torch.cat(described), kept, sorted(skipped), names, folder)
 
 
 def _shuffled(paths: Sequence[Path], category: Mapping[Path, str], seed: int) -> list[Path]:
@@ -241,10 +322,12 @@ def _shuffled(paths: Sequence[Path], category: Mapping[Path, str], seed: int) ->
     return [path for *_, path in sorted(placed)]
 
 
-def _trained_on(categories: Sequence[str], held_out: float) -> list[int]:
+def _trained_on(windows: Sequence[Window], categories: Sequence[str], held_out: float) -> list[int]:
     """Rows, among the first of a cache, that will not calibrate however many pictures of their category follow."""
     rows: list[int] = []
     for name in dict.fromkeys(categories):
         found = [row for row, category in enumerate(categories) if category == name]
-        rows += found[: max(2, int((1 - held_out) * max(len(found), MINIMUM)) - 1)]
+        number = np.cumsum([windows[row].number == 0 for row in found])  # of the picture, from 1
+        trained = max(2, int((1 - held_out) * max(number[-1], MINIMUM)) - 1)
+        rows += [row for row, picture in zip(found, number.tolist(), strict=True) if picture <= trained]
     return sorted(rows)

@@ -163,14 +163,22 @@ class Evidence:
         self.medians: list[float] = []
         self.doubts: list[float] = []
 
-    def add(self, score: float, anomaly_map: np.ndarray, valid: Box, uncertainty: np.ndarray | None = None) -> None:
-        """One picture: its score, its maps (size, size) and the part of them that it covers."""
+    def add(
+        self,
+        score: float,
+        anomaly_map: np.ndarray,
+        valid: Box,
+        uncertainty: np.ndarray | None = None,
+        counted: np.ndarray | None = None,
+    ) -> None:
+        """One picture: its score, its maps (h, w), the part of them that it covers, and what counts of that (h, w)."""
         x0, y0, x1, y1 = valid
+        inside = np.s_[y0:y1, x0:x1] if counted is None else counted
         self.scores.append(score)
         self.peaks.append(region_level(anomaly_map, valid, self.minimum_area))
-        self.medians.append(float(np.median(anomaly_map[y0:y1, x0:x1])))
+        self.medians.append(float(np.median(anomaly_map[inside])))
         if uncertainty is not None:
-            self.doubts.append(float(uncertainty[y0:y1, x0:x1].max()))
+            self.doubts.append(float(uncertainty[inside].max()))
 
     def keep(self, before: Calibration) -> None:
         """Counts the pictures of another calibration too: their scores, and its thresholds for each of their maps."""

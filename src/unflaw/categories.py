@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from unflaw.cache import Cache
 from unflaw.calibration import Calibration
 from unflaw.datasets import Dataset, load_dataset
+from unflaw.drift import Reference
 from unflaw.errors import TrainingError
 
 Data = str | Path | Dataset | Sequence[str | Path]  # what `load_dataset` recognises, or pictures
@@ -21,6 +23,7 @@ class Category(NamedTuple):
 
     calibration: Calibration
     normal: dict[str, Tensor]  # `Method.finished_state`, memories included
+    reference: Reference | None = None
 
 
 def gather(data: Data | Mapping[str, Data]) -> tuple[list[Path], list[Path], dict[Path, str]]:
@@ -68,14 +71,24 @@ def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float
     trained: list[int] = []
     calibrating: dict[str, Cache] = {}
     for name, rows in cache.rows().items():
-        left = len(rows)
+        first = len(rows)
         if validation is not None and name in given:
             calibrating[name] = validation.take(given[name], budget)
         elif share:
-            left -= max(2, round(share * left))
+            heads = cache.heads(rows)
+            left = len(heads) - max(2, round(share * len(heads)))
             if left < 2:
                 of = f"{name}: " if name else ""
                 raise TrainingError(f"{of}calibration.holdout leaves {left} pictures to train on; lower it")
-            calibrating[name] = cache.take(rows[left:], budget)
-        trained += rows[:left]
+            first = rows.index(heads[left])  # the windows of one picture stay together
+            calibrating[name] = cache.take(rows[first:], budget)
+        trained += rows[:first]
     return cache.take(sorted(trained), budget), calibrating
+
+
+def remembered(train: Cache, rows: Sequence[int], held: Cache | None, seed: int) -> Reference:
+    """What tells drift of a category: its good pictures, by rows, and those held out, in random order."""
+    described = [train.described[train.heads(rows)].numpy()]
+    if held is not None:
+        described.append(held.described[held.heads()].numpy())
+    return Reference(np.random.default_rng(seed).permutation(np.concatenate(described)))

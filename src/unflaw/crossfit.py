@@ -16,62 +16,89 @@ Held-out pictures give it (split conformal prediction), or, so that small sets n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unflaw.cache import Cache
+from unflaw.cache import Cache, cells
 from unflaw.calibration import Evidence
 from unflaw.config import CalibrationOptions
 from unflaw.errors import TrainingError
+from unflaw.layout import Window
 from unflaw.methods import Method
+from unflaw.mosaic import Mosaic
 
 FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
 
-Cells = Callable[[Tensor], Tensor | None]  # boxes (N, 4) → the cells that pictures cover, as `Method.fuse` takes them
+
+def arrange(network: Method, cache: Cache) -> None:
+    """Tells the memories of a network which rows of a cache belong together, and what of them counts."""
+    network.arrange(cache.pictures, cache.cells(network.features.grid))
 
 
-def finish(network: Method, train: Cache, number: int, rows: Sequence[int], cells: Cells) -> None:
+def pieced(
+    network: Method,
+    windows: Sequence[Window],
+    features: Callable[[Tensor], Tensor],
+    leave: Tensor | None = None,
+) -> Iterator[Mosaic]:
+    """What a network finds in pictures one after the other: "map" and, where there is one, "uncertainty".
+
+    Args:
+        network: With what is normal for their category in use.
+        windows: Of all pictures, in order.
+        features: Gives F of some of them, by rows.
+        leave: As for `gather_evidence`.
+    """
+    size, mosaic = (network.config.preparation.size,) * 2, None
+    for rows in torch.arange(len(windows)).split(8):
+        shown = [windows[row] for row in rows.tolist()]
+        inspection = network(features(rows), None if leave is None else leave[rows])
+        maps, scores = network.fuse(inspection, cells(shown, network.features.grid))
+        found = {"map": maps.numpy()}
+        if (doubt := inspection.layers.get("uncertainty")) is not None:
+            found["uncertainty"] = F.interpolate(doubt, size, mode="bilinear")[:, 0].numpy()
+        for i, (window, score) in enumerate(zip(shown, scores.tolist(), strict=True)):
+            mosaic = mosaic or Mosaic(window.layout)
+            mosaic.add(score, {name: values[i] for name, values in found.items()})
+            if mosaic.complete:
+                yield mosaic
+                mosaic = None
+
+
+def finish(network: Method, train: Cache, number: int, rows: Sequence[int]) -> None:
     """`Method.finish` for a category, by its number, of a network trained on a cache that has it in some rows."""
     network.turn_to(number)
-    first = torch.tensor(rows[:FINISHED_ON])
-    network.finish(train.features[first], cells(train.boxes[first]), first)
+    chosen = train.mixed(rows)[:FINISHED_ON]
+    first = torch.tensor(chosen)
+    network.finish(train.features[first], train.cells(network.features.grid, chosen), first)
 
 
 @torch.inference_mode()
-def gather_evidence(
-    network: Method, cache: Cache, cells: Cells, found: Evidence, leave: Tensor | None = None
-) -> Evidence:
+def gather_evidence(network: Method, cache: Cache, found: Evidence, leave: Tensor | None = None) -> Evidence:
     """Adds what a network finds in pictures to evidence, and returns it.
 
     Args:
         network: With what is normal for their category in use.
         cache: The pictures.
-        cells: Says which cells they cover.
         found: What is added to.
         leave: (N,) rows of the cache that `Method.setup` saw, where they are among these: what a memory keeps of each
             is left out for it.
     """
-    size = (network.config.preparation.size,) * 2
-    for rows in torch.arange(len(cache)).split(8):
-        part = cache[int(rows[0]) : int(rows[-1]) + 1]
-        inspection = network(part.features.float(), None if leave is None else leave[rows])
-        maps, scores = network.fuse(inspection, cells(part.boxes))
-        doubt = inspection.layers.get("uncertainty")
-        doubts = [None] * len(rows) if doubt is None else F.interpolate(doubt, size, mode="bilinear")[:, 0].numpy()
-        for found_in in zip(scores.tolist(), maps.numpy(), part.boxes.tolist(), doubts, strict=True):
-            found.add(*found_in)
+    for mosaic in pieced(network, cache.windows, lambda rows: cache.features[rows].float(), leave):
+        score, maps = mosaic.result()
+        found.add(score, maps["map"], mosaic.layout.box, maps.get("uncertainty"), mosaic.layout.counted)
     return found
 
 
 def leave_one_out(
-    network: Method, train: Cache, rows: Sequence[int], cells: Cells, options: CalibrationOptions, budget: float
+    network: Method, train: Cache, rows: Sequence[int], options: CalibrationOptions, budget: float
 ) -> Evidence:
     """The evidence of the category in use, by its rows, of a method that trains nothing: see above."""
     own = train.take(rows, budget)
-    return gather_evidence(network, own, cells, Evidence(options.minimum_area), torch.tensor(rows))
+    return gather_evidence(network, own, Evidence(options.minimum_area), torch.tensor(rows))
 
 
 def cross_fit(
@@ -79,7 +106,6 @@ def cross_fit(
     train: Cache,
     options: CalibrationOptions,
     spared: Collection[str],
-    cells: Cells,
     budget: float,
 ) -> dict[str, Evidence]:
     """The evidence of all categories but those spared, each picture judged by a network trained without its fold.
@@ -89,7 +115,6 @@ def cross_fit(
         train: All pictures, in random order.
         options: `folds` and `minimum_area`.
         spared: Categories that calibrate otherwise.
-        cells: Says which cells pictures cover.
         budget: Of `Cache.take`.
 
     Raises:
@@ -97,17 +122,23 @@ def cross_fit(
     """
     rows = {name: own for name, own in train.rows().items() if name not in spared}
     for name, own in rows.items():
-        if len(own) < max(options.folds, 4):
+        if (count := len(train.heads(own))) < max(options.folds, 4):
             of = f"{name}: " if name else ""
-            raise TrainingError(f"{of}{len(own)} pictures cannot make {options.folds} folds; lower calibration.folds")
+            raise TrainingError(f"{of}{count} pictures cannot make {options.folds} folds; lower calibration.folds")
     found = {name: Evidence(options.minimum_area) for name in rows}
     for fold in range(options.folds):
-        left = {name: own[fold :: options.folds] for name, own in rows.items()}
+        left = {name: _fold(train, own, fold, options.folds) for name, own in rows.items()}
         out = {row for own in left.values() for row in own}
         part = train.take([row for row in range(len(train)) if row not in out], budget)
         network = learn(part, fold)
         for number, (name, own) in enumerate(part.rows().items()):
             if name in left:
-                finish(network, part, number, own, cells)
-                gather_evidence(network, train.take(left[name], budget), cells, found[name])
+                finish(network, part, number, own)
+                gather_evidence(network, train.take(left[name], budget), found[name])
     return found
+
+
+def _fold(cache: Cache, rows: Sequence[int], fold: int, folds: int) -> list[int]:
+    """Every so many pictures of some rows, with all their windows."""
+    first = torch.tensor([cache.windows[row].number == 0 for row in rows])
+    return [row for row, number in zip(rows, (first.cumsum(0) - 1).tolist(), strict=True) if number % folds == fold]

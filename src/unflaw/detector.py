@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unflaw import __version__
-from unflaw.cache import Cache, build_cache, stack
+from unflaw.cache import Cache, build_cache, cells, stack
 from unflaw.calibration import Calibration, Evidence, calibrations
-from unflaw.categories import Category, Data, gather, hold_out
+from unflaw.categories import Category, Data, gather, hold_out, remembered
 from unflaw.config import Config, make_config
-from unflaw.crossfit import cross_fit, finish, gather_evidence, leave_one_out
+from unflaw.crossfit import arrange, cross_fit, finish, gather_evidence, leave_one_out
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256
-from unflaw.display import DisplayDecoder
+from unflaw.display import DisplayDecoder, fit_display
+from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError
 from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, read_metadata, write_atomically
@@ -127,8 +128,8 @@ class Detector(Inspector):
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "weights": self.weights or "default",
-            "good_pictures": len(cache),
-            "digest": digest([Sample(path, 0) for path in cache.paths], contents),
+            "good_pictures": cache.count,
+            "digest": digest([Sample(path, 0) for path in dict.fromkeys(cache.paths)], contents),
             "seen": sorted(content[:SHORT] for content in contents.values()),
             "skipped": cache.skipped + (held.skipped if held else []),
             **learned,
@@ -171,39 +172,50 @@ class Detector(Inspector):
             return other
 
         history = self._train(network, train, textures, rng, progress, checkpoint)
-        self._fit_display(train, progress)
+        if self.config.training.display_steps and not isinstance(network.features, PixelExtractor):
+            self.display = fit_display(train, self.config.training, progress)
         crossed = {}
         if trains and len(calibrating) < len(train.rows()):
-            crossed = cross_fit(fold, train, options, calibrating.keys(), network.valid_cells, budget)
+            crossed = cross_fit(fold, train, options, calibrating.keys(), budget)
         categories = {}
         for number, (name, rows) in enumerate(train.rows().items()):
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
-            finish(network, train, number, rows, network.valid_cells)
+            finish(network, train, number, rows)
             held = calibrating.get(name)
             if name in crossed:
                 found = crossed[name]
             elif held is not None:
-                found = gather_evidence(network, held, network.valid_cells, Evidence(options.minimum_area))
+                found = gather_evidence(network, held, Evidence(options.minimum_area))
             else:
-                found = leave_one_out(network, train, rows, network.valid_cells, options, budget)
+                found = leave_one_out(network, train, rows, options, budget)
             calibration = found.calibrate(options, crossed=held is None)
             if options.extend and held is not None:
+                arrange(network, held)
                 network.extend(held.features, rng)
-            categories[name] = Category(calibration, network.finished_state())
+            reference = remembered(train, rows, held, self.config.training.seed)
+            categories[name] = Category(calibration, network.finished_state(), reference)
         self.categories_, self._selected = categories, name
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         counts = {
-            name: {"good_pictures": len(rows), "held_out": len(calibrating.get(name, ()))}
+            name: {
+                "good_pictures": len(cache.heads(rows)),
+                "held_out": calibrating[name].count if name in calibrating else 0,
+            }
             for name, rows in cache.rows().items()
         }
-        learned = {"history": history, "held_out": sum(map(len, calibrating.values()))}
+        learned = {"history": history, "held_out": sum(held.count for held in calibrating.values())}
         return learned if "" in counts else learned | {"categories": counts}
 
     @property
     def calibrations(self) -> dict[str, Calibration]:
         """By category; "" is the category of a detector that has no others; empty before `fit`."""
         return {name: known.calibration for name, known in self.categories_.items()}
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        """By category; empty before `fit`, and where the file is of an unflaw that did not remember pictures."""
+        return {name: known.reference for name, known in self.categories_.items() if known.reference is not None}
 
     def select(self, category: str | None = None) -> Calibration:
         """Puts what is normal for a category into the network and returns the calibration.
@@ -292,6 +304,7 @@ class Detector(Inspector):
             "format": 1 if "" in known and not by_defects else FORMAT,
             "config": self.config.model_dump(mode="json"),
             **({"calibration": known[""]} if "" in known else {"categories": known}),
+            "drift": {name: reference.to_json() for name, reference in self.references.items()},
             "record": self.record_,
         }
 
@@ -306,7 +319,7 @@ class Detector(Inspector):
         if "exported" in metadata:
             raise DetectorError(f"{path}: was exported, and only inspects; name the .safetensors file it was made of")
         try:
-            known = calibrations(metadata)
+            known, drift = calibrations(metadata), references(metadata)
             detector = cls(config=Config.model_validate(metadata["config"]), weights="later")
         except (KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -326,7 +339,7 @@ class Detector(Inspector):
                 detector.display.load_state_dict(parts["display"])
             for i, (name, calibration) in enumerate(known.items()):
                 normal = {buffer: tensors[f"{_place(name, i)}.{buffer}"] for buffer in detector.network.finished}
-                detector.categories_[name] = Category(calibration, normal)
+                detector.categories_[name] = Category(calibration, normal, drift.get(name))
                 detector.select(name)  # fails where a shape is wrong
         except (RuntimeError, KeyError) as error:
             raise DetectorError(f"{path}: its tensors do not fit its configuration ({error})") from error
@@ -352,6 +365,7 @@ class Detector(Inspector):
         with torch.no_grad():
             numbers = {name: number for number, name in enumerate(cache.rows())}
             categories = torch.tensor([numbers[name] for name in cache.categories])
+            arrange(network, cache)
             extras = network.setup(cache.features, textures, rng, categories)
         progress("memory", 1, 1, None)
         tensors = {"features": cache.features, **extras}
@@ -368,7 +382,9 @@ class Detector(Inspector):
             backbone = hashlib.sha256()
             for tensor in network.features.backbone.state_dict().values():
                 backbone.update(tensor.numpy().tobytes())
-            samples = {name: [Sample(cache.paths[row], 0) for row in rows] for name, rows in cache.rows().items()}
+            samples = {
+                name: [Sample(cache.paths[row], 0) for row in cache.heads(rows)] for name, rows in cache.rows().items()
+            }
             pictures = " ".join(name + digest(own) for name, own in samples.items())
             identity = f"{pictures} {backbone.hexdigest()} {self.config.model_dump_json()}"
         return optimise(
@@ -388,25 +404,12 @@ class Detector(Inspector):
             return []
         return texture_pictures(self.config.training.textures, self.config.preparation)
 
-    def _fit_display(self, cache: Cache, progress: Progress) -> None:
-        settings = self.config.training
-        if not settings.display_steps or isinstance(self.network.features, PixelExtractor):
-            return
-        decoder = self.display = DisplayDecoder(self.network.features.channels)
-
-        def loss(indices: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-            drawn = decoder(cache.features[indices].float())
-            return {"loss": (drawn - cache.thumbnails[indices].float() / 255).abs().mean()}
-
-        n, steps = len(cache), settings.display_steps
-        optimise(decoder, loss, n, steps, settings, stage="display", progress=progress)
-
     @torch.inference_mode()
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
-        """What the network finds in pictures of a category; see `Inspector.compute`."""
+        """What the network finds in windows, of pictures of a category; see `Inspector.compute`."""
         self.select(category)
-        boxes = torch.tensor([picture.box for picture in pictures])
-        found = Graph(self.network, self.display)(stack(pictures), boxes)
+        inside = cells([picture.window for picture in pictures], self.network.features.grid)
+        found = Graph(self.network, self.display)(stack(pictures), inside)
         return Outputs.of({name: values.numpy() for name, values in found.items()})
 
 

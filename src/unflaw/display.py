@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+
+from unflaw.cache import Cache
+from unflaw.config import Training
+from unflaw.streams import Progress
+from unflaw.training import optimise
 
 
 class DisplayDecoder(nn.Module):
@@ -30,3 +35,15 @@ class DisplayDecoder(nn.Module):
         if drawn.shape[-1] == self.side:
             return drawn
         return F.interpolate(drawn, (self.side, self.side), mode="bilinear", align_corners=False)
+
+
+def fit_display(cache: Cache, settings: Training, progress: Progress) -> DisplayDecoder:
+    """A decoder that has learned to draw the features of a cache."""
+    decoder = DisplayDecoder(cache.features.shape[1])
+
+    def loss(indices: Tensor, rng: Generator) -> dict[str, Tensor]:
+        drawn = decoder(cache.features[indices].float())
+        return {"loss": (drawn - cache.thumbnails[indices].float() / 255).abs().mean()}
+
+    optimise(decoder, loss, len(cache), settings.display_steps, settings, stage="display", progress=progress)
+    return decoder

@@ -76,7 +76,7 @@ def evaluate(
     for sample, result in _inspected(detector, dataset.test, category, skipped, progress):
         doubt = result.regions[0].uncertainty if result.regions else None
         facts = {"p_value": result.p_value, "verdict": result.verdict, "uncertainty": doubt}
-        mask = measured.add(sample, result.score, result.map, result.valid, **facts)
+        mask = measured.add(sample, result.score, result.map, result.valid, result.counted, **facts)
         gallery.add(Inspected(result, sample.label, sample.defect, mask))
     elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
     rows = measured.rows

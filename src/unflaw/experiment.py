@@ -18,13 +18,16 @@ import torch
 from torch import nn
 
 from unflaw import __version__
-from unflaw.cache import THUMBNAIL, Cache, Part, read_parts
+from unflaw.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
 from unflaw.config import Config
+from unflaw.crossfit import pieced
 from unflaw.datasets import Dataset, fingerprint
 from unflaw.detector import Detector
+from unflaw.drift import STATISTICS
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.files import write_atomically
-from unflaw.images import ImageError, Preparation, try_prepare
+from unflaw.images import ImageError, try_show
+from unflaw.layout import Preparation, Window, layout
 from unflaw.methods import create
 from unflaw.results import Result
 from unflaw.streams import Progress, batched, silent
@@ -33,11 +36,11 @@ BATCH = 16  # pictures that pass the backbone together
 
 
 class FeatureFile:
-    """Raw features of pictures in one file: a record each with what `Part` has of it, memory-mapped.
+    """Raw features of pictures in one file: a record for each window with what `Part` has of it, memory-mapped.
 
     Args:
         file: Of an earlier time, or where to write one.
-        paths: The pictures. One that cannot be read has an empty box.
+        paths: The pictures. One that cannot be read has records of size 0, or none.
         extractor: What makes raw features.
         preparation: Of the pictures.
         progress: Called as `progress("features", done, total, None)` while the file is written.
@@ -57,10 +60,14 @@ class FeatureFile:
         preparation: Preparation,
         progress: Progress = silent,
     ) -> None:
-        self.rows = {path: row for row, path in enumerate(dict.fromkeys(paths))}
+        self.rows: dict[Path, range] = {}
+        self.preparation, count = preparation, 0
+        for path in dict.fromkeys(paths):
+            self.rows[path] = range(count, count := count + count_windows(path, preparation))
         raw = extractor.aggregate(torch.zeros(1, 3, preparation.size, preparation.size)).shape[1:]
-        thumbnail = (3, THUMBNAIL, THUMBNAIL)
-        self.kind = np.dtype([("raw", "<f4", tuple(raw)), ("box", "<i4", 4), ("thumbnail", "u1", thumbnail)])
+        thumbnail, described = (3, THUMBNAIL, THUMBNAIL), ("described", "<f2", len(STATISTICS))
+        fields = [("raw", "<f4", tuple(raw)), ("size", "<i4", 2), ("thumbnail", "u1", thumbnail), described]
+        self.kind, self.count = np.dtype(fields), count
         if not file.is_file():
             parts = read_parts(extractor, preparation)(list(self.rows), BATCH)
             try:
@@ -70,39 +77,50 @@ class FeatureFile:
                 raise ValueError(f"{file}: cannot be written ({error}); choose a folder with room for it") from error
         try:
             self.records = np.load(file, mmap_mode="r")
-            if (self.records.dtype, self.records.shape) != (self.kind, (len(self.rows),)):
+            if (self.records.dtype, self.records.shape) != (self.kind, (self.count,)):
                 raise ValueError(f"{self.records.shape} records of {self.records.dtype}")
         except (ValueError, EOFError) as error:
             raise ValueError(f"{file}: not the feature file that it should be ({error}); delete it") from error
-        broken = [path for path, box in zip(self.rows, self.records["box"], strict=True) if not box.any()]
-        self.skipped = {path: str(try_prepare(path, preparation)) for path in broken}
+        sizes = self.records["size"]
+        broken = [path for path, rows in self.rows.items() if not rows or not sizes[rows.start].any()]
+        self.skipped = {path: str(try_show(path, preparation)) for path in broken}
 
     def part(self, group: Sequence[Path]) -> Part:
         """What there is of some of the pictures."""
         good = [path for path in group if path not in self.skipped]
-        found = self.records[[self.rows[path] for path in good]]
-        raw, boxes, thumbnails = (torch.from_numpy(found[name].copy()) for name in ("raw", "box", "thumbnail"))
+        found = self.records[[row for path in good for row in self.rows[path]]]
+        raw, thumbnails, described = (
+            torch.from_numpy(found[name].copy()) for name in ("raw", "thumbnail", "described")
+        )
+        windows, sizes = [], self.records["size"]
+        for path in good:
+            laid = layout(*map(int, sizes[self.rows[path].start]), self.preparation)
+            windows += [Window(laid, number) for number in range(len(laid))]
         skipped = [(str(path), self.skipped[path]) for path in group if path in self.skipped]
-        return Part(good, raw, thumbnails, boxes.long(), skipped)
+        return Part([path for path in good for _ in self.rows[path]], raw, thumbnails, windows, described, skipped)
 
     def parts(self, paths: Sequence[Path], batch: int) -> Iterator[Part]:
         """A `Source` for `build_cache`."""
-        return map(self.part, batched(paths, batch))
+        return map(self.part, batched(paths, batch if self.preparation.tile is None else 1))
 
     def _write(self, file: Path, parts: Iterable[Part], progress: Progress) -> None:
-        header = {"descr": np.lib.format.dtype_to_descr(self.kind), "fortran_order": False, "shape": (len(self.rows),)}
-        done, order = 0, list(self.rows)
+        header = {"descr": np.lib.format.dtype_to_descr(self.kind), "fortran_order": False, "shape": (self.count,)}
+        done = 0
         with file.open("wb") as stream:  # record after record: a memory map would crash where the disk is full
             np.lib.format.write_array_header_1_0(stream, header)
+            start = stream.tell()
             for part in parts:
-                records = np.zeros(len(part.paths) + len(part.skipped), self.kind)
-                places = {path: i for i, path in enumerate(order[done : done + len(records)])}
-                rows = [places[path] for path in part.paths]
-                records["raw"][rows], records["box"][rows] = part.raw.numpy(), part.boxes.numpy()
-                records["thumbnail"][rows] = part.thumbnails.numpy()
-                stream.write(records.tobytes())
-                done += len(records)
-                progress("features", done, len(order), None)
+                records = np.zeros(len(part.paths), self.kind)
+                if part.paths:
+                    records["raw"], records["thumbnail"] = part.raw.numpy(), part.thumbnails.numpy()
+                    records["described"] = part.described.numpy()
+                    records["size"] = [window.layout.original_size for window in part.windows]
+                for record, path, window in zip(records, part.paths, part.windows, strict=True):
+                    stream.seek(start + self.kind.itemsize * self.rows[path][window.number])
+                    stream.write(record.tobytes())
+                done += len(part.skipped) + sum(window.number == 0 for window in part.windows)
+                progress("features", done, len(self.rows), None)
+            stream.truncate(start + self.kind.itemsize * self.count)
 
 
 class CachedDetector(Detector):
@@ -123,7 +141,8 @@ class CachedDetector(Detector):
         self, paths: Iterable[str | Path], *, category: str | None = None, batch: int = 8
     ) -> Iterator[Result | tuple[str, ImageError]]:
         """As `Detector.inspect_many`."""
-        for group in batched(map(Path, paths), batch):
+        tiled = self.config.preparation.tile is not None
+        for group in batched(map(Path, paths), 1 if tiled else batch):
             part = self.file.part(group)
             results = iter(self._results(part, category) if part.paths else [])
             for path in group:
@@ -132,13 +151,14 @@ class CachedDetector(Detector):
 
     @torch.inference_mode()
     def _results(self, part: Part, category: str | None) -> list[Result]:
-        calibration, network = self.select(category), self.network
-        maps, scores = network.fuse(network(network.features.project(part.raw)), network.valid_cells(part.boxes))
-        nothing = np.empty((0, 0, 3), np.uint8)
-        return [
-            Result(s, calibration.p_value(s), calibration.verdict(s), found, (), nothing, (x0, y0, x1, y1))
-            for s, found, (x0, y0, x1, y1) in zip(scores.tolist(), maps.numpy(), part.boxes.tolist(), strict=True)
-        ]
+        calibration, project = self.select(category), self.network.features.project
+        nothing, results = np.empty((0, 0, 3), np.uint8), []
+        for mosaic in pieced(self.network, part.windows, lambda rows: project(part.raw[rows])):
+            s, found = mosaic.result()
+            box, counted = mosaic.layout.box, mosaic.layout.counted
+            verdict = calibration.p_value(s), calibration.verdict(s)
+            results.append(Result(s, *verdict, found["map"], (), nothing, box, counted=counted))
+        return results
 
     def _cache(self, paths: list[Path], **options: Any) -> Cache:
         return super()._cache(paths, source=self.file.parts, **options)

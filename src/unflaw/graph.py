@@ -23,20 +23,19 @@ class Graph(nn.Module):
         self.network, self.display = network, display
         self.size = network.config.preparation.size
 
-    def forward(self, pictures: Tensor, boxes: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, pictures: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
         """Prepared pictures (N, 3, S, S) in [0, 1] → everything by name.
 
         Args:
             pictures: On the canvas, float32.
-            boxes: (N, 4) int64, the part of the canvas that each picture fills (x0, y0, x1, y1); None: all of it.
+            cells: (N, g, g) bool, the feature cells that count (`Window.cells`); None: all.
 
         Returns:
             "map" (N, S, S) and "score" (N,), float32, raw; then what the method has of "mean", "uncertainty" and
             "mask", each (N, S, S) float32 in [0, 1], and "restored" (N, S, S, 3) uint8.
         """
         inspection = self.network(self.network.embed(pictures))
-        valid = None if boxes is None else self.network.valid_cells(boxes)
-        maps, scores = self.network.fuse(inspection, valid)
+        maps, scores = self.network.fuse(inspection, cells)
         found = {"map": maps, "score": scores}
         for name, layer in inspection.layers.items():
             mode = "nearest" if name == "mask" else "bilinear"

@@ -1,22 +1,27 @@
 """Pictures in: read any supported file into one kind of array, and bring it to the size that a detector works at.
 
-Training, evaluation, prediction, the HTTP service and exported models all enter by `read` and `prepare`, so that no two
+Training, evaluation, prediction, the HTTP service and exported models all enter by `read` and `windows`, so that no two
 of them can resize differently.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 from PIL import WebPImagePlugin as WebP
-from pydantic import BaseModel, ConfigDict, Field
 
-Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are outside
+from unflaw.drift import describe
+from unflaw.layout import Box, Layout, Preparation, Window, layout
+
+__all__ = ["Box", "Preparation"]
+
+AT_ONCE = 2**24  # pixels of a picture that are resized at once: above, in strips
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 # Content decides, not the suffix. The decoders are called directly rather than through PIL.Image.open: no other format
@@ -117,67 +122,125 @@ def list_images(folder: str | Path) -> list[Path]:
     return [f for f in visible_files(folder) if f.suffix.lower() in SUFFIXES]
 
 
-class Preparation(BaseModel):
-    """How pictures are brought to the canvas of a detector.
-
-    `stretch` fills the canvas and gives up the aspect ratio; `pad` keeps it, centres the picture and repeats its edges.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    size: int = Field(256, ge=32, le=4096, description="side of the square canvas, pixels")
-    fit: Literal["stretch", "pad"] = "stretch"
-
-
 @dataclass(frozen=True)
 class Prepared:
-    """A picture on the canvas of a detector."""
+    """What a window shows of a picture."""
 
     pixels: np.ndarray  # (3, size, size) float32 in [0, 1]
-    box: Box  # the part of the canvas that the picture fills
-    original_size: tuple[int, int]  # (width, height), pixels
+    window: Window
 
-    def to_original(self, box: Box) -> Box:
-        """A box on the canvas as a box in the original picture, rounded outward and clipped.
+    @property
+    def box(self) -> Box:
+        """The part of the canvas that the picture fills."""
+        return self.window.box
 
-        A box that lies wholly in the padding comes back without area.
-        """
-        (left, top, right, bottom), (width, height) = self.box, self.original_size
-        x0, x1 = _rescale(box[0] - left, box[2] - left, width, right - left)
-        y0, y1 = _rescale(box[1] - top, box[3] - top, height, bottom - top)
-        return x0, y0, x1, y1
+    def picture(self) -> np.ndarray:
+        """(size, size, 3) uint8."""
+        return (self.pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8)
 
-    def points_to_original(self, points: np.ndarray) -> np.ndarray:
-        """Points (..., 2), x and y on the canvas, as points in the original picture; float64, clipped to it."""
-        (left, top, right, bottom), size = self.box, np.array(self.original_size)
-        return ((points - (left, top)) * size / (right - left, bottom - top)).clip(0, size)
-
-    def area_to_original(self, area: float) -> float:
-        """An area in pixels of the canvas as an area in pixels of the original picture."""
-        (left, top, right, bottom), (width, height) = self.box, self.original_size
-        return area * (width * height) / ((right - left) * (bottom - top))
+    @property
+    def layout(self) -> Layout:
+        """Of the picture."""
+        return self.window.layout
 
 
 def prepare(image: np.ndarray, preparation: Preparation) -> Prepared:
-    """Bring (H, W, 3) from `read` to the canvas: bilinear, antialiased where it shrinks. The only resize rule there is.
+    """Bring (H, W, 3) from `read` to one canvas: all of it, or of its region of interest, whatever `tile` says.
 
-    Pictures of 8 bits are resized in 8 bits, which is several times faster.
+    Raises:
+        ImageError: It has nothing in the region of interest.
     """
-    height, width = image.shape[:2]
-    box, margins = _place(width, height, preparation)
-    size = box[2] - box[0], box[3] - box[1]
-    if image.dtype == np.uint8:
-        resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-        pixels = resized.transpose(2, 0, 1) / np.float32(255)
-    else:
-        channels = (Image.fromarray(channel) for channel in np.ascontiguousarray(image.transpose(2, 0, 1), np.float32))
-        pixels = np.stack([np.asarray(channel.resize(size, Image.Resampling.BILINEAR)) for channel in channels])
-        pixels = pixels.clip(0, 1)  # rounding may leave the range
-    pixels = np.pad(pixels, ((0, 0), *margins), mode="edge")
-    return Prepared(np.ascontiguousarray(pixels), box, (width, height))
+    return next(iter(windows(image, preparation.model_copy(update={"tile": None}))))
+
+
+def windows(image: np.ndarray, preparation: Preparation) -> Iterable[Prepared]:
+    """(H, W, 3) from `read` window by window: bilinear, antialiased where it shrinks. The only resize rule there is.
+
+    Pictures of 8 bits are resized in 8 bits, which is several times faster. What is outside of a region of interest is
+    mid-grey. Of a picture in tiles one window at a time is made, when it is asked for.
+
+    Raises:
+        ImageError: It has nothing in the region of interest.
+    """
+    try:
+        laid = layout(image.shape[1], image.shape[0], preparation)
+    except ValueError as error:
+        raise ImageError(str(error)) from error
+    made = (_cut(image, Window(laid, number)) for number in range(len(laid)))
+    return made if preparation.tile is not None else list(made)
+
+
+def _cut(image: np.ndarray, window: Window) -> Prepared:
+    (x, y), (x0, y0, x1, y1), side = window.place, window.box, window.layout.preparation.size
+    pixels = _resized(image, window.layout, (x + x0, y + y0, x + x1, y + y1))
+    pixels = np.pad(pixels, ((0, 0), (y0, side - y1), (x0, side - x1)), mode="edge")
+    return Prepared(np.ascontiguousarray(pixels), window)
+
+
+def _resized(image: np.ndarray, laid: Layout, box: Box) -> np.ndarray:
+    """What a box of the canvas shows of a picture, (3, h, w) float32 in [0, 1]."""
+    x0, y0, x1, y1 = box
+    source = laid.source(box)
+    if (source[2] - source[0]) * (source[3] - source[1]) > AT_ONCE and y1 - y0 > 1:
+        middle = (y0 + y1) // 2
+        return np.concatenate([_resized(image, laid, (x0, *rows)) for rows in ((y0, x1, middle), (middle, x1, y1))], 1)
+    left, top, right, bottom = laid.crop
+    size = x1 - x0, y1 - y0
+    # with the pixels around that the filter may reach, so that every box is a cut-out of one resized picture
+    reach = [2 + int((end - start) / side) for start, end, side in zip(source[:2], source[2:], size, strict=True)]
+    x_start, y_start = max(int(source[0]) - reach[0], left), max(int(source[1]) - reach[1], top)
+    x_end, y_end = min(ceil(source[2]) + reach[0], right), min(ceil(source[3]) + reach[1], bottom)
+    part = image[y_start:y_end, x_start:x_end]
+    if isinstance(laid.preparation.roi, str):
+        counts = laid.region_of((x_start, y_start, x_end, y_end), (x_end - x_start, y_end - y_start))
+        part = np.where(counts[..., None], part, part.dtype.type(128 if part.dtype == np.uint8 else 0.5))
+    exact = source[0] - x_start, source[1] - y_start, source[2] - x_start, source[3] - y_start
+    limits = (part.shape[1], part.shape[0]) * 2
+    within = tuple(min(max(edge, 0), limit) for edge, limit in zip(exact, limits, strict=True))  # but for rounding
+    if part.dtype == np.uint8:
+        resized = np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BILINEAR, within))
+        return resized.transpose(2, 0, 1) / np.float32(255)
+    channels = (Image.fromarray(channel) for channel in np.ascontiguousarray(part.transpose(2, 0, 1), np.float32))
+    pixels = np.stack([np.asarray(channel.resize(size, Image.Resampling.BILINEAR, within)) for channel in channels])
+    return pixels.clip(0, 1)  # rounding may leave the range
+
+
+class Picture(NamedTuple):
+    """A picture that has been read.
+
+    Attributes:
+        windows: What is seen of it; with tiles, made when asked for, once.
+        described: What `drift.describe` says of it.
+    """
+
+    windows: Iterable[Prepared]
+    described: np.ndarray
+
+
+def show(image: np.ndarray, preparation: Preparation) -> Picture:
+    """(H, W, 3) from `read`, ready to be looked at.
+
+    Raises:
+        ImageError: As `windows`.
+    """
+    cut = windows(image, preparation)
+    whole = prepare(image, preparation) if preparation.tile is not None else next(iter(cut))
+    x0, y0, x1, y1 = whole.box
+    return Picture(cut, describe(whole.picture()[y0:y1, x0:x1]))
+
+
+def try_show(path: Path, preparation: Preparation) -> Picture | ImageError:
+    """`show` of a file, or why it could not be read: one bad file must not end a batch."""
+    try:
+        image = read(path)
+        with _named(str(path)):
+            return show(image, preparation)
+    except ImageError as error:
+        return error
 
 
 def try_prepare(path: Path, preparation: Preparation) -> Prepared | ImageError:
-    """A prepared picture, or why it could not be read: one bad file must not end a batch."""
+    """`prepare` of a file, or why it could not be read."""
     try:
         return prepare(read(path), preparation)
     except ImageError as error:
@@ -185,26 +248,17 @@ def try_prepare(path: Path, preparation: Preparation) -> Prepared | ImageError:
 
 
 def prepare_mask(mask: np.ndarray, preparation: Preparation) -> np.ndarray:
-    """Bring (H, W) bool to (size, size) bool in the geometry of `prepare`, by nearest pixel; the padding is False."""
-    box, margins = _place(mask.shape[1], mask.shape[0], preparation)
-    size = box[2] - box[0], box[3] - box[1]
-    resized = Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-    return np.pad(np.asarray(resized, dtype=bool), margins)
+    """Bring (H, W) bool to the map of a picture in the geometry of `windows`, by nearest pixel, as bool.
 
-
-def _place(width: int, height: int, preparation: Preparation) -> tuple[Box, tuple[tuple[int, int], tuple[int, int]]]:
-    """Where on the canvas a picture lies, and the padding around it: rows above and below, columns left and right."""
-    w = h = size = preparation.size
-    if preparation.fit == "pad":
-        w, h = (max(1, round(side * size / max(width, height))) for side in (width, height))
-    x0, y0 = (size - w) // 2, (size - h) // 2
-    return (x0, y0, x0 + w, y0 + h), ((y0, size - h - y0), (x0, size - w - x0))
-
-
-def _rescale(start: int, end: int, original: int, canvas: int) -> tuple[int, int]:
-    # in whole numbers, so that no rounding error pushes an exact edge outward
-    start, end = int(start) * original // canvas, -(-int(end) * original // canvas)
-    return min(max(start, 0), original), min(max(end, 0), original)
+    The padding is False, and so is what is outside of a region of interest.
+    """
+    laid = layout(mask.shape[1], mask.shape[0], preparation)
+    x0, y0, x1, y1 = laid.box
+    image = Image.fromarray(mask.astype(np.uint8))
+    resized = image.resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST, box=laid.crop)
+    found = np.zeros(laid.shape, bool)
+    found[y0:y1, x0:x1] = np.asarray(resized, bool)
+    return found if laid.counted is None else found & laid.counted
 
 
 def _name(source: Any) -> str:

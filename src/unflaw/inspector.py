@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,10 @@ import numpy as np
 
 from unflaw.calibration import Calibration
 from unflaw.config import Config
+from unflaw.drift import Reference
 from unflaw.errors import DetectorError
-from unflaw.images import ImageError, Prepared, prepare, read, try_prepare
+from unflaw.images import ImageError, Picture, Prepared, read, show, try_show
+from unflaw.mosaic import Mosaic
 from unflaw.results import Result
 from unflaw.scoring import find_regions
 from unflaw.streams import ahead, batched
@@ -22,7 +25,7 @@ from unflaw.streams import ahead, batched
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is computed of N prepared pictures, before any decision.
+    """What is computed of N windows, before any decision.
 
     Attributes:
         maps: Anomaly maps (N, size, size) float32, raw.
@@ -59,9 +62,14 @@ class Inspector(ABC):
     def calibrations(self) -> Mapping[str, Calibration]:
         """By category; "" is the category of a detector that has no others; empty before it has learned."""
 
+    @property
+    def references(self) -> Mapping[str, Reference]:
+        """By category, the good pictures that tell drift; without those of a detector that remembers none."""
+        return {}
+
     @abstractmethod
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
-        """What it finds in pictures of a category that it has."""
+        """What it finds in windows, of pictures of a category that it has."""
 
     def category(self, wanted: str | None = None) -> str:
         """The name in `calibrations` that is meant; None will do where there is one only.
@@ -105,7 +113,9 @@ class Inspector(ABC):
             ImageError: The picture cannot be read. DetectorError: as for `select`.
         """
         path = str(image) if isinstance(image, str | Path) else None
-        return self._conclude([prepare(read(image), self.config.preparation)], [path], category)[0]
+        found = next(self._inspected([(path, show(read(image), self.config.preparation))], category, 8))
+        assert isinstance(found, Result)
+        return found
 
     def inspect_many(
         self, paths: Iterable[str | Path], *, category: str | None = None, batch: int = 8
@@ -116,46 +126,83 @@ class Inspector(ABC):
             DetectorError: As for `select`, with the first file.
         """
         self.select(category)
-        loaded = ahead(lambda path: (str(path), try_prepare(Path(path), self.config.preparation)), paths)
-        for group in batched(loaded, batch):
-            good = [(path, picture) for path, picture in group if isinstance(picture, Prepared)]
-            pictures, names = [picture for _, picture in good], [path for path, _ in good]
-            results = iter(self._conclude(pictures, names, category) if good else [])
-            for path, picture in group:
-                yield next(results) if isinstance(picture, Prepared) else (path, picture)
 
-    def _conclude(
-        self, pictures: Sequence[Prepared], paths: Sequence[str | None], category: str | None
-    ) -> list[Result]:
-        """From pictures to decisions."""
+        def load(path: str | Path) -> tuple[str, Picture | ImageError]:
+            return str(path), try_show(Path(path), self.config.preparation)
+
+        # pictures in tiles wait whole, and may be large
+        tiled = self.config.preparation.tile is not None
+        loaded = ahead(load, paths, 1, 1) if tiled else ahead(load, paths)
+        for found in self._inspected(loaded, category, batch):
+            yield found if isinstance(found, Result) else (str(found[0]), found[1])
+
+    def _inspected(
+        self,
+        pictures: Iterable[tuple[str | None, Picture | ImageError]],
+        category: str | None,
+        batch: int,
+    ) -> Iterator[Result | tuple[str | None, ImageError]]:
+        """Pictures in order; windows of several are computed together, and no more are held than a batch."""
         name = self.category(category)
-        calibration = self.calibrations[name]
-        with self._busy:
-            outputs = self.compute(pictures, name)
-        doubts = outputs.layers.get("uncertainty", [None] * len(pictures))
-        regions = [
-            find_regions(
-                outputs.maps[i],
-                calibration.pixel_threshold,
-                picture,
-                minimum_area=calibration.minimum_area,
-                uncertainty=doubts[i],
-            )
-            for i, picture in enumerate(pictures)
-        ]
-        return [
-            Result(
-                score=score,
-                p_value=calibration.p_value(score),
-                verdict=calibration.verdict(score, regions[i]),
-                map=outputs.maps[i],
-                regions=regions[i],
-                image=(picture.pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8),
-                valid=picture.box,
-                layers={layer: values[i] for layer, values in outputs.layers.items()},
-                path=path,
-                size=picture.original_size,
-                p_estimated=calibration.estimated_p_value(score),
-            )
-            for i, (picture, path, score) in enumerate(zip(pictures, paths, outputs.scores.tolist(), strict=True))
-        ]
+        waiting: deque[tuple[str | None, Picture | ImageError, Mosaic | None]] = deque()
+
+        def stream() -> Iterator[tuple[Mosaic, Prepared]]:
+            for path, picture in pictures:
+                if isinstance(picture, ImageError):
+                    waiting.append((path, picture, None))
+                    continue
+                mosaic: Mosaic | None = None
+                for window in picture.windows:
+                    if mosaic is None:
+                        mosaic = Mosaic(window.layout)
+                        waiting.append((path, picture, mosaic))
+                    yield mosaic, window
+
+        def finished() -> Iterator[Result | tuple[str | None, ImageError]]:
+            while waiting:
+                path, picture, mosaic = waiting[0]
+                if mosaic is not None and not mosaic.complete:
+                    return
+                waiting.popleft()
+                if isinstance(picture, ImageError):
+                    yield path, picture
+                elif mosaic is not None:
+                    yield self._concluded(mosaic, picture.described, path, name)
+
+        for group in batched(stream(), batch):
+            with self._busy:
+                outputs = self.compute([window for _, window in group], name)
+            for i, (mosaic, window) in enumerate(group):
+                layers = {layer: values[i] for layer, values in outputs.layers.items()}
+                mosaic.add(float(outputs.scores[i]), {"map": outputs.maps[i], "image": window.picture(), **layers})
+            yield from finished()
+        yield from finished()
+
+    def _concluded(self, mosaic: Mosaic, described: np.ndarray, path: str | None, category: str) -> Result:
+        """From what was found in all windows of a picture to decisions."""
+        calibration, reference = self.calibrations[category], self.references.get(category)
+        score, layers = mosaic.result()
+        anomaly_map, image, laid = layers.pop("map"), layers.pop("image"), mosaic.layout
+        regions = find_regions(
+            anomaly_map,
+            calibration.pixel_threshold,
+            laid,
+            minimum_area=calibration.minimum_area,
+            uncertainty=layers.get("uncertainty"),
+        )
+        return Result(
+            score=score,
+            p_value=calibration.p_value(score),
+            verdict=calibration.verdict(score, regions),
+            map=anomaly_map,
+            regions=regions,
+            image=image,
+            valid=laid.box,
+            layers=layers,
+            path=path,
+            drift=None if reference is None else reference.p_value(described),
+            described=described,
+            counted=laid.counted,
+            size=laid.original_size,
+            p_estimated=calibration.estimated_p_value(score),
+        )

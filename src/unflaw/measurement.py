@@ -92,11 +92,22 @@ class Measurement:
         self._found = None if regions is None else RegionTally(*regions)
         self._spool = MapSpool() if spool and self.masks_known else None
 
-    def add(self, sample: Sample, score: float, anomaly_map: Array, valid: Box, **facts: Any) -> Array | None:
-        """One picture: its image score, its map (S, S) and the part of the canvas `(x0, y0, x1, y1)` that it covers.
+    def add(
+        self,
+        sample: Sample,
+        score: float,
+        anomaly_map: Array,
+        valid: Box,
+        counted: Array | None = None,
+        **facts: Any,
+    ) -> Array | None:
+        """One picture: its image score, its map (h, w) and the part of the canvas `(x0, y0, x1, y1)` that it covers.
+
+        Args:
+            counted: (h, w) bool, what counts of the map; None: all of `valid`.
 
         Returns:
-            The mask on the canvas, bool (S, S); None for a good picture and where there is none or it cannot be read.
+            The mask on the canvas, bool (h, w); None for a good picture and where there is none or it cannot be read.
         """
         row = {"path": str(sample.path), "label": sample.label, "defect": sample.defect, "score": score}
         self.rows.append(row | facts)
@@ -107,14 +118,16 @@ class Measurement:
             x0, y0, x1, y1 = valid
             inside = np.s_[y0:y1, x0:x1]
             crop, truth = anomaly_map[inside], None if mask is None else mask[inside]
-            self._pixels.update(crop, truth)
-            self._overlap.update(crop, truth)
+            counts = None if counted is None else counted[inside]
+            self._pixels.update(crop, truth, counts)
+            self._overlap.update(*((crop, truth) if counts is None else (crop[counts], _within(truth, counts))))
             if self._saturated is not None:
-                self._saturated.update(crop, truth, regions=self._regions(sample, inside) if sample.regions else None)
+                regions = self._regions(sample, inside) if sample.regions else None
+                self._saturated.update(crop, truth, counts, regions)
             if sample.label:
-                self._per_defect[sample.defect].update(crop, truth)
+                self._per_defect[sample.defect].update(crop, truth, counts)
             if self._spool is not None:
-                self._spool.add(len(self.rows) - 1, crop, truth)
+                self._spool.add(len(self.rows) - 1, crop if counts is None else np.where(counts, crop, np.nan), truth)
         return mask
 
     def metrics(self) -> dict[str, Any]:
@@ -191,3 +204,7 @@ class Measurement:
                 for column, verdict in (("found", "defect"), ("review", "review")):
                     table[defect][column] = sum(row["verdict"] == verdict for row in members)
         return table
+
+
+def _within(mask: Array | None, counts: Array) -> Array | None:
+    return None if mask is None else mask[counts]

@@ -6,12 +6,23 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from unflaw.annotations import numbered
 from unflaw.batch import Sink
+from unflaw.drift import RATE, Drift, check_rate
 from unflaw.inspector import Inspector
 from unflaw.results import Result
 from unflaw.streams import Progress, silent
+
+
+class Predicted(NamedTuple):
+    """How many were "good", "defect" and "error", and what all together say of drift; None where that is unknown."""
+
+    counts: Counter[str]
+    drift: Drift | None
 
 
 def predict(
@@ -21,25 +32,28 @@ def predict(
     *,
     category: str | None = None,
     pictures: bool = False,
+    drift_rate: float = RATE,
     sinks: Sequence[Sink] = (),
     progress: Progress = silent,
-) -> Counter[str]:
+) -> Predicted:
     """Inspects files in order and writes `out/results.jsonl`, line by line, so that an interruption loses nothing.
 
-    A line holds path, score, p_value, verdict and regions, or path and error. With `pictures`, also
+    A line holds path, score, p_value, verdict, drift and regions, or path and error. `out/drift.json` says whether all
+    pictures together differ from those learned from (`drift.Reference.test`). With `pictures`, also
     `out/pictures/<number>_<name>.png`: picture, heat map on the detector's fixed scale, and the method's own maps.
 
     Args:
+        drift_rate: False-alarm rate of the drift alarm.
         sinks: See every outcome, after its line is written. The caller closes them.
 
-    Returns:
-        How many were "good", "review", "defect" and "error".
-
     Raises:
-        DetectorError: As `Inspector.select`.
+        DetectorError: As `Inspector.select`. ValueError: As `drift.Reference.test`.
     """
     scale = detector.select(category).scale
+    reference = detector.references.get(detector.category(category))
+    check_rate(drift_rate)
     counts: Counter[str] = Counter()
+    described: list[np.ndarray] = []
     folder = out / "pictures"
     if pictures:
         from unflaw.report import panel
@@ -49,6 +63,7 @@ def predict(
         for i, outcome in enumerate(detector.inspect_many(paths, category=category)):
             if isinstance(outcome, Result):
                 counts[outcome.verdict] += 1
+                described += [] if outcome.described is None else [outcome.described]
                 line = outcome.to_json()
                 if pictures:
                     name = f"{numbered(i, paths[i])}.png"
@@ -62,4 +77,6 @@ def predict(
             for sink in sinks:
                 sink.add(paths[i], outcome if isinstance(outcome, Result) else outcome[1])
             progress("inspecting", i + 1, len(paths), None)
-    return counts
+    drift = None if reference is None or not described else reference.test(described, drift_rate)
+    (out / "drift.json").write_text(json.dumps(drift and drift.to_json(), indent=2) + "\n")
+    return Predicted(counts, drift)

@@ -7,10 +7,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unflaw.calibration import Calibration, Evidence
 from unflaw.config import CalibrationOptions
 from unflaw.datasets.samples import Sample, digest, short_digest
 from unflaw.detector import Detector
+from unflaw.drift import Reference
 from unflaw.errors import TrainingError
 from unflaw.results import Result
 from unflaw.streams import Progress
@@ -39,14 +42,15 @@ def recalibrate(
             f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
             "and finds them more normal than new ones. Leave them out"
         )
-    found, missable = Evidence(options.minimum_area), list[float]()
+    found, missable, described = Evidence(options.minimum_area), list[float](), list[np.ndarray]()
     total = sum(map(len, paths))
     for kind, part in enumerate(paths):
         for outcome in detector.inspect_many(part, category=category):
             if not isinstance(outcome, Result):
                 raise TrainingError(f"{outcome[1]}; leave it out, or mend it")
             if kind == 0:
-                found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty)
+                found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty, outcome.counted)
+                described += [] if outcome.described is None else [outcome.described]
             else:
                 missable.append(outcome.score)
             progress("calibrating", len(found.scores) + len(missable), total, None)
@@ -57,7 +61,11 @@ def recalibrate(
     by_defects: dict[str, Any] = {"defects": missable, "miss_rate": miss_rate, "cost_ratio": cost_ratio}
     after = found.calibrate(options, rate=rate, crossed=keep and before.crossed, **by_defects)
     name = detector.category(category)
-    detector.categories_[name] = detector.categories_[name]._replace(calibration=after)
+    own = detector.categories_[name]
+    if described and own.reference is not None:  # today's pictures are no drift from now on
+        described += list(own.reference.described) if keep else []
+        own = own._replace(reference=Reference(np.random.default_rng(0).permutation(described)))
+    detector.categories_[name] = own._replace(calibration=after)
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **({"category": name} if name else {}),

@@ -49,7 +49,9 @@ class Region:
 
 @dataclass(frozen=True)
 class Result:
-    """The inspection of one picture. All maps are (size, size) float32 on the prepared canvas (see `Preparation`).
+    """The inspection of one picture. All maps are (h, w) float32 on the prepared canvas (see `Preparation`).
+
+    h and w are the size of the canvas; of a picture in tiles what it needs, up to `layout.MAP_PIXELS` in all.
 
     Attributes:
         score: Image score, raw and unbounded; comparable between pictures of one detector only.
@@ -58,11 +60,15 @@ class Result:
             where the evidence is ambiguous (see `Calibration.verdict`); else "good".
         map: Anomaly map, raw values.
         regions: Areas above the pixel threshold, largest peak first.
-        image: (size, size, 3) uint8, the picture as the detector saw it.
+        image: (h, w, 3) uint8, the picture as the detector saw it.
         valid: `(x0, y0, x1, y1)`, the part of the canvas which the picture covers; the rest is padding.
         layers: The method's own pictures by name. Maps in [0, 1] such as "mean", "uncertainty" and "mask" (URA-Net's
-            U, V and M_final); "restored" is (size, size, 3) uint8. Empty where the method has none.
+            U, V and M_final); "restored" is (h, w, 3) uint8. Empty where the method has none.
         path: Where the picture came from, if from a file.
+        drift: p-value, in (0, 1], of the picture as a whole being like those learned from (see `drift.Reference`);
+            small where camera, light, focus or product have changed. None where the detector remembers none.
+        described: What `drift.describe` says of the picture, (D,).
+        counted: (h, w) bool, what counts of the map; None where that is all of `valid`.
         size: (width, height) of the original picture; (0, 0) where it is not known, and there are no regions.
         p_estimated: Where the calibration has a tail: an estimate of the share of good pictures that score higher,
             which goes below what `p_value` can reach.
@@ -77,6 +83,9 @@ class Result:
     valid: tuple[int, int, int, int]
     layers: dict[str, np.ndarray] = field(default_factory=dict)
     path: str | None = None
+    drift: float | None = None
+    described: np.ndarray | None = field(default=None, repr=False)
+    counted: np.ndarray | None = field(default=None, repr=False)
     size: tuple[int, int] = (0, 0)
     p_estimated: float | None = None
 
@@ -94,6 +103,7 @@ class Result:
             "p_value": self.p_value,
             **estimated,
             "verdict": self.verdict,
+            "drift": self.drift,
             "regions": [region.to_json(contours) for region in self.regions],
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from unflaw.images import Box, Prepared
+from unflaw.layout import Box, Layout
 from unflaw.results import Region
 
 EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
@@ -18,7 +18,7 @@ _WALLS = (((1, 0), (0, 0)), ((0, -1), (0, 1)), ((-1, 0), (1, 1)), ((0, 1), (1, 0
 def find_regions(
     anomaly_map: np.ndarray,
     threshold: float,
-    prepared: Prepared,
+    layout: Layout,
     limit: int = 100,
     *,
     minimum_area: float = 0.0,
@@ -27,13 +27,14 @@ def find_regions(
     """8-connected areas above the threshold, highest peak first, in pixels of the original picture.
 
     Args:
-        anomaly_map: (size, size); what lies in the padding is ignored.
+        anomaly_map: (h, w); what lies in the padding is ignored.
         threshold: The calibrated pixel threshold.
+        layout: Of the picture.
         limit: At most this many regions.
         minimum_area: Smaller areas are no regions: share of the picture, in [0, 1).
-        uncertainty: (size, size), the uncertainty map, where there is one.
+        uncertainty: (h, w), the uncertainty map, where there is one.
     """
-    labels, n = flagged(anomaly_map, threshold, prepared.box, minimum_area)
+    labels, n = flagged(anomaly_map, threshold, layout.box, minimum_area)
     if n == 0:
         return ()
     index = np.arange(1, n + 1)
@@ -43,11 +44,11 @@ def find_regions(
     areas, places = np.bincount(labels.ravel(), minlength=n + 1)[1:], ndimage.find_objects(labels)
     return tuple(
         Region(
-            box=prepared.to_original((columns.start, rows.start, columns.stop, rows.stop)),
-            area=max(1, round(prepared.area_to_original(float(areas[i])))),
+            box=layout.to_original((columns.start, rows.start, columns.stop, rows.stop)),
+            area=max(1, round(layout.area_to_original(float(areas[i])))),
             peak=float(peaks[i]),
             uncertainty=None if doubts is None else float(doubts[i]),
-            contour=_rounded(prepared.points_to_original(outline(labels[rows, columns] == i + 1) + corner)),
+            contour=_rounded(layout.points_to_original(outline(labels[rows, columns] == i + 1) + corner)),
         )
         for i in highest.tolist()
         for rows, columns in [places[i]]
@@ -60,7 +61,7 @@ def _rounded(points: np.ndarray) -> tuple[tuple[float, float], ...]:
 
 
 def flagged(anomaly_map: np.ndarray, threshold: float, valid: Box, minimum_area: float = 0.0) -> tuple[np.ndarray, int]:
-    """The regions of a map as labels (size, size), 0 elsewhere, and their number; see `find_regions`."""
+    """The regions of a map as labels (h, w), 0 elsewhere, and their number; see `find_regions`."""
     x0, y0, x1, y1 = valid
     above = np.zeros(anomaly_map.shape, dtype=bool)
     above[y0:y1, x0:x1] = anomaly_map[y0:y1, x0:x1] > threshold

@@ -102,7 +102,7 @@ class MapSpool:
         self._shapes: list[tuple[int, tuple[int, ...], bool]] = []
 
     def add(self, row: int, anomaly_map: Array, mask: Array | None) -> None:
-        """A map (H, W) and bool mask of the picture `row`."""
+        """A map (H, W), NaN where it does not count, and bool mask of the picture `row`."""
         self._file.write(np.ascontiguousarray(anomaly_map, np.float32).tobytes())
         if mask is not None:
             self._file.write(np.ascontiguousarray(mask, bool).tobytes())
@@ -118,7 +118,7 @@ class MapSpool:
             mask = np.zeros(shape, bool)
             if masked:
                 mask = np.frombuffer(self._file.read(int(np.prod(shape))), bool).reshape(shape)
-            clean[row] = _at_or_above(values[~mask], None, thresholds)
+            clean[row] = _at_or_above(values[~mask & ~np.isnan(values)], None, thresholds)
             found[row] = _at_or_above(values[mask], None, thresholds)
             overlap[row] = _at_or_above(values[mask], region_weights(mask), thresholds)
         return PixelTables(clean, found, overlap)

@@ -86,6 +86,7 @@ def predict(
     inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.")],
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl and pictures.")],
     pictures: Annotated[bool, typer.Option("--pictures", help="Also write a panel for each picture.")] = False,
+    drift_rate: Annotated[float, typer.Option(help="False-alarm rate of the drift alarm.")] = 0.01,
     category: Category = None,
     group_by: Annotated[
         str | None,
@@ -109,6 +110,8 @@ def predict(
     ] = False,
 ) -> None:
     """Inspect pictures: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
+
+    All of them together are tested for drift: a moved camera, other light, lost focus, another product (drift.json).
 
     Example:  unflaw predict parts.safetensors parts/new 0001.png --out results --pictures
     """
@@ -135,13 +138,24 @@ def predict(
         if labelme:
             sinks.append(LabelMe(out / "labelme"))
         with progress_bars() as progress:
-            counts = run(detector, paths, out, category=category, pictures=pictures, sinks=sinks, progress=progress)
+            counts, drift = run(
+                detector,
+                paths,
+                out,
+                category=category,
+                pictures=pictures,
+                drift_rate=drift_rate,
+                sinks=sinks,
+                progress=progress,
+            )
         typer.echo(
             f"{out / 'results.jsonl'}: {counts['good']} good, {counts['review']} for review, "
             f"{counts['defect']} defective, {counts['error']} not readable"
         )
         for sink in sinks:
             typer.echo(sink.close())
+        if drift is not None:
+            typer.echo(drift.describe())
         if counts["error"]:
             raise typer.Exit(3)
         if exit_code and (counts["defect"] or counts["review"]):

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from unflaw.config import Config, Synthesis
 from unflaw.features import Extractor, FeatureExtractor
-from unflaw.methods.layers import gaussian_blur
+from unflaw.methods.layers import coarser, gaussian_blur
 from unflaw.methods.memory import Memory
 from unflaw.methods.stages import Stages
 from unflaw.synthesis import synthesise
@@ -91,6 +91,17 @@ class Method(nn.Module):
         """
         return {}
 
+    def arrange(self, pictures: Tensor, valid: Tensor | None) -> None:
+        """Before `setup` and `extend`: tells the memories of the rows that they will be given.
+
+        Args:
+            pictures: (N,) int64, the number of the picture that each row shows a window of.
+            valid: (N, g, g) bool, the cells that count; None: all.
+        """
+        for part in self.modules():
+            if isinstance(part, Memory):
+                part.arrange(pictures, valid)
+
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """Terms by name; "loss" is minimised. `batch["features"]` is F (B, C, g, g) float32."""
         raise TypeError(f"{type(self).__name__} has nothing to train")
@@ -139,7 +150,7 @@ class Method(nn.Module):
         cells = [kind if valid is None else kind[valid] for kind in inspection.witnesses.unbind(1)]
         if inspection.coarse is not None:
             coarse = inspection.coarse[:, 0]
-            cells.append(coarse if valid is None else coarse[_coarse(valid)])
+            cells.append(coarse if valid is None else coarse[coarser(valid)])
         self.normal.copy_(torch.stack([torch.stack([c.mean(), c.std().clamp_min(1e-6)]) for c in cells]))
         statistics = self._statistics(inspection, valid)
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
@@ -181,16 +192,6 @@ class Method(nn.Module):
         Only what can lower the evidence of a picture and never raise it, or the calibration would not hold.
         """
 
-    def valid_cells(self, boxes: Tensor) -> Tensor | None:
-        """Boxes (N, 4) on the canvas → (N, g, g) bool, feature cells that touch the picture; None where all do."""
-        preparation, grid = self.config.preparation, self.features.grid
-        if preparation.fit == "stretch":
-            return None
-        cell = preparation.size / grid
-        start, edges = torch.arange(grid) * cell, boxes[..., None]
-        x, y = ((start + cell > edges[:, i]) & (start < edges[:, i + 2]) for i in (0, 1))
-        return y[:, :, None] & x[:, None, :]
-
     def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Evidence → anomaly maps at canvas size, (N, S, S), and image scores (N,).
 
@@ -207,6 +208,9 @@ class Method(nn.Module):
         """
         scoring, size = self.config.scoring, self.config.preparation.size
         maps, coarse = self._standardised(inspection)
+        if valid is not None:  # what does not count must not blur into what does
+            maps = torch.where(valid, maps, 0.0)
+            coarse = None if coarse is None else torch.where(coarser(valid), coarse, 0.0)
         scores, wide_scores = self._sayings(inspection, valid)
         if wide_scores is not None:
             both = self.fine_say * scores + scoring.coarse_say * wide_scores
@@ -241,7 +245,7 @@ class Method(nn.Module):
         if inspection.perceived is not None:
             found.append(highest(inspection.perceived[:, 0], scoring.shares, valid, self.window))
         if coarse is not None:
-            found.append(highest(coarse, (scoring.coarse_share,), None if valid is None else _coarse(valid)))
+            found.append(highest(coarse, (scoring.coarse_share,), None if valid is None else coarser(valid)))
         return torch.cat(found, dim=1)
 
 
@@ -249,11 +253,6 @@ def _joined(found: Sequence[Inspection], name: str) -> Tensor | None:
     """One kind of evidence of all pictures; None where there is none."""
     parts = [getattr(inspection, name) for inspection in found]
     return None if parts[0] is None else torch.cat(parts)
-
-
-def _coarse(valid: Tensor) -> Tensor:
-    """Cells of the coarser grid that hold any valid cell: (N, g, g) → (N, ⌈g/2⌉, ⌈g/2⌉) bool."""
-    return F.max_pool2d(valid.float()[:, None], 2, ceil_mode=True)[:, 0] > 0
 
 
 def highest(maps: Tensor, shares: Sequence[float], valid: Tensor | None = None, window: int = 3) -> Tensor:

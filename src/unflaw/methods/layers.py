@@ -69,6 +69,11 @@ class BayesianConv2d(nn.Module):
         return 0.5 * (ratio + (self.weight / self.prior).pow(2) - 1 - ratio.log()).sum()
 
 
+def coarser(valid: Tensor) -> Tensor:
+    """Cells of the coarser grid that hold any valid cell: (N, g, g) → (N, ⌈g/2⌉, ⌈g/2⌉) bool."""
+    return F.max_pool2d(valid.float()[:, None], 2, ceil_mode=True)[:, 0] > 0
+
+
 def sincos_positions(side: int, width: int) -> Tensor:
     """Fixed 2-D sine-cosine positions of a side×side token grid, (side², width); width divisible by 4."""
     omega = 10000 ** -(torch.arange(width // 4) / (width / 4))

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from unflaw.cache import allocate
 from unflaw.features import Extractor, FeatureExtractor
-from unflaw.methods.layers import greedy_coreset, largest, to_grid, to_tokens
+from unflaw.methods.layers import coarser, greedy_coreset, largest, to_grid, to_tokens
 
 CHUNK = 256  # tokens compared with the memory at a time: their (256, M) matrix stays in the processor's cache
 
@@ -39,8 +39,15 @@ class Memory(nn.Module):
         self.register_buffer("radius", torch.ones(()))
         # while training: the picture that each prototype comes from; what each category has taught; who is of which
         self.owners: Tensor | None = None
+        self._owned: Tensor | None = None  # the picture of each row of then
         self._taught: list[tuple[Tensor, Tensor, Tensor]] = []
         self._categories = torch.zeros(0, dtype=torch.long)
+        self._pictures: Tensor | None = None  # of the rows to come: which picture each is of, which cells count
+        self._valid: Tensor | None = None
+
+    def arrange(self, pictures: Tensor, valid: Tensor | None) -> None:
+        """As `Method.arrange`: what a picture taught is left out for all its windows."""
+        self._pictures, self._valid = pictures, valid
 
     @torch.no_grad()
     def fit(self, features: Tensor, rng: Generator, categories: Tensor | None = None) -> None:
@@ -67,17 +74,30 @@ class Memory(nn.Module):
         n, side = len(pictures), features.shape[-1]
         rows = pictures[torch.randperm(n, generator=rng)[: max(1, MOST_TOKENS // side**2)].sort().values]
         tokens = to_tokens(features[rows].float()).flatten(0, 1)
+        owners = rows.repeat_interleave(side**2)
+        if self._valid is not None:
+            inside = self._inside(rows, side)
+            tokens, owners = tokens[inside], owners[inside]
         size = len(self.prototypes)
         chosen = greedy_coreset(tokens, size, rng)
         chosen = chosen.repeat(-(-size // len(chosen)))[:size]
         self.prototypes.copy_(tokens[chosen])
-        self.owners = rows[chosen // side**2]
+        self.owners = owners[chosen] if self._pictures is None else self._pictures[owners[chosen]]
+        self._owned = self._pictures
         self.extra.fill_(FAR)
         sample = pictures[torch.randperm(n, generator=rng)[: max(2, 2**14 // side**2)]]
         self._taught, taught = [], self._taught  # of those in use, whatever there was before
         distances = self(features[sample].float(), sample)[1].clamp_min(1e-6).flatten()
+        if self._valid is not None:
+            distances = distances[self._inside(sample, side)]
         self.radius.copy_(distances.median())
         self._taught = taught
+
+    def _inside(self, rows: Tensor, side: int) -> Tensor:
+        """(T,) bool, which tokens of some rows count, on a grid of this side."""
+        assert self._valid is not None
+        valid = self._valid[rows]
+        return (valid if valid.shape[-1] == side else coarser(valid)).flatten()
 
     def use(self, category: int) -> None:
         """While training: what a category has taught comes into use, without what `extend` added."""
@@ -101,9 +121,11 @@ class Memory(nn.Module):
         the threshold was set, and the certified false-alarm rate holds; yet what the held-out pictures show is known.
         """
         parts = [to_tokens(part.float()).flatten(0, 1) for part in features.split(8)]
-        distance = torch.cat([self.recall(part)[2] for part in parts])
-        far = distance.argsort(descending=True)[: 16 * len(self.extra)]
-        tokens = torch.cat(parts)[far]
+        distance, tokens = torch.cat([self.recall(part)[2] for part in parts]), torch.cat(parts)
+        if self._valid is not None:
+            inside = self._inside(torch.arange(len(features)), features.shape[-1])
+            distance, tokens = distance[inside], tokens[inside]
+        tokens = tokens[distance.argsort(descending=True)[: 16 * len(self.extra)]]
         chosen = tokens[greedy_coreset(tokens, len(self.extra), rng)]
         self.extra[: len(chosen)] = chosen
 
@@ -163,6 +185,8 @@ class Memory(nn.Module):
     def _closed(self, pictures: Tensor) -> Tensor:
         """(T, L) pictures → (T, M) bool: the prototypes that these taught, unless that is all."""
         assert self.owners is not None
+        if self._owned is not None:
+            pictures = self._owned[pictures]
         which, row = pictures.unique(dim=0, return_inverse=True)  # many tokens leave out the same
         own = (self.owners == which[..., None]).any(1)
         return (own & ~own.all(1, keepdim=True))[row]

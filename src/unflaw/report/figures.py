@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from unflaw.cache import stack
 from unflaw.datasets import Dataset, DatasetError, Sample
 from unflaw.detector import Detector
-from unflaw.images import Box, prepare, prepare_mask, read, read_mask
+from unflaw.images import Box, Prepared, prepare_mask, read, read_mask, windows
 from unflaw.methods.stages import Stage
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
 from unflaw.results import Scale
@@ -136,16 +136,26 @@ def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str |
     if sample.label and sample.mask is not None:
         truth = prepare_mask(read_mask(sample.mask), preparation)
     heat = overlay(result.image, result.map, scale)
-    first, last = {_PICTURE: _pixels(outline(result.image, truth))}, {_HEAT_MAP: _pixels(outline(heat, truth))}
+    seen = list(windows(read(sample.path), preparation))
+    shown = max(seen, key=lambda window: float(result.map[_on_map(window)].max()))  # of tiles the most anomalous
+    here = _on_map(shown)
+    first = {_PICTURE: _pixels(outline(result.image, truth)[here])}
+    last = {_HEAT_MAP: _pixels(outline(heat, truth)[here])}
     name = [*label(result).split("/"), f"verdict {result.verdict}", f"p {result.p_value:.2g}"]
-    features = network.embed(stack([prepare(read(sample.path), preparation)]))
+    features, image = network.embed(stack([shown])), result.image[here]
     return {
         figure: [
-            _Line([*name, *filter(None, [line])], first | _shown(detector, stages, result.image) | last, result.valid)
+            _Line([*name, *filter(None, [line])], first | _shown(detector, stages, image) | last, shown.box)
             for line, stages in rows
         ]
         for figure, rows in network.stages(features, network(features)).items()
     }
+
+
+def _on_map(window: Prepared) -> tuple[slice, slice]:
+    """Where a window lies on the map of its picture."""
+    (x, y), step, size = window.window.place, window.layout.step, window.layout.preparation.size
+    return slice(y // step, (y + size) // step), slice(x // step, (x + size) // step)
 
 
 def _exercises(detector: Detector, samples: Sequence[Sample], seed: int) -> dict[str, list[_Line]]:
@@ -154,7 +164,8 @@ def _exercises(detector: Detector, samples: Sequence[Sample], seed: int) -> dict
     textures = None
     if network.uses_textures:
         textures = torch.from_numpy(np.stack(texture_pictures(detector.config.training.textures, preparation)))
-    pictures = stack([prepare(read(sample.path), preparation) for sample in samples])
+    seen = [list(windows(read(sample.path), preparation)) for sample in samples]
+    pictures = stack([shown[len(shown) // 2] for shown in seen])
     whole = (0, 0, preparation.size, preparation.size)
     return {
         figure: [_Line([name], _shown(detector, stages), whole) for name, stages in rows]

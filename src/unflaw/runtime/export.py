@@ -52,10 +52,10 @@ class ByCategory(nn.Module):
         for name, place in self.owned.items():
             self.register_buffer(place, torch.stack([category[name] for category in categories]))
 
-    def forward(self, pictures: Tensor, category: Tensor, boxes: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, pictures: Tensor, category: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
         """As `Graph`, with the number of the category, () int64."""
         own = {f"network.{name}": getattr(self, place)[category] for name, place in self.owned.items()}
-        return functional_call(self.whole, own, (pictures, boxes))
+        return functional_call(self.whole, own, (pictures, cells))
 
 
 def export(
@@ -112,8 +112,9 @@ def to_onnx(detector: Detector) -> ModelProto:
         owned = [category.normal for category in detector.categories_.values()]
         graph = ByCategory(Graph(detector.network, detector.display), owned)
         arguments["category"] = (torch.tensor(0), None)
-    if detector.config.preparation.fit == "pad":
-        arguments["boxes"] = (torch.tensor([[0, 0, size, size]] * 2), {0: batch})
+    if not detector.config.preparation.covers:
+        grid = detector.network.features.grid
+        arguments["cells"] = (torch.ones(2, grid, grid, dtype=torch.bool), {0: batch})
     inputs = tuple(example for example, _ in arguments.values())
     shapes: Any = tuple(dynamic for _, dynamic in arguments.values())
     with torch.no_grad(), warnings.catch_warnings():
@@ -155,6 +156,7 @@ def _record(detector: Detector, to: Target, precision: Precision) -> dict[str, A
     return {
         "to": to,
         "precision": precision,
+        "grid": detector.network.features.grid,
         "opset": OPSET,
         "unflaw": __version__,
         **({"draws": options.perception.draws} if bayesian and isinstance(options, URANetOptions) else {}),

@@ -11,12 +11,13 @@ import numpy as np
 
 from unflaw.calibration import Calibration, calibrations
 from unflaw.config import Config
+from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError
 from unflaw.files import kind_of, read_metadata, weights_of
 from unflaw.images import Prepared
 from unflaw.inspector import Inspector, Outputs
 
-INPUTS = ("pictures", "boxes", "category")  # of which every graph has the first
+INPUTS = ("pictures", "cells", "category")  # of which every graph has the first
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -37,7 +38,7 @@ class ExportedDetector(Inspector):
         super().__init__()
         metadata = read_metadata(path)
         try:
-            self._calibrations = calibrations(metadata)
+            self._calibrations, self._references = calibrations(metadata), references(metadata)
             self.config = Config.model_validate(metadata["config"])
             self.exported: Mapping[str, Any] = metadata["exported"]
         except (KeyError, ValueError) as error:
@@ -56,8 +57,12 @@ class ExportedDetector(Inspector):
     def calibrations(self) -> Mapping[str, Calibration]:
         return self._calibrations
 
+    @property
+    def references(self) -> Mapping[str, Reference]:
+        return self._references
+
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
-        """What the graph finds in pictures of a category; see `Inspector.compute`.
+        """What the graph finds in windows, of pictures of a category; see `Inspector.compute`.
 
         One picture at a time: matrices of one stay in the processor's cache, those of several do not.
         """
@@ -69,7 +74,7 @@ class ExportedDetector(Inspector):
         """What goes into the graph, by the names of its inputs."""
         fed = {
             "pictures": np.stack([picture.pixels for picture in pictures]),
-            "boxes": np.array([picture.box for picture in pictures], np.int64),
+            "cells": np.stack([picture.window.cells(self.exported["grid"]) for picture in pictures]),
             "category": np.array(category, np.int64),
         }
         return {name: fed[name] for name in self.inputs}

@@ -44,6 +44,8 @@ def quantise(model: ModelProto, pictures: Sequence[Prepared]) -> ModelProto:
     if not convolutions:
         raise DetectorError("this method has no backbone that could compute in 8 bits; export it in fp32 or fp16")
     inputs = [node.name for node in model.graph.input]
+    sides = [node.type.tensor_type.shape.dim[1].dim_value for node in model.graph.input if node.name == "cells"]
+    grid = sides[0] if sides else 1
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -55,7 +57,7 @@ def quantise(model: ModelProto, pictures: Sequence[Prepared]) -> ModelProto:
                 return None
             fed = {
                 "pictures": picture.pixels[None],
-                "boxes": np.array([picture.box], np.int64),
+                "cells": picture.window.cells(grid)[None],
                 "category": np.array(0, np.int64),
             }
             return {name: fed[name] for name in inputs}

@@ -213,11 +213,11 @@ def _add_inspections(api: APIRouter, station: Station) -> None:
         response_model=schemas.Pictures,
         responses=_problems(404, 422, 429, 503),
     )
-    async def pictures(id: Id) -> dict[str, list[str]]:
+    async def pictures(id: Id) -> dict[str, Any]:
         """What can be shown of an inspection. If its picture is kept it may be inspected again for that."""
         slot = Slot(station)
         _, result, _ = await within(slot, station.shown(slot, id))
-        return {"pictures": names(result)}
+        return {"pictures": names(result), "contours": [region.contour for region in result.regions]}
 
     @api.get(
         "/inspections/{id}/pictures/{picture}",

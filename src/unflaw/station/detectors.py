@@ -117,6 +117,7 @@ class Served:
             category=category,
             score=line["score"],
             p_value=line["p_value"],
+            p_estimated=line.get("p_estimated"),
             threshold=detector.calibrations[category].threshold,
             verdict=line["verdict"],
             regions=line["regions"],

@@ -87,7 +87,7 @@ class Entry(Base):
         source: The path of a watched file, which is inspected once for each content; None for what came over HTTP.
         detector, category: Names; the category is "" for a detector that has no others.
         detector_digest: SHA-256 of the detector's file, in hex.
-        score, p_value, verdict: As in `Result`.
+        score, p_value, p_estimated, verdict: As in `Result`.
         threshold: What the score was compared with.
         regions: As in `Region.to_json`.
         sampled: Whether it was drawn at random for review, whatever its verdict.
@@ -121,6 +121,7 @@ class Entry(Base):
     category: Mapped[str]
     score: Mapped[float] = mapped_column(Double)
     p_value: Mapped[float] = mapped_column(Double)
+    p_estimated: Mapped[float | None] = mapped_column(Double)
     threshold: Mapped[float] = mapped_column(Double)
     verdict: Mapped[str] = mapped_column(String(16), index=True)
     regions: Mapped[list[dict[str, Any]]] = mapped_column(JSON)

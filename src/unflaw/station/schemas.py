@@ -63,6 +63,7 @@ _INSPECTION: dict[str, Any] = {
     "category": "",
     "score": 7.31,
     "p_value": 0.0099,
+    "p_estimated": 0.0021,
     "threshold": 5.02,
     "verdict": "defect",
     "regions": [{"box": [212, 90, 261, 130], "area": 1204, "peak": 11.8}],
@@ -90,6 +91,9 @@ class Inspection(BaseModel):
     category: str = Field(description="Empty for a detector that has no categories.")
     score: float = Field(description="Raw; comparable between pictures of one detector and category only.")
     p_value: float = Field(description="Share of good pictures that score at least as high, in (0, 1].")
+    p_estimated: float | None = Field(
+        None, description="Where the calibration has a tail: an estimate that goes below what p_value can reach."
+    )
     threshold: float = Field(description="What the score was compared with.")
     verdict: Verdict
     regions: list[Region] = Field(description="Largest peak first.")
@@ -110,8 +114,15 @@ class History(BaseModel):
 class Pictures(BaseModel):
     """What can be shown of an inspection."""
 
-    model_config = _example(pictures=["picture", "heat", "overlay", "mean", "uncertainty", "mask", "restored"])
+    model_config = _example(
+        pictures=["picture", "heat", "overlay", "mean", "uncertainty", "mask", "restored"],
+        contours=[[[212, 90], [261, 90], [261, 130], [212, 130]]],
+    )
     pictures: list[str] = Field(description="Names for `/inspections/{id}/pictures/{name}`.")
+    contours: list[list[tuple[float, float]]] = Field(
+        description="Corners (x, y) of the polygon around each region, in pixels of the picture. They are not logged: "
+        "after a new calibration there may be other regions than in the log."
+    )
 
 
 class Review(BaseModel):

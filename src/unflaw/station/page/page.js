@@ -25,6 +25,7 @@ const state = {
   station: null,
   layer: stored("layer", "heat"),
   pictures: [],
+  contours: [],
   chosen: null, // the region that is pointed at
   next: null, // of the history, its next page
   open: false, // in the history: one inspection instead of the list
@@ -285,7 +286,8 @@ function showDetails(item) {
   for (const part of [".details", ".controls"]) document.querySelector(part).hidden = !entry;
   if (!entry) return;
   const share = entry.p_value < 1 ? `At most ${percent(entry.p_value)} of good parts score this high.` : "Every good part scores this high.";
-  $("measure").textContent = `Score ${number(entry.score)}, threshold ${number(entry.threshold)}. ${share}`;
+  const estimate = entry.p_estimated == null ? "" : ` Estimated: ${percent(entry.p_estimated)}.`;
+  $("measure").textContent = `Score ${number(entry.score)}, threshold ${number(entry.threshold)}. ${share}${estimate}`;
   $("decided").textContent = entry.decision ? `${WORDS[entry.decision]}, says ${entry.decided_by}, ${moment(entry.decided_at)}` : "Nobody has decided yet.";
   for (const button of document.querySelectorAll(".decide button")) {
     if (button.id === "undo") button.disabled = !entry.decision;
@@ -354,7 +356,7 @@ async function showPictures(item) {
     try {
       const found = await patiently(() => json(`/inspections/${entry.id}/pictures`));
       if (shown.id !== entry.id) return;
-      state.pictures = found.pictures;
+      Object.assign(state, found);
       shown.ready = true;
     } catch (error) {
       if (!(error instanceof Problem) || shown.id !== entry.id) throw error;
@@ -364,6 +366,7 @@ async function showPictures(item) {
       return;
     }
     layers();
+    outline(entry);
   }
   if (!entry || !shown.ready) return;
   const layer = state.pictures.includes(state.layer) ? state.layer : "picture";
@@ -442,13 +445,13 @@ function slide() {
 }
 
 function outline(entry) {
+  const contours = shown.id === entry.id && shown.ready && state.contours.length === entry.regions.length ? state.contours : [];
   $("outlines").setAttribute("viewBox", `0 0 ${entry.width} ${entry.height}`);
   $("outlines").replaceChildren(...($("outlined").checked ? entry.regions : []).map((region, i) => {
     const [x0, y0, x1, y1] = region.box;
-    const contour = region.contour?.length ? region.contour : [[x0, y0], [x1, y0], [x1, y1], [x0, y1]];
-    const rings = Array.isArray(contour[0][0]) ? contour : [contour]; // one line, or several
-    const lines = (kind) => rings.map((ring) => el("polygon", { class: kind, points: ring.map((at) => at.join(",")).join(" ") }));
-    return el("g", { class: state.chosen === i ? "chosen" : "" }, ...lines("halo"), ...lines("edge"));
+    const corners = contours[i]?.length ? contours[i] : [[x0, y0], [x1, y0], [x1, y1], [x0, y1]];
+    const line = (kind) => el("polygon", { class: kind, points: corners.map((at) => at.join(",")).join(" ") });
+    return el("g", { class: state.chosen === i ? "chosen" : "" }, line("halo"), line("edge"));
   }));
 }
 

@@ -23,6 +23,7 @@ def upgrade() -> None:
         sa.Column("category", sa.String, nullable=False),
         sa.Column("score", sa.Double, nullable=False),
         sa.Column("p_value", sa.Double, nullable=False),
+        sa.Column("p_estimated", sa.Double),
         sa.Column("threshold", sa.Double, nullable=False),
         sa.Column("verdict", sa.String(16), nullable=False),
         sa.Column("regions", sa.JSON, nullable=False),

@@ -1,0 +1,92 @@
+"""Memory and time of one large picture, in tiles: a generated one of 8000 × 6000 pixels, with a small bright speck.
+
+    python benchmarks/large_picture.py [detector.safetensors] [--width 8000] [--height 6000] [--tile 512]
+
+Each way runs in a process of its own, so that its peak of memory is its own: the process with the detector loaded, and
+then with the picture inspected. Without a detector, `lookup` is trained on cuttings of other such pictures.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+SPECK = 24  # pixels, a side
+CUT = 1600  # a side of what is learned from, pixels
+
+
+def surface(width: int, height: int, seed: int) -> np.ndarray:
+    """(height, width, 3) uint8, made of strips so that making it needs little memory."""
+    rng, made = np.random.default_rng(seed), np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, 500):
+        strip = made[top : top + 500]
+        grain = ndimage.gaussian_filter(rng.normal(0, 40, strip.shape[:2]).astype(np.float32), 2)
+        strip[:] = np.clip(120 + grain, 0, 255).astype(np.uint8)[..., None]
+    return made
+
+
+def inspect(model: Path, picture: Path) -> dict[str, object]:
+    import torch
+
+    from unflaw import load
+
+    torch.set_num_threads(1)
+    detector = load(model)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    (result,) = detector.inspect_many([picture], batch=4)
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak before, MB": before // 1024,
+        "peak, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "map": list(result.map.shape),
+        "regions": [list(region.box) for region in result.regions[:3]],
+        "verdict": result.verdict,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory and time of one large picture.")
+    parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("--width", type=int, default=8000)
+    parser.add_argument("--height", type=int, default=6000)
+    parser.add_argument("--tile", type=int, default=512)
+    parser.add_argument("--picture", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.picture is not None:
+        print(json.dumps(inspect(options.model, options.picture)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = options.model
+        if model is None:
+            from unflaw import Detector
+
+            (folder / "good").mkdir()
+            for i in range(12):
+                Image.fromarray(surface(CUT, CUT, 1 + i)).save(folder / "good" / f"{i}.png")
+            model = folder / "surface.safetensors"
+            settings = {"preparation__tile": options.tile, "training__display_steps": 0}
+            Detector(method="lookup", **settings).fit(folder / "good").save(model)
+        made = surface(options.width, options.height, 0)
+        top, left = options.height // 3, options.width // 4
+        made[top : top + SPECK, left : left + SPECK] = 235
+        Image.fromarray(made).save(folder / "large.png", compress_level=1)
+        del made
+        command = [sys.executable, __file__, str(model), "--picture", str(folder / "large.png")]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"{options.width} × {options.height}, tiles of {options.tile}; speck of {SPECK} pixels at ({left}, {top})")
+    for what, value in found.items():
+        print(f"{what:18} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Whether pictures still come from the world that a detector learned: camera, light, focus, product. No torch.
+
+It is asked apart from the anomaly score. A local defect hardly moves what is looked at, quantiles over cells and the
+means of cells; a moved camera, other light, lost focus or another product moves them in every picture.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIDE = 256  # pictures are described at this side
+CELLS = 8  # a side, of the grid over which quantiles are taken
+BANDS = 4  # octaves of sharpness, each at half the resolution of the one before
+KEPT = 256  # good pictures that a detector remembers, at most
+SHUFFLES = 1999  # behind the p-value of a batch, which so is at least 1 / 2000
+FLOOR = 1 / 1024  # a quarter of a grey level: what is flatter is flat
+RIDGE = 0.1  # share of the mean variance in the covariance, which has more entries than there are pictures
+RATE = 0.01  # of false alarms of a batch
+
+_BANDS = [f"{2**k} px {way}" for k in range(BANDS) for way in ("across", "down")]
+STATISTICS = {  # what is said of a picture, and what it is a matter of
+    **{
+        f"{part} of the light": "light" for part in ("shadows", "lower quartile", "median", "upper quartile", "heights")
+    },
+    **{f"{channel} against green": "colour" for channel in ("red", "blue")},
+    **{f"{part} edges, {band}": "sharpness" for part in ("median", "strong") for band in _BANDS},
+    **{f"light of cell {row}, {column}": "place" for row in range(CELLS) for column in range(CELLS)},
+}
+_MATTERS = [*STATISTICS.values(), "all together"]  # the distance that a test adds
+
+
+def describe(image: np.ndarray) -> np.ndarray:
+    """What a picture looks like as a whole: `STATISTICS`, (D,) float16.
+
+    Args:
+        image: (h, w, 3) uint8, the part of it that counts.
+    """
+    if image.shape[:2] != (SIDE, SIDE):
+        image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    red, green, blue = (_cells(channel) for channel in np.moveaxis(image, 2, 0) / np.float32(255))
+    grey = image.sum(2, dtype=np.float32) / (3 * 255)
+    shadows, heights = np.quantile(grey, (0.01, 0.99))
+    light = _cells(grey)
+    quartiles = np.quantile(light, (0.25, 0.5, 0.75))
+    edges = []  # log of the mean step between neighbours, by cell
+    for _ in range(BANDS):
+        edges += [
+            np.log(_cells(np.abs(np.diff(grey, axis=axis, append=grey.take([-1], axis)))) + FLOOR) for axis in (1, 0)
+        ]
+        grey = grey.reshape(len(grey) // 2, 2, -1, 2).mean((1, 3))
+    sharpness = np.quantile(np.stack(edges), (0.5, 0.9), axis=(1, 2))
+    colour = np.median(red - green), np.median(blue - green)
+    described = [[shadows], quartiles, [heights], colour, sharpness.ravel(), (light - quartiles[1]).ravel()]
+    return np.concatenate(described).astype(np.float16)
+
+
+def _cells(values: np.ndarray) -> np.ndarray:
+    """Means of the cells, (CELLS, CELLS)."""
+    side = len(values) // CELLS
+    return values.reshape(CELLS, side, CELLS, -1).mean((1, 3))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a batch says of drift.
+
+    Attributes:
+        p_value: Probability that good pictures like those learned from differ as much from them.
+        rate: The false-alarm rate of `alarm`.
+        pictures: How many there are in the batch.
+        moved: What differs of "light", "colour", "sharpness" and "place"; "all together" where it is none of these
+            alone. For each how: 1 where its most telling statistic is higher than on the pictures learned from, −1
+            lower.
+    """
+
+    p_value: float
+    rate: float
+    pictures: int
+    moved: dict[str, int]
+
+    @property
+    def alarm(self) -> bool:
+        return self.p_value <= self.rate
+
+    def describe(self) -> str:
+        """One sentence for people."""
+        chance = f"p = {self.p_value:.2g} over {self.pictures} pictures, alarm at {self.rate:.2g}"
+        if not self.alarm:
+            return f"no drift ({chance})"
+        more = {"light": ("darker", "brighter"), "sharpness": ("less sharp", "sharper")}
+        found = [more[name][way > 0] if name in more else name for name, way in self.moved.items()]
+        return f"drift: these pictures differ from those learned from in {', '.join(found)} ({chance})"
+
+    def to_json(self) -> dict[str, Any]:
+        kept = {"p_value": self.p_value, "rate": self.rate, "pictures": self.pictures, "moved": self.moved}
+        return {"alarm": self.alarm, **kept}
+
+
+class Reference:
+    """Good pictures that a detector remembers, as described.
+
+    Args:
+        described: (n, D), of good pictures in random order; the first KEPT are kept. Nothing in a description is
+            learned, so those that the detector trained on are as good as any.
+    """
+
+    def __init__(self, described: np.ndarray) -> None:
+        self.described = np.asarray(described, np.float16)[:KEPT]
+
+    def __len__(self) -> int:
+        return len(self.described)
+
+    def p_value(self, described: np.ndarray) -> float:
+        """Of one picture: the share of pictures at least as far from all of them, in [1 / (n + 1), 1].
+
+        Full conformal prediction (Vovk et al. 2005): the picture takes part in the centre and spread that it is
+        measured with, as do all others, so that a good picture exchangeable with them gets p ≤ rate with probability
+        at most `rate`, and none need be held out.
+
+        Args:
+            described: (D,).
+        """
+        distances = _distances(np.vstack([self.described, described]).astype(np.float64))
+        return float(np.mean(distances >= distances[-1]))
+
+    def test(self, described: Sequence[np.ndarray] | np.ndarray, rate: float = RATE) -> Drift:
+        """Of a batch: a permutation test of the largest rank sum of any statistic.
+
+        Whatever the statistics are like, a batch of good pictures exchangeable with those remembered raises the alarm
+        with probability at most `rate`. Ranks see to it that a few odd pictures, such as defects, do not decide.
+
+        Args:
+            described: (m, D) of m ≥ 1 pictures.
+            rate: False-alarm rate, at least 1 / (SHUFFLES + 1).
+
+        Raises:
+            ValueError: A rate too small for this test.
+        """
+        from scipy.stats import rankdata  # slow to import
+
+        check_rate(rate)
+        batch = np.asarray(described, np.float16)
+        pooled = np.vstack([self.described, batch]).astype(np.float64)
+        pooled = np.hstack([pooled, _distances(pooled)[:, None]])
+        ranks = rankdata(pooled, axis=0) - (len(pooled) + 1) / 2
+        deviation = ranks.std(0)
+        ranks /= np.where(deviation > 0, deviation, 1)  # a statistic that is the same everywhere says nothing
+        sums = ranks[len(self) :].sum(0)
+        largest = np.sort(_largest_sums(ranks, len(batch)))
+        near = 1e-9 * len(pooled)  # the same ranks in another order may sum to another last digit
+        p_value = (1 + np.sum(largest >= np.abs(sums).max() - near)) / (SHUFFLES + 1)
+        limit = largest[-int(rate * (SHUFFLES + 1) + 1e-9)]
+        moved: dict[str, int] = {}
+        for i in np.argsort(-np.abs(sums), kind="stable"):
+            if abs(sums[i]) > limit or not moved:
+                moved.setdefault(_MATTERS[i], int(np.sign(sums[i])))
+        if len(moved) > 1:
+            moved.pop("all together", None)
+        return Drift(float(p_value), rate, len(batch), moved if p_value <= rate else {})
+
+    def to_json(self) -> dict[str, Any]:
+        """For the metadata of a detector file."""
+        data = base64.b64encode(self.described.astype("<f2").tobytes()).decode()
+        return {"statistics": self.described.shape[1], "float16": data}
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any]) -> Reference:
+        """Raises: KeyError, ValueError: Damaged."""
+        values = np.frombuffer(base64.b64decode(written["float16"], validate=True), "<f2")
+        return cls(values.reshape(-1, written["statistics"]))
+
+
+def check_rate(rate: float) -> None:
+    """Raises: ValueError: `Reference.test` has no such false-alarm rate."""
+    if not 1 / (SHUFFLES + 1) <= rate < 1:
+        raise ValueError(f"a drift alarm cannot have a false-alarm rate of {rate}; give {1 / (SHUFFLES + 1)} to 1")
+
+
+def references(metadata: Mapping[str, Any]) -> dict[str, Reference]:
+    """Of every category, from the metadata of a detector file; none where the statistics are those of another version.
+
+    Raises:
+        KeyError, ValueError: They are damaged.
+    """
+    found = {name: Reference.from_json(written) for name, written in metadata.get("drift", {}).items()}
+    return {name: known for name, known in found.items() if known.described.shape[1] == len(STATISTICS)}
+
+
+def _largest_sums(ranks: np.ndarray, size: int) -> np.ndarray:
+    """(N, D) → (SHUFFLES,): the largest absolute sum of any column over `size` random rows."""
+    rng, found = np.random.default_rng(0), []
+    for part in np.array_split(np.arange(SHUFFLES), 1 + SHUFFLES * len(ranks) // 2**22):  # some 64 MB at a time
+        order = rng.random((len(part), len(ranks)))
+        taken = order <= np.partition(order, size - 1, axis=1)[:, size - 1 : size]
+        found.append(np.abs(taken.astype(float) @ ranks).max(1))
+    return np.concatenate(found)
+
+
+def _distances(described: np.ndarray) -> np.ndarray:
+    """Squared Mahalanobis distance of each picture to the mean of all, (n, D) → (n,), whatever the units of each."""
+    centred = described - np.median(described, 0)
+    robust = 1.4826 * np.median(np.abs(centred), 0)
+    scale = np.maximum(robust, 0.1 * centred.std(0))
+    centred = centred / np.where(scale > 0, scale, 1)
+    centred -= centred.mean(0)
+    covariance = centred.T @ centred / len(centred)
+    covariance = (1 - RIDGE) * covariance + RIDGE * max(np.trace(covariance), 1e-12) / len(covariance) * np.eye(
+        len(covariance)
+    )
+    return np.einsum("nd,nd->n", centred, np.linalg.solve(covariance, centred.T).T)

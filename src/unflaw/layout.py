@@ -1,0 +1,289 @@
+"""Where a picture lies on canvases: resized, cut into windows, its region of interest. Geometry only; no pixels.
+
+Without tiles a picture has one canvas, and one window on it that shows all. With tiles the canvas is as large as the
+picture needs and windows of the detector's size cover it, overlapping. All else follows from that, so no other code
+knows whether there are tiles.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from functools import cached_property, lru_cache
+from math import ceil
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are outside
+ROI_SIDE = 1024  # a mask travels in the detector file at no larger side
+MAP_PIXELS = 2**22  # of a map at most: above, it is kept at a fraction of the canvas
+_PNG = "data:image/png;base64,"
+
+
+class Preparation(BaseModel):
+    """How pictures are brought to the canvas of a detector.
+
+    `stretch` fills the canvas and gives up the aspect ratio; `pad` keeps it, centres the picture and repeats its edges.
+    With `tile` the aspect ratio is kept too, and a picture smaller than a tile is padded at the right and below.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    size: int = Field(256, ge=32, le=4096, description="side of the square canvas, pixels")
+    fit: Literal["stretch", "pad"] = "stretch"
+    tile: int | None = Field(
+        None, ge=8, description="side of the squares of a picture that the canvas shows, its pixels; None: all of it"
+    )
+    overlap: float = Field(
+        0.25, ge=0, le=0.75, description="share of a tile that it shares with the next one, at least"
+    )
+    roi: str | tuple[float, float, float, float] | None = Field(
+        None,
+        description="region of interest: x0, y0, x1, y1, in pixels or, up to 1, in shares of the sides; or a mask file",
+    )
+
+    @field_validator("roi")
+    @classmethod
+    def _region(cls, roi: Any) -> Any:
+        if roi is None:
+            return None
+        if isinstance(roi, str):
+            try:
+                x0, y0, x1, y1 = roi = tuple(map(float, roi.split(",")))
+            except ValueError:
+                return roi if roi.startswith(_PNG) else _packed(roi)
+        x0, y0, x1, y1 = roi
+        if not (0 <= x0 < x1 and 0 <= y0 < y1):
+            raise ValueError("a region of interest needs 0 ≤ x0 < x1 and 0 ≤ y0 < y1")
+        return roi
+
+    @property
+    def covers(self) -> bool:
+        """Whether every picture fills all of its canvas."""
+        return self.fit == "stretch" and self.tile is None and not isinstance(self.roi, str)
+
+
+def _packed(path: str) -> str:
+    """A mask file as text that can stand in a configuration: a PNG of one bit."""
+    from unflaw.images import read_mask
+
+    mask = read_mask(path)
+    if not mask.any():
+        raise ValueError(f"{path}: marks nothing; what counts must not be black")
+    image = Image.fromarray(mask)
+    image.thumbnail((ROI_SIDE, ROI_SIDE), Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    image.convert("1").save(file, "PNG", optimize=True)
+    return _PNG + base64.b64encode(file.getvalue()).decode()
+
+
+@lru_cache(8)
+def _unpacked(roi: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(roi.removeprefix(_PNG))), formats=["PNG"]).convert("L")
+
+
+class Window(NamedTuple):
+    """What a network sees of a picture at once.
+
+    Attributes:
+        layout: Of the picture.
+        number: Of the window, from 0.
+    """
+
+    layout: Layout
+    number: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its left upper corner on the canvas of the picture."""
+        return self.layout.places[self.number]
+
+    @property
+    def box(self) -> Box:
+        """The part of the window that the picture fills."""
+        (x, y), size = self.place, self.layout.preparation.size
+        x0, y0, x1, y1 = self.layout.filled
+        return max(x0 - x, 0), max(y0 - y, 0), min(x1 - x, size), min(y1 - y, size)
+
+    def cells(self, grid: int) -> np.ndarray:
+        """(grid, grid) bool: the cells of a grid over the window that touch what counts of the picture."""
+        size = self.layout.preparation.size
+        if isinstance(self.layout.preparation.roi, str):
+            x, y = self.place
+            counts = np.zeros((size, size), bool)
+            x0, y0, x1, y1 = self.box
+            counts[y0:y1, x0:x1] = self.layout.region((x + x0, y + y0, x + x1, y + y1), (x1 - x0, y1 - y0))
+        else:
+            counts = np.zeros((size, size), bool)
+            x0, y0, x1, y1 = self.box
+            counts[y0:y1, x0:x1] = True
+        sums = np.pad(counts.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        start = np.arange(grid) * size // grid
+        end = -(-np.arange(1, grid + 1) * size // grid)
+        rows = sums[end] - sums[start]
+        return (rows[:, end] - rows[:, start]) > 0
+
+
+class Layout:
+    """How a picture of a size lies on its canvas, and the map that shows it.
+
+    Args:
+        width, height: Of the picture, pixels.
+        preparation: Of the detector.
+
+    Attributes:
+        crop: The region of interest, or the box around it, in pixels of the picture.
+        filled: The part of the canvas that `crop` fills.
+        canvas: Width and height of the canvas: the detector's size, or with tiles as large as the picture needs.
+        places: Left upper corners of the windows on the canvas. Together the windows show all that counts.
+        step: Pixels of the canvas to a side of a pixel of the map: 1, but for pictures whose map would be larger than
+            MAP_PIXELS.
+    """
+
+    def __init__(self, width: int, height: int, preparation: Preparation) -> None:
+        self.original_size, self.preparation = (width, height), preparation
+        size = preparation.size
+        self.crop = _cropped(width, height, preparation.roi)
+        x0, y0, x1, y1 = self.crop
+        w, h = x1 - x0, y1 - y0
+        self.step = 1
+        if preparation.tile is None:
+            across = down = size
+            if preparation.fit == "pad":
+                across, down = (max(1, round(side * size / max(w, h))) for side in (w, h))
+            left, top = (size - across) // 2, (size - down) // 2
+            self.canvas = size, size
+        else:
+            across, down = (max(1, round(side * size / preparation.tile)) for side in (w, h))
+            left = top = 0
+            divisors = [step for step in range(1, size + 1) if size % step == 0]
+            fits = [step for step in divisors if across * down <= MAP_PIXELS * step**2]
+            self.step = next(iter(fits), size)
+            wide, high = (max(size, -(-side // self.step) * self.step) for side in (across, down))
+            self.canvas = wide, high
+        self.filled: Box = (left, top, left + across, top + down)
+        self.columns, self.rows = (_spread(side, size, preparation.overlap, self.step) for side in self.canvas)
+        self.places = [(x, y) for y in self.rows for x in self.columns]
+        if isinstance(preparation.roi, str) and len(self.places) > 1:
+            every, self.places = self.places, []
+            for place in every:
+                self.places = [*self.places, place]
+                if not Window(self, len(self.places) - 1).cells(32).any():
+                    self.places.pop()
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        return len(self.places)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(h, w) of the map."""
+        return self.canvas[1] // self.step, self.canvas[0] // self.step
+
+    @property
+    def box(self) -> Box:
+        """The part of the map that the picture, or its region of interest, fills."""
+        x0, y0, x1, y1 = self.filled
+        return x0 // self.step, y0 // self.step, -(-x1 // self.step), -(-y1 // self.step)
+
+    def inside(self, values: np.ndarray) -> np.ndarray:
+        """The values of a map (h, w) that count, (n,)."""
+        x0, y0, x1, y1 = self.box
+        return values[y0:y1, x0:x1].ravel() if self.counted is None else values[self.counted]
+
+    @cached_property
+    def counted(self) -> np.ndarray | None:
+        """(h, w) bool, what counts of the map; None where that is all of `box`."""
+        if not isinstance(self.preparation.roi, str):
+            return None
+        counts = np.zeros(self.shape, bool)
+        x0, y0, x1, y1 = self.box
+        counts[y0:y1, x0:x1] = self.region(self.filled, (x1 - x0, y1 - y0))
+        return counts
+
+    def region(self, box: Box, size: tuple[int, int]) -> np.ndarray:
+        """What counts of a box of the canvas, by nearest pixel of the mask: (h, w) bool of the size (w, h)."""
+        assert isinstance(self.preparation.roi, str)
+        return self.region_of(self.source(box), size)
+
+    def region_of(self, source: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
+        """The same, of a box in pixels of the picture."""
+        assert isinstance(self.preparation.roi, str)
+        mask = _unpacked(self.preparation.roi)
+        scale = (mask.width / self.original_size[0], mask.height / self.original_size[1]) * 2
+        sides = (mask.width, mask.height) * 2
+        x0, y0, x1, y1 = (min(max(edge * by, 0), side) for edge, by, side in zip(source, scale, sides, strict=True))
+        return np.asarray(mask.resize(size, Image.Resampling.NEAREST, (x0, y0, x1, y1)), bool)
+
+    def source(self, box: Box) -> tuple[float, float, float, float]:
+        """A box of the canvas in pixels of the picture."""
+        (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, self.crop
+        across, down = (x1 - x0) / (right - left), (y1 - y0) / (bottom - top)
+        return (
+            x0 + (box[0] - left) * across,
+            y0 + (box[1] - top) * down,
+            x0 + (box[2] - left) * across,
+            y0 + (box[3] - top) * down,
+        )
+
+    def to_original(self, box: Box) -> Box:
+        """A box on the map as a box in the picture, rounded outward and clipped to the region of interest's box.
+
+        A box that lies wholly in the padding comes back without area.
+        """
+        (left, top, right, bottom), (x0, y0, x1, y1), step = self.filled, self.crop, self.step
+        left_edge, right_edge = _rescale(box[0] * step - left, box[2] * step - left, x1 - x0, right - left)
+        top_edge, bottom_edge = _rescale(box[1] * step - top, box[3] * step - top, y1 - y0, bottom - top)
+        return x0 + left_edge, y0 + top_edge, x0 + right_edge, y0 + bottom_edge
+
+    def points_to_original(self, points: np.ndarray) -> np.ndarray:
+        """Points (..., 2), x and y on the map, as points in the picture; float64, clipped to the region's box."""
+        (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, np.array(self.crop)
+        scale = np.array([x1 - x0, y1 - y0]) / (right - left, bottom - top)
+        return ((points * self.step - (left, top)) * scale + (x0, y0)).clip((x0, y0), (x1, y1))
+
+    def area_to_original(self, area: float) -> float:
+        """An area in pixels of the map as an area in pixels of the picture."""
+        (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, self.crop
+        return area * self.step**2 * ((x1 - x0) * (y1 - y0)) / ((right - left) * (bottom - top))
+
+
+@lru_cache(256)
+def layout(width: int, height: int, preparation: Preparation) -> Layout:
+    """The `Layout` of a picture; pictures of one size share it."""
+    return Layout(width, height, preparation)
+
+
+def _cropped(width: int, height: int, roi: Any) -> Box:
+    if roi is None:
+        return 0, 0, width, height
+    if isinstance(roi, str):
+        mask = np.asarray(_unpacked(roi), bool)
+        (y0, y1), (x0, x1) = (np.flatnonzero(mask.any(axis))[[0, -1]] + (0, 1) for axis in (1, 0))
+        roi = x0 / mask.shape[1], y0 / mask.shape[0], x1 / mask.shape[1], y1 / mask.shape[0]
+    if max(roi) <= 1:
+        roi = roi[0] * width, roi[1] * height, roi[2] * width, roi[3] * height
+    if roi[0] >= width or roi[1] >= height:
+        raise ValueError(
+            f"has {width} × {height} pixels, all outside of the region of interest {roi}; change preparation.roi"
+        )
+    left, top = min(int(roi[0] + 1e-6), width - 1), min(int(roi[1] + 1e-6), height - 1)
+    right, bottom = (min(ceil(edge - 1e-6), side) for edge, side in zip(roi[2:], (width, height), strict=True))
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
+def _spread(side: int, size: int, overlap: float, step: int) -> list[int]:
+    """Starts of windows that cover a side, evenly, the first and last at its ends; multiples of `step`."""
+    if side <= size:
+        return [0]
+    stride = max(step, int(size * (1 - overlap)) // step * step)
+    count = -(-(side - size) // stride) + 1
+    return [round(i * (side - size) / (count - 1) / step) * step for i in range(count)]
+
+
+def _rescale(start: int, end: int, original: int, canvas: int) -> tuple[int, int]:
+    # in whole numbers, so that no rounding error pushes an exact edge outward
+    start, end = int(start) * original // canvas, -(-int(end) * original // canvas)
+    return min(max(start, 0), original), min(max(end, 0), original)
