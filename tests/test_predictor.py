@@ -62,6 +62,7 @@ def test_it_is_an_inspector_like_the_one_that_learned(exported, detector):
     found = load(exported, threads=1)
     assert found.config == detector.config and found.record_ == detector.record_
     assert found.calibrations == detector.calibrations and found.select() == detector.calibration_
+    assert found.references.keys() == detector.references.keys()
     with pytest.raises(DetectorError, match="has no categories"):
         found.inspect(np.zeros((9, 9), np.uint8), category="nut")
 
