@@ -94,6 +94,7 @@ def run_peer(
     for part, samples in (("training", dataset.train), ("test", dataset.test)):
         if not samples:
             raise TrainingError(f"{dataset.name}: there are no {part} pictures")
+    preparation = preparation.model_copy(update={"tile": None})  # whole pictures are what a peer takes
     _run(python, "-c", _KNOWN)
     model = create_backbone(backbone, levels or LEVELS[method], weights)
     feature_info: Any = model.feature_info
