@@ -12,7 +12,6 @@ import numpy as np
 from unflaw.calibration import Calibration, calibrations
 from unflaw.config import Config
 from unflaw.drift import Reference, references
-from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError
 from unflaw.files import kind_of, read_metadata, weights_of
 from unflaw.images import Prepared
@@ -57,10 +56,6 @@ class ExportedDetector(Inspector):
     @property
     def calibrations(self) -> Mapping[str, Calibration]:
         return self._calibrations
-
-    @property
-    def references(self) -> Mapping[str, Reference]:
-        return self._references
 
     @property
     def references(self) -> Mapping[str, Reference]:
