@@ -177,7 +177,7 @@ def test_options_and_settings_reach_the_configuration(parts, weights, tmp_path):
     assert done.exit_code == 0, done.output
     config = read_metadata(out)["config"]
     assert config["features"] | {"levels": [2, 3], "grid": 6, "standardise": "channel"} == config["features"]
-    assert config["preparation"] == {"size": 48, "fit": "pad"}
+    assert config["preparation"] | {"size": 48, "fit": "pad"} == config["preparation"]
     assert (config["training"]["seed"], config["calibration"]["false_alarm_rate"]) == (3, 0.25)
     assert config["network"] == {"method": "lookup", "prototypes": 20, "coarse_prototypes": 10}
 
