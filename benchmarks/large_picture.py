@@ -71,8 +71,9 @@ def main() -> None:
             from unflaw import Detector
 
             (folder / "good").mkdir()
+            side = max(CUT, options.tile)
             for i in range(12):
-                Image.fromarray(surface(CUT, CUT, 1 + i)).save(folder / "good" / f"{i}.png")
+                Image.fromarray(surface(side, side, 1 + i)).save(folder / "good" / f"{i}.png")
             model = folder / "surface.safetensors"
             settings = {"preparation__tile": options.tile, "training__display_steps": 0}
             Detector(method="lookup", **settings).fit(folder / "good").save(model)
