@@ -34,6 +34,9 @@ def test_the_part_is_a_folder_or_what_a_pattern_says():
         part_of(path, "top")
     with pytest.raises(ValueError, match="neither 'folder' nor a regular expression"):
         part_of(path, "(")
+    for rule in ("line|(scratch)", "x*"):  # else pictures that have nothing in common would be one part
+        with pytest.raises(ValueError, match=r"finds in it is empty"):
+            part_of(path, rule)
 
 
 def parts_of(tmp_path, scores: dict[str, list[float | None]], calibration=CALIBRATION, method="bonferroni") -> dict:

@@ -131,6 +131,8 @@ def test_predict_goes_on_after_a_broken_file(model, parts, tmp_path):
     done = unflaw("predict", model, first, broken, parts / "test/good", "--out", out, "--pictures")
     assert done.exit_code == 3
     assert re.search(r"\b1 not readable", done.stdout) and str(out) in done.stdout
+    assert "skipped" in done.stderr and "gebrochen_ä.png" in done.stderr
+    assert unflaw("predict", model, first, broken, "--out", tmp_path / "two", "--exit-code").exit_code == 4
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text("utf-8").splitlines()]
     expected = [first, broken, *sorted((parts / "test/good").iterdir())]
     assert [line["path"] for line in lines] == [str(path) for path in expected]

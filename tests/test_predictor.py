@@ -105,6 +105,10 @@ def test_verify_compares_and_fails_above_the_tolerance(exported, saved, parts, c
 
 
 def test_export_on_the_command_line(saved, tmp_path):
+    misnamed = tmp_path / "parts.onnx"
+    misnamed.write_bytes(saved.read_bytes())
+    assert "is the detector itself" in run("export", misnamed).output and misnamed.read_bytes() == saved.read_bytes()
+    misnamed.unlink()
     assert run("export", saved, "--to", "tflite").exit_code == 2
     assert "is called parts.xml" in run("export", saved, "--to", "openvino", "--out", tmp_path / "parts.onnx").output
     assert "--data" in run("export", saved, "--precision", "int8", "--out", tmp_path / "parts.onnx").output

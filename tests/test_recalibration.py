@@ -78,6 +78,8 @@ def test_pictures_that_it_learned_from_are_refused(loaded, parts, today, tmp_pat
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(TrainingError, match=r"broken.png.*leave it out, or mend it"):
         loaded.calibrate([*today[0].iterdir(), tmp_path / "broken.png"])
+    with pytest.raises(TrainingError, match="among the good pictures and among the defective"):
+        loaded.calibrate(today[0].iterdir(), today[0].iterdir(), miss_rate=0.3)
     with pytest.raises(TrainingError, match="no good pictures"):
         loaded.calibrate([])
     assert loaded.calibration_ == before and loaded.record_ == record
@@ -94,6 +96,9 @@ def test_the_command_replaces_the_file_or_writes_another(saved, today, tmp_path)
     first = run("--rate", 0.3, "--out", tmp_path / "new.safetensors")
     assert first.exit_code == 0 and "false-alarm rate 30.00% or less, certified by 9 good pictures" in first.output
     assert model.read_bytes() == saved.read_bytes()
+    for wrong, words in ((("--out", tmp_path / "new.onnx"), ".safetensors file"), (("--miss-rate", 0.1), "--defect")):
+        refused = run(*wrong)
+        assert refused.exit_code == 2 and words in refused.output
     second = run("--defect", bad, "--cost-ratio", 5)
     assert second.exit_code == 0 and "threshold of least cost, set by 6 labelled defects" in second.output
     shown = CliRunner().invoke(app, ["info", str(model)])

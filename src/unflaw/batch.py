@@ -34,7 +34,7 @@ def part_of(path: Path, rule: str) -> str:
             its first group matches or, if it has none, the whole, is the part.
 
     Raises:
-        ValueError: It is no regular expression, or does not match.
+        ValueError: It is no regular expression, does not match, or finds nothing.
     """
     if rule == "folder":
         return path.parent.as_posix()
@@ -44,7 +44,10 @@ def part_of(path: Path, rule: str) -> str:
         raise ValueError(f"{rule!r} is neither 'folder' nor a regular expression ({error})") from error
     if found is None:
         raise ValueError(f"{path}: {rule!r} does not match it, so its part is not known; mend the rule or leave it out")
-    return found[1] if found.re.groups else found[0]
+    part = found[1] if found.re.groups else found[0]
+    if not part:
+        raise ValueError(f"{path}: what {rule!r} finds in it is empty, so its part is not known; mend the rule")
+    return part
 
 
 class Parts:
@@ -111,6 +114,20 @@ class Parts:
             line["unread"] = len(found) - len(known)
             verdict = "review" if verdict == "good" else verdict
         return line | {"verdict": verdict}
+
+
+class Unread:
+    """Why pictures could not be read, in `reasons`."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def add(self, path: Path, outcome: Result | ImageError) -> None:
+        if isinstance(outcome, ImageError):
+            self.reasons.append(str(outcome))
+
+    def close(self) -> str:
+        return f"{len(self.reasons)} pictures could not be read"
 
 
 class Discoveries:

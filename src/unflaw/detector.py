@@ -54,7 +54,7 @@ class Detector(Inspector):
         record_: How it was trained: data, digest, times, losses, versions.
 
     Example:
-        >>> detector = Detector().fit("parts/good")        # doctest: +SKIP
+        >>> detector = Detector().fit("parts/train/good")        # doctest: +SKIP
         >>> detector.inspect("parts/new/0001.png").verdict  # doctest: +SKIP
         'defect'
         >>> detector.fit({"nut": "nuts", "bolt": "bolts"}).inspect("new.png", category="nut")  # doctest: +SKIP

@@ -42,6 +42,9 @@ def recalibrate(
             f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
             "and finds them more normal than new ones. Leave them out"
         )
+    digests = {short_digest(path): path for path in good if path.is_file()}
+    if both := [path for path in defects if path.is_file() and short_digest(path) in digests]:
+        raise TrainingError(f"{both[0]}: is among the good pictures and among the defective ones; decide which it is")
     found, missable, described = Evidence(options.minimum_area), list[float](), list[np.ndarray]()
     total = sum(map(len, paths))
     for kind, part in enumerate(paths):

@@ -64,6 +64,13 @@ def writable(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
+def detector_file(path: Path) -> None:
+    """As `writable`, for a trained detector: under another name it would be taken for something else."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a detector is a .safetensors file; name it {path.stem}.safetensors")
+    writable(path)
+
+
 def pictures_in(inputs: list[Path]) -> list[Path]:
     from unflaw.images import list_images
 

@@ -106,7 +106,11 @@ def predict(
         bool, typer.Option("--labelme", help="Write regions to OUT/labelme, a file per picture.")
     ] = False,
     exit_code: Annotated[
-        bool, typer.Option("--exit-code", help="Exit code 4 if any picture is defective, else 5 if any is for review.")
+        bool,
+        typer.Option(
+            "--exit-code",
+            help="Exit code: 4 if any is defective, else 3 if any could not be read, else 5 if any is for review.",
+        ),
     ] = False,
 ) -> None:
     """Inspect pictures: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
@@ -117,7 +121,7 @@ def predict(
     """
     with errors():
         from unflaw.annotations import Coco, LabelMe
-        from unflaw.batch import Discoveries, Parts, Sink
+        from unflaw.batch import Discoveries, Parts, Sink, Unread
         from unflaw.conformal import COMBINATIONS
         from unflaw.prediction import predict as run
 
@@ -145,9 +149,10 @@ def predict(
                 category=category,
                 pictures=pictures,
                 drift_rate=drift_rate,
-                sinks=sinks,
+                sinks=[*sinks, unread := Unread()],
                 progress=progress,
             )
+        report_problems(f"skipped {reason}" for reason in unread.reasons)
         typer.echo(
             f"{out / 'results.jsonl'}: {counts['good']} good, {counts['review']} for review, "
             f"{counts['defect']} defective, {counts['error']} not readable"
@@ -156,10 +161,12 @@ def predict(
             typer.echo(sink.close())
         if drift is not None:
             typer.echo(drift.describe())
+        if exit_code and counts["defect"]:
+            raise typer.Exit(4)
         if counts["error"]:
             raise typer.Exit(3)
-        if exit_code and (counts["defect"] or counts["review"]):
-            raise typer.Exit(4 if counts["defect"] else 5)
+        if exit_code and counts["review"]:
+            raise typer.Exit(5)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from unflaw.cli.common import (
     ModelFile,
     Several,
     app,
+    detector_file,
     errors,
     levels_of,
     load_trained,
@@ -20,7 +21,6 @@ from unflaw.cli.common import (
     report_dataset_problems,
     report_problems,
     setting_of,
-    writable,
 )
 
 _TAIL = "Estimate thresholds of rates that the pictures cannot certify, from the tail of their scores."
@@ -66,7 +66,7 @@ def train(
         from unflaw.config import make_config
 
         config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
-        writable(out)
+        detector_file(out)
         from unflaw.datasets import load_categories, load_dataset
         from unflaw.detector import Detector
 
@@ -121,7 +121,9 @@ def calibrate(
             raise ValueError("a rate must lie between 0 and 1, such as 0.01")
         if defect and miss_rate is None and cost_ratio is None:
             raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
-        writable(out or model)
+        if not defect and (miss_rate is not None or cost_ratio is not None):
+            raise ValueError("a miss rate and a cost ratio need labelled defects; name them with --defect")
+        detector_file(out or model)
         detector = load_trained(model)
         asked = {"review_rate": review_rate, "minimum_area": minimum_area, "tail": tail or None}
         with progress_bars() as progress:

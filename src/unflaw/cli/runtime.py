@@ -47,6 +47,8 @@ def export(
         out = out or model.with_suffix(SUFFIX[to])
         if out.suffix != SUFFIX[to]:
             raise ValueError(f"{out}: a detector for {to} is called {out.stem}{SUFFIX[to]}")
+        if out.resolve() == model.resolve():
+            raise ValueError(f"{out}: is the detector itself, which would be lost; name another file with --out")
         writable(out)
         detector = load_trained(model)
         pictures = []
