@@ -21,6 +21,7 @@ from unflaw.cli.common import (
     report_dataset_problems,
     report_problems,
     setting_of,
+    writable,
 )
 
 _TAIL = "Estimate thresholds of rates that the pictures cannot certify, from the tail of their scores."
@@ -123,7 +124,9 @@ def calibrate(
             raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
         if not defect and (miss_rate is not None or cost_ratio is not None):
             raise ValueError("a miss rate and a cost ratio need labelled defects; name them with --defect")
-        detector_file(out or model)
+        if out is not None:
+            detector_file(out)
+        writable(model)
         detector = load_trained(model)
         asked = {"review_rate": review_rate, "minimum_area": minimum_area, "tail": tail or None}
         with progress_bars() as progress:
