@@ -209,3 +209,19 @@ def test_what_cannot_work_is_said_at_the_start(place, served):
         Watcher(served, place.log, Path("nowhere"), place.out)
     with pytest.raises(DetectorError, match="nut"):
         place.watcher(category="nut")
+
+
+@pytest.mark.parametrize("out", ["camera", ".", "elsewhere/../camera"])
+def test_sorted_pictures_do_not_go_where_nothing_would_be_inspected(place, tmp_path, out):
+    place.out = tmp_path / out
+    with pytest.raises(ValueError, match="is or holds the watched folder"):
+        place.watcher()
+    assert not list(place.folder.iterdir())
+
+
+def test_a_target_that_is_no_folder_is_said_before_the_first_inspection(place, good):
+    (place.folder / "a.png").write_bytes(good)
+    place.out.write_text("a file")
+    with pytest.raises(ValueError, match=f"--out {place.out}: cannot hold"):
+        place.watcher()
+    assert place.logged() == [] and (place.folder / "a.png").exists()

@@ -37,7 +37,7 @@ class Watcher:
 
     Args:
         folder: Where pictures arrive, also in folders within.
-        out: Gets `good`, `defect`, `review` and `error`, with the folders within; may lie in `folder`.
+        out: Gets `good`, `defect`, `review` and `error`, with the folders within; may lie in `folder`, not hold it.
         copy: Leaves the pictures where they are.
         category: Of what they show, for a detector of several.
         settle: Seconds for which size and time of a file must not change before it is read.
@@ -47,7 +47,8 @@ class Watcher:
         report: Is told what happens, a line each.
 
     Raises:
-        DetectorError: As `Inspector.category`. ImageError: There is no such folder.
+        DetectorError: As `Inspector.category`. ImageError: There is no such folder. ValueError: `out` is or holds
+            the folder, or cannot be made.
     """
 
     def __init__(
@@ -66,7 +67,20 @@ class Watcher:
         report: Callable[[str], object] = print,
     ) -> None:
         visible_files(folder)
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise ValueError(
+                f"--out {out} is or holds the watched folder, so nothing in it would be inspected; "
+                "name a folder beside or within it"
+            )
         self._category = served.detector.category(category)
+        try:
+            for name in ("good", "defect", "review", "error"):
+                (out / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--out {out}: cannot hold the sorted pictures ({error.filename}: {error.strerror}); "
+                "name a folder that can be written"
+            ) from error
         self._served, self._log, self._report = served, log, report
         self._folder, self._out = folder.absolute(), out.absolute()
         self._copy, self._settle, self._patience = copy, settle, patience
