@@ -215,6 +215,8 @@ def load_all(models: Sequence[str]) -> dict[str, Served]:
         name, equals, path = model.partition("=")
         if not equals or Path(model).exists():
             name, path = Path(model).stem, model
+        if not name:
+            raise DetectorError(f"{model}: a detector needs a name before the =; give NAME=FILE")
         if name in served:
             raise DetectorError(f"two detectors are called {name}; give names: first={served[name].path} second={path}")
         served[name] = Served(name, Path(path))

@@ -35,7 +35,7 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.types import TypeDecorator
 
@@ -199,7 +199,7 @@ class Log:
         pictures: Folder for the pictures, a file for each content; None keeps none.
 
     Raises:
-        LogError: An unknown kind of database, one that does not answer, or one that a newer unflaw has made.
+        LogError: An unknown kind of database, one that does not answer, is damaged, or was made by a newer unflaw.
     """
 
     def __init__(self, url: str, pictures: Path | None = None) -> None:
@@ -210,6 +210,11 @@ class Log:
             _migrate(self.engine)
         except OperationalError as error:
             raise LogError(f"the log's database does not answer: {str(error.orig).strip()}") from error
+        except DatabaseError as error:
+            where = self.engine.url.render_as_string(hide_password=True)
+            raise LogError(
+                f"{where}: is no log of unflaw, or is damaged; move it away or restore the backup"
+            ) from error
 
     def add(self, entry: Entry, data: bytes | None = None) -> Entry | None:
         """Writes an inspection; when this returns it is on disk, picture first. None: this source has it already."""
