@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from unflaw import layout as module
 from unflaw.config import make_config
-from unflaw.images import ImageError, prepare, prepare_mask, windows
+from unflaw.images import ImageError, prepare, prepare_mask, try_show, windows
 from unflaw.layout import Layout, Preparation, Window, layout
 from unflaw.mosaic import Mosaic, weights
 
@@ -186,7 +186,7 @@ def test_a_mask_travels_in_the_configuration(mask_file):
     assert len(config.preparation.roi) < 1000
 
 
-@pytest.mark.parametrize("roi", [(0.5, 0, 0.4, 1), (-1, 0, 5, 5), "1,2,3", "no-such-file.png"])
+@pytest.mark.parametrize("roi", [(0.5, 0, 0.4, 1), (-1, 0, 5, 5), "1,2,3", "0,0,inf,inf", "no-such-file.png"])
 def test_regions_that_make_no_sense_are_refused(roi):
     with pytest.raises(ValidationError):
         Preparation(roi=roi)
@@ -198,6 +198,31 @@ def test_an_empty_mask_and_a_picture_without_the_region_are_refused(tmp_path):
         make_config(changes={"preparation.roi": str(tmp_path / "empty.png")})
     with pytest.raises(ImageError, match="outside of the region of interest"):
         prepare(picture(40, 40), Preparation(roi=(50, 0, 90, 20)))
+
+
+def test_one_white_pixel_of_a_large_mask_counts(tmp_path):
+    mask = np.zeros((3000, 5000), bool)
+    mask[1501, 2503] = True
+    Image.fromarray(mask).save(tmp_path / "speck.png")
+    for tile in (None, 512):
+        laid = layout(5000, 3000, Preparation(size=32, tile=tile, roi=str(tmp_path / "speck.png")))
+        x0, y0, x1, y1 = laid.crop
+        assert x0 <= 2503 < x1 <= x0 + 7 and y0 <= 1501 < y1 <= y0 + 7 and laid.counted.any()
+
+
+@pytest.mark.parametrize("tile", [None, 600])
+def test_mistakes_of_geometry_are_not_damaged_files(tmp_path, monkeypatch, tile):
+    mask = np.zeros((600, 600), bool)
+    mask[[0, 599], [0, 599]] = True
+    Image.fromarray(mask).save(tmp_path / "specks.png")
+    path = tmp_path / "part.png"
+    Image.fromarray(picture(600, 600)).save(path)
+    preparation = Preparation(size=32, tile=tile, roi=str(tmp_path / "specks.png"))
+    error = try_show(path, preparation)
+    assert str(error).startswith(f"{path}: has 600 × 600 pixels, of which the mask") and "damaged" not in str(error)
+    monkeypatch.setattr("unflaw.images.describe", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        try_show(path, Preparation(size=32))
 
 
 # Blending

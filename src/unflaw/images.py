@@ -150,7 +150,7 @@ def prepare(image: np.ndarray, preparation: Preparation) -> Prepared:
     Raises:
         ImageError: It has nothing in the region of interest.
     """
-    return next(iter(windows(image, preparation.model_copy(update={"tile": None}))))
+    return _cut(image, Window(_laid(image, preparation.model_copy(update={"tile": None})), 0))
 
 
 def windows(image: np.ndarray, preparation: Preparation) -> Iterable[Prepared]:
@@ -162,12 +162,22 @@ def windows(image: np.ndarray, preparation: Preparation) -> Iterable[Prepared]:
     Raises:
         ImageError: It has nothing in the region of interest.
     """
-    try:
-        laid = layout(image.shape[1], image.shape[0], preparation)
-    except ValueError as error:
-        raise ImageError(str(error)) from error
+    laid = _laid(image, preparation)
+    if not laid.places or (laid.counted is not None and not laid.counted.any()):
+        width, height = laid.original_size
+        raise ImageError(
+            f"has {width} × {height} pixels, of which the mask in preparation.roi leaves none once it is resized; "
+            "mark larger areas or raise preparation.size"
+        )
     made = (_cut(image, Window(laid, number)) for number in range(len(laid)))
     return made if preparation.tile is not None else list(made)
+
+
+def _laid(image: np.ndarray, preparation: Preparation) -> Layout:
+    try:
+        return layout(image.shape[1], image.shape[0], preparation)
+    except ValueError as error:
+        raise ImageError(str(error)) from error
 
 
 def _cut(image: np.ndarray, window: Window) -> Prepared:
@@ -233,10 +243,12 @@ def try_show(path: Path, preparation: Preparation) -> Picture | ImageError:
     """`show` of a file, or why it could not be read: one bad file must not end a batch."""
     try:
         image = read(path)
-        with _named(str(path)):
-            return show(image, preparation)
     except ImageError as error:
         return error
+    try:
+        return show(image, preparation)
+    except ImageError as error:  # the file is whole: what else goes wrong from here on is no fault of it
+        return ImageError(f"{path}: {error}")
 
 
 def try_prepare(path: Path, preparation: Preparation) -> Prepared | ImageError:

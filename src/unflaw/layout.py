@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 from functools import cached_property, lru_cache
-from math import ceil
+from math import ceil, inf
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -55,8 +55,8 @@ class Preparation(BaseModel):
             except ValueError:
                 return roi if roi.startswith(_PNG) else _packed(roi)
         x0, y0, x1, y1 = roi
-        if not (0 <= x0 < x1 and 0 <= y0 < y1):
-            raise ValueError("a region of interest needs 0 ≤ x0 < x1 and 0 ≤ y0 < y1")
+        if not (0 <= x0 < x1 < inf and 0 <= y0 < y1 < inf):
+            raise ValueError("a region of interest needs finite numbers with 0 ≤ x0 < x1 and 0 ≤ y0 < y1")
         return roi
 
     @property
@@ -66,16 +66,18 @@ class Preparation(BaseModel):
 
 
 def _packed(path: str) -> str:
-    """A mask file as text that can stand in a configuration: a PNG of one bit."""
+    """A mask file as text that can stand in a configuration: a PNG of one bit, where any white of a box counts."""
     from unflaw.images import read_mask
 
     mask = read_mask(path)
+    shrink = min(1, ROI_SIDE / max(mask.shape))
+    for axis, side in enumerate(mask.shape):
+        boxes = max(1, round(side * shrink))
+        mask = np.logical_or.reduceat(mask, np.arange(boxes) * side // boxes, axis)
     if not mask.any():
         raise ValueError(f"{path}: marks nothing; what counts must not be black")
-    image = Image.fromarray(mask)
-    image.thumbnail((ROI_SIDE, ROI_SIDE), Image.Resampling.NEAREST)
     file = io.BytesIO()
-    image.convert("1").save(file, "PNG", optimize=True)
+    Image.fromarray(mask).save(file, "PNG", optimize=True)
     return _PNG + base64.b64encode(file.getvalue()).decode()
 
 
