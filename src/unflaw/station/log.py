@@ -212,9 +212,7 @@ class Log:
             raise LogError(f"the log's database does not answer: {str(error.orig).strip()}") from error
         except DatabaseError as error:
             where = self.engine.url.render_as_string(hide_password=True)
-            raise LogError(
-                f"{where}: is no log of unflaw, or is damaged; move it away or restore the backup"
-            ) from error
+            raise LogError(f"{where}: is no log of unflaw, or damaged; move it away or restore the backup") from error
 
     def add(self, entry: Entry, data: bytes | None = None) -> Entry | None:
         """Writes an inspection; when this returns it is on disk, picture first. None: this source has it already."""
