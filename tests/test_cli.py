@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from conftest import OWN, TINY, TINY_URANET, make_parts
-from unflaw import training
+from unflaw import __version__, training
 from unflaw.cli import app, common
 from unflaw.files import read_metadata
 
@@ -82,6 +82,10 @@ def test_help_names_every_command_with_an_example():
         assert unflaw(command, "--help").exit_code == 0
     assert "Example" in text
     assert unflaw().exit_code == 2 or "Usage" in unflaw().output
+
+
+def test_the_version():
+    assert unflaw("--version").stdout == f"unflaw {__version__}\n"
 
 
 def test_the_command_is_installed():

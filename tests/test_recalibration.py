@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,13 +77,32 @@ def test_pictures_that_it_learned_from_are_refused(loaded, parts, today, tmp_pat
     with pytest.raises(TrainingError, match=r"renamed.png: the detector has learned from this one and 0 more"):
         loaded.calibrate([*today[0].iterdir(), tmp_path / "renamed.png"])
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(TrainingError, match=r"broken.png.*leave it out, or mend it"):
-        loaded.calibrate([*today[0].iterdir(), tmp_path / "broken.png"])
+    with pytest.raises(TrainingError, match=r"no good pictures to calibrate with; .*broken.png"):
+        loaded.calibrate([tmp_path / "broken.png"])
     with pytest.raises(TrainingError, match="among the good pictures and among the defective"):
         loaded.calibrate(today[0].iterdir(), today[0].iterdir(), miss_rate=0.3)
     with pytest.raises(TrainingError, match="no good pictures"):
         loaded.calibrate([])
     assert loaded.calibration_ == before and loaded.record_ == record
+
+
+def test_pictures_that_cannot_be_read_are_left_out_and_named(loaded, today, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    expected = loaded.calibrate(today[0].iterdir())
+    assert loaded.calibrate([tmp_path / "broken.png", *today[0].iterdir()]).scores == pytest.approx(expected.scores)
+    entry = loaded.record_["calibrations"][-1]
+    ((path, why),) = entry["skipped"]
+    assert Path(path).name == "broken.png" and "broken.png" in why and entry["good"] == 9 == len(entry["pictures"])
+
+
+def test_no_picture_counts_twice(loaded, today):
+    good = sorted(today[0].iterdir())
+    loaded.calibrate(good[:5])
+    assert loaded.record_["calibrations"][-1]["kept"] == 0
+    loaded.calibrate(good[5:], keep=True)
+    with pytest.raises(TrainingError, match=r"0\.png: this one and 8 more have calibrated the detector already"):
+        loaded.calibrate(good, keep=True)
+    assert len(loaded.calibrate(good).scores) == 9
 
 
 def test_the_command_replaces_the_file_or_writes_another(saved, today, tmp_path):

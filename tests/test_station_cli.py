@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import socket
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -68,6 +69,12 @@ def test_the_log_becomes_a_table(store, tmp_path):
     assert "3 inspections" in unflaw("log", "export", "--out", out, UNFLAW_DATABASE=url).stdout
 
 
+def test_a_port_that_is_taken(saved, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = unflaw("serve", saved, "--store", tmp_path / "station", "--port", taken.getsockname()[1])
+    assert "choose another --port" in complaint(done)
+
+
 def test_the_log_is_pruned(store):
     assert "removed 1 records and 0 pictures" in unflaw("log", "prune", "--store", store, "--days", 2000).stdout
     done = unflaw("log", "prune", "--store", store, "--gigabytes", 0)
@@ -87,6 +94,11 @@ def test_the_log_is_pruned(store):
         (["serve", "MODEL", "--host", "192.168.1.7"], "--token-file"),
         (["serve", "MODEL", "--token-file", "nowhere"], "nowhere"),
         (["serve", "MODEL", "--token-file", "short"], "16 letters"),
+        (["serve", "MODEL", "--tls-key", "key.pem"], "--tls-certificate"),
+        (["serve", "MODEL", "--cors", "line.example"], "https://line.example"),
+        (["serve", "MODEL", "--cors", "https://line.example/page"], "https://line.example:8080"),
+        (["serve", "MODEL", "--store", "short"], "names a folder"),
+        (["log", "export", "--store", "STORE", "--out", "log.csv", "--verdict", "bad"], "good, review, defect"),
         (["serve", "nowhere.safetensors"], "nowhere.safetensors"),
         (["serve", "MODEL", "MODEL"], "two detectors"),
         (["watch", "nowhere", "--model", "MODEL", "--out", "out"], "nowhere"),

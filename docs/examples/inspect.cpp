@@ -1,4 +1,4 @@
-// Inspects a binary PPM picture (P6, 8 bits) with an exported detector of one category, `fit = stretch`.
+// Inspects a binary PPM picture (P6, 8 bits) with an exported detector of one category that sees pictures whole.
 //
 //     g++ -std=c++17 -O2 inspect.cpp -I onnxruntime/include -L onnxruntime/lib -lonnxruntime -o inspect
 //     ./inspect parts.onnx picture.ppm
@@ -30,9 +30,14 @@ int main(int argc, char** argv) {
     if (!text) throw std::runtime_error("not a detector of unflaw");
     const auto metadata = nlohmann::json::parse(text.get());
     const auto& preparation = metadata.at("config").at("preparation");
-    if (preparation.at("fit") != "stretch") throw std::runtime_error("this example does not pad");
+    if (metadata.contains("categories") || preparation.at("fit") != "stretch" || !preparation.at("tile").is_null() ||
+        !preparation.at("roi").is_null())
+        throw std::runtime_error("this example knows no categories, padding, tiles and regions of interest");
     const int size = preparation.at("size");
-    const double threshold = metadata.at("calibration").at("threshold");
+    const auto& calibration = metadata.at("calibration");
+    const double threshold = calibration.at("threshold");
+    const auto& given = calibration.at("review_threshold");
+    const double review = given.is_null() ? threshold : given.get<double>();
 
     std::ifstream file(argv[2], std::ios::binary);
     std::string kind;
@@ -53,6 +58,6 @@ int main(int argc, char** argv) {
 
     const float score = found[0].GetTensorData<float>()[0];
     const float* map = found[1].GetTensorData<float>();  // size × size, row by row
-    std::cout << (score > threshold ? "defect" : "good") << ' ' << score << ' '
+    std::cout << (score > threshold ? "defect" : score > review ? "review" : "good") << ' ' << score << ' '
               << *std::max_element(map, map + size_t(size) * size) << '\n';
 }

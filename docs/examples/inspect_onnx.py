@@ -1,4 +1,4 @@
-"""Inspects pictures with an exported detector of one category and `fit = stretch`: ONNX Runtime, Pillow, NumPy only.
+"""Inspects pictures with an exported detector of one category that sees them whole: ONNX Runtime, Pillow, NumPy only.
 
 python inspect_onnx.py parts.onnx picture.png …
 """
@@ -13,14 +13,18 @@ from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 metadata = json.loads(session.get_modelmeta().custom_metadata_map["unflaw"])
+preparation = metadata["config"]["preparation"]
+size = preparation["size"]
+if "categories" in metadata or preparation["fit"] != "stretch" or preparation["tile"] or preparation["roi"]:
+    sys.exit("this example knows no categories, padding, tiles and regions of interest; unflaw.load does")
 calibration = metadata["calibration"]
-size = metadata["config"]["preparation"]["size"]
+review = calibration["review_threshold"] if calibration["review_threshold"] is not None else float("inf")
 
 for path in sys.argv[2:]:
     picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture).transpose(2, 0, 1)[None] / np.float32(255)
     score, anomaly_map = session.run(["score", "map"], {"pictures": pixels})
-    verdict = "defect" if score[0] > calibration["threshold"] else "good"
+    verdict = "defect" if score[0] > calibration["threshold"] else "review" if score[0] > review else "good"
     n = len(calibration["scores"])
     p_value = (1 + n - bisect.bisect_left(calibration["scores"], score[0])) / (n + 1)
     marked = (anomaly_map[0] > calibration["pixel_threshold"]).mean()

@@ -264,8 +264,8 @@ class Detector(Inspector):
             The new calibration, which is also in the detector.
 
         Raises:
-            TrainingError: No good picture, one that cannot be read, or one that it has learned from. DetectorError:
-                as for `select`. ValueError: As for `calibration.calibrate`.
+            TrainingError: No good picture that can be read, one that it has learned from, or, with `keep`, one that
+                counts already. DetectorError: as for `select`. ValueError: As for `calibration.calibrate`.
         """
         from unflaw.recalibration import recalibrate
 

@@ -32,6 +32,13 @@ STATISTICS = {  # what is said of a picture, and what it is a matter of
     **{f"{part} edges, {band}": "sharpness" for part in ("median", "strong") for band in _BANDS},
     **{f"light of cell {row}, {column}": "place" for row in range(CELLS) for column in range(CELLS)},
 }
+_WORDS = {  # where the most telling statistic is lower, and where it is higher
+    "light": ("darker", "brighter"),
+    "colour": ("other colours", "other colours"),
+    "sharpness": ("less sharp", "sharper"),
+    "place": ("light and dark elsewhere", "light and dark elsewhere"),
+    "all together": ("all things together", "all things together"),
+}
 _MATTERS = [*STATISTICS.values(), "all together"]  # the distance that a test adds
 
 
@@ -90,12 +97,12 @@ class Drift:
 
     def describe(self) -> str:
         """One sentence for people."""
-        chance = f"p = {self.p_value:.2g} over {self.pictures} pictures, alarm at {self.rate:.2g}"
+        of = "one picture" if self.pictures == 1 else f"{self.pictures} pictures"
+        chance = f"p = {self.p_value:.2g} over {of}, alarm at {self.rate:.2g}"
         if not self.alarm:
             return f"no drift ({chance})"
-        more = {"light": ("darker", "brighter"), "sharpness": ("less sharp", "sharper")}
-        found = [more[name][way > 0] if name in more else name for name, way in self.moved.items()]
-        return f"drift: these pictures differ from those learned from in {', '.join(found)} ({chance})"
+        found = ", ".join(_WORDS[name][way > 0] for name, way in self.moved.items())
+        return f"drift: these pictures are unlike those learned from: {found} ({chance})"
 
     def to_json(self) -> dict[str, Any]:
         kept = {"p_value": self.p_value, "rate": self.rate, "pictures": self.pictures, "moved": self.moved}

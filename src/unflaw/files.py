@@ -39,6 +39,8 @@ def kind_of(path: str | Path) -> Literal["safetensors", "onnx", "openvino"]:
         DetectorError: There is no such file, or it is the half of a detector that has no name of its own.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DetectorError(f"{path}: is a folder; name a detector file")
     if not path.is_file():
         raise DetectorError(f"{path}: there is no such file; `unflaw train … --out {path}` makes one")
     with path.open("rb") as file:

@@ -45,25 +45,32 @@ def recalibrate(
     digests = {short_digest(path): path for path in good if path.is_file()}
     if both := [path for path in defects if path.is_file() and short_digest(path) in digests]:
         raise TrainingError(f"{both[0]}: is among the good pictures and among the defective ones; decide which it is")
+    name = detector.category(category)
+    known_already = counted(detector.record_, name) if keep else set()
+    if again := [path for short, path in digests.items() if short in known_already]:
+        raise TrainingError(
+            f"{again[0]}: this one and {len(again) - 1} more have calibrated the detector already and would count "
+            "twice; leave them out, or calibrate without keeping"
+        )
     found, missable, described = Evidence(options.minimum_area), list[float](), list[np.ndarray]()
+    skipped: list[tuple[str, str]] = []
     total = sum(map(len, paths))
     for kind, part in enumerate(paths):
         for outcome in detector.inspect_many(part, category=category):
             if not isinstance(outcome, Result):
-                raise TrainingError(f"{outcome[1]}; leave it out, or mend it")
-            if kind == 0:
+                skipped.append((outcome[0], str(outcome[1])))
+            elif kind == 0:
                 found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty, outcome.counted)
                 described += [] if outcome.described is None else [outcome.described]
             else:
                 missable.append(outcome.score)
-            progress("calibrating", len(found.scores) + len(missable), total, None)
+            progress("calibrating", len(found.scores) + len(missable) + len(skipped), total, None)
     if not found.scores:
-        raise TrainingError("there are no good pictures to calibrate with")
+        raise TrainingError("; ".join(["there are no good pictures to calibrate with", *(why for _, why in skipped)]))
     if keep:
         found.keep(before)
     by_defects: dict[str, Any] = {"defects": missable, "miss_rate": miss_rate, "cost_ratio": cost_ratio}
     after = found.calibrate(options, rate=rate, crossed=keep and before.crossed, **by_defects)
-    name = detector.category(category)
     own = detector.categories_[name]
     if described and own.reference is not None:  # today's pictures are no drift from now on
         described += list(own.reference.described) if keep else []
@@ -72,12 +79,28 @@ def recalibrate(
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **({"category": name} if name else {}),
-        "good": len(paths[0]),
-        "defects": len(paths[1]),
+        "good": len(found.scores) - (len(before.scores) if keep else 0),
+        "defects": len(missable),
+        "skipped": skipped,
         "kept": len(before.scores) if keep else 0,
         "digest": digest([Sample(path, kind) for kind, part in enumerate(paths) for path in part]),
+        "pictures": sorted(short for short, path in digests.items() if str(path) not in dict(skipped)),
         "threshold": after.threshold,
         "described": after.describe(),
     }
     detector.record_ = detector.record_ | {"calibrations": [*detector.record_.get("calibrations", []), entry]}
     return after
+
+
+def counted(record: Mapping[str, Any], category: str) -> set[str]:
+    """Short digests of the pictures whose scores calibrate a category now; kept, they must not count twice.
+
+    Args:
+        record: `record_` of the detector. Pictures that it was calibrated with when it was trained are in its "seen".
+        category: "" where there is one that needs no name.
+    """
+    found: set[str] = set()
+    for entry in record.get("calibrations", []):
+        if entry.get("category", "") == category:
+            found = (found if entry["kept"] else set()) | set(entry.get("pictures", []))
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import numpy as np
 from scipy import ndimage
 
@@ -57,7 +59,8 @@ def find_regions(
 
 
 def _rounded(points: np.ndarray) -> tuple[tuple[float, float], ...]:
-    return tuple((round(x, 2), round(y, 2)) for x, y in points.tolist())
+    """To hundredths of a pixel; of small pictures corners fall together, of which one stays."""
+    return tuple(point for point, _ in groupby((round(x, 2), round(y, 2)) for x, y in points.tolist()))
 
 
 def flagged(anomaly_map: np.ndarray, threshold: float, valid: Box, minimum_area: float = 0.0) -> tuple[np.ndarray, int]:

@@ -28,6 +28,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from unflaw import __version__
+
+        typer.echo(f"unflaw {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
 _KINDS = "Data set: MVTec layout, a public benchmark as it unpacks, a folder of good pictures, or a CSV table."
 Data = Annotated[Path, typer.Option("--data", help=_KINDS)]
 Several = Annotated[

@@ -142,6 +142,7 @@ def calibrate(
                 **{name: value for name, value in asked.items() if value is not None},
             )
         detector.save(out or model)
+        report_problems(f"skipped {reason}" for _, reason in detector.record_["calibrations"][-1]["skipped"])
         typer.echo(f"{out or model}: {found.describe()}; threshold {found.threshold:.4g}")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
+from urllib.parse import urlsplit
 
 import typer
 
@@ -66,6 +68,8 @@ def serve(
     Example:  unflaw serve parts.safetensors --port 8000  then open http://127.0.0.1:8000
     """
     with errors():
+        import socket
+
         import uvicorn
 
         from unflaw.station.app import create_app
@@ -78,6 +82,16 @@ def serve(
             raise ValueError(
                 f"on {host} others can reach the station: give it a token with --token-file or UNFLAW_TOKEN"
             )
+        if (tls_certificate is None) != (tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key go together: give both, or neither")
+        for origin in cors or ():
+            parts = urlsplit(origin)
+            if (
+                parts.scheme not in ("http", "https")
+                or not parts.netloc
+                or origin != f"{parts.scheme}://{parts.netloc}"
+            ):
+                raise ValueError(f"--cors {origin}: name a site as browsers do, such as https://line.example:8080")
         limits = Limits(round(max_megabytes * 1e6), round(max_megapixels * 1e6), seconds, concurrency, sample)
         station = Station(load_all(models), _log(store, database, keep), limits)
         served = create_app(
@@ -87,18 +101,25 @@ def serve(
             days=retain_days,
             picture_bytes=_bytes(retain_gigabytes),
         )
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            listening = socket.create_server((host, port), family=family, backlog=2048)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}, port {port} ({error.strerror}); choose another --port") from error
         scheme = "https" if tls_certificate else "http"
         typer.echo(f"{', '.join(station.detectors)} on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
-        uvicorn.run(
-            served,
-            host=host,
-            port=port,
-            log_level="warning",
-            server_header=False,
-            timeout_graceful_shutdown=round(seconds) + 1,
-            ssl_certfile=tls_certificate,
-            ssl_keyfile=tls_key,
+        server = uvicorn.Server(
+            uvicorn.Config(
+                served,
+                log_level="warning",
+                server_header=False,
+                timeout_graceful_shutdown=round(seconds) + 1,
+                ssl_certfile=tls_certificate,
+                ssl_keyfile=tls_key,
+            )
         )
+        with listening, suppress(KeyboardInterrupt):  # which uvicorn sends again once it has shut down
+            server.run(sockets=[listening])
 
 
 @app.command()
@@ -172,9 +193,12 @@ def export_log(
     """
     with errors():
         from unflaw.cli.common import writable
+        from unflaw.results import Verdict
         from unflaw.station.export import export
         from unflaw.station.log import Filter
 
+        if verdict not in (None, *get_args(Verdict)):
+            raise ValueError(f"--verdict {verdict}: there are {', '.join(get_args(Verdict))}")
         writable(out)
         since, until = (moment and moment.replace(tzinfo=moment.tzinfo or timezone.utc) for moment in (since, until))
         wanted = Filter(verdict=verdict, detector=detector, since=since, until=until, decided=decided)
@@ -205,6 +229,8 @@ def prune_log(
 def _log(store: Path, database: str | None, keep: bool) -> Log:
     from unflaw.station.log import Log
 
+    if store.exists() and not store.is_dir():
+        raise ValueError(f"{store}: is a file; --store names a folder")
     return Log(database or f"sqlite:///{(store / 'log.db').absolute()}", store / "pictures" if keep else None)
 
 

@@ -49,20 +49,6 @@ def read_properties(data: bytes) -> dict[str, str]:
     return properties
 
 
-def replace_properties(data: bytes, properties: dict[str, str]) -> bytes:
-    """The model with other `metadata_props`, otherwise byte for byte the same."""
-    kept, view = bytearray(), memoryview(data)
-    start = 0
-    for field, _, end in _spans(view):
-        if field != 14:
-            kept += view[start:end]
-        start = end
-    for key, text in properties.items():
-        entry = b"".join(_field(number, part.encode()) for number, part in ((1, key), (2, text)))
-        kept += _field(14, entry)
-    return bytes(kept)
-
-
 def _walk(data: memoryview, message: str, depth: int) -> Iterator[tuple[str, int, int | memoryview]]:
     """Every field of a message and of those inside it."""
     if depth > DEEPEST:
@@ -75,18 +61,14 @@ def _walk(data: memoryview, message: str, depth: int) -> Iterator[tuple[str, int
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    return ((field, value) for field, value, _ in _spans(data))
-
-
-def _spans(data: memoryview) -> Iterator[tuple[int, int | memoryview, int]]:
-    """(field number, value, where it ends) of each field of a message: a number, or the bytes of what has a length."""
+    """(field number, value) of each field of a message: a number, or the bytes of what has a length."""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
         wire, value = key & 7, 0
         if wire == 0:
             value, place = _varint(data, place)
-            yield key >> 3, value, place
+            yield key >> 3, value
             continue
         if wire == 2:
             size, place = _varint(data, place)
@@ -97,7 +79,7 @@ def _spans(data: memoryview) -> Iterator[tuple[int, int | memoryview, int]]:
         if place + size > len(data):
             raise ValueError("ends too early")
         place += size
-        yield key >> 3, data[place - size : place], place
+        yield key >> 3, data[place - size : place]
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:
@@ -111,13 +93,3 @@ def _varint(data: memoryview, place: int) -> tuple[int, int]:
         if byte < 128:
             return value, place
     raise ValueError("is damaged, or no ONNX model")
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A field that has a length."""
-    encoded, size = bytearray([number << 3 | 2]), len(content)
-    while size > 127:
-        encoded.append(size & 127 | 128)
-        size >>= 7
-    encoded.append(size)
-    return bytes(encoded) + content

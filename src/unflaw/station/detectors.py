@@ -160,13 +160,15 @@ class Served:
             raise TrainingError("calibrating needs pictures, and this station keeps none; start it with --keep")
         if file_digest(self.path) != self.digest:
             raise TrainingError(f"{self.path.name} has changed since the station loaded it; restart the station")
+        from unflaw.recalibration import counted  # which needs torch
+
         fresh: Any = unflaw.load(str(self.path))
-        learned, counted = set(fresh.record_.get("seen", [])), _counted(fresh.record_, category) if keep else set()
+        learned, known = set(fresh.record_.get("seen", [])), counted(fresh.record_, category) if keep else set()
         chosen = self._decided(log, category)
         good = [e.digest for e in chosen if e.decision == "good" and (e.sampled or not sampled)]
         defects = [e.digest for e in chosen if e.decision == "defect"] if miss_rate is not None else []
         unseen = [digest for digest in good if digest[:SHORT] not in learned]
-        new = [digest for digest in unseen if digest[:SHORT] not in counted]
+        new = [digest for digest in unseen if digest[:SHORT] not in known]
         paths = [[path for digest in part if (path := log.picture(digest))] for part in (new, defects)]
         left = {
             "seen": len(good) - len(unseen),
@@ -182,7 +184,6 @@ class Served:
         after = fresh.calibrate(
             paths[0], paths[1], rate=rate, miss_rate=miss_rate, category=category or None, keep=keep
         )
-        fresh.record_["calibrations"][-1]["pictures"] = sorted(path.name[:SHORT] for path in paths[0])
         fresh.save(self.path)
         before = self.detector.calibrations[category]
         self._loaded = fresh, file_digest(self.path)
@@ -193,15 +194,6 @@ class Served:
         wanted = Filter(detector=self.name, category=category, decided=True)
         found = [entry for batch in log.stream(wanted) for entry in batch]
         return list({e.digest: e for e in sorted(found, key=lambda e: (e.decided_at, e.id))}.values())
-
-
-def _counted(record: dict[str, Any], category: str) -> set[str]:
-    """Short digests of decided pictures whose scores calibrate a category now; kept, they must not count twice."""
-    counted: set[str] = set()
-    for entry in record.get("calibrations", []):
-        if entry.get("category", "") == category:
-            counted = (counted if entry["kept"] else set()) | set(entry.get("pictures", []))
-    return counted
 
 
 def load_all(models: Sequence[str]) -> dict[str, Served]:
