@@ -36,8 +36,7 @@ int main(int argc, char** argv) {
     const int size = preparation.at("size");
     const auto& calibration = metadata.at("calibration");
     const double threshold = calibration.at("threshold");
-    const auto& given = calibration.at("review_threshold");
-    const double review = given.is_null() ? threshold : given.get<double>();
+    const double review = calibration.value("review_threshold", threshold);
 
     std::ifstream file(argv[2], std::ios::binary);
     std::string kind;

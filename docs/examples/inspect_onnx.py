@@ -18,7 +18,7 @@ size = preparation["size"]
 if "categories" in metadata or preparation["fit"] != "stretch" or preparation["tile"] or preparation["roi"]:
     sys.exit("this example knows no categories, padding, tiles and regions of interest; unflaw.load does")
 calibration = metadata["calibration"]
-review = calibration["review_threshold"] if calibration["review_threshold"] is not None else float("inf")
+review = calibration.get("review_threshold", float("inf"))
 
 for path in sys.argv[2:]:
     picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
