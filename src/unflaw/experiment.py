@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from unflaw.images import ImageError, try_show
 from unflaw.layout import Preparation, Window, layout
 from unflaw.methods import create
 from unflaw.results import Result
+from unflaw.shelf import Shelf, ShelfFull
 from unflaw.streams import Progress, batched, silent
 
 BATCH = 16  # pictures that pass the backbone together
@@ -44,12 +46,13 @@ class FeatureFile:
         extractor: What makes raw features.
         preparation: Of the pictures.
         progress: Called as `progress("features", done, total, None)` while the file is written.
+        limit: Bytes of all files in the folder.
 
     Attributes:
         skipped: The reasons why pictures could not be read, by path.
 
     Raises:
-        ValueError: A damaged file, or it cannot be written.
+        ValueError: A damaged file, or it cannot be written. ShelfFull: It does not fit in the limit.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class FeatureFile:
         extractor: Extractor,
         preparation: Preparation,
         progress: Progress = silent,
+        limit: float | None = None,
     ) -> None:
         self.rows: dict[Path, range] = {}
         self.preparation, count = preparation, 0
@@ -68,19 +72,11 @@ class FeatureFile:
         thumbnail, described = (3, THUMBNAIL, THUMBNAIL), ("described", "<f2", len(STATISTICS))
         fields = [("raw", "<f4", tuple(raw)), ("size", "<i4", 2), ("thumbnail", "u1", thumbnail), described]
         self.kind, self.count = np.dtype(fields), count
-        if not file.is_file():
-            parts = read_parts(extractor, preparation)(list(self.rows), BATCH)
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, lambda temporary: self._write(temporary, parts, progress))
-            except OSError as error:
-                raise ValueError(f"{file}: cannot be written ({error}); choose a folder with room for it") from error
         try:
-            self.records = np.load(file, mmap_mode="r")
-            if (self.records.dtype, self.records.shape) != (self.kind, (self.count,)):
-                raise ValueError(f"{self.records.shape} records of {self.records.dtype}")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{file}: not the feature file that it should be ({error}); delete it") from error
+            self.records = self._open(file)
+        except (FileNotFoundError, NotADirectoryError):  # never made, or deleted for the room
+            self._make(file, Shelf(file.parent, limit), extractor, progress)
+            self.records = self._open(file)
         sizes = self.records["size"]
         broken = [path for path, rows in self.rows.items() if not rows or not sizes[rows.start].any()]
         self.skipped = {path: str(try_show(path, preparation)) for path in broken}
@@ -103,10 +99,31 @@ class FeatureFile:
         """A `Source` for `build_cache`."""
         return map(self.part, batched(paths, batch if self.preparation.tile is None else 1))
 
+    def _open(self, file: Path) -> np.ndarray:
+        try:
+            records = np.load(file, mmap_mode="r")
+            if (records.dtype, records.shape) != (self.kind, (self.count,)):
+                raise ValueError(f"{records.shape} records of {records.dtype}")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file}: not the feature file that it should be ({error}); delete it") from error
+        os.utime(file)  # it is in use
+        return records
+
+    def _make(self, file: Path, shelf: Shelf, extractor: Extractor, progress: Progress) -> None:
+        def write(temporary: Path) -> None:
+            shelf.reserve(temporary, self.kind.itemsize * self.count)
+            self._write(temporary, read_parts(extractor, self.preparation)(list(self.rows), BATCH), progress)
+
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, write)
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be written ({error}); choose a folder with room for it") from error
+
     def _write(self, file: Path, parts: Iterable[Part], progress: Progress) -> None:
         header = {"descr": np.lib.format.dtype_to_descr(self.kind), "fortran_order": False, "shape": (self.count,)}
         done = 0
-        with file.open("wb") as stream:  # record after record: a memory map would crash where the disk is full
+        with file.open("rb+") as stream:  # record after record: a memory map would crash where the disk is full
             np.lib.format.write_array_header_1_0(stream, header)
             start = stream.tell()
             for part in parts:
@@ -170,26 +187,36 @@ class Laboratory:
     Args:
         folder: For feature files; one folder may serve many experiments.
         weights: Of the backbone, as for `Detector`; "random" ones are the same in every process.
+        limit: Bytes of feature files in the folder, of all who share it; None: as many as there are.
     """
 
-    def __init__(self, folder: Path, weights: str | Path | None = None) -> None:
-        self.folder, self.weights = folder, weights if weights is None else str(weights)
+    def __init__(self, folder: Path, weights: str | Path | None = None, limit: float | None = None) -> None:
+        self.folder, self.weights, self.limit = folder, weights if weights is None else str(weights), limit
         self._extractors: dict[tuple[Any, ...], tuple[Extractor, str]] = {}
         self._backbones: dict[tuple[str, tuple[int, ...]], tuple[nn.Module, str]] = {}
-        self._files: dict[Path, FeatureFile] = {}
+        self._last: tuple[Path, FeatureFile] | None = None
         self._fingerprints: dict[Dataset, str] = {}
 
     def fit(self, config: Config, dataset: Dataset, *, progress: Progress = silent) -> Detector:
         """What `Detector(config=config).fit(dataset)` gives, but from a feature file; `evaluate` takes it.
 
+        Where such a file alone would be above the limit, it is that.
+
         Raises:
             TrainingError, WeightsError, ValueError: As `Detector`, `Detector.fit` and `FeatureFile`.
         """
         extractor, path = self._extractor(config)[0], self.path(config, dataset)
-        if path not in self._files:
+        if self._last is None or self._last[0] != path:
+            self._last = None
             paths = [sample.path for part in (dataset.train, dataset.validation, dataset.test) for sample in part]
-            self._files[path] = FeatureFile(path, paths, extractor, config.preparation, progress)
-        detector = CachedDetector(config, extractor.backbone, self._files[path])
+            try:
+                self._last = path, FeatureFile(path, paths, extractor, config.preparation, progress, self.limit)
+            except ShelfFull:
+                detector = Detector(config=config, weights="later")
+                detector.network.features.backbone = extractor.backbone
+                detector.weights = self.weights
+                return detector.fit(dataset, progress=progress)
+        detector = CachedDetector(config, extractor.backbone, self._last[1])
         detector.weights = self.weights
         return detector.fit(dataset, progress=progress)
 
@@ -206,14 +233,16 @@ class Laboratory:
         makes |= {"preparation": config.preparation.model_dump(), "data": self._fingerprint(dataset)}
         return self.folder / f"{_digest(makes, __version__)[:16]}.npy"
 
-    def digest(self, config: Config, dataset: Dataset) -> str:
+    def digest(self, config: Config, dataset: Dataset, *more: str) -> str:
         """SHA-256, in hex, of all that decides what `fit` and `evaluate` give: configuration, data, weights, version.
+
+        `more`: What else is to tell two of them apart.
 
         Raises:
             WeightsError, ValueError, OSError: The configuration cannot work, or a file of the data may not be read.
         """
         _, weights = self._extractor(config)
-        return _digest(config.model_dump(mode="json"), self._fingerprint(dataset), weights, __version__)
+        return _digest(config.model_dump(mode="json"), self._fingerprint(dataset), weights, __version__, *more)
 
     def _extractor(self, config: Config) -> tuple[Extractor, str]:
         """The extractor of a method, not fitted, and the digest of its weights. The whole method is created for it."""

@@ -28,7 +28,7 @@ class Log(Generic[R]):
         kind: Model of a line.
 
     Attributes:
-        records: By digest.
+        records: By digest, the newest last.
 
     Raises:
         ValueError: The file holds other lines, or cannot be read or written.
@@ -46,6 +46,7 @@ class Log(Generic[R]):
                 except ValueError as error:
                     remedy = "delete the line, and its run is done again"
                     raise ValueError(f"{path}, line {number}: is not a finished run; {remedy}") from error
+                self.records.pop(record.digest, None)
                 self.records[record.digest] = record
             if rest or not path.exists():
                 write_atomically(path, lambda file: file.write_text("".join(f"{line}\n" for line in lines), "utf-8"))
@@ -67,4 +68,5 @@ class Log(Generic[R]):
             raise ValueError(
                 f"{self.path}: cannot be written ({error}); make room, the same command goes on"
             ) from error
+        self.records.pop(record.digest, None)
         self.records[record.digest] = record

@@ -89,6 +89,64 @@ def train(
 
 
 @app.command()
+def fleet(
+    data: Annotated[Path, typer.Argument(help="Folder with a folder, of any layout that train takes, per category.")],
+    out: Annotated[Path, typer.Option(help="Folder for CATEGORY.safetensors and the summary, fleet.md, .csv, .json.")],
+    method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
+    profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
+    backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Backbone weights, .safetensors or .pth.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same detectors.")] = None,
+    rate: Annotated[float | None, typer.Option(help="False-alarm rate to calibrate for, such as 0.01.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, such as training.steps=200.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Detectors that are trained at once.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of each worker.")] = None,
+    engine: Annotated[str, typer.Option(help="processes of this machine, or ray.")] = "processes",
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster that runs already, such as auto.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for features; by default OUT/features.")] = None,
+    cache_gb: Annotated[float, typer.Option(min=0, help="Room for features; oldest are deleted.")] = 20.0,
+) -> None:
+    """Train a detector for each category in a folder, several at a time, and sum up how good they are.
+
+    The same command goes on after an interruption: what is finished is not done again. Exit code 3 if some failed.
+
+    Example:  unflaw fleet products --out detectors --method lookup
+    """
+    changes: dict[str, Any] = {
+        "features.backbone": backbone,
+        "preparation.size": size,
+        "training.seed": seed,
+        "calibration.false_alarm_rate": rate,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    with errors():
+        if engine not in ("processes", "ray"):
+            raise ValueError(f"--engine {engine}: there are processes and ray")
+        if address is not None and engine != "ray":
+            raise ValueError("--address is that of a Ray cluster; add --engine ray")
+        from unflaw.config import make_config
+        from unflaw.fleet import Told, members, seats, shares, summary, train_fleet
+
+        config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
+        found, failed = members(data)
+        report_dataset_problems(found)
+        from unflaw.detector import Detector
+
+        Detector(config=config, weights=weights)  # what cannot work fails here, once
+        count, each = shares(workers, threads)
+        told = Told(cache or out / "features", cache_gb * 1e9, None if weights is None else str(weights), each)
+        with seats(told, min(count, max(1, len(found))), engine, address) as places, progress_bars() as progress:
+            records, failed = train_fleet(found, config, out, places, progress, failed)
+        report_problems(f"skipped {reason}" for record in records for reason in record.skipped.values())
+        typer.echo(summary(records, failed))
+        for name, reason in failed.items():
+            typer.echo(f"error: {name}: {reason}", err=True)
+        if failed:
+            raise typer.Exit(3)
+
+
+@app.command()
 def calibrate(
     model: ModelFile,
     good: Annotated[list[Path], typer.Option(help="Good pictures and folders of them, that it has not learned from.")],

@@ -1,0 +1,399 @@
+"""A fleet: one detector for each category in a folder, many at a time, over processes of this machine or a Ray cluster.
+
+Each worker loads the backbone once and keeps it. Features of a category are computed once and kept in a folder that all
+workers share, up to a size (`experiment.Laboratory`): training again with another method, seed or setting starts from
+there. A finished detector is a line of `fleet.jsonl`, under a digest of all that decides it, and is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol
+
+from unflaw.config import Config
+from unflaw.datasets import Dataset, DatasetError, load_dataset
+from unflaw.datasets.layouts import layout_of
+from unflaw.datasets.samples import pictures, subfolders
+from unflaw.runs import Finished, Log
+from unflaw.tables import comma_separated, short, write_text
+
+if TYPE_CHECKING:
+    from unflaw.streams import Progress
+
+METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro_30": "AUPRO"}
+COUNTS = ("n_good", "false_alarms", "n_images", "missed")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A detector to train.
+
+    Attributes:
+        category: Name of its folder.
+        file: Where it will stand.
+        finished: Digest of what stands there now, None where nothing does.
+    """
+
+    category: str
+    dataset: Dataset
+    config: Config
+    file: Path
+    finished: str | None
+
+
+class Record(Finished):
+    """A finished detector, a line of `fleet.jsonl`.
+
+    Attributes:
+        digest: Of category, configuration, data, weights and version.
+        category: Name of its folder.
+        file, size: Of the detector, relative to the folder of the fleet, and bytes.
+        good_pictures, held_out: How many it learned from, and how many of these calibrated.
+        promise: What its false-alarm rate is.
+        metrics: METRICS and COUNTS on its test pictures; empty where there are none, None where undefined.
+        skipped: Pictures that could not be read, and why.
+        seconds: Of features, training, calibration and evaluation, together.
+    """
+
+    category: str
+    file: str
+    size: int
+    good_pictures: int
+    held_out: int
+    promise: str
+    metrics: dict[str, int | float | None]
+    skipped: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a worker needs to know: folder and bytes of the features, weights of the backbone, and its threads."""
+
+    cache: Path
+    limit: float | None
+    weights: str | None
+    threads: int
+
+
+class FleetError(RuntimeError):
+    """A category that failed; the others go on."""
+
+
+class Seat(Protocol):
+    """Where one detector after another is trained."""
+
+    def train(self, task: Task) -> Record | None:
+        """The record, or None where `task.finished` says that it is there. Raises FleetError."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+def members(root: Path) -> tuple[dict[str, Dataset], dict[str, str]]:
+    """The data sets in a folder of categories: any layout that `load_dataset` reads, folders of good pictures too.
+
+    Returns:
+        By the name of their folder, and why other folders cannot be used.
+
+    Raises:
+        DatasetError: There is no category, or the folder is a data set itself.
+    """
+    if not root.is_dir():
+        raise DatasetError(f"{root}: there is no such folder; name the one that holds a folder for each category")
+    if layout_of(root) or any(path.parent == root for path in pictures(root)):
+        raise DatasetError(f"{root}: is one data set; `unflaw train` makes its detector, or name the folder above it")
+    found, failed = {}, {}
+    for folder in subfolders(root):
+        if not (layout_of(folder) or pictures(folder)):
+            continue  # licences, notes
+        try:
+            found[folder.name] = load_dataset(folder)
+            if not found[folder.name].train:
+                raise DatasetError(f"{folder}: there are no good pictures to train on")
+        except DatasetError as error:
+            found.pop(folder.name, None)
+            failed[folder.name] = str(error)
+    if not (found or failed):
+        raise DatasetError(f"{root}: there are no folders of pictures in it; each category needs one")
+    return found, failed
+
+
+def train_fleet(
+    data: dict[str, Dataset],
+    config: Config,
+    out: Path,
+    seats: Sequence[Seat],
+    progress: Progress,
+    failed: dict[str, str] | None = None,
+) -> tuple[list[Record], dict[str, str]]:
+    """Trains `out/<category>.safetensors` for each category that has none yet; `fleet.md`, `.csv` and `.json` sum up.
+
+    Args:
+        data: By category.
+        config: Of all detectors.
+        out: Folder of the fleet.
+        seats: Where they are trained, one at a time on each.
+        progress: Called as `progress("detectors", done, total, None)`.
+        failed: Categories that are known to fail, and why.
+
+    Returns:
+        The records of all finished detectors, in the order of their names, and why others failed, by category.
+
+    Raises:
+        ValueError: `out` cannot be used.
+    """
+    log, failed = Log(out / "fleet.jsonl", Record), dict(failed or {})
+    newest: dict[str, Record | None] = dict.fromkeys(data)
+    for line in log.records.values():
+        if line.category in newest:
+            file = out / line.file
+            newest[line.category] = line if file.is_file() and file.stat().st_size == line.size else None
+    current: dict[str, Record] = {}
+    free: SimpleQueue[Seat] = SimpleQueue()
+    for seat in seats:
+        free.put(seat)
+
+    def one(name: str) -> Record | None:
+        seat = free.get()
+        try:
+            there = newest[name]
+            task = Task(name, data[name], config, out / f"{name}.safetensors", there.digest if there else None)
+            return seat.train(task) or there
+        finally:
+            free.put(seat)
+
+    pool = ThreadPoolExecutor(len(seats))
+    try:
+        # large ones first, so that no worker is left alone with one at the end
+        order = sorted(data, key=lambda name: -len(data[name].train))
+        waiting = {pool.submit(one, name): name for name in order}
+        progress("detectors", 0, len(order), None)
+        for done, future in enumerate(as_completed(waiting), 1):
+            name = waiting[future]
+            try:
+                record = future.result()
+                assert record is not None
+                current[name] = record
+                if record is not newest[name]:
+                    log.append(record)
+            except FleetError as error:
+                failed[name] = str(error)
+            progress("detectors", done, len(order), None)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    records = [current[name] for name in sorted(current)]
+    _write_tables(out, records, failed)
+    return records, failed
+
+
+class Worker:
+    """A seat in this process: one backbone for all detectors."""
+
+    def __init__(self, told: Told) -> None:
+        import torch
+
+        from unflaw.experiment import Laboratory
+
+        torch.set_num_threads(told.threads)
+        self.laboratory = Laboratory(told.cache, told.weights, told.limit)
+
+    def train(self, task: Task) -> Record | None:
+        try:
+            return self._train(task)
+        except Exception as error:  # whatever it is, it is reported, and the fleet goes on
+            raise FleetError(f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        pass
+
+    def _train(self, task: Task) -> Record | None:
+        from unflaw.evaluation import evaluate
+
+        started, dataset = time.perf_counter(), task.dataset
+        digest = self.laboratory.digest(task.config, dataset, task.category)
+        if digest == task.finished:
+            return None
+        detector = self.laboratory.fit(task.config, dataset)
+        task.file.parent.mkdir(parents=True, exist_ok=True)
+        detector.save(task.file)
+        metrics, skipped = {}, dict(detector.record_["skipped"])
+        if dataset.test:
+            found = evaluate(detector, dataset, shown=0)
+            metrics = {name: found.metrics.get(name) for name in (*METRICS, *COUNTS)}
+            skipped |= dict(found.skipped)
+        return Record(
+            digest=digest,
+            category=task.category,
+            file=task.file.name,
+            size=task.file.stat().st_size,
+            good_pictures=detector.record_["good_pictures"],
+            held_out=detector.record_["held_out"],
+            promise=detector.select().describe(),
+            metrics=metrics,
+            skipped=skipped,
+            seconds=round(time.perf_counter() - started, 2),
+        )
+
+
+class ProcessSeat:
+    """A process of this machine; where it ends before its work, as out of memory, a new one takes its place."""
+
+    def __init__(self, told: Told) -> None:
+        self.told = told
+        self.process: Any = None
+
+    def train(self, task: Task) -> Record | None:
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(self.told, theirs), daemon=True)
+            self.process.start()
+            theirs.close()
+        try:
+            self.pipe.send(task)
+            kind, content = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code, self.process = self.process.exitcode, None
+            hint = "; most likely out of memory, fewer --workers need less" if code == -signal.SIGKILL else ""
+            raise FleetError(f"its process ended with exit code {code}{hint}") from None
+        if kind == "failed":
+            raise FleetError(content)
+        return None if content is None else Record.model_validate_json(content)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()  # it is idle, or nobody waits for it any more
+            self.process.join()
+
+
+def _serve(told: Told, pipe: Any) -> None:
+    """In the process of a seat: tasks come in, records or reasons go out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
+    worker: Worker | None = None
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        try:
+            worker = worker or Worker(told)
+            record = worker.train(task)
+            pipe.send(("done", record and record.model_dump_json()))
+        except FleetError as error:
+            pipe.send(("failed", str(error)))
+
+
+class RaySeat:
+    """An actor of a Ray cluster; data, features and detectors must lie where all its machines find them."""
+
+    def __init__(self, told: Told) -> None:
+        import ray
+
+        self.told, self.kind = told, ray.remote(num_cpus=told.threads)(Worker)
+        self.actor: Any = None
+
+    def train(self, task: Task) -> Record | None:
+        import ray
+
+        self.actor = self.actor or self.kind.remote(self.told)
+        try:
+            record: Record | None = ray.get(self.actor.train.remote(task))
+            return record
+        except ray.exceptions.RayTaskError as error:
+            raise FleetError(str(error.cause)) from None
+        except ray.exceptions.RayError as error:
+            self.actor = None
+            raise FleetError(f"its worker was lost ({type(error).__name__})") from None
+
+    def close(self) -> None:
+        import ray
+
+        if self.actor is not None:
+            ray.kill(self.actor)
+
+
+@contextmanager
+def seats(told: Told, count: int, engine: str = "processes", address: str | None = None) -> Iterator[list[Seat]]:
+    """Places to train at; whatever runs there at the end is ended.
+
+    Args:
+        told: The same for all.
+        count: How many.
+        engine: "processes" of this machine, or "ray".
+        address: Of a Ray cluster that runs already; None: one of this machine, for as long as this takes.
+
+    Raises:
+        ImportError: Ray is not installed. ConnectionError: No cluster answers at that address.
+    """
+    if engine == "ray":
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError("ray is not installed; pip install 'unflaw[ray]'") from error
+        started = not ray.is_initialized()
+        if started:
+            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    taken: list[Seat] = [RaySeat(told) if engine == "ray" else ProcessSeat(told) for _ in range(count)]
+    try:
+        yield taken
+    finally:
+        for seat in taken:
+            seat.close()
+        if engine == "ray" and started:
+            ray.shutdown()
+
+
+def shares(count: int | None, threads: int | None) -> tuple[int, int]:
+    """How many workers, and threads of each: of what is not said, all processors of this machine are made use of."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = count or max(1, processors // (threads or 1))
+    return count, threads or max(1, processors // count)
+
+
+def rows(records: Sequence[Record], failed: dict[str, str]) -> list[dict[str, Any]]:
+    """A line of the summary for each category, failed ones last."""
+    done = [
+        {"category": record.category, "good": record.good_pictures, "calibrating": record.held_out}
+        | {name: record.metrics.get(name) for name in (*METRICS, *COUNTS)}
+        | {"seconds": record.seconds, "bytes": record.size, "promise": record.promise, "error": None}
+        for record in records
+    ]
+    empty = dict.fromkeys(done[0] if done else ("category", "error"))
+    return done + [empty | {"category": name, "error": reason} for name, reason in sorted(failed.items())]
+
+
+def summary(records: Sequence[Record], failed: dict[str, str]) -> str:
+    """The fleet as a table in Markdown."""
+    heads = ["category", "good pictures", *METRICS.values(), "false alarms", "missed", "seconds", "MB", "promise"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for record in records:
+        found = record.metrics
+        figures = ["–" if (value := found.get(name)) is None else short(value) for name in METRICS]
+        alarms = f"{found['false_alarms']} of {found['n_good']}" if found else "–"
+        missed = f"{found['missed']} of {(found['n_images'] or 0) - (found['n_good'] or 0)}" if found else "–"
+        cells = [record.category, str(record.good_pictures), *figures, alarms, missed]
+        cells += [f"{record.seconds:.1f}", f"{record.size / 1e6:.1f}", record.promise]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, reason in sorted(failed.items()):
+        lines.append(f"| {' | '.join([name, *['–'] * (len(heads) - 2), ' '.join(f'failed: {reason}'.split())])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _write_tables(out: Path, records: Sequence[Record], failed: dict[str, str]) -> None:
+    found = rows(records, failed)
+    write_text(out / "fleet.md", summary(records, failed))
+    write_text(out / "fleet.csv", comma_separated(found))
+    write_text(out / "fleet.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
