@@ -311,6 +311,7 @@ def complaint(done: Result) -> str:
         (["--weights", "README.md"], "README.md"),
         (["--textures", "nowhere"], "nowhere"),
         (["--textures", "empty"], "empty"),
+        (["--textures", "empty", "--method", "lookup"], "leave --textures out"),
         (["--out", "empty"], "empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -321,7 +322,8 @@ def test_train_names_what_is_wrong(parts, weights, tmp_path, monkeypatch, argume
     Path("README.md").write_text("no weights")
     options = {"--size": "preparation.size", "--levels": "features.levels", "--backbone": "features.backbone"}
     shadowed = {options[name] for name in options if name in arguments}  # --set would win over them
-    base = settings({name: value for name, value in (TINY | TINY_URANET).items() if name not in shadowed})
+    own = TINY if "lookup" in arguments else TINY | TINY_URANET
+    base = settings({name: value for name, value in own.items() if name not in shadowed})
     data = [] if "--data" in arguments else ["--data", parts]
     line = complaint(unflaw("train", *data, "--weights", weights, *base, "--out", "m.safetensors", *arguments))
     assert named in line

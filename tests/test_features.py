@@ -422,3 +422,8 @@ def test_pixels_are_features_as_they_are(images):
 def test_a_side_in_pixels_that_cannot_be_halved_is_named():
     with pytest.raises(ValueError, match=r"side of 60 pixels.*halved 3 times.*multiple of 8"):
         PixelExtractor(60, 128, 3)
+
+
+def test_levels_that_a_backbone_has_not_are_named_with_those_it_has():
+    with pytest.raises(WeightsError, match=r"resnet18 does not give the levels 2, 9; it has 0 to 4"):
+        create_backbone("resnet18", (2, 9), "random")

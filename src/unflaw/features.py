@@ -207,7 +207,9 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | No
     try:
         model = timm.create_model(name, features_only=True, out_indices=levels, pretrained=False)
     except (RuntimeError, AttributeError, IndexError, AssertionError, TypeError) as error:
-        raise WeightsError(f"{name} does not give the levels {levels} ({error}); choose other --levels") from error
+        there = _levels(name)
+        remedy = f"it has 0 to {there - 1}, name some with --levels" if there else "choose another --backbone"
+        raise WeightsError(f"{name} does not give the levels {', '.join(map(str, levels))}; {remedy}") from error
     if weights in ("random", "later"):
         return model
     if weights is None and not _package_file(name):
@@ -220,6 +222,14 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | No
     if missing:
         raise WeightsError(f"{source}: does not hold {len(missing)} tensors of {name} (first: {missing[0]})")
     return model
+
+
+def _levels(name: str) -> int:
+    """How many a backbone has; 0 where it gives none."""
+    try:
+        return len(timm.create_model(name, features_only=True, pretrained=False).feature_info.channels())
+    except Exception:  # whatever a model says that was not made for it
+        return 0
 
 
 def _from_hub(name: str, levels: tuple[int, ...]) -> nn.Module:

@@ -79,6 +79,8 @@ def train(
         if checkpoint.exists() and not resume:
             checkpoint.unlink()
         detector = Detector(config=config, weights=weights)
+        if textures and not detector.network.uses_textures:
+            raise ValueError(f"--textures {textures}: {method} uses none as it is set; leave --textures out")
         with progress_bars() as progress:
             detector.fit(datasets if multi_class else datasets[""], progress=progress, checkpoint=checkpoint)
         detector.save(out)
