@@ -227,7 +227,8 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | No
 def _levels(name: str) -> int:
     """How many a backbone has; 0 where it gives none."""
     try:
-        return len(timm.create_model(name, features_only=True, pretrained=False).feature_info.channels())
+        model: Any = timm.create_model(name, features_only=True, pretrained=False)
+        return len(model.feature_info.channels())
     except Exception:  # whatever a model says that was not made for it
         return 0
 
