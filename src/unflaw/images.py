@@ -245,7 +245,9 @@ def show(image: np.ndarray, preparation: Preparation) -> Picture:
     return Picture(cut, describe(whole.picture()[y0:y1, x0:x1]))
 
 
-def try_show(source: Path | bytes | Readable, preparation: Preparation, name: str | None = None) -> Picture | ImageError:
+def try_show(
+    source: Path | bytes | Readable, preparation: Preparation, name: str | None = None
+) -> Picture | ImageError:
     """`show` of a file, or why it could not be read: one bad file must not end a batch.
 
     Args:

@@ -6,9 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unflaw.streams import Progress, silent
+
+if TYPE_CHECKING:
+    from unflaw.scale.store import Store
 
 GIVE_UP = 20  # partitions that fail before a run ends: a full disk would fail them all
 
@@ -20,12 +25,14 @@ class Totals:
     Attributes:
         counts: Pictures that are "good", "review", "defect" or "failed".
         partitions: How many the plan has.
+        finished: Of these, those that have their file now.
         before: Of these, found finished.
         errors: Why partitions have no file, by their numbers.
     """
 
     partitions: int
     before: int
+    finished: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     errors: dict[int, str] = field(default_factory=dict)
 
@@ -69,17 +76,14 @@ def predict(
     """
     import unflaw
 
-    try:
-        from unflaw.scale import on_ray
-        from unflaw.scale import partitions as files
-        from unflaw.scale import plan as plans
-        from unflaw.scale.store import Store
+    for needed in ("ray", "pyarrow", "fsspec"):  # before the work
+        if find_spec(needed) is None:
+            raise ImportError(f"the engine ray needs {needed}; install it with: pip install 'unflaw[ray]'")
+    from unflaw.scale import on_ray
+    from unflaw.scale import partitions as files
+    from unflaw.scale import plan as plans
+    from unflaw.scale.store import Store
 
-        import fsspec  # noqa: F401
-        import pyarrow  # noqa: F401
-        import ray  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"--engine ray needs Ray ({error}); install it with: pip install 'unflaw[ray]'") from error
     if threads < 1 or partition < 1 or (workers is not None and workers < 1):
         raise ValueError("workers, threads and pictures of a partition are numbers from 1")
     data = plans.detector_files(Path(model))
@@ -118,15 +122,14 @@ def predict(
                     progress("partitions", len(known), plan.partitions, None)
                     if len(totals.errors) >= GIVE_UP:
                         break
-        totals.counts = sum(known.values(), Counter())
+        totals.finished, totals.counts = len(known), sum(known.values(), Counter())
     return totals
 
 
-def _apart(inputs: Sequence[str], store: object) -> None:
+def _apart(inputs: Sequence[str], store: Store) -> None:
     """Raises: ValueError: The output lies in an input, whose pictures would be other ones the next time."""
-    from unflaw.scale.store import Store, is_local, opened
+    from unflaw.scale.store import is_local, opened
 
-    assert isinstance(store, Store)
     for given in inputs:
         fs, path = opened(given)
         same = type(fs) is type(store.fs) and (store.root + "/").startswith(path.rstrip("/") + "/")

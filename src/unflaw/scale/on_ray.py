@@ -1,8 +1,8 @@
 """Ray Data runs the workers: a pool of actors, as many as are asked for, on this machine or on a cluster.
 
-The rows of the data set are numbers of partitions. Ray Data gives a free actor the next one, holds few in flight, starts
-a dead actor again and gives its partition to another; the workers read and write. So no picture and no result passes
-through the driver, and since a partition is a file, what Ray does twice is there once.
+The rows of the data set are numbers of partitions. Ray Data gives a free actor the next one, holds few in flight, and
+starts a dead actor and its partition again; the workers read and write. So no picture and no result passes through the
+driver, and since a partition is a file, what Ray does twice is there once.
 """
 
 from __future__ import annotations
@@ -52,14 +52,13 @@ def running(address: str | None, processors: int) -> Iterator[Any]:
         processors: To start with on this machine.
 
     Raises:
-        ImportError: It is not installed. ValueError: It is not to be reached.
+        ValueError: It is not to be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ImportError(f"--engine ray needs Ray ({error}); install it with: pip install 'unflaw[ray]'") from error
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns on the terminal of what is meant so
+    import ray
+    import ray.data
+
     ours = not ray.is_initialized()
     if ours:
         address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -115,9 +114,7 @@ def run(
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=IN_FLIGHT),
         num_cpus=threads,
         fn_constructor_args=(store, plan, ray.put(files), __version__, options),
-        max_restarts=-1,  # a picture that kills its worker is passed over by `Worker` in the end
-        max_task_retries=-1,
-    )
+    )  # Ray Data restarts actors and retries their tasks without end; `Worker` sees to it that there is one
     for row in done.iter_rows():
         counts = Counter({name: row[name] for name in ("good", "review", "defect", "failed") if row[name]})
         yield Done(row["partition"], counts, row["error"] or None)

@@ -1,7 +1,7 @@
 """What a run will do, written down before it begins, so that it can go on after any interruption.
 
-`_unflaw/plan.json` in the output folder names inputs, detector and settings by digests; `_unflaw/items-…` lists what each
-partition reads. A run that is started again lists its inputs anew: they must be the same.
+`_unflaw/plan.json` in the output folder names inputs, detector and settings by digests; `_unflaw/items-…` lists what
+each partition reads. A run that is started again lists its inputs anew: they must be the same.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def prepare(
             partitions += 1
             for item in items:
                 digest.update(json.dumps(item).encode() + b"\n")
-                count, shards = count + (item.count or 0), shards or item.count is None
+                count, shards = count + (item.pictures or 0), shards or item.pictures is None
             progress("listing", count, count, None)
             yield items
 
@@ -115,7 +115,7 @@ def partitioned(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     held = 0
     for item in items:
         for part in _cut(item, size):
-            count = size if part.count is None else part.count
+            count = size if part.pictures is None else part.pictures
             if held + count > size and waiting:
                 yield waiting
                 waiting, held = [], 0
@@ -126,7 +126,7 @@ def partitioned(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _cut(item: Item, size: int) -> Iterator[Item]:
-    if item.count is None:
+    if item.pictures is None:
         yield item
         return
     for start in range(item.start, item.stop, size):
@@ -138,9 +138,11 @@ def items_of(store: Store, partition: int) -> list[Item]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(io.BytesIO(store.read(_items_file(partition // CHUNK))))
-    rows = file.read_row_group(partition % CHUNK).to_pylist()
-    return [Item(**{n: v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for n, v in row.items()})
-            for row in rows]
+    return [_item(row) for row in file.read_row_group(partition % CHUNK).to_pylist()]
+
+
+def _item(row: dict[str, Any]) -> Item:
+    return Item(**{n: v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for n, v in row.items()})
 
 
 def _items_file(chunk: int) -> str:
@@ -159,7 +161,10 @@ def _written(chunk: Sequence[Sequence[Item]]) -> bytes:
     with pq.ParquetWriter(buffer, schema) as writer:
         for items in chunk:
             rows = [
-                {n: v.encode("utf-8", "surrogateescape") if isinstance(v, str) else v for n, v in item._asdict().items()}
+                {
+                    n: v.encode("utf-8", "surrogateescape") if isinstance(v, str) else v
+                    for n, v in item._asdict().items()
+                }
                 for item in items
             ]
             writer.write_table(pa.Table.from_pylist(rows, schema))

@@ -1,7 +1,7 @@
 """Where pictures come from: folders, tables in Parquet, shards of tar; on a disk or by URL.
 
-Listing gives items, small descriptions of work that are the same every time; opening an item, later and elsewhere, gives
-its pictures.
+Listing gives items, small descriptions of work that are the same every time; opening an item, later and elsewhere,
+gives its pictures.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Item(NamedTuple):
     version: str
 
     @property
-    def count(self) -> int | None:
+    def pictures(self) -> int | None:
         """Of its pictures; nobody knows of a shard before it has been read."""
         return None if self.kind == "shard" else self.stop - self.start
 
@@ -202,7 +202,7 @@ class Columns(NamedTuple):
     @classmethod
     def of(cls, table: Any, called: str, wanted: str | None) -> Columns:
         """Raises: ValueError: It is not clear which, or `wanted` is not such a column."""
-        import pyarrow.types as types
+        from pyarrow import types
 
         schema = table.schema_arrow
         kinds = {field.name: field.type for field in schema}
@@ -310,5 +310,3 @@ def _has(name: str, extension: str | None) -> bool:
     """A member of a WebDataset is KEY.EXTENSION, and the extension may have several dots."""
     last = name.rpartition("/")[2]
     return extension is None or last.partition(".")[2].lower() == extension.lower().lstrip(".")
-
-
