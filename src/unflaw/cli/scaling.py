@@ -52,7 +52,7 @@ def chosen(context: typer.Context) -> bool:
     ]
     if engine is None:
         if wrong := [_OURS[name] for name in set_ if name in _OURS]:
-            raise ValueError(f"{wrong[0]} goes with --engine ray; add it, or leave {wrong[0]} out")
+            raise ValueError(f"{wrong[0]} goes with --engine ray only; add that, or leave {wrong[0]} out")
         if not context.params["inputs"] or context.params["out"] is None:
             raise ValueError("name pictures and --out FOLDER for the results, or give --engine ray")
         return False

@@ -142,7 +142,8 @@ def items_of(store: Store, partition: int) -> list[Item]:
 
 
 def _item(row: dict[str, Any]) -> Item:
-    return Item(**{n: v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for n, v in row.items()})
+    texts = {name: v.decode("utf-8", "surrogateescape") for name, v in row.items() if isinstance(v, bytes)}
+    return Item(**(row | texts))
 
 
 def _items_file(chunk: int) -> str:

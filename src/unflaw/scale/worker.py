@@ -7,6 +7,8 @@ workers die and begin again, or two do the same, every picture is there once.
 from __future__ import annotations
 
 import json
+import os
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -136,6 +138,7 @@ class Notes:
     """What is known of earlier attempts at a partition that came to no end, in a file of the store."""
 
     def __init__(self, store: Store, partition: int) -> None:
+        self._me = {"host": socket.gethostname(), "pid": os.getpid()}
         self._store, self._name = store, f"{OWN}/doing-{partition:05d}.json"
         try:
             noted = json.loads(store.read(self._name))
@@ -159,7 +162,7 @@ class Notes:
         return self._noted.get(str(picture), 0)
 
     def begin(self, doing: int | None) -> None:
-        self._store.write(self._name, json.dumps({"doing": doing, "deaths": self._noted}).encode())
+        self._store.write(self._name, json.dumps(self._me | {"doing": doing, "deaths": self._noted}).encode())
 
     def forget(self) -> None:
         self._store.remove(self._name)
