@@ -305,8 +305,13 @@ def test_a_plan_is_kept_and_other_ones_are_refused(url, parts, tmp_path, monkeyp
         with pytest.raises(StoreError, match=message):
             plan.prepare(made, inputs, **({"detector": "digest", "size": 3} | changes))
     (pictures / "3.png").write_bytes(b"other")
-    with pytest.raises(StoreError, match="pictures were added, removed or changed"):
+    with pytest.raises(StoreError, match="files have changed"):
         plan.prepare(made, inputs, "digest", size=3)
+    mended = plan.prepare(made, inputs, "digest", size=3, retry=True)
+    assert mended == plan.prepare(made, inputs, "digest", size=3) != first
+    (pictures / "more.png").write_bytes(b"x")
+    with pytest.raises(StoreError, match="pictures were added, removed or renamed"):
+        plan.prepare(made, inputs, "digest", size=3, retry=True)
     made.write(plan.PLAN, b'{"format": 99}')
     with pytest.raises(StoreError, match="not a plan of this version"):
         plan.prepare(made, inputs, "digest", size=3)

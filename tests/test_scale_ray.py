@@ -56,10 +56,14 @@ def predict(model, *arguments):
     return CliRunner().invoke(app, ["predict", *map(str, (model, *arguments))])
 
 
+def rows_of(out):
+    store = Store(str(out))
+    return [row for number in partitions.finished(store) for row in partitions.read(store, number)]
+
+
 def every_picture_once(out, plain):
     """Holds results to plain ones, by names, numbers and scores; returns them."""
-    store = Store(str(out))
-    rows = [row for number in partitions.finished(store) for row in partitions.read(store, number)]
+    rows = rows_of(out)
     assert Counter(row["name"] for row in rows) == dict.fromkeys(plain, 1)
     for row in rows:
         line = plain[row["name"]]
@@ -84,17 +88,25 @@ def test_two_workers_give_what_plain_predict_gives_and_go_on(cluster, exported, 
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(list(out.glob("*.parquet"))) == 8
     every_picture_once(out, plain)
 
-    (folder / "2/empty.png").write_bytes(b"now something else")
-    done = predict(exported, *options)
-    (folder / "2/empty.png").write_bytes(b"")
-    assert done.exit_code == 2 and "pictures were added, removed or changed" in done.output
+    (folder / "2/empty.png").write_bytes((folder / "0/000.png").read_bytes())
+    try:
+        done = predict(exported, *options)
+        assert done.exit_code == 2 and "files have changed" in done.output
+        done = predict(exported, *options, "--retry")
+        assert (
+            done.exit_code == 3 and "8 of 8 partitions, 8 found finished" in done.output and "1 failed" in done.output
+        )
+    finally:
+        (folder / "2/empty.png").write_bytes(b"")
+    scores = {Path(row["name"]).name: row["score"] for row in rows_of(out)}
+    assert scores["empty.png"] == pytest.approx(scores["000.png"], rel=1e-5) and len(scores) == 62
 
 
 def test_a_detector_of_torch_by_url_and_another_one_is_refused(cluster, saved, exported, detector, folder, tmp_path):
     out = tmp_path / "out"
     options = ("--engine", "ray", "--input", f"{folder}/0", "--input", f"{folder}/2/0[0-2]*.png", "--partition", 50)
     done = predict(saved, *options, "--output", out.as_uri(), "--workers", 1)
-    rows = partitions.read(Store(str(out)), 0)
+    rows = rows_of(out)
     paths = [*sorted(folder.glob("0/*.png")), *sorted(folder.glob("2/0[0-2]*.png"))]
     assert [row["name"] for row in rows] == [str(path) for path in paths] and done.exit_code == 0, done.output
     found = detector.inspect_many(paths)

@@ -66,7 +66,7 @@ def predict(
         threads: That compute, in each.
         partition: Pictures of one at most. A shard is one by itself.
         column: Of a table, what holds the pictures (bytes or paths); of shards, their extension.
-        retry: Do failed pictures of finished partitions anew.
+        retry: Do failed pictures of finished partitions anew; what they are read from may have been mended.
         progress: Is told of finished partitions.
 
     Raises:
@@ -99,7 +99,7 @@ def predict(
             size=partition,
             category=category,
             column=column,
-            progress=progress,
+            retry=retry,
         )
         there = files.finished(store)
         known = files.counts(store, there)
@@ -112,9 +112,8 @@ def predict(
             progress("partitions", len(known), plan.partitions, None)
             processors = workers * threads if workers else max(os.cpu_count() or 1, threads)
             with on_ray.running(address, processors) as engine:
-                for done in on_ray.run(
-                    engine, store, plan, data, [*left, *again], workers=workers, threads=threads, retry=retry
-                ):
+                options = {"threads": threads, "retry": retry}
+                for done in on_ray.run(engine, store, plan, data, [*left, *again], workers, options):
                     if done.error is None:
                         known[done.partition] = done.counts
                     else:

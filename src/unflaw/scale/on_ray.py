@@ -87,16 +87,19 @@ def run(
     plan: Plan,
     files: dict[str, bytes],
     partitions: Sequence[int],
-    *,
     workers: int | None,
-    threads: int,
-    retry: bool,
+    options: dict[str, Any],
 ) -> Iterator[Done]:
     """Does partitions, in any order; what comes of each is told as it ends.
 
     Args:
         workers: None: as many as the processors of the cluster allow.
+        options: Of `Worker`: "threads" and "retry".
+
+    Raises:
+        ValueError: More workers than processors, or Ray ends the run.
     """
+    threads = options["threads"]
     most = int(ray.cluster_resources().get("CPU", 1)) // threads
     if most < 1 or (workers or 0) > most:
         raise ValueError(
@@ -107,7 +110,6 @@ def run(
     data = ray.data.from_items(
         [{"partition": number} for number in partitions], override_num_blocks=min(len(partitions), BLOCKS)
     )
-    options = {"threads": threads, "retry": retry}
     done = data.map_batches(
         Inspect,
         batch_size=1,
@@ -115,6 +117,10 @@ def run(
         num_cpus=threads,
         fn_constructor_args=(store, plan, ray.put(files), __version__, options),
     )  # Ray Data restarts actors and retries their tasks without end; `Worker` sees to it that there is one
-    for row in done.iter_rows():
-        counts = Counter({name: row[name] for name in ("good", "review", "defect", "failed") if row[name]})
-        yield Done(row["partition"], counts, row["error"] or None)
+    try:
+        for row in done.iter_rows():
+            counts = Counter({name: row[name] for name in ("good", "review", "defect", "failed") if row[name]})
+            yield Done(row["partition"], counts, row["error"] or None)
+    except ray.exceptions.RayError as error:  # a worker that cannot begin, or a cluster that is gone
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"Ray has ended the run ({reason}); the same command goes on with it") from error

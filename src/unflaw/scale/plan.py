@@ -20,7 +20,6 @@ from unflaw import __version__
 from unflaw.files import kind_of, weights_of
 from unflaw.scale.sources import Item, listed
 from unflaw.scale.store import OWN, Store, StoreError
-from unflaw.streams import Progress, silent
 
 PLAN = f"{OWN}/plan.json"
 CHUNK = 256  # partitions whose items are in one file
@@ -31,7 +30,8 @@ class Plan(BaseModel):
 
     format: Literal[1] = 1
     inputs: list[str]
-    listing: str  # digest of all items: names, sizes and times or ETags
+    listing: str  # digest of the names of all items
+    contents: str  # digest of sizes and times, or ETags
     pictures: int | None  # None where there are shards, in which they have not been counted
     partitions: int
     size: int  # pictures of a partition at most, but for shards
@@ -59,9 +59,11 @@ def prepare(
     size: int,
     category: str | None = None,
     column: str | None = None,
-    progress: Progress = silent,
+    retry: bool = False,
 ) -> Plan:
     """The plan of a run: a new one, written to the store, or the one that is there, if it is the same.
+
+    With `retry` files may have changed, for so have those that were mended; then that is the plan from now on.
 
     Raises:
         StoreError: Another plan is there, or results without one. ValueError: As `sources.listed`.
@@ -72,16 +74,16 @@ def prepare(
     if known is not None:  # what can be told without listing millions of files
         _same(store, known, {"detector": detector, "category": category, "column": column, "size": size})
         _same(store, known, {"version": __version__})
-    digest, partitions, count, shards = hashlib.sha256(), 0, 0, False
+    listing, contents, partitions, count, shards = hashlib.sha256(), hashlib.sha256(), 0, 0, False
 
     def counted() -> Iterator[list[Item]]:
         nonlocal partitions, count, shards
         for items in partitioned(listed(inputs, column), size):
             partitions += 1
             for item in items:
-                digest.update(json.dumps(item).encode() + b"\n")
+                listing.update(json.dumps(item[:-2]).encode() + b"\n")
+                contents.update(json.dumps(item[-2:]).encode() + b"\n")
                 count, shards = count + (item.pictures or 0), shards or item.pictures is None
-            progress("listing", count, count, None)
             yield items
 
     chunks = counted()
@@ -92,7 +94,8 @@ def prepare(
         number += 1
     plan = Plan(
         inputs=list(inputs),
-        listing=digest.hexdigest(),
+        listing=listing.hexdigest(),
+        contents=contents.hexdigest(),
         pictures=None if shards else count,
         partitions=partitions,
         size=size,
@@ -101,8 +104,9 @@ def prepare(
         column=column,
     )
     if known is not None:
-        _same(store, known, {"listing": plan.listing})
-        return known
+        _same(store, known, {"listing": plan.listing} | ({} if retry else {"contents": plan.contents}))
+        if plan.contents == known.contents:
+            return known
     if not partitions:
         raise ValueError(f"{', '.join(inputs)}: there are no pictures to inspect")
     store.write(PLAN, plan.model_dump_json(indent=2).encode())
@@ -187,7 +191,8 @@ _SAID = {
     "column": "another --column",
     "size": "another --partition",
     "version": "another version of unflaw",
-    "listing": "other inputs: pictures were added, removed or changed, or are named otherwise",
+    "listing": "other inputs: pictures were added, removed or renamed",
+    "contents": "other inputs: files have changed (--retry allows that, and does only those anew that failed)",
 }
 
 
