@@ -18,6 +18,7 @@ from conftest import textured
 from unflaw import scale
 from unflaw.cli import app
 from unflaw.scale import partitions
+from unflaw.scale.on_ray import running
 from unflaw.scale.store import OWN, Store
 
 
@@ -188,9 +189,26 @@ def test_a_wrong_detector_fails_before_anything_is_written(tmp_path, folder):
     assert done.exit_code == 2 and "not a readable .onnx file" in done.output and not (tmp_path / "out").exists()
 
 
-def test_an_address_where_nothing_answers(saved, folder, tmp_path):
-    if ray.is_initialized():
-        ray.shutdown()
-    options = ("--engine", "ray", "--input", folder, "--output", tmp_path / "out", "--address", "auto")
-    done = predict(saved, *options)
-    assert done.exit_code == 2 and "--address auto: Ray is not to be reached there" in done.output, done.output
+def test_how_ray_is_started_or_joined(monkeypatch):
+    asked = []
+
+    def refuse(address, **options):
+        asked.append((address, options.get("num_cpus")))
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for address in (None, "auto"):
+        with pytest.raises(ValueError, match=r"Ray is not to be reached there \(nobody answers\)"), running(address, 3):
+            pass
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.raises(ValueError, match="--address head:6379"), running(None, 3):
+        pass
+    assert asked == [("local", 3), ("auto", None), ("head:6379", None)]
+
+
+def test_a_worker_that_cannot_begin_ends_the_run(cluster, exported, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("unflaw.scale.on_ray.__version__", "0.0.0")  # of the driver; the workers have theirs
+    with pytest.raises(ValueError, match=r"Ray has ended the run \(.*install the same.*the same command goes on"):
+        scale.predict(exported, [str(folder)], str(tmp_path / "out"), workers=1)
