@@ -122,6 +122,9 @@ def test_a_table_of_paths_beside_it_and_elsewhere(tmp_path, test_pictures, parts
     found = opened([tmp_path / "t.parquet"])
     assert [name for name, *_ in found] == paths and found[0][3] == data and isinstance(found[1][3], bytes)
     assert isinstance(found[2][3], FileNotFoundError)
+    asked = ["zip://a.png::s3://b/c.zip", "reference://x", "file:///etc/hostname", "github://a:b@c/d.png"]
+    pq.write_table(pa.table({"path": asked}), tmp_path / "u.parquet")
+    assert all("tables name files, or URLs of s3" in str(data) for *_, data in opened([tmp_path / "u.parquet"]))
 
 
 @pytest.mark.parametrize(

@@ -147,9 +147,11 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(cluster, exported, fo
     assert all(path.name.startswith(("part-", OWN)) for path in out.iterdir())
 
 
-def test_more_workers_than_processors_are_refused(cluster, saved, folder, tmp_path):
-    with pytest.raises(ValueError, match="--workers 3 with --threads 1 are more than the 2 processors"):
-        scale.predict(saved, [str(folder)], str(tmp_path / "out"), workers=3)
+def test_workers_that_find_no_processor_stop_nothing(cluster, exported, folder, tmp_path):
+    totals = scale.predict(exported, [f"{folder}/0"], str(tmp_path / "out"), workers=3, partition=4)
+    assert totals.finished == 5 and totals.counts["failed"] == 0 and sum(totals.counts.values()) == 20
+    with pytest.raises(ValueError, match="--threads 3: Ray has fewer processors"):
+        scale.predict(exported, [f"{folder}/0"], str(tmp_path / "other"), threads=3)
 
 
 @pytest.mark.parametrize(

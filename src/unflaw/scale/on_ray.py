@@ -93,19 +93,16 @@ def run(
     """Does partitions, in any order; what comes of each is told as it ends.
 
     Args:
-        workers: None: as many as the processors of the cluster allow.
+        workers: None: as many as the processors of the cluster allow. More than that wait for a cluster that grows.
         options: Of `Worker`: "threads" and "retry".
 
     Raises:
-        ValueError: More workers than processors, or Ray ends the run.
+        ValueError: A worker with more threads than there are processors, or Ray ends the run.
     """
     threads = options["threads"]
     most = int(ray.cluster_resources().get("CPU", 1)) // threads
-    if most < 1 or (workers or 0) > most:
-        raise ValueError(
-            f"--workers {workers or 1} with --threads {threads} are more than the {most * threads or 'few'} "
-            "processors that Ray has; ask for less, or give Ray more"
-        )
+    if most < 1:
+        raise ValueError(f"--threads {threads}: Ray has fewer processors; ask for less")
     actors = min(workers or most, len(partitions))
     data = ray.data.from_items(
         [{"partition": number} for number in partitions], override_num_blocks=min(len(partitions), BLOCKS)

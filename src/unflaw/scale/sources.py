@@ -19,6 +19,7 @@ TABLES = (".parquet",)
 SHARDS = (".tar", ".tar.gz", ".tgz")
 _IMAGES = ("image", "img", "picture", "bytes", "jpg", "jpeg", "png")
 _PATHS = ("path", "image", "file", "filename", "file_name", "url", "uri")
+_URLS = ("s3", "gs", "az", "abfs", "http", "https")
 _NAMES = ("name", "key", "id", "image_id", *_PATHS)
 ROWS = 32  # of a table that are in memory at once
 LARGEST = 2**29  # bytes of a member of a shard: a compressed shard could promise any number
@@ -282,6 +283,9 @@ def _of_row(item: Item, columns: Columns, row: int, values: dict[str, Any]) -> F
         return Found(name, item.name, row, ImageError(f"{name}: row {row} of {item.name} holds no picture"))
     if isinstance(value, bytes):
         return Found(name, item.name, row, value)
+    if "::" in value or ("://" in value and value.partition("://")[0] not in {*_URLS, item.path.partition("://")[0]}):
+        # fsspec knows kinds that unpack archives or run templates: a table is data, and may not ask for these
+        return Found(name, item.name, row, ImageError(f"{value}: tables name files, or URLs of {', '.join(_URLS)}"))
     if "://" not in value and not Path(value).is_absolute():  # beside the table
         value = f"{item.path.rpartition('/')[0]}/{value}"
     return Found(name, item.name, row, Later(value))
