@@ -65,7 +65,7 @@ def running(address: str | None, processors: int) -> Iterator[Any]:
         local: dict[str, Any] = {"num_cpus": processors, "include_dashboard": False} if address == "local" else {}
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ValueError(f"--address {address}: Ray is not to be reached there ({error})") from error
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars, context.print_on_execution_start
