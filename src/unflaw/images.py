@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
@@ -39,12 +39,18 @@ _ORIENTATION = 0x0112  # the tag in EXIF and in TIFF
 _SIDEWAYS = (5, 6, 7, 8)
 
 
+class Readable(Protocol):
+    """What reads the bytes of a file when it is asked to, such as an open file."""
+
+    def read(self) -> bytes: ...
+
+
 class ImageError(ValueError):
     """A picture that cannot be used. The message names the file, what is wrong with it and what to do."""
 
 
 def read(
-    source: str | Path | bytes | BinaryIO | Image.Image | np.ndarray,
+    source: str | Path | bytes | Readable | Image.Image | np.ndarray,
     *,
     max_pixels: int = 200_000_000,
     name: str | None = None,
@@ -239,16 +245,24 @@ def show(image: np.ndarray, preparation: Preparation) -> Picture:
     return Picture(cut, describe(whole.picture()[y0:y1, x0:x1]))
 
 
-def try_show(path: Path, preparation: Preparation) -> Picture | ImageError:
-    """`show` of a file, or why it could not be read: one bad file must not end a batch."""
+def try_show(
+    source: Path | bytes | Readable, preparation: Preparation, name: str | None = None
+) -> Picture | ImageError:
+    """`show` of a file, or why it could not be read: one bad file must not end a batch.
+
+    Args:
+        source: As of `read`: its path, its bytes, or what reads them.
+        name: What messages call it; by default its path.
+    """
+    name = name or _name(source)
     try:
-        image = read(path)
+        image = read(source, name=name)
     except ImageError as error:
         return error
     try:
         return show(image, preparation)
     except ImageError as error:  # the file is whole: what else goes wrong from here on is no fault of it
-        return ImageError(f"{path}: {error}")
+        return ImageError(f"{name}: {error}")
 
 
 def try_prepare(path: Path, preparation: Preparation) -> Prepared | ImageError:
@@ -292,7 +306,7 @@ def _named(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: is damaged or of an unknown kind ({error}); save it again as PNG") from error
 
 
-def _bytes(source: str | Path | bytes | BinaryIO) -> bytes:
+def _bytes(source: str | Path | bytes | Readable) -> bytes:
     if isinstance(source, bytes):
         return source
     if not isinstance(source, str | Path):

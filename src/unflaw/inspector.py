@@ -16,7 +16,7 @@ from unflaw.calibration import Calibration
 from unflaw.config import Config
 from unflaw.drift import Reference
 from unflaw.errors import DetectorError
-from unflaw.images import ImageError, Picture, Prepared, read, show, try_show
+from unflaw.images import ImageError, Picture, Prepared, Readable, read, show, try_show
 from unflaw.mosaic import Mosaic
 from unflaw.results import Result
 from unflaw.scoring import find_regions
@@ -125,14 +125,31 @@ class Inspector(ABC):
         Raises:
             DetectorError: As for `select`, with the first file.
         """
+        yield from self.inspect_named(((str(path), Path(path)) for path in paths), category=category, batch=batch)
+
+    def inspect_named(
+        self,
+        pictures: Iterable[tuple[str, Path | bytes | Readable | ImageError]],
+        *,
+        category: str | None = None,
+        batch: int = 8,
+    ) -> Iterator[Result | tuple[str, ImageError]]:
+        """As `inspect_many`, of pictures that are not all files: each with its name, which is the `path` of its result.
+
+        A picture is a path, the bytes of a file, what reads them when a thread that reads ahead asks for it, or why
+        there is none.
+        """
         self.select(category)
 
-        def load(path: str | Path) -> tuple[str, Picture | ImageError]:
-            return str(path), try_show(Path(path), self.config.preparation)
+        def load(named: tuple[str, Path | bytes | Readable | ImageError]) -> tuple[str, Picture | ImageError]:
+            name, source = named
+            if isinstance(source, ImageError):
+                return name, source
+            return name, try_show(source, self.config.preparation, name)
 
         # pictures in tiles wait whole, and may be large
         tiled = self.config.preparation.tile is not None
-        loaded = ahead(load, paths, 1, 1) if tiled else ahead(load, paths)
+        loaded = ahead(load, pictures, 1, 1) if tiled else ahead(load, pictures)
         for found in self._inspected(loaded, category, batch):
             yield found if isinstance(found, Result) else (str(found[0]), found[1])
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from unflaw.cli import scaling
 from unflaw.cli.common import (
     Category,
     Data,
@@ -82,9 +83,10 @@ def run_evaluation(
 
 @app.command()
 def predict(
+    context: typer.Context,
     model: ModelFile,
-    inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.")],
-    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and pictures.")],
+    inputs: Annotated[list[Path] | None, typer.Argument(help="Pictures and folders of pictures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and pictures.")] = None,
     pictures: Annotated[bool, typer.Option("--pictures", help="Also write a panel for each picture.")] = False,
     drift_rate: Annotated[float, typer.Option(help="False-alarm rate of the drift alarm.")] = 0.01,
     category: Category = None,
@@ -112,14 +114,44 @@ def predict(
             help="Exit code: 4 if any is defective, else 3 if any could not be read, else 5 if any is for review.",
         ),
     ] = False,
+    engine: scaling.Engine = None,
+    given: scaling.Inputs = None,
+    output: scaling.Output = None,
+    address: scaling.Address = None,
+    workers: scaling.Workers = None,
+    threads: scaling.Threads = 1,
+    partition: scaling.Partition = 256,
+    column: scaling.Column = None,
+    retry: scaling.Retry = False,
 ) -> None:
     """Inspect pictures: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
 
     All of them together are tested for drift: a moved camera, other light, lost focus, another product (drift.json).
 
+    With --engine ray, millions of pictures from folders, Parquet or tar shards, by several workers, into partitions of
+    Parquet; the same command goes on after an interruption.
+
     Example:  unflaw predict parts.safetensors parts/new 0001.png --out results --pictures
+
+    Example:  unflaw predict parts.onnx --engine ray --input s3://plant/2026 --output s3://results/2026
     """
     with errors():
+        if scaling.chosen(context):
+            scaling.predict(
+                model,
+                given or [],
+                output,
+                category=category,
+                address=address,
+                workers=workers,
+                threads=threads,
+                partition=partition,
+                column=column,
+                retry=retry,
+                exit_code=exit_code,
+            )
+            return
+        assert inputs and out is not None
         from unflaw.annotations import Coco, LabelMe
         from unflaw.batch import Discoveries, Parts, Sink, Unread
         from unflaw.conformal import COMBINATIONS

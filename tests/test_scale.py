@@ -1,0 +1,503 @@
+"""What reads, plans and writes partitions; none of it needs Ray, which only runs it (test_scale_ray.py)."""
+
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import dataset
+from typer.testing import CliRunner
+
+from unflaw.cli import app
+from unflaw.images import ImageError
+from unflaw.scale import partitions, plan, store, worker
+from unflaw.scale.sources import Columns, Item, listed, pictures
+from unflaw.scale.store import OWN, Store, StoreError
+from unflaw.scale.worker import Worker
+
+
+@pytest.fixture(scope="module")
+def test_pictures(parts) -> dict[str, bytes]:
+    """Eight pictures by the names of their files."""
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(parts.glob("test/*/*.png"))}
+
+
+@pytest.fixture
+def memory():
+    """The URL of an empty folder in memory."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    return "memory:///bucket"
+
+
+def tar_of(path, pictures, mode="w", extra=()):
+    with tarfile.open(path, mode) as file:
+        for name, data in [*pictures.items(), *extra]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def opened(inputs, column=None):
+    """(name, source, number, bytes or the error) of every picture, as read from items listed."""
+    found = []
+    for item in listed([str(given) for given in inputs], column):
+        for picture in pictures(item, column):
+            data = picture.data
+            if not isinstance(data, bytes | ImageError):
+                try:
+                    data = data.read()
+                except (OSError, ImageError) as error:
+                    data = error
+            found.append((picture.name, picture.source, picture.number, data))
+    return found
+
+
+# Sources
+
+
+def test_a_folder_is_its_pictures_as_plain_predict_names_them(parts, test_pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(parts)
+    found = opened(["test"])
+    assert {name: data for name, _, _, data in found} == {f"test/{n}": data for n, data in test_pictures.items()}
+    assert all(source == name and number == 0 for name, source, number, _ in found)
+    assert [name for name, *_ in opened([parts / "test"])] == [str(parts / "test" / name) for name in test_pictures]
+    (tmp_path / "deep/.hidden").mkdir(parents=True)
+    for name in ("deep/b.PNG", "deep/.c.png", "deep/.hidden/d.png", "a.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "deep/loop").symlink_to(tmp_path)
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert [name for name, *_ in opened(["."])] == ["a.jpg", "deep/b.PNG", "link.png"]
+    assert [name for name, *_ in opened(["deep/*.PNG", "a.jpg", "deep", "./a.jpg"])] == ["deep/b.PNG", "a.jpg"]
+
+
+def test_pictures_by_url(memory, test_pictures):
+    fs = fsspec.filesystem("memory")
+    for name, data in test_pictures.items():
+        fs.pipe_file(f"/bucket/in/{name}", data)
+    found = opened([f"{memory}/in"])
+    assert {name: data for name, _, _, data in found} == {f"{memory}/in/{n}": d for n, d in test_pictures.items()}
+    assert len(opened([f"{memory}/in/square/*.png"])) == 4
+
+
+def test_a_table_of_bytes(tmp_path, test_pictures):
+    names, data = list(test_pictures), list(test_pictures.values())
+    pq.write_table(pa.table({"id": names, "image": data, "label": [1] * 8}), tmp_path / "t.parquet", row_group_size=3)
+    items = list(listed([str(tmp_path)]))
+    assert [(item.kind, item.start, item.stop) for item in items] == [("rows", 0, 3), ("rows", 3, 6), ("rows", 6, 8)]
+    source = str(tmp_path / "t.parquet")
+    expected = [(name, source, i, test_pictures[name]) for i, name in enumerate(names)]
+    assert opened([tmp_path]) == opened([tmp_path / "*.parquet"]) == expected
+    part = items[0]._replace(start=2, stop=7)  # across row groups
+    assert [found.number for found in pictures(part)] == [2, 3, 4, 5, 6]
+
+
+def test_a_table_as_datasets_write_it_and_holes_in_it(tmp_path, test_pictures, parts):
+    first = next(iter(test_pictures.values()))
+    path = str(parts / "test/good/000.png")
+    rows = [{"bytes": first, "path": "a.png"}, {"bytes": None, "path": path}, None, {"bytes": None, "path": None}]
+    pq.write_table(pa.table({"image": rows, "text": ["x"] * 4}), tmp_path / "t.parquet")
+    found = opened([tmp_path])
+    assert [name for name, *_ in found][:2] == ["a.png", path] and found[1][3] == first
+    assert [number for *_, number, _ in found] == [0, 1, 2, 3]
+    assert all("holds no picture" in str(data) for *_, data in found[2:])
+
+
+def test_a_table_of_paths_beside_it_and_elsewhere(tmp_path, test_pictures, parts):
+    (tmp_path / "pictures").mkdir()
+    data = next(iter(test_pictures.values()))
+    (tmp_path / "pictures/a.png").write_bytes(data)
+    paths = ["pictures/a.png", str(parts / "test/good/001.png"), "pictures/none.png"]
+    pq.write_table(pa.table({"path": paths, "note": ["", "", ""]}), tmp_path / "t.parquet")
+    found = opened([tmp_path / "t.parquet"])
+    assert [name for name, *_ in found] == paths and found[0][3] == data and isinstance(found[1][3], bytes)
+    assert isinstance(found[2][3], FileNotFoundError)
+    asked = ["zip://a.png::s3://b/c.zip", "reference://x", "file:///etc/hostname", "github://a:b@c/d.png"]
+    pq.write_table(pa.table({"path": asked}), tmp_path / "u.parquet")
+    assert all("tables name files, or URLs of s3" in str(data) for *_, data in opened([tmp_path / "u.parquet"]))
+
+
+@pytest.mark.parametrize(
+    "columns, wanted, expected",
+    [
+        ({"a": pa.binary(), "b": pa.binary()}, None, "not clear which column holds the pictures; there are a, b"),
+        ({"a": pa.binary(), "b": pa.binary()}, "b", "b"),
+        ({"a": pa.binary(), "image": pa.large_binary()}, None, "image"),
+        ({"n": pa.int64()}, None, "not clear"),
+        ({"n": pa.int64()}, "n", "n is no column of bytes or paths"),
+        ({"path": pa.string(), "n": pa.int64()}, None, "path"),
+        ({"path": pa.string(), "x": pa.binary()}, None, "x"),
+        ({"where": pa.large_string()}, "where", "where"),
+    ],
+)
+def test_the_column_of_pictures(tmp_path, columns, wanted, expected):
+    schema = pa.schema(list(columns.items()))
+    pq.write_table(schema.empty_table(), tmp_path / "t.parquet")
+    with pq.ParquetFile(tmp_path / "t.parquet") as table:
+        if expected in columns:
+            assert Columns.of(table, "t", wanted).image == expected
+        else:
+            with pytest.raises(ValueError, match=expected):
+                Columns.of(table, "t", wanted)
+
+
+@pytest.mark.parametrize("suffix, mode", [(".tar", "w"), (".tar.gz", "w:gz")])
+def test_shards(tmp_path, test_pictures, suffix, mode):
+    extra = [("0.json", b"{}"), ("0.mask.png", b"m"), (".hidden.png", b"h")]
+    path = tar_of(tmp_path / f"s-000{suffix}", test_pictures, mode, extra)
+    items = list(listed([str(tmp_path)]))
+    assert [(item.kind, item.pictures) for item in items] == [("shard", None)]
+    expected = [(name, str(path), i, data) for i, (name, data) in enumerate(test_pictures.items())]
+    assert opened([tmp_path])[:8] == expected and opened([path], "png") == expected
+    assert [data for *_, data in opened([path], "mask.png")] == [b"m"]
+
+
+def test_a_cut_off_shard_gives_what_is_whole_and_says_so(tmp_path, test_pictures):
+    path = tar_of(tmp_path / "s.tar", test_pictures)
+    path.write_bytes(path.read_bytes()[: 3 * path.stat().st_size // 5])
+    *whole, last = opened([path])
+    assert 2 <= len(whole) < 8 and [data for *_, data in whole] == list(test_pictures.values())[: len(whole)]
+    assert f"cannot be read beyond {len(whole)} pictures" in str(last[3]) and last[2] == len(whole)
+
+
+def test_a_damaged_table_tells_of_every_row(tmp_path, test_pictures):
+    path = tmp_path / "t.parquet"
+    data = [os.urandom(4000) for _ in range(6)]
+    pq.write_table(pa.table({"image": data}), path, row_group_size=3, compression="zstd")
+    items = list(listed([str(path)]))
+    start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * 200)
+    found = [picture for item in items for picture in pictures(item)]
+    assert [picture.number for picture in found] == list(range(6))
+    assert [picture.data for picture in found[:3]] == data[:3]
+    assert all("write the table again" in str(picture.data) for picture in found[3:])
+
+
+def test_what_cannot_be_listed_is_said(tmp_path, memory):
+    (tmp_path / "both").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "both/a.png").write_bytes(b"x")
+    (tmp_path / "both/b.tar").write_bytes(b"x")
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 but not really PAR1")
+    for given, message in (
+        ("both", "holds pictures and tar shards; name those that are meant"),
+        ("empty", "there are no pictures"),
+        ("none", "no such file or folder"),
+        ("none/*.png", "there are no pictures"),
+        ("no.parquet", "not a readable Parquet file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(listed([str(tmp_path / given)]))
+    with pytest.raises(StoreError, match="not a URL that fsspec knows"):
+        list(listed(["nothing://bucket"]))
+
+
+# The store
+
+
+@pytest.fixture(params=["disk", "file URL", "memory", "renaming"])
+def url(request, tmp_path, memory, monkeypatch):
+    if request.param == "renaming":  # an FTP server, say: what is put there is not seen whole
+        monkeypatch.setattr(store, "_PUT_WHOLE", set())
+    if request.param in ("memory", "renaming"):
+        return f"{memory}/out"
+    return str(tmp_path / "out") if request.param == "disk" else (tmp_path / "out").as_uri()
+
+
+def test_a_store_reads_what_it_wrote_and_sweeps(url):
+    made = Store(url)
+    assert made.names() == set() == made.names(OWN)
+    with pytest.raises(FileNotFoundError):
+        made.read("a.parquet")
+    for data in (b"first", b"second"):
+        made.write("a.parquet", data)
+        made.write(f"{OWN}/plan.json", data)
+        assert made.read("a.parquet") == data
+    assert made.names() == {"a.parquet"} and made.names(OWN) == {"plan.json"}
+    made.fs.pipe_file(made.path(".part-00000.parquet.x1"), b"half")
+    made.sweep()
+    made.remove(f"{OWN}/plan.json")
+    made.remove("none")
+    assert made.names() == {"a.parquet"} and made.names(OWN) == set()
+
+
+def test_what_fails_to_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    made = Store(str(tmp_path))
+    made.write("a.parquet", b"good")
+
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        made.write("a.parquet", b"other")
+    assert made.read("a.parquet") == b"good" and made.names() == {"a.parquet"}
+
+
+def test_one_run_at_a_time(url, monkeypatch):
+    monkeypatch.setattr(store, "BEAT", 0.05)
+    with Store(url).lock(), pytest.raises(StoreError, match="another run writes there"), Store(url).lock():
+        pass
+    with Store(url).lock():  # it was given back
+        pass
+    if "memory" in url:
+        Store(url).write(f"{OWN}/lock.json", b"of a run that was killed")
+        with Store(url).lock():
+            pass
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_bytes(b"")
+    with pytest.raises(StoreError, match="is a file"):
+        Store(str(tmp_path / "out"))
+
+
+# The plan
+
+
+def item(name, pictures=1, kind="picture"):
+    return Item(kind, f"/{name}", name, 0, pictures, 10, "v")
+
+
+def test_partitions_are_cut_and_filled():
+    rows = item("t", 10, "rows")
+    found = list(plan.partitioned([item("a"), item("b"), rows, item("c"), item("s", 1, "shard"), item("d")], 4))
+    assert [[(i.name, i.start, i.stop) for i in items] for items in found] == [
+        [("a", 0, 1), ("b", 0, 1)],
+        [("t", 0, 4)],
+        [("t", 4, 8)],
+        [("t", 8, 10), ("c", 0, 1)],
+        [("s", 0, 1)],
+        [("d", 0, 1)],
+    ]
+
+
+def test_a_plan_is_kept_and_other_ones_are_refused(url, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "CHUNK", 2)
+    made, pictures = Store(url), tmp_path / "in"
+    pictures.mkdir()
+    for i in range(7):
+        (pictures / f"{i}.png").write_bytes(b"x")
+    odd = os.fsdecode(b"\xff7.png")
+    (pictures / odd).write_bytes(b"x")
+    inputs = [str(pictures)]
+    first = plan.prepare(made, inputs, "digest", size=3)
+    assert (first.pictures, first.partitions) == (8, 3) and plan.prepare(made, inputs, "digest", size=3) == first
+    names = [item.name for i in range(3) for item in plan.items_of(made, i)]
+    assert names == [str(pictures / name) for name in [*(f"{i}.png" for i in range(7)), odd]]
+    for changes, message in (
+        ({"size": 4}, r"another --partition \(3, now 4\)"),
+        ({"category": "screw"}, r"another --category \(None, now screw\)"),
+        ({"column": "png"}, "another --column"),
+        ({"detector": "other"}, "another detector"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            plan.prepare(made, inputs, **({"detector": "digest", "size": 3} | changes))
+    (pictures / "3.png").write_bytes(b"other")
+    with pytest.raises(StoreError, match="files have changed"):
+        plan.prepare(made, inputs, "digest", size=3)
+    mended = plan.prepare(made, inputs, "digest", size=3, retry=True)
+    assert mended == plan.prepare(made, inputs, "digest", size=3) != first
+    (pictures / "more.png").write_bytes(b"x")
+    with pytest.raises(StoreError, match="pictures were added, removed or renamed"):
+        plan.prepare(made, inputs, "digest", size=3, retry=True)
+    made.write(plan.PLAN, b'{"format": 99}')
+    with pytest.raises(StoreError, match="not a plan of this version"):
+        plan.prepare(made, inputs, "digest", size=3)
+    made.remove(plan.PLAN)
+    made.write("other.parquet", b"x")
+    with pytest.raises(StoreError, match="Parquet files of another origin"):
+        plan.prepare(made, inputs, "digest", size=3)
+
+
+# The worker
+
+
+@pytest.fixture
+def inputs(parts, tmp_path):
+    """Eight pictures in a folder, and two that cannot be read."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, path in enumerate(sorted(parts.glob("test/*/*.png"))):
+        (folder / f"{i}.png").write_bytes(path.read_bytes())
+    (folder / "2x.png").write_bytes(b"no picture")
+    (folder / "9.png").write_bytes(b"")
+    return folder
+
+
+def begun(saved, inputs, url, size=4, retry=False):
+    files = plan.detector_files(saved)
+    made = Store(str(url))
+    planned = plan.prepare(made, [str(inputs)], plan.detector_digest(files), size=size)
+    return made, planned, Worker(made, planned, files, retry=retry)
+
+
+def rows_of(made):
+    return [row for number in partitions.finished(made) for row in partitions.read(made, number)]
+
+
+def same_as_plain(rows, saved, inputs, out):
+    """Holds rows to what plain `predict` writes of the same pictures."""
+    CliRunner().invoke(app, ["predict", str(saved), str(inputs), "--out", str(out)])
+    lines = {line["path"]: line for line in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+    assert Counter(row["name"] for row in rows) == Counter(lines.keys())
+    for row in rows:
+        line = lines[row["name"]]
+        assert (row["status"], row["error"]) == (("failed", line["error"]) if "error" in line else ("ok", None))
+        for name in ("score", "p_value", "drift"):
+            assert row[name] == (pytest.approx(line[name], rel=1e-5) if name in line else None)
+        assert row["verdict"] == line.get("verdict")
+        assert [tuple(region["box"]) for region in row["regions"] or []] == [
+            tuple(region["box"]) for region in line.get("regions", [])
+        ]
+
+
+def test_rows_are_what_plain_predict_says(saved, inputs, tmp_path):
+    made, planned, doer = begun(saved, inputs, tmp_path / "out")
+    done = [doer.do(number) for number in range(planned.partitions)]
+    assert all(one.error is None for one in done) and sum((one.counts for one in done), Counter())["failed"] == 2
+    rows = rows_of(made)
+    same_as_plain(rows, saved, inputs, tmp_path / "plain")
+    assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
+    assert {row["detector"] for row in rows} == {planned.detector}
+    assert any(row["regions"] and row["regions"][0]["uncertainty"] is not None for row in rows)
+    assert partitions.counts(made, range(3)) == {i: one.counts for i, one in enumerate(done)}
+    table = dataset.dataset(str(tmp_path / "out"), format="parquet").to_table()  # others read it as one table
+    assert table.num_rows == 10 and table.schema.names == partitions.schema().names
+    assert made.names(OWN) == {"items-00000.parquet", "plan.json"}
+
+
+def test_what_is_done_is_not_done_again_but_for_what_failed(saved, inputs, tmp_path):
+    made, planned, doer = begun(saved, inputs, tmp_path / "out")
+    for number in range(planned.partitions):
+        doer.do(number)
+    before = {name: made.read(name) for name in made.names()}
+    assert doer.do(0).counts["failed"] == 1 and made.read("part-00000.parquet") == before["part-00000.parquet"]
+    made.remove("part-00001.parquet")
+    assert doer.do(1).error is None and pq.read_table(io.BytesIO(made.read("part-00001.parquet"))).equals(
+        pq.read_table(io.BytesIO(before["part-00001.parquet"]))
+    )
+
+    (inputs / "2x.png").write_bytes((inputs / "2.png").read_bytes())  # mended
+    doer.retry, asked = True, []
+    inspect = doer.detector.inspect_named
+
+    def watched(named, **options):
+        return inspect((asked.append(name) or (name, data) for name, data in named), **options)
+
+    doer.detector.inspect_named = watched
+    assert [doer.do(number).counts["failed"] for number in range(3)] == [0, 0, 1]
+    assert sorted(Path(name).name for name in asked) == ["2x.png", "9.png"]
+    scores = {Path(row["name"]).name: row["score"] for row in rows_of(made)}
+    assert len(scores) == 10 and scores["2x.png"] == scores["2.png"]
+
+
+class Killed(BaseException):
+    """Stands for the death of a process: nothing handles it."""
+
+
+def deadly(doer, name, error):
+    """A worker that is hit by a picture of this name."""
+    inspect = doer.detector.inspect_named
+
+    def checked(named):
+        for picture, data in named:
+            if Path(picture).name == name:
+                raise error
+            yield picture, data
+
+    doer.detector.inspect_named = lambda named, **options: inspect(checked(named), **options)
+    return doer
+
+
+def test_a_picture_that_kills_workers_is_recorded_in_the_end(saved, inputs, tmp_path):
+    made, planned, _ = begun(saved, inputs, tmp_path / "out", size=10)
+    deaths = 0
+    for _ in range(10):
+        doer = deadly(begun(saved, inputs, tmp_path / "out", size=10)[2], "5.png", Killed())
+        try:
+            done = doer.do(0)
+            break
+        except Killed:
+            deaths += 1
+            assert made.names() == set()
+    assert deaths == 3 and done.error is None and planned.partitions == 1  # once at once, twice while watched
+    rows = {Path(row["name"]).name: row for row in rows_of(made)}
+    assert len(rows) == 10 and "the worker that inspected it died" in rows["5.png"]["error"]
+    assert sum(row["status"] == "failed" for row in rows.values()) == 3 and f"doing-{0:05d}.json" not in made.names(OWN)
+
+
+def test_a_partition_that_never_begins_is_given_up(saved, inputs, tmp_path, monkeypatch):
+    def dies(store, partition):
+        raise Killed
+
+    made, _, doer = begun(saved, inputs, tmp_path / "out", size=10)
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "items_of", dies)
+        for _ in range(worker.BEGINNINGS):
+            with pytest.raises(Killed):
+                doer.do(0)
+        assert "died 5 times before the first picture" in doer.do(0).error
+    assert doer.do(0).error is None and len(rows_of(made)) == 10  # the next run tries anew
+
+
+def test_an_unforeseen_error_costs_one_picture(saved, inputs, tmp_path):
+    made, _, doer = begun(saved, inputs, tmp_path / "out", size=10)
+    assert deadly(doer, "5.png", MemoryError("no more")).do(0).error is None
+    rows = {Path(row["name"]).name: row for row in rows_of(made)}
+    assert len(rows) == 10 and "could not be inspected (MemoryError: no more)" in rows["5.png"]["error"]
+    assert rows["6.png"]["status"] == "ok"
+
+
+def test_what_hits_the_whole_partition_is_told(saved, inputs, tmp_path, monkeypatch):
+    made, _, doer = begun(saved, inputs, tmp_path / "out")
+    monkeypatch.setattr(made, "write", lambda name, data: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left" in doer.do(0).error and made.names() == set()
+
+
+def test_pictures_of_tables_and_shards_are_inspected_and_broken_ones_recorded(saved, test_pictures, tmp_path):
+    broken = {"bad.png": b"\x89PNG broken"}
+    tar_of(tmp_path / "s.tar", test_pictures | broken)
+    table = pa.table({"name": [*test_pictures, "bad.png"], "data": [*test_pictures.values(), *broken.values()]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    scores = []
+    for given in ("s.tar", "t.parquet"):
+        made, planned, doer = begun(saved, tmp_path / given, tmp_path / f"out-{given}", size=5)
+        assert planned.partitions == (1 if given == "s.tar" else 2)
+        assert all(doer.do(number).error is None for number in range(planned.partitions))
+        rows = rows_of(made)
+        assert [row["number"] for row in rows] == list(range(9)) and rows[8]["error"].startswith("bad.png: is damaged")
+        assert [row["name"] for row in rows] == [*test_pictures, "bad.png"]
+        scores.append([row["score"] for row in rows[:8]])
+    assert np.allclose(*scores, rtol=1e-5)
+
+
+# Bytes with names, which the worker rests on
+
+
+def test_bytes_with_a_name_are_inspected_like_files(detector, parts):
+    paths = sorted(parts.glob("test/*/*.png"))
+    named = [(f"n{i}", path.read_bytes() if i % 2 else path) for i, path in enumerate(paths)]
+    named[1:1] = [("broken", b"x"), ("gone", ImageError("gone: was never there")), ("none", Path("none.png"))]
+    found = list(detector.inspect_named(named))
+    failed = [outcome for outcome in found if isinstance(outcome, tuple)]
+    assert [name for name, _ in failed] == ["broken", "gone", "none"]
+    assert [str(error).partition(":")[0] for _, error in failed] == ["broken", "gone", "none"]
+    plain = list(detector.inspect_many(paths))
+    whole = [outcome for outcome in found if not isinstance(outcome, tuple)]
+    assert [outcome.path for outcome in whole] == [f"n{i}" for i in range(8)]
+    assert [outcome.score for outcome in whole] == [outcome.score for outcome in plain]
