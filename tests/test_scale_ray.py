@@ -14,9 +14,11 @@ import ray
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import textured
+from conftest import make_parts, textured
 from unflaw import scale
 from unflaw.cli import app
+from unflaw.detector import Detector
+from unflaw.fleet import RaySeat, Told, members, seats, train_fleet
 from unflaw.scale import partitions
 from unflaw.scale.on_ray import running
 from unflaw.scale.store import OWN, Store
@@ -214,3 +216,36 @@ def test_a_worker_that_cannot_begin_ends_the_run(cluster, exported, folder, tmp_
     monkeypatch.setattr("unflaw.scale.on_ray.__version__", "0.0.0")  # of the driver; the workers have theirs
     with pytest.raises(ValueError, match=r"Ray has ended the run \(.*install the same.*the same command goes on"):
         scale.predict(exported, [str(folder)], str(tmp_path / "out"), workers=1)
+
+
+def test_a_fleet_is_trained_over_ray_and_a_lost_worker_ends_its_category_only(cluster, weights, tiny, tmp_path):
+    root = tmp_path / "products"
+    for name in ("bolt", "nut", "washer"):
+        make_parts(root / name, train=9)
+    (root / "ring/train/good").mkdir(parents=True)
+    (root / "ring/train/good/one.png").write_bytes(b"no picture")
+    told, config = Told(tmp_path / "features", None, str(weights), 1), tiny("lookup")
+    data, failed = members(root)
+
+    class Lost(RaySeat):
+        """Its actor is killed at the first nut."""
+
+        def train(self, task):
+            if task.category == "nut" and not killed:
+                killed.append(task.category)
+                self.actor = self.kind.remote(self.told)
+                ray.kill(self.actor)
+            return super().train(task)
+
+    killed: list[str] = []
+    records, failed = train_fleet(data, config, tmp_path / "out", [Lost(told)], lambda *_: None, failed)
+    assert [record.category for record in records] == ["bolt", "washer"] and killed == ["nut"]
+    assert "was lost" in failed["nut"] and "TrainingError" in failed["ring"]
+    with seats(told, 2, "ray") as places:
+        records, failed = train_fleet(data, config, tmp_path / "out", places, lambda *_: None)
+    assert [record.category for record in records] == ["bolt", "nut", "washer"] and list(failed) == ["ring"]
+    assert ray.is_initialized()  # it was not started here
+    expected = Detector(config=config, weights=weights).fit(root / "nut")
+    picture = root / "nut/test/square/000.png"
+    found = Detector.load(tmp_path / "out/nut.safetensors").inspect(picture).score
+    assert found == pytest.approx(expected.inspect(picture).score, rel=1e-3)
