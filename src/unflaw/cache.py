@@ -215,7 +215,7 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
 
 
 def take_turns(source: Source, team: Team, whole: bool) -> Source:
-    """A source whose parts the processes of a team make in turn and exchange: every one gets all, as one would make them.
+    """A source whose parts the processes of a team make in turn and exchange: each gets all, as one would make them.
 
     Args:
         source: Of one process.

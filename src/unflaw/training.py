@@ -35,10 +35,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm))))
 
 
-def uses_bfloat16(settings: Training) -> bool:
-    """Whether matrix products in training are bfloat16: faster where the processor has it, slower where emulated."""
+def uses_bfloat16(settings: Training, device: torch.device = ALONE.device) -> bool:
+    """Whether matrix products in training are bfloat16: faster where the device has it, slower where emulated."""
     if settings.precision != "auto":
         return settings.precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -166,7 +168,7 @@ def train(
         checkpoint=checkpoint,
         identity=_identity(network, cache) if checkpoint is not None and team.leads else "",
         team=team,
-        bfloat16=uses_bfloat16(settings),
+        bfloat16=uses_bfloat16(settings, team.device),
     )
 
 

@@ -38,7 +38,8 @@ class BayesianConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
         self.bias = nn.Parameter(torch.zeros(channels_out))
-        self.log_deviation = nn.Parameter(torch.full(shape, math.log(0.1 / math.sqrt(shape[1] * kernel**2))))
+        usual = math.log(0.1 / math.sqrt(shape[1] * kernel**2))
+        self.log_deviation = nn.Parameter(torch.full(shape, usual), requires_grad=bayesian)
         self.noise: Tensor
         self.register_buffer("noise", torch.zeros(draws, *shape))
 

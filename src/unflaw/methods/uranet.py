@@ -179,7 +179,7 @@ class URANet(Method):
         """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
         everything = batch["features"]
         anomalies = synthesise(everything, self.textures, self.options.synthesis, rng, share)
-        pictures = batch["picture"].long().cpu() if "picture" in batch else torch.empty(0)
+        pictures = batch["picture"].long().cpu() if "picture" in batch else None
         batch = {name: share.take(rows) for name, rows in batch.items()}
         logits = self.perception.sample(self._altered_evidence(anomalies, batch, pictures), rng, share)
         terms = self.perception.loss(logits, anomalies.mask, self.n_pictures, share)
@@ -277,13 +277,13 @@ class URANet(Method):
         assert self.memory is not None
         return torch.cat([distance, departure], dim=1) / self.memory.unit(pictures) - 1
 
-    def _altered_evidence(self, anomalies: Anomalies, batch: Batch, pictures: Tensor) -> Tensor:
+    def _altered_evidence(self, anomalies: Anomalies, batch: Batch, pictures: Tensor | None = None) -> Tensor:
         """What UIAPM sees of F_a; recalled anew are the altered cells only, not from the pictures they are made of.
 
         Args:
             anomalies: Of a share of a batch.
             batch: What is cached of the share.
-            pictures: (B,) those of the whole batch, rows of the cache.
+            pictures: (B,) those of the whole batch, rows of the cache; None: the share is all of it.
         """
         if self.memory is None:
             return anomalies.features
@@ -291,7 +291,7 @@ class URANet(Method):
         seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]), own)
         tokens = to_tokens(anomalies.features).flatten(0, 1)
         altered = anomalies.mask.flatten().nonzero()[:, 0]
-        made_of = torch.stack([own, pictures[anomalies.origin]], dim=1)
+        made_of = torch.stack([own, (own if pictures is None else pictures)[anomalies.origin]], dim=1)
         of = altered.cpu() // (len(tokens) // len(own))
         with torch.no_grad():
             mixture, distance, _ = self.memory.recall(tokens[altered], made_of[of])
