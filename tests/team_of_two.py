@@ -8,15 +8,17 @@ import torch
 from torch import Generator, Tensor, nn
 
 from conftest import OWN, TINY
+from unflaw import training
 from unflaw.cache import build_cache
 from unflaw.config import Features, Training, make_config
 from unflaw.detector import Detector
 from unflaw.features import FeatureExtractor
 from unflaw.images import Preparation, list_images
+from unflaw.methods import create
 from unflaw.team import ALONE, Share, Team
 from unflaw.training import optimise
 
-METHODS = ("uranet", "mfrnet", "memae", "draem", "lookup")
+METHODS = ("uranet", "mfrnet", "memae", "lookup")
 SETTINGS = Training(batch=7, learning_rate=0.05, precision="float32", checkpoint_seconds=0)
 
 
@@ -62,6 +64,25 @@ def fitted(team: Team, method: str, data: Path, weights: Path, **changes: Any) -
     return {"scores": torch.tensor(calibration.scores), **detector.network.state_dict()}
 
 
+def gradients(team: Team, method: str) -> dict[str, Any]:
+    """Of the first step of training on noise, and the terms of the loss."""
+    torch.manual_seed(4)
+    network, settings = create(make_config(method, "cpu", TINY | OWN[method]), "random"), SETTINGS
+    rng, device = Generator().manual_seed(6), team.device
+    pictures, textures = torch.rand(7, 3, 64, 64, generator=rng), torch.rand(3, 3, 64, 64, generator=rng)
+    network.setup(pictures, textures, rng)
+
+    def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+        return network.loss({"features": pictures[indices].to(device)}, rng, share)
+
+    optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], settings.learning_rate)
+    network.train()
+    with team.engine(network, optimiser, loss, False) as engine:
+        terms = training._gradients(engine, torch.arange(7), Generator().manual_seed(7), 1, team)
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return {"terms": torch.tensor(list(terms.values()))} | gradients
+
+
 def failure(team: Team) -> str:
     """What a fault of the first process alone is to all."""
 
@@ -82,8 +103,9 @@ def everything(team: Team, data: Path, weights: Path) -> dict[str, Any]:
         "loop, normalised": loop(team, normalised=True),
         "cache": cached(team, data),
         "cache, tiles": cached(team, data, 40),
+        "draem": gradients(team, "draem"),
         **{method: fitted(team, method, data, weights) for method in METHODS},
-        "crossed": fitted(team, "uranet", data, weights, **{"calibration.folds": 2, "training.steps": 4}),
+        "crossed": fitted(team, "uranet", data, weights, **{"calibration.folds": 2, "training.steps": 2}),
     }
 
 

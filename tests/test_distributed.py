@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import team_of_two
 from conftest import TINY, TINY_URANET
 from unflaw import launching
+from unflaw.cli import app
 from unflaw.config import Training
 from unflaw.errors import TrainingError
 from unflaw.launching import OURS, launch, launched
@@ -88,14 +91,26 @@ def test_the_cache_is_the_same_to_the_bit(together, alone):
     assert apart(together[0]["cache, tiles"], alone["cache, tiles"]) < 2e-3  # other batches: float16 rounds otherwise
 
 
-@pytest.mark.parametrize("kind", ["uranet", "mfrnet", "memae", "lookup", "crossed"])
+@pytest.mark.parametrize("kind", ["uranet", "mfrnet", "lookup", "crossed"])
 def test_two_processes_make_the_same_detector(together, alone, kind):
     assert apart(together[0][kind], alone[kind]) < 1e-3
 
 
-def test_draem_stays_near_for_some_steps(together, alone):
-    """Its twelve steps; rounding grows in long runs, and no equality is claimed for these (docs/scaling.md)."""
-    assert apart(together[0]["draem"], alone["draem"]) < 0.05
+def test_memae_too_but_for_what_has_no_effect(together, alone):
+    """A bias before a normalisation may be anything, and the running mean follows it."""
+
+    def effective(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in found.items() if not name.endswith((".0.bias", "running_mean"))}
+
+    assert apart(effective(together[0]["memae"]), effective(alone["memae"])) < 1e-3
+
+
+def test_draem_has_the_same_gradients(together, alone):
+    """Of one step. Rounding grows from step to step, and no equality of trained ones is claimed (docs/scaling.md)."""
+    found, expected = together[0]["draem"], alone["draem"]
+    assert apart({"terms": found["terms"]}, {"terms": expected["terms"]}) < 1e-3
+    largest = max(float(value.abs().max()) for value in expected.values())
+    assert apart(found, expected) < 1e-4 * largest
 
 
 def test_what_fails_in_the_first_process_fails_in_all(together):
@@ -170,7 +185,7 @@ def rank_of(pid: int) -> str:
 
 
 def tiny_command(parts: Path, weights: Path, out: Path, *more: str) -> list[str]:
-    settings = TINY | TINY_URANET | {"training.steps": 400, "training.precision": "float32"}
+    settings = TINY | TINY_URANET | {"training.steps": 120, "training.precision": "float32"}
     changes = [f"{name}={str(value).replace('(', '[').replace(')', ']')}" for name, value in settings.items()]
     options = [part for change in changes for part in ("--set", change)]
     command = ["train", "--data", str(parts), "--weights", str(weights), "--out", str(out), *options, *more]
@@ -180,9 +195,12 @@ def tiny_command(parts: Path, weights: Path, out: Path, *more: str) -> list[str]
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
 def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(parts, weights, tmp_path):
     out = tmp_path / "parts.safetensors"
-    often = ("--devices", "2", "--set", "training.checkpoint_seconds=0")
+    alone = ("--set", "training.checkpoint_seconds=0")
     run = subprocess.Popen(
-        tiny_command(parts, weights, out, *often), env=environment(), stderr=subprocess.PIPE, text=True
+        tiny_command(parts, weights, out, *alone, "--devices", "2"),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     checkpoint = out.with_name(out.name + ".checkpoint")
     deadline = time.monotonic() + 120
@@ -194,26 +212,23 @@ def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(parts, weights
     _, said = run.communicate(timeout=20)
     assert run.returncode == 2
     assert said.strip() == "error: process 2 of 2 was ended by signal 9 (SIGKILL); perhaps memory ran out; train again"
+    with safe_open(checkpoint, "pt") as file:
+        reached = int(file.metadata()["step"])
     assert not out.exists() and not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
-    again = subprocess.run(
-        tiny_command(parts, weights, out, *often, "--resume"),
-        env=environment(),
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("trained in") == 1 and not again.stderr
+    again = CliRunner().invoke(app, [*tiny_command(parts, weights, out, *alone, "--resume")[3:]])
+    assert again.exit_code == 0, again.output  # the checkpoint of two serves one
+    assert reached < 120
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert all(tensor.isfinite().all() for tensor in load_file(out).values())
 
 
-def test_an_error_is_said_once(tmp_path, weights):
-    (tmp_path / "few").mkdir()
-    command = tiny_command(tmp_path / "few", weights, tmp_path / "x.safetensors", "--devices", "2")
-    done = subprocess.run(command, env=environment(), check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and "few" in done.stderr
+def test_an_error_is_said_once(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(launching, "PATIENCE", 30.0)  # so that both fail for themselves
+    for name in ("LOCAL_RANK", OURS):
+        monkeypatch.delenv(name, raising=False)
+    assert launch(["info", str(tmp_path / "none.safetensors")], 2) == 2
+    said = capfd.readouterr()
+    assert not said.out and said.err.startswith("error: ") and said.err.count("none.safetensors: there is no") == 1
 
 
 def test_words_of_processes_are_weighed(tmp_path, monkeypatch):
