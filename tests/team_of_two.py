@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Generator, Tensor, nn
@@ -65,19 +66,19 @@ def fitted(team: Team, method: str, data: Path, weights: Path, **changes: Any) -
 
 
 def gradients(team: Team, method: str) -> dict[str, Any]:
-    """Of the first step of training on noise, and the terms of the loss."""
+    """Of the first step of training on noise, and the terms of the loss; in double precision, even inside."""
     torch.manual_seed(4)
     network, settings = create(make_config(method, "cpu", TINY | OWN[method]), "random"), SETTINGS
     rng, device = Generator().manual_seed(6), team.device
-    pictures, textures = torch.rand(7, 3, 64, 64, generator=rng), torch.rand(3, 3, 64, 64, generator=rng)
+    pictures, textures = (torch.rand(n, 3, 64, 64, generator=rng).double() for n in (7, 3))
     network.setup(pictures, textures, rng)
 
     def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
         return network.loss({"features": pictures[indices].to(device)}, rng, share)
 
     optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], settings.learning_rate)
-    network.train()
-    with team.engine(network, optimiser, loss, False) as engine:
+    network.double().train()
+    with mock.patch.object(Tensor, "float", Tensor.double), team.engine(network, optimiser, loss, False) as engine:
         terms = training._gradients(engine, torch.arange(7), Generator().manual_seed(7), 1, team)
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     return {"terms": torch.tensor(list(terms.values()))} | gradients

@@ -106,11 +106,10 @@ def test_memae_too_but_for_what_has_no_effect(together, alone):
 
 
 def test_draem_has_the_same_gradients(together, alone):
-    """Of one step. Rounding grows from step to step, and no equality of trained ones is claimed (docs/scaling.md)."""
+    """In double precision. In single, rounding grows, and no equality of trained ones is claimed (docs/scaling.md)."""
     found, expected = together[0]["draem"], alone["draem"]
-    assert apart({"terms": found["terms"]}, {"terms": expected["terms"]}) < 1e-3
     largest = max(float(value.abs().max()) for value in expected.values())
-    assert apart(found, expected) < 1e-4 * largest
+    assert len(expected) > 100 and apart(found, expected) < 1e-9 * largest
 
 
 def test_what_fails_in_the_first_process_fails_in_all(together):
