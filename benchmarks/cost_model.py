@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--measured", nargs="+", default=[], metavar="WORKERS:RATE")
+    parser.add_argument("--measured", nargs="+", action="extend", default=[], metavar="WORKERS:RATE")
     assumed = parser.add_argument_group("assumptions")
     assumed.add_argument("--cores", type=int, default=16, help="of a node without GPU")
     assumed.add_argument("--gpu-cores", type=int, default=16, help="of a node with one GPU")

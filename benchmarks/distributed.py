@@ -80,7 +80,7 @@ def differences(first: Path, other: Path, options: argparse.Namespace) -> str:
     spread = max(a.score for a, _ in pairs) - min(a.score for a, _ in pairs)
     flips = sum(a.verdict != b.verdict for a, b in pairs)
     trained = (
-        float((a - b).abs().max())
+        float((a - b).detach().abs().max())
         for (_, a), (_, b) in zip(*(d.network.named_parameters() for d in detectors), strict=True)
         if a.requires_grad
     )
