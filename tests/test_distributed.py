@@ -19,6 +19,7 @@ from conftest import TINY, TINY_URANET
 from unflaw import launching
 from unflaw.cli import app
 from unflaw.config import Training
+from unflaw.detector import Detector
 from unflaw.errors import TrainingError
 from unflaw.launching import OURS, launch, launched
 from unflaw.team import ALONE, WHOLE, Share, Team
@@ -184,10 +185,11 @@ def rank_of(pid: int) -> str:
 
 
 def tiny_command(parts: Path, weights: Path, out: Path, *more: str) -> list[str]:
-    settings = TINY | TINY_URANET | {"training.steps": 120, "training.precision": "float32"}
+    settings = TINY | TINY_URANET | {"training.steps": 120}
     changes = [f"{name}={str(value).replace('(', '[').replace(')', ']')}" for name, value in settings.items()]
     options = [part for change in changes for part in ("--set", change)]
-    command = ["train", "--data", str(parts), "--weights", str(weights), "--out", str(out), *options, *more]
+    command = ["train", "--data", str(parts), "--weights", str(weights), "--out", str(out), "--precision", "32-true"]
+    command += [*options, *more]
     return [sys.executable, "-m", "unflaw", *command]
 
 
@@ -219,6 +221,14 @@ def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(parts, weights
     assert reached < 120
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert all(tensor.isfinite().all() for tensor in load_file(out).values())
+
+
+def test_options_are_settings(parts, weights, tmp_path):
+    out = tmp_path / "x.safetensors"
+    options = ("--accumulate", "2", "--precision", "bf16-mixed", "--set", "training.steps=1")
+    assert CliRunner().invoke(app, tiny_command(parts, weights, out, *options)[3:]).exit_code == 0
+    config = Detector.load(out).config.training
+    assert (config.accumulate, config.precision, config.steps) == (2, "bfloat16", 1)
 
 
 def test_an_error_is_said_once(tmp_path, capfd, monkeypatch):

@@ -68,8 +68,9 @@ class FabricTeam(Team):
         self.bfloat16 = uses_bfloat16(training, torch.device("cuda" if on_gpu else "cpu"))
         # buffers are the same in all processes as it is; the option's name depends on the version of torch
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-        synchronise = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        ddp = DDPStrategy(**{synchronise: False})
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {name: False}
+        ddp = DDPStrategy(**options)
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # its greetings
         try:
             with warnings.catch_warnings():
