@@ -426,7 +426,9 @@ def test_perception_learns_which_cells_were_altered(trained, features, textures,
     network, labels = trained[0], []
     loss = network.perception.loss
     monkeypatch.setattr(
-        network.perception, "loss", lambda logits, mask, n: labels.append((logits, mask, n)) or loss(logits, mask, n)
+        network.perception,
+        "loss",
+        lambda logits, mask, n, share: labels.append((logits, mask, n)) or loss(logits, mask, n, share),
     )
     with torch.no_grad():
         batch = batch_of(network, features, textures)
