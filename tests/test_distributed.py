@@ -231,6 +231,12 @@ def test_options_are_settings(parts, weights, tmp_path):
     assert (config.accumulate, config.precision, config.steps) == (2, "bfloat16", 1)
 
 
+@pytest.mark.parametrize("option, known", [("--accelerator", "auto, cpu, gpu"), ("--strategy", "auto, ddp")])
+def test_unknown_options_are_named(parts, weights, tmp_path, option, known):
+    done = CliRunner().invoke(app, tiny_command(parts, weights, tmp_path / "x.safetensors", option, "tpu")[3:])
+    assert done.exit_code == 2 and f"{option} tpu is not known; there are {known}" in done.output
+
+
 def test_an_error_is_said_once(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(launching, "PATIENCE", 30.0)  # so that both fail for themselves
     for name in ("LOCAL_RANK", OURS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ from unflaw.launching import launch, launched, watch_parent
 
 # Fabric's names for what the setting `training.precision` is
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+_KNOWN = {"accelerator": ("auto", "cpu", "gpu"), "strategy": ("auto", "ddp")}
 _TAIL = "Estimate thresholds of rates that the pictures cannot certify, from the tail of their scores."
 
 
@@ -52,10 +53,8 @@ def train(
         bool, typer.Option("--multi-class", help="One detector for all data sets, calibrated for each category.")
     ] = False,
     devices: Annotated[int, typer.Option(min=1, help="Processes or GPUs that share the work, on this machine.")] = 1,
-    accelerator: Annotated[
-        Literal["auto", "cpu", "gpu"], typer.Option(help="auto: GPUs where there are some.")
-    ] = "cpu",
-    strategy: Annotated[Literal["auto", "ddp"], typer.Option(help="auto: ddp where there are several.")] = "auto",
+    accelerator: Annotated[str, typer.Option(help="cpu, gpu, or auto: GPUs where there are some.")] = "cpu",
+    strategy: Annotated[str, typer.Option(help="ddp, or auto: that where there are several.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="auto, 32-true or bf16-mixed: of matrix products.")] = None,
     accumulate: Annotated[int | None, typer.Option(min=1, help="Passes per batch, to save memory.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines; see docs/scaling.md.")] = 1,
@@ -81,6 +80,9 @@ def train(
         from unflaw.config import make_config
 
         config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
+        for option, value in (("accelerator", accelerator), ("strategy", strategy)):
+            if value not in _KNOWN[option]:
+                raise ValueError(f"--{option} {value} is not known; there are {', '.join(_KNOWN[option])}")
         detector_file(out)
         from unflaw.datasets import load_categories, load_dataset
         from unflaw.detector import Detector
