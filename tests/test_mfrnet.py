@@ -12,6 +12,7 @@ from unflaw.config import MFRNetOptions, make_config
 from unflaw.detector import Detector
 from unflaw.methods.layers import gradient_magnitude_similarity, ssim_map
 from unflaw.methods.mfrnet import SCALES, STABLE, WINDOW, HybridBlock, MFRNet, RestorationNetwork, crossed_masks
+from unflaw.team import Share
 from unflaw.training import optimise
 
 CHANNELS, GRID = 8, 8  # components and grid of the tiny configuration
@@ -41,8 +42,8 @@ def features() -> Tensor:
 def train(made: MFRNet, features: Tensor, steps: int) -> list[dict[str, float]]:
     tensors = {"features": features, **made.setup(features.half(), None, rng())}
 
-    def loss(indices: Tensor, rng: Generator) -> dict[str, Tensor]:
-        return made.loss({name: t[indices].float() for name, t in tensors.items()}, rng)
+    def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+        return made.loss({name: t[indices].float() for name, t in tensors.items()}, rng, share)
 
     history = optimise(made, loss, len(features), steps, made.config.training)
     made.finish(features.half())

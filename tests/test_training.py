@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from unflaw.config import Training
 from unflaw.errors import TrainingError
+from unflaw.team import Share
 from unflaw.training import learning_rate, optimise, step_rng, uses_bfloat16
 
 
@@ -23,11 +24,11 @@ class Line(nn.Module):
     def loss_on(self, data: Tensor, stop_at: int | None = None):
         calls = itertools.count()
 
-        def loss(indices: Tensor, rng: Generator) -> dict[str, Tensor]:
+        def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
             if next(calls) == stop_at:
                 raise KeyboardInterrupt
-            x = data[indices]
-            noise = 0.1 * torch.randn(len(x), generator=rng)
+            x = data[share.take(indices)]
+            noise = 0.1 * share.randn((len(x),), rng).to(x)
             error = (x @ self.w - x @ torch.tensor([1.0, -2.0, 3.0]) + noise).square().mean()
             return {"loss": error + 0.001 * self.w.square().sum(), "error": error}
 
@@ -93,7 +94,7 @@ def test_running_statistics_go_on_too(tmp_path):
     def loss_of(module: nn.Module, stop_at: int = -1):
         steps = itertools.count()
 
-        def loss(indices: Tensor, rng: Generator) -> dict[str, Tensor]:
+        def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
             if next(steps) == stop_at:
                 raise KeyboardInterrupt
             return {"loss": module(DATA[indices]).square().mean()}
@@ -171,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_advice():
     line = Line()
     steps = itertools.count()
 
-    def loss(indices: Tensor, rng: Generator) -> dict[str, Tensor]:
+    def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
         factor = float("nan") if next(steps) == 3 else 1.0
         return {"loss": (line.w - 1).square().sum() * factor}
 

@@ -8,6 +8,7 @@ from unflaw.methods.base import Batch
 from unflaw.methods.layers import to_grid, to_tokens
 from unflaw.methods.uranet import RAM, SUREST, UIAPM, URANet, length, mean_logit
 from unflaw.synthesis import synthesise
+from unflaw.team import Share
 from unflaw.training import optimise
 
 CHANNELS, GRID = 8, 8  # components and grid of the tiny configuration
@@ -36,8 +37,8 @@ def train(network: URANet, features: Tensor, textures: Tensor | None, steps: int
     """Setup and training as `Detector` does them."""
     tensors = {"features": features, **network.setup(features, textures, rng())}
 
-    def loss(indices: Tensor, rng: Generator) -> dict[str, Tensor]:
-        return network.loss({name: t[indices].float() for name, t in tensors.items()}, rng)
+    def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+        return network.loss({name: t[indices].float() for name, t in tensors.items()}, rng, share)
 
     history = optimise(network, loss, len(features), steps, network.config.training)
     network.finish(features)
@@ -425,7 +426,9 @@ def test_perception_learns_which_cells_were_altered(trained, features, textures,
     network, labels = trained[0], []
     loss = network.perception.loss
     monkeypatch.setattr(
-        network.perception, "loss", lambda logits, mask, n: labels.append((logits, mask, n)) or loss(logits, mask, n)
+        network.perception,
+        "loss",
+        lambda logits, mask, n, share: labels.append((logits, mask, n)) or loss(logits, mask, n, share),
     )
     with torch.no_grad():
         batch = batch_of(network, features, textures)

@@ -19,6 +19,7 @@ from unflaw.features import Extractor
 from unflaw.images import ImageError, Picture, Prepared, image_size, try_show
 from unflaw.layout import Preparation, Window, layout
 from unflaw.streams import Progress, ahead, batched, silent
+from unflaw.team import ALONE, Team
 
 THUMBNAIL = 128  # side of the pictures that the display decoder learns to draw
 MINIMUM = 8  # good pictures of a category to learn from
@@ -213,6 +214,31 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
     return parts
 
 
+def take_turns(source: Source, team: Team, whole: bool) -> Source:
+    """A source whose parts the processes of a team make in turn and exchange: each gets all, as one would make them.
+
+    Args:
+        source: Of one process.
+        team: Every process has to ask for the same pictures.
+        whole: Pictures may have several windows, which must stay together. Parts then end where a turn ends, and what
+            the backbone computes in other batches may be rounded otherwise.
+    """
+
+    def parts(paths: Sequence[Path], batch: int) -> Iterator[Part]:
+        turns = list(batched(paths, batch))
+        own = turns[team.rank :: team.size]
+        made = (
+            (list(source(turn, batch)) for turn in own)
+            if whole
+            else ([part] for part in source([path for turn in own for path in turn], batch))
+        )
+        for _ in range(0, len(turns), team.size):
+            for found in team.gather(next(made, [])):
+                yield from found
+
+    return parts
+
+
 def build_cache(
     extractor: Extractor,
     paths: Sequence[Path],
@@ -226,6 +252,7 @@ def build_cache(
     batch: int = 16,
     source: Source | None = None,
     progress: Progress = silent,
+    team: Team = ALONE,
 ) -> Cache:
     """Reads every picture once, in random order, fits the extractor on the first ones and embeds all.
 
@@ -238,12 +265,17 @@ def build_cache(
             them.
         categories: Of each picture, where there are several; they take turns in the order of reading, in proportion.
         source: Where raw features come from; None: from the pictures.
+        team: Whose processes share the reading and the backbone; each of them gets the whole cache, and those of one
+            machine share the budget.
 
     Raises:
         TrainingError: To learn from: fewer than 8 readable pictures of a category, or all identical. To calibrate with:
             none.
     """
-    category = categories or {}
+    category, budget = categories or {}, budget / team.near
+    source = source or read_parts(extractor, preparation)
+    if team.size > 1:
+        source = take_turns(source, team, whole=preparation.tile is not None)
     order = _shuffled(paths, category, seed)
     features: Tensor | None = None
     folder = None
@@ -274,7 +306,7 @@ def build_cache(
             keep(part)
         first = []
 
-    for part in (source or read_parts(extractor, preparation))(order, batch):
+    for part in source(order, batch):
         skipped += part.skipped
         kept += part.paths
         names += [category.get(path, "") for path in part.paths]

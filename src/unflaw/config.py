@@ -181,6 +181,7 @@ class Training(Settings):
 
     steps: int = Field(300, ge=0, description="optimiser steps")
     batch: int = Field(16, ge=1, description="pictures per step")
+    accumulate: int = Field(1, ge=1, description="passes that a process makes its share of a batch in; saves memory")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.01, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = Field(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import platform
 import time
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unflaw import __version__
+from unflaw import __version__, training
 from unflaw.cache import Cache, build_cache, cells, stack
 from unflaw.calibration import Calibration, Evidence, calibrations
 from unflaw.categories import Category, Data, gather, hold_out, remembered
@@ -36,7 +35,8 @@ from unflaw.inspector import Inspector, Outputs
 from unflaw.methods import Method, create
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
-from unflaw.training import optimise, step_rng, uses_bfloat16
+from unflaw.team import ALONE, Team
+from unflaw.training import step_rng
 
 
 class Detector(Inspector):
@@ -90,6 +90,7 @@ class Detector(Inspector):
         *,
         progress: Progress = silent,
         checkpoint: Path | None = None,
+        team: Team = ALONE,
     ) -> Detector:
         """Learns from good pictures: features once, training on them, calibration on those held out.
 
@@ -101,6 +102,8 @@ class Detector(Inspector):
             progress: Called as `progress(stage, done, total, loss)`.
             checkpoint: Where to save progress; an interrupted `fit` with the same arguments goes on from there and
                 gives the same detector.
+            team: Several processes that all call `fit` with the same arguments, such as `distributed.FabricTeam`; they
+                share caching and training, and every one gets the detector.
 
         Raises:
             TrainingError, DatasetError: Data that cannot work, of any category.
@@ -116,16 +119,18 @@ class Detector(Inspector):
         self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
         spared = {categories[path] for path in train} <= {categories[path] for path in validation}
         share = 0.0 if spared or self.config.calibration.folds else self.config.calibration.holdout
-        cache = self._cache(train, seed=settings.seed, held_out=share, categories=categories, progress=progress)
-        held = self._cache(validation, fit=False, categories=categories) if validation else None
-        cached = time.perf_counter()
-        embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
-        learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint)
+        with team.hosting(backbone):
+            common: dict[str, Any] = {"categories": categories, "team": team}
+            cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress, **common)
+            held = self._cache(validation, fit=False, **common) if validation else None
+            cached = time.perf_counter()
+            embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
+        learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint, team=team)
         contents = {path: sha256(path) for path in [*cache.paths, *(held.paths if held else [])]}
         self.record_ = {
             "unflaw": __version__,
             "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" + team.described,
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "weights": self.weights or "default",
             "good_pictures": cache.count,
@@ -149,6 +154,7 @@ class Detector(Inspector):
         textures: Tensor | None = None,
         progress: Progress = silent,
         checkpoint: Path | None = None,
+        team: Team = ALONE,
     ) -> dict[str, Any]:
         """`fit` from cached features on: hold-out where there is no validation part, training, display, calibration.
 
@@ -168,10 +174,10 @@ class Detector(Inspector):
                 progress(f"{stage} {number + 1}/{options.folds}", done, total, loss)
 
             other, draws = copy.deepcopy(start), step_rng(self.config.training.seed, 2**31 + 1 + number)
-            self._train(other, part, textures, draws, named, None)
+            self._train(other, part, textures, draws, named, None, team)
             return other
 
-        history = self._train(network, train, textures, rng, progress, checkpoint)
+        history = self._train(network, train, textures, rng, progress, checkpoint, team)
         if self.config.training.display_steps and not isinstance(network.features, PixelExtractor):
             self.display = fit_display(train, self.config.training, progress)
         crossed = {}
@@ -195,7 +201,7 @@ class Detector(Inspector):
             reference = remembered(train, rows, held, self.config.training.seed)
             categories[name] = Category(calibration, network.finished_state(), reference)
         self.categories_, self._selected = categories, name
-        if checkpoint is not None:
+        if checkpoint is not None and team.leads:
             checkpoint.unlink(missing_ok=True)
         counts = {
             name: {
@@ -359,44 +365,9 @@ class Detector(Inspector):
         rng: torch.Generator,
         progress: Progress,
         checkpoint: Path | None,
+        team: Team,
     ) -> list[dict[str, float]]:
-        settings = self.config.training
-        progress("memory", 0, 1, None)
-        with torch.no_grad():
-            numbers = {name: number for number, name in enumerate(cache.rows())}
-            categories = torch.tensor([numbers[name] for name in cache.categories])
-            arrange(network, cache)
-            extras = network.setup(cache.features, textures, rng, categories)
-        progress("memory", 1, 1, None)
-        tensors = {"features": cache.features, **extras}
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16(settings))
-
-        def loss(indices: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-            with autocast:
-                return network.loss({name: t[indices].float() for name, t in tensors.items()}, rng)
-
-        if not any(p.requires_grad for p in network.parameters()):
-            return []
-        identity = ""
-        if checkpoint is not None:
-            backbone = hashlib.sha256()
-            for tensor in network.features.backbone.state_dict().values():
-                backbone.update(tensor.numpy().tobytes())
-            samples = {
-                name: [Sample(cache.paths[row], 0) for row in cache.heads(rows)] for name, rows in cache.rows().items()
-            }
-            pictures = " ".join(name + digest(own) for name, own in samples.items())
-            identity = f"{pictures} {backbone.hexdigest()} {self.config.model_dump_json()}"
-        return optimise(
-            network,
-            loss,
-            len(cache),
-            settings.steps,
-            settings,
-            progress=progress,
-            checkpoint=checkpoint,
-            identity=identity,
-        )
+        return training.train(network, cache, textures, rng, progress=progress, checkpoint=checkpoint, team=team)
 
     def _textures(self) -> list[np.ndarray]:
         """Prepared texture pictures, for methods that use them; read first, so that a wrong folder is noticed first."""

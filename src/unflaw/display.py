@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 from unflaw.cache import Cache
 from unflaw.config import Training
 from unflaw.streams import Progress
+from unflaw.team import Share, Terms
 from unflaw.training import optimise
 
 
@@ -41,7 +42,8 @@ def fit_display(cache: Cache, settings: Training, progress: Progress) -> Display
     """A decoder that has learned to draw the features of a cache."""
     decoder = DisplayDecoder(cache.features.shape[1])
 
-    def loss(indices: Tensor, rng: Generator) -> dict[str, Tensor]:
+    def loss(indices: Tensor, rng: Generator, share: Share) -> Terms:
+        indices = share.take(indices)
         drawn = decoder(cache.features[indices].float())
         return {"loss": (drawn - cache.thumbnails[indices].float() / 255).abs().mean()}
 

@@ -73,8 +73,9 @@ class FeatureExtractor(nn.Module):
         """(N, 3, S, S) in [0, 1] → (N, C_raw, g, g): each level smoothed and resized (area where it shrinks)."""
         x = ((images - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
         g, k = self.config.grid, self.config.smooth
-        levels = [F.avg_pool2d(f, k, 1, k // 2) if k > 1 else f for f in self.backbone(x)]
-        return torch.cat([resize(f.float(), g) for f in levels], dim=1)
+        place = next(self.backbone.parameters()).device  # in training, the backbone alone may be on another device
+        levels = [F.avg_pool2d(f, k, 1, k // 2) if k > 1 else f for f in self.backbone(x.to(place))]
+        return torch.cat([resize(f.float(), g) for f in levels], dim=1).to(images.device)
 
     @torch.no_grad()
     def fit(self, raw: Tensor) -> FeatureExtractor:

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from unflaw.config import Synthesis
 from unflaw.images import ImageError, Preparation, list_images, prepare, read
+from unflaw.team import WHOLE, Share
 
 # Photographs of textures and things inside the scikit-image package (its data/README names origins and licences).
 PACKAGED_TEXTURES = ("brick", "grass", "gravel", "coins", "camera", "cell", "coffee", "chelsea", "text", "rocket")
@@ -28,7 +29,7 @@ class Anomalies:
     Attributes:
         features: F_a, altered features (N, C, g, g).
         mask: M, what was altered, (N, 1, g, g) in {0, 1}.
-        origin: (N,) picture of the batch whose features were put in; the own one where they came from no other.
+        origin: (N,) picture of the whole batch whose features were put in; the own one where they came from no other.
     """
 
     features: Tensor
@@ -36,18 +37,24 @@ class Anomalies:
     origin: Tensor
 
 
-def perlin(n: int, side: int, max_scale: int, rng: Generator) -> Tensor:
+def perlin(n: int, side: int, max_scale: int, rng: Generator, share: Share = WHOLE) -> Tensor:
     """Perlin noise (n, side, side) in about [-1, 1], with frequency 2^0 … 2^max_scale drawn per axis and sample.
+
+    It is drawn for n samples and made for a share of them.
 
     Values are those of classic gradient noise with quintic fade, times √2 so that the theoretical range is [-1, 1].
     """
-    noise = torch.empty(n, side, side)
+    made, wanted = [], set(share.take(torch.arange(n)).tolist())
     exponents = torch.randint(0, max_scale + 1, (n, 2), generator=rng).tolist()
     for i, (ey, ex) in enumerate(exponents):
         cells = torch.tensor([2**ey, 2**ex]).clamp_max(side)
         angles = torch.rand((int(cells[0]) + 1, int(cells[1]) + 1), generator=rng) * 2 * torch.pi
         # one extra random phase per axis: otherwise noise is always 0 on the lines of the lattice
-        y, x = ((torch.arange(side) + torch.rand(1, generator=rng)) / side * c * (1 - 1e-6) for c in cells.tolist())
+        phases = [torch.rand(1, generator=rng) for _ in range(2)]
+        if i not in wanted:
+            continue
+        parts = zip(phases, cells.tolist(), strict=True)
+        y, x = ((torch.arange(side) + phase) / side * c * (1 - 1e-6) for phase, c in parts)
         y, x = y.clamp_max(float(cells[0]) - 1e-4), x.clamp_max(float(cells[1]) - 1e-4)
         y0, x0 = y.long(), x.long()
         fy, fx = y - y0, x - x0
@@ -58,52 +65,55 @@ def perlin(n: int, side: int, max_scale: int, rng: Generator) -> Tensor:
             corners.append(angle.sin() * (fy - dy)[:, None] + angle.cos() * (fx - dx)[None, :])
         wy, wx = (t * t * t * (t * (t * 6 - 15) + 10) for t in (fy[:, None], fx[None, :]))
         top, bottom = torch.lerp(corners[0], corners[1], wx), torch.lerp(corners[2], corners[3], wx)
-        noise[i] = torch.lerp(top, bottom, wy)
-    return noise * 2**0.5
+        made.append(torch.lerp(top, bottom, wy))
+    return torch.stack(made) * 2**0.5
 
 
-def perlin_masks(n: int, side: int, config: Synthesis, rng: Generator) -> Tensor:
-    """M, (n, 1, side, side) in {0, 1}: where Perlin noise exceeds the threshold; never empty.
+def perlin_masks(n: int, side: int, config: Synthesis, rng: Generator, share: Share = WHOLE) -> Tensor:
+    """M, (n, 1, side, side) in {0, 1}, or a share of it: where Perlin noise exceeds the threshold; never empty.
 
     Where nothing exceeds the threshold it is lowered to a tenth below that sample's maximum.
     """
-    noise = perlin(n, side, config.max_scale, rng)
+    noise = perlin(n, side, config.max_scale, rng, share)
     peak = noise.flatten(1).amax(1)
     threshold = torch.minimum(torch.full_like(peak, config.threshold), peak - 0.1 * peak.abs())
     return (noise >= threshold.view(-1, 1, 1)).float()[:, None]
 
 
-def _others(features: Tensor, step: int, rng: Generator) -> Tensor:
+def _others(features: Tensor, step: int, rng: Generator, share: Share) -> Tensor:
     """Features of another picture of the batch, `step` before, moved to other places."""
     dy, dx = torch.randint(0, features.shape[-1], (2,), generator=rng).tolist()
-    return features.roll((step, dy, dx), dims=(0, 2, 3))
+    return share.take(features.roll(step, 0)).roll((dy, dx), dims=(2, 3))
 
 
-def _shuffled(features: Tensor, rng: Generator) -> Tensor:
+def _shuffled(features: Tensor, rng: Generator, share: Share) -> Tensor:
     """The picture's own cells, permuted among all places."""
-    flat = features.flatten(2)
-    return flat[..., torch.randperm(flat.shape[-1], generator=rng)].view_as(features)
+    flat = share.take(features).flatten(2)
+    return flat[..., torch.randperm(flat.shape[-1], generator=rng)].unflatten(2, features.shape[2:])
 
 
-def _jittered(features: Tensor, rng: Generator) -> Tensor:
+def _jittered(features: Tensor, rng: Generator, share: Share) -> Tensor:
     """Gaussian noise whose expected norm is that of a typical feature vector."""
-    scale = features.pow(2).mean(dim=(1, 2, 3), keepdim=True).sqrt()
-    return features + scale * torch.randn(features.shape, generator=rng)
+    own = share.take(features)
+    scale = own.pow(2).mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return own + scale * share.randn(own.shape, rng).to(own)
 
 
-def sources(features: Tensor, textures: Tensor | None, step: int, rng: Generator) -> dict[str, Callable[[], Tensor]]:
-    """What makes foreign features T, each (N, C, g, g), by the name of its weight in `Synthesis`.
+def sources(
+    features: Tensor, textures: Tensor | None, step: int, rng: Generator, share: Share = WHOLE
+) -> dict[str, Callable[[], Tensor]]:
+    """What makes foreign features T, each (N, C, g, g), or a share of them, by the name of its weight in `Synthesis`.
 
     Other pictures are those `step` before in the batch.
     """
     made: dict[str, Callable[[], Tensor]] = {
-        "others": lambda: _others(features, step, rng),
-        "shuffles": lambda: _shuffled(features, rng),
-        "jitter": lambda: _jittered(features, rng),
+        "others": lambda: _others(features, step, rng, share),
+        "shuffles": lambda: _shuffled(features, rng, share),
+        "jitter": lambda: _jittered(features, rng, share),
     }
     if textures is not None and len(textures):
         n, bank = len(features), textures
-        made["textures"] = lambda: bank[torch.randint(len(bank), (n,), generator=rng)].to(features)
+        made["textures"] = lambda: bank[share.take(torch.randint(len(bank), (n,), generator=rng))].to(features)
     return made
 
 
@@ -112,32 +122,40 @@ def blend(features: Tensor, foreign: Tensor, mask: Tensor, beta: float | Tensor)
     return features + mask * beta * (foreign - features)
 
 
-def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator) -> Anomalies:
+def synthesise(
+    features: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator, share: Share = WHOLE
+) -> Anomalies:
     """F_a = (1 − M) ⊙ F + M ⊙ (β·T + (1 − β)·F), T from one source per sample (our reading of FASM).
 
     T is foreign: features of a texture picture (the paper's), or ours: other good pictures, shuffled cells, jitter.
     β is drawn per sample from `config.strength`; a share `config.clean` of the samples stays as it is.
 
     Args:
-        features: F (N, C, g, g).
+        features: F (N, C, g, g) of the whole batch.
         textures: Bank of texture features (K, C, g, g), or None.
+        config: Sources and strength.
+        rng: Draws for the whole batch, whatever the share.
+        share: The rows that anomalies are made of and returned for.
     """
     n, _, side, _ = features.shape
-    own, step = torch.arange(n), int(torch.randint(1, max(n, 2), (1,), generator=rng))
-    made = sources(features, textures, step, rng)
+    every, step = torch.arange(n), int(torch.randint(1, max(n, 2), (1,), generator=rng))
+    clean, own = share.take(features), share.take(every)
+    made = sources(features, textures, step, rng, share)
     weights = torch.tensor([getattr(config, name) for name in made])
     if weights.sum() == 0 or config.clean == 1:
-        return Anomalies(features, torch.zeros(n, 1, side, side), own)
+        return Anomalies(clean, torch.zeros(len(own), 1, side, side).to(clean), own)
     choice = torch.multinomial(weights, n, replacement=True, generator=rng)
-    foreign = torch.zeros_like(features)
+    chosen, foreign = share.take(choice).view(-1, 1, 1, 1), torch.zeros_like(clean)
     for i, make in enumerate(made.values()):
-        if (choice == i).any():
-            foreign = torch.where((choice == i).view(-1, 1, 1, 1), make(), foreign)
+        if (choice == i).any():  # of the whole batch: draws must not depend on the share
+            foreign = torch.where((chosen == i).to(foreign.device), make(), foreign)
     low, high = config.strength
     beta = low + (high - low) * torch.rand(n, 1, 1, 1, generator=rng)
-    mask = perlin_masks(n, side, config, rng) * (torch.rand(n, 1, 1, 1, generator=rng) >= config.clean)
-    origin = torch.where(choice == 0, (own - step) % n, own)  # `others` is the first source
-    return Anomalies(blend(features, foreign, mask, beta), mask, origin)
+    mask = perlin_masks(n, side, config, rng, share)
+    mask = mask * share.take(torch.rand(n, 1, 1, 1, generator=rng) >= config.clean)
+    beta, mask = share.take(beta).to(clean), mask.to(clean)
+    origin = torch.where(chosen.flatten() == 0, (own - step) % n, own)  # `others` is the first source
+    return Anomalies(blend(clean, foreign, mask, beta), mask, origin)
 
 
 def texture_pictures(folder: str | Path | None, preparation: Preparation, limit: int = 32) -> list[np.ndarray]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from unflaw.cache import Cache
 from unflaw.config import Training
+from unflaw.crossfit import arrange
+from unflaw.datasets.samples import Sample, digest
 from unflaw.errors import TrainingError
 from unflaw.files import write_atomically
+from unflaw.methods import Method
 from unflaw.streams import Progress, silent
+from unflaw.team import ALONE, WHOLE, Engine, Loss, Share, Team, Terms, batch_norms
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -27,10 +35,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm))))
 
 
-def uses_bfloat16(settings: Training) -> bool:
-    """Whether matrix products in training are bfloat16: faster where the processor has it, slower where emulated."""
+def uses_bfloat16(settings: Training, device: torch.device = ALONE.device) -> bool:
+    """Whether matrix products in training are bfloat16: faster where the device has it, slower where emulated."""
     if settings.precision != "auto":
         return settings.precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -42,7 +52,7 @@ def step_rng(seed: int, step: int) -> Generator:
 
 def optimise(
     module: nn.Module,
-    loss: Callable[[Tensor, Generator], dict[str, Tensor]],
+    loss: Loss,
     n: int,
     steps: int,
     settings: Training,
@@ -51,51 +61,187 @@ def optimise(
     progress: Progress = silent,
     checkpoint: Path | None = None,
     identity: str = "",
+    team: Team = ALONE,
+    bfloat16: bool = False,
 ) -> list[dict[str, float]]:
     """The loop: AdamW, one-cycle rate, clipped gradients; the last step counts, nothing is chosen on test images.
 
+    Each batch is shared by the processes of a team, and by `settings.accumulate` passes of each, so that gradients are
+    those of the whole batch.
+
     Args:
         module: Its parameters that require gradients are trained.
-        loss: From indices (B,) into the cache and randomness to named terms; "loss" is minimised.
+        loss: From indices (B,) into the cache, randomness and a share of the B rows to named terms, means over the
+            share; "loss" is minimised. It draws the same whatever the share.
         n: Number of pictures in the cache.
         steps: Optimiser steps.
         checkpoint: Saved there every `settings.checkpoint_seconds`; resumed from where present.
         identity: Of data and settings; a checkpoint of others is refused.
+        team: Who works on it.
+        bfloat16: Of matrix products.
 
     Returns:
         The mean of each term over every hundredth of the run.
+
+    Raises:
+        TrainingError: A batch too small to be shared, a loss that is infinite, a checkpoint that cannot be used.
     """
+    _check_shares(module, settings, team)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
     history: list[dict[str, float]] = []
     start = 0
-    if checkpoint is not None and checkpoint.is_file():
-        start, history = _restore(checkpoint, module, optimiser, identity)
+    if checkpoint is not None and (saved_state := team.first(lambda: _read(checkpoint, identity))):
+        start, history = _restore(checkpoint, saved_state, module, optimiser)
     module.train()
     saved, window = time.monotonic(), []
-    for step in range(start, steps):
-        rng = step_rng(settings.seed, step)
-        indices = torch.randint(n, (settings.batch,), generator=rng)
-        terms = loss(indices, rng)
-        if not torch.isfinite(terms["loss"]):
-            raise TrainingError(
-                f"the loss became infinite at step {step}; lower it with --set training.learning_rate=…"
-            )
-        optimiser.param_groups[0]["lr"] = learning_rate(step, steps, settings.learning_rate)
-        optimiser.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        window.append({name: float(value.detach()) for name, value in terms.items()})
-        if len(window) >= max(1, steps // 100) or step == steps - 1:
-            history.append({name: float(np.mean([w[name] for w in window])) for name in window[0]})
-            window = []
-            progress(stage, step + 1, steps, history[-1]["loss"])
-            if checkpoint is not None and time.monotonic() - saved > settings.checkpoint_seconds:
-                _checkpoint(checkpoint, module, optimiser, step + 1, history, identity)
-                saved = time.monotonic()
+    with team.engine(module, optimiser, loss, bfloat16) as engine:
+        for step in range(start, steps):
+            rng = step_rng(settings.seed, step)
+            indices = torch.randint(n, (settings.batch,), generator=rng)
+            optimiser.param_groups[0]["lr"] = learning_rate(step, steps, settings.learning_rate)
+            optimiser.zero_grad(set_to_none=True)
+            terms = _gradients(engine, indices, rng, settings.accumulate, team)
+            if not np.isfinite(terms["loss"]):
+                raise TrainingError(
+                    f"the loss became infinite at step {step}; lower it with --set training.learning_rate=…"
+                )
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            window.append(terms)
+            if len(window) >= max(1, steps // 100) or step == steps - 1:
+                history.append({name: float(np.mean([w[name] for w in window])) for name in window[0]})
+                window = []
+                progress(stage, step + 1, steps, history[-1]["loss"])
+                if checkpoint is not None and team.leads and time.monotonic() - saved > settings.checkpoint_seconds:
+                    _checkpoint(checkpoint, module, optimiser, step + 1, history, identity)
+                    saved = time.monotonic()
     module.eval()
     return history
+
+
+def train(
+    network: Method,
+    cache: Cache,
+    textures: Tensor | None,
+    rng: Generator,
+    *,
+    progress: Progress = silent,
+    checkpoint: Path | None = None,
+    team: Team = ALONE,
+) -> list[dict[str, float]]:
+    """What a method learns from a cache: first what needs no gradient, then by the loop.
+
+    Args:
+        network: With its extractor fitted.
+        cache: All pictures to learn from.
+        textures: F of texture pictures, for methods that use them.
+        rng: What `Method.setup` draws.
+        progress, checkpoint, team: As for `optimise`.
+
+    Returns:
+        The history of `optimise`; empty for a method that trains nothing.
+    """
+    settings = network.config.training
+    progress("memory", 0, 1, None)
+    with torch.no_grad():
+        numbers = {name: number for number, name in enumerate(cache.rows())}
+        categories = torch.tensor([numbers[name] for name in cache.categories])
+        arrange(network, cache)
+        extras = network.setup(cache.features, textures, rng, categories)
+    progress("memory", 1, 1, None)
+    tensors = {"features": cache.features, **extras}
+
+    def loss(indices: Tensor, rng: Generator, share: Share) -> Terms:
+        picked = {name: t[indices].to(team.device).float() for name, t in tensors.items()}
+        return network.loss(picked, rng, share)
+
+    if not any(p.requires_grad for p in network.parameters()):
+        return []
+    return optimise(
+        network,
+        loss,
+        len(cache),
+        settings.steps,
+        settings,
+        progress=progress,
+        checkpoint=checkpoint,
+        identity=_identity(network, cache) if checkpoint is not None and team.leads else "",
+        team=team,
+        bfloat16=uses_bfloat16(settings, team.device),
+    )
+
+
+def _identity(network: Method, cache: Cache) -> str:
+    """Of pictures, backbone and settings, for checkpoints."""
+    backbone = hashlib.sha256()
+    for tensor in network.features.backbone.state_dict().values():
+        backbone.update(tensor.numpy().tobytes())
+    samples = {name: [Sample(cache.paths[row], 0) for row in cache.heads(rows)] for name, rows in cache.rows().items()}
+    pictures = " ".join(name + digest(own) for name, own in samples.items())
+    return f"{pictures} {backbone.hexdigest()} {network.config.model_dump_json()}"
+
+
+def _check_shares(module: nn.Module, settings: Training, team: Team) -> None:
+    among = team.size * settings.accumulate
+    if settings.batch < among:
+        raise TrainingError(
+            f"a batch of {settings.batch} cannot be shared by {team.size} processes in {settings.accumulate} passes "
+            f"each; raise it with --set training.batch={among}"
+        )
+    if settings.accumulate > 1 and batch_norms(module):
+        raise TrainingError(
+            "this method normalises over the batch, which passes of their own would change; leave training.accumulate "
+            "at 1 and lower training.batch instead"
+        )
+
+
+def _gradients(engine: Engine, indices: Tensor, rng: Generator, passes: int, team: Team) -> dict[str, float]:
+    """Leaves the gradients of the mean loss over a batch in the parameters; returns its terms."""
+    if team.size * passes == 1:
+        terms = engine.loss(indices, rng, WHOLE)
+        engine.backward(terms["loss"], True)
+        return {name: float(value.detach()) for name, value in terms.items()}
+    state, batch, found = rng.get_state(), len(indices), defaultdict[str, list[Tensor]](list)
+    shares = [Share(start, stop, batch, team.total) for start, stop in team.rows(batch, passes)]
+
+    def again() -> Generator:
+        return torch.Generator().set_state(state)
+
+    if passes > 1:
+        shares = _rehearse(engine, indices, again, shares, team)
+    for number, share in enumerate(shares):
+        terms = engine.loss(indices, again(), share)
+        engine.backward(terms["loss"] * (share.weight * team.size), number == passes - 1)
+        for name, value in terms.items():
+            found[name].append(value.detach().double().cpu() * share.weight)
+    means = team.total(torch.stack([torch.stack(parts).sum() for parts in found.values()]))
+    return dict(zip(found, means.tolist(), strict=True))
+
+
+def _rehearse(
+    engine: Engine, indices: Tensor, again: Callable[[], Generator], shares: list[Share], team: Team
+) -> list[Share]:
+    """Shares that know sums over the whole batch before the passes are made; made once without gradients for that."""
+    sums: list[list[Tensor]] = []
+
+    def note(own: Tensor) -> Tensor:
+        sums[-1].append(own.double().cpu())
+        return own
+
+    with torch.no_grad():
+        for share in shares:
+            sums.append([])
+            engine.loss(indices, again(), replace(share, combine=note))
+            if not sums[0]:  # this loss needs no sums
+                return shares
+    totals = [team.total(torch.stack(parts).sum(0)) for parts in zip(*sums, strict=True)]
+
+    def told() -> Callable[[Tensor], Tensor]:
+        left = iter(totals)
+        return lambda own: next(left)
+
+    return [replace(share, combine=told()) for share in shares]
 
 
 def _checkpoint(
@@ -116,16 +262,31 @@ def _checkpoint(
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def _restore(
-    path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, identity: str
-) -> tuple[int, list[dict[str, float]]]:
-    """Step and history of a checkpoint, whose tensors are put into module and optimiser."""
+def _read(path: Path, identity: str) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+    """Metadata and tensors of a checkpoint; None where there is none."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("identity") != identity:
                 raise TrainingError(f"{path}: is of other pictures or settings; delete it, or train without --resume")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}
+    except TrainingError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _restore(
+    path: Path,
+    found: tuple[dict[str, str], dict[str, Tensor]],
+    module: nn.Module,
+    optimiser: torch.optim.Optimizer,
+) -> tuple[int, list[dict[str, float]]]:
+    """Step and history of what was read of a checkpoint, whose tensors are put into module and optimiser."""
+    metadata, tensors = found
+    try:
         parameters: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         state: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
@@ -138,7 +299,9 @@ def _restore(
                     state.setdefault(int(index), {})[term] = tensor
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         return int(metadata["step"]), json.loads(metadata["history"])
-    except TrainingError:
-        raise
-    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise TrainingError(f"{path}: the checkpoint is damaged ({error}); delete it and train again") from error
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> TrainingError:
+    return TrainingError(f"{path}: the checkpoint is damaged ({error}); delete it and train again")

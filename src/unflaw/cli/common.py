@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unflaw.launching import leave_word
+
 if TYPE_CHECKING:
     from unflaw.datasets import Dataset
     from unflaw.detector import Detector
@@ -122,8 +124,8 @@ def report_dataset_problems(datasets: dict[str, Dataset]) -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """A bar per stage with loss and remaining time; on a pipe, nothing."""
+def progress_bars(shown: bool = True) -> Iterator[Progress]:
+    """A bar per stage with loss and remaining time; on a pipe, and where it is not to be shown, nothing."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -135,7 +137,7 @@ def progress_bars() -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+    with Progress(*columns, console=Console(stderr=True), disable=not (shown and sys.stderr.isatty())) as bars:
 
         def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
             if stage not in tasks:
@@ -152,10 +154,18 @@ def errors() -> Iterator[None]:
     """What a user can mend is one line and exit code 2, not a stack trace."""
     try:
         yield
+    except typer.Exit:
+        raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, ImportError) and "unflaw[" not in str(error):
             error = ImportError(f"{error}; this command needs: pip install 'unflaw[all]'")
-        elif isinstance(error, RuntimeError) and type(error).__name__ != "WeightsError":
+        expected = not isinstance(error, RuntimeError) or type(error).__name__ == "WeightsError"
+        if not leave_word(error, expected):
+            if not expected:
+                raise
+            typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except Exception as error:
+        if not leave_word(error, False):
             raise
-        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

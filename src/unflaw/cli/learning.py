@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,11 @@ from unflaw.cli.common import (
     setting_of,
     writable,
 )
+from unflaw.launching import launch, launched, watch_parent
 
+# Fabric's names for what the setting `training.precision` is
+_PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+_KNOWN = {"accelerator": ("auto", "cpu", "gpu"), "strategy": ("auto", "ddp")}
 _TAIL = "Estimate thresholds of rates that the pictures cannot certify, from the tail of their scores."
 
 
@@ -47,6 +52,12 @@ def train(
     multi_class: Annotated[
         bool, typer.Option("--multi-class", help="One detector for all data sets, calibrated for each category.")
     ] = False,
+    devices: Annotated[int, typer.Option(min=1, help="Processes or GPUs that share the work, on this machine.")] = 1,
+    accelerator: Annotated[str, typer.Option(help="cpu, gpu, or auto: GPUs where there are some.")] = "cpu",
+    strategy: Annotated[str, typer.Option(help="ddp, or auto: that where there are several.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="auto, 32-true or bf16-mixed: of matrix products.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Passes per batch, to save memory.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines; see docs/scaling.md.")] = 1,
 ) -> None:
     """Learn from good pictures and write a detector.
 
@@ -58,6 +69,8 @@ def train(
         "preparation.size": size,
         "preparation.fit": fit,
         "training.seed": seed,
+        "training.accumulate": accumulate,
+        "training.precision": _PRECISIONS.get(precision or "", precision),
         "training.textures": str(textures) if textures else None,
         "calibration.false_alarm_rate": rate,
         "calibration.tail": tail or None,
@@ -67,22 +80,40 @@ def train(
         from unflaw.config import make_config
 
         config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
+        for option, value in (("accelerator", accelerator), ("strategy", strategy)):
+            if value not in _KNOWN[option]:
+                raise ValueError(f"--{option} {value} is not known; there are {', '.join(_KNOWN[option])}")
         detector_file(out)
         from unflaw.datasets import load_categories, load_dataset
         from unflaw.detector import Detector
+        from unflaw.team import ALONE
 
         if len(data) > 1 and not multi_class:
             raise ValueError("one detector for several data sets needs --multi-class; add it, or give one --data")
+        several = devices * nodes > 1
+        if several and not launched():
+            raise typer.Exit(launch(sys.argv[1:], devices, nodes))
+        team = ALONE
+        if several or strategy == "ddp" or accelerator != "cpu":
+            from unflaw.distributed import FabricTeam
+
+            watch_parent()
+            wanted: dict[str, Any] = {"accelerator": accelerator, "strategy": strategy}
+            team = FabricTeam(config.training, devices=devices, nodes=nodes, **wanted)
         datasets = load_categories(data) if multi_class else {"": load_dataset(data[0])}
-        report_dataset_problems(datasets)
         checkpoint = out.with_name(out.name + ".checkpoint")
-        if checkpoint.exists() and not resume:
-            checkpoint.unlink()
+        if team.leads:
+            report_dataset_problems(datasets)
+            if checkpoint.exists() and not resume:
+                checkpoint.unlink()
         detector = Detector(config=config, weights=weights)
         if textures and not detector.network.uses_textures:
             raise ValueError(f"--textures {textures}: {method} uses none as it is set; leave --textures out")
-        with progress_bars() as progress:
-            detector.fit(datasets if multi_class else datasets[""], progress=progress, checkpoint=checkpoint)
+        with progress_bars(team.leads) as progress:
+            chosen = datasets if multi_class else datasets[""]
+            detector.fit(chosen, progress=progress, checkpoint=checkpoint, team=team)
+        if not team.leads:
+            return
         detector.save(out)
         report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}

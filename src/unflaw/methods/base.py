@@ -15,6 +15,7 @@ from unflaw.methods.layers import coarser, gaussian_blur
 from unflaw.methods.memory import Memory
 from unflaw.methods.stages import Stages
 from unflaw.synthesis import synthesise
+from unflaw.team import WHOLE, Share
 
 Batch = dict[str, Tensor]
 
@@ -102,8 +103,14 @@ class Method(nn.Module):
             if isinstance(part, Memory):
                 part.arrange(pictures, valid)
 
-    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
-        """Terms by name; "loss" is minimised. `batch["features"]` is F (B, C, g, g) float32."""
+    def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
+        """Terms by name; "loss" is minimised.
+
+        Args:
+            batch: The whole batch; "features" is F (B, C, g, g) float32.
+            rng: Draws the same whatever the share.
+            share: The rows that terms are about, as means over them; `Share.total` is for terms that are no means.
+        """
         raise TypeError(f"{type(self).__name__} has nothing to train")
 
     def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:

@@ -21,6 +21,7 @@ from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import local_mean, ssim_map
 from unflaw.methods.stages import Stage, Stages
 from unflaw.synthesis import Anomalies, synthesise
+from unflaw.team import WHOLE, Share
 
 FOCUS = 2.0  # γ of the focal loss
 AUGMENTATIONS = 3  # of each texture picture
@@ -82,10 +83,10 @@ class DRAEM(Method):
         self.textures = textures
         return {}
 
-    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
         """L2 and SSIM of reconstruction and clean picture, focal loss of the map and M (sections 3.1, 3.2)."""
-        clean = batch["features"]
-        anomalies = self._altered(clean, self.textures, self.options.synthesis, rng)
+        anomalies = self._altered(batch["features"], self.textures, self.options.synthesis, rng, share)
+        clean = share.take(batch["features"])
         restored, logits = self._both(anomalies.features)
         similarity = ssim_map(restored.flatten(0, 1)[:, None], clean.flatten(0, 1)[:, None])  # of each colour
         terms = {
@@ -114,12 +115,14 @@ class DRAEM(Method):
             rows.append(("altered", made | {"Altered": Stage("picture", altered), **_tiles(inspection, i)}))
         return {"anomalies": rows}
 
-    def _altered(self, clean: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator) -> Anomalies:
-        """Artificial anomalies on pictures (N, 3, g, g), textures augmented first."""
+    def _altered(
+        self, clean: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator, share: Share = WHOLE
+    ) -> Anomalies:
+        """Artificial anomalies on a share of pictures (N, 3, g, g), textures augmented first."""
         if textures is not None and len(textures):
             drawn = torch.randint(len(textures), (len(clean),), generator=rng)
             textures = torch.stack([augment(texture, rng) for texture in textures[drawn]])
-        return synthesise(clean, textures, config, rng)
+        return synthesise(clean, textures, config, rng, share)
 
     def _both(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction (N, 3, g, g) and logits (N, 2, g, g): good, anomalous."""

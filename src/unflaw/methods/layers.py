@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from unflaw.team import WHOLE, Share
+
 DEPTH = 16  # values in each group of `largest`
 
 
@@ -36,7 +38,8 @@ class BayesianConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
         self.bias = nn.Parameter(torch.zeros(channels_out))
-        self.log_deviation = nn.Parameter(torch.full(shape, math.log(0.1 / math.sqrt(shape[1] * kernel**2))))
+        usual = math.log(0.1 / math.sqrt(shape[1] * kernel**2))
+        self.log_deviation = nn.Parameter(torch.full(shape, usual), requires_grad=bayesian)
         self.noise: Tensor
         self.register_buffer("noise", torch.zeros(draws, *shape))
 
@@ -44,13 +47,16 @@ class BayesianConv2d(nn.Module):
         """Fixes the standard normal noise of the weight samples used at inspection."""
         self.noise.copy_(torch.randn(self.noise.shape, generator=rng))
 
-    def sample(self, x: Tensor, rng: Generator) -> Tensor:
-        """(N, C_in, h, w) → (N, C_out, h, w), one activation sample per element; differentiable."""
+    def sample(self, x: Tensor, rng: Generator, share: Share = WHOLE) -> Tensor:
+        """(N, C_in, h, w) → (N, C_out, h, w), one activation sample per element; differentiable.
+
+        N is that of a share of a batch, for all of which noise is drawn.
+        """
         mean = F.conv2d(x, self.weight, self.bias, padding=self.padding)
         if not self.bayesian:
             return mean
         variance = F.conv2d(x.pow(2), (2 * self.log_deviation).exp(), padding=self.padding)
-        noise = torch.randn(mean.shape, generator=rng).to(mean)
+        noise = share.randn(mean.shape, rng).to(mean)
         return mean + variance.clamp_min(1e-12).sqrt() * noise
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from unflaw.features import PixelExtractor
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import to_grid, to_tokens
 from unflaw.methods.stages import Stage, Stages
+from unflaw.team import WHOLE, Share
 
 
 class AddressedMemory(nn.Module):
@@ -67,11 +68,12 @@ class MemAE(Method):
         assert isinstance(options, MemAEOptions)
         return PixelExtractor(config.preparation.size, options.side, halvings=len(options.widths))
 
-    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
         """Mean squared error and the entropy of addressing, summed over items (section 3.4)."""
-        restored, weights = self._restore(batch["features"])
+        pictures = share.take(batch["features"])
+        restored, weights = self._restore(pictures)
         entropy = -(weights * (weights + 1e-12).log()).sum(-1).mean()
-        terms = {"mse": F.mse_loss(restored, batch["features"]), "entropy": entropy}
+        terms = {"mse": F.mse_loss(restored, pictures), "entropy": entropy}
         return terms | {"loss": terms["mse"] + self.options.entropy * entropy}
 
     def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:

@@ -111,7 +111,7 @@ class Memory(nn.Module):
         if pictures is None or len(self._taught) < 2:
             return self.radius
         radii = torch.stack([radius for *_, radius in self._taught])
-        return radii[self._categories[pictures]].view(-1, 1, 1, 1)
+        return radii[self._categories[pictures]].view(-1, 1, 1, 1).to(self.radius)
 
     @torch.no_grad()
     def extend(self, features: Tensor, rng: Generator) -> None:
@@ -201,7 +201,7 @@ class Memory(nn.Module):
         """
         closeness = _closeness(tokens, keys)
         if closed is not None:
-            closeness = closeness.masked_fill(closed, -torch.inf)
+            closeness = closeness.masked_fill(closed.to(closeness.device), -torch.inf)
         closest, nearest = largest(closeness, self.neighbours)
         weights = (closest * (self.sharpness / self.radius.square())).softmax(1)
         recalled = self.prototypes[nearest]  # (T, k, C)

@@ -28,6 +28,7 @@ from unflaw.methods.layers import (
 )
 from unflaw.methods.memory import Judge, Memory
 from unflaw.methods.stages import Row, Stage, Stages
+from unflaw.team import WHOLE, Share
 
 WINDOW = 5  # of SSIM, in feature cells
 SCALES = 3  # of gradient magnitude similarity
@@ -164,10 +165,12 @@ class MFRNet(Method):
         self.judge.fit(features, rng, categories)
         return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
 
-    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
         """Hybrid loss of F and F̂; every step draws one k, as RIAD does, and new masks."""
+        batch = {name: share.take(rows) for name, rows in batch.items()}
         k = self.options.k[int(torch.randint(len(self.options.k), (1,), generator=rng))]
-        restored = self.restore(batch["features"], self._draw((k,), rng), batch.get("recalled"))[:, 0]
+        masks = self._draw((k,), rng).to(batch["features"])
+        restored = self.restore(batch["features"], masks, batch.get("recalled"))[:, 0]
         terms = self.compare(batch["features"], restored)
         return {name: term.mean() for name, term in terms.items()} | {"loss": self.hybrid(terms).mean()}
 

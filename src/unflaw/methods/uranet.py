@@ -22,6 +22,7 @@ from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positio
 from unflaw.methods.memory import Judge, Memory
 from unflaw.methods.stages import Row, Stage, Stages
 from unflaw.synthesis import Anomalies, blend, perlin_masks, sources, synthesise
+from unflaw.team import WHOLE, Share
 
 SUREST = math.log(1e6 - 1)  # logit that counts at most
 
@@ -56,11 +57,11 @@ class UIAPM(nn.Module):
     def bayesian_layers(self) -> list[BayesianConv2d]:
         return [layer for layer in self.layers if isinstance(layer, BayesianConv2d)]
 
-    def sample(self, features: Tensor, rng: Generator) -> Tensor:
-        """F (N, C, g, g) → logits (N, 1, g, g) of one draw per activation, for training."""
+    def sample(self, features: Tensor, rng: Generator, share: Share = WHOLE) -> Tensor:
+        """F (N, C, g, g) of a share → logits (N, 1, g, g) of one draw per activation, for training."""
         x = self.narrow(features)
         for layer in self.bayesian_layers():
-            x = layer.sample(F.relu(x), rng)
+            x = layer.sample(F.relu(x), rng, share)
         return x
 
     def draws(self, features: Tensor) -> Tensor:
@@ -85,11 +86,11 @@ class UIAPM(nn.Module):
         marked, ambiguous = mean >= self.thresholds[0], deviation >= self.thresholds[1]
         return marked.float(), (marked | ambiguous).float()
 
-    def loss(self, logits: Tensor, mask: Tensor, n_pictures: int) -> dict[str, Tensor]:
-        """BCE + Dice against M, and KL / N (our reading of the loss)."""
+    def loss(self, logits: Tensor, mask: Tensor, n_pictures: int, share: Share = WHOLE) -> dict[str, Tensor]:
+        """BCE + Dice against M, and KL / N (our reading of the loss). Dice is of all pictures of a batch together."""
         bce = F.binary_cross_entropy_with_logits(logits, mask)
         p = logits.sigmoid()
-        dice = 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+        dice = 1 - (2 * share.total((p * mask).sum()) + 1) / (share.total(p.sum() + mask.sum()) + 1)
         cells = n_pictures * mask[0].numel()
         kl = sum((layer.kl() for layer in self.bayesian_layers()), torch.zeros(())) * self.options.kl_weight / cells
         return {"perception": bce + 0.5 * dice, "kl": kl}
@@ -174,15 +175,18 @@ class URANet(Method):
         self.judge.fit(features, rng, categories)
         return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
 
-    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
         """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
-        clean = batch["features"]
-        anomalies = synthesise(clean, self.textures, self.options.synthesis, rng)
-        logits = self.perception.sample(self._altered_evidence(anomalies, batch), rng)
-        terms = self.perception.loss(logits, anomalies.mask, self.n_pictures)
+        everything = batch["features"]
+        anomalies = synthesise(everything, self.textures, self.options.synthesis, rng, share)
+        pictures = batch["picture"].long().cpu() if "picture" in batch else None
+        batch = {name: share.take(rows) for name, rows in batch.items()}
+        logits = self.perception.sample(self._altered_evidence(anomalies, batch, pictures), rng, share)
+        terms = self.perception.loss(logits, anomalies.mask, self.n_pictures, share)
         # altered cells are the marked ones, which become mask tokens: the recall of F serves for F_a
         restored = self.restoration(batch.get("recalled", anomalies.features), anomalies.mask)
-        terms["restoration"] = (restored - clean).square().sum(1).mean() / clean.square().sum(1).mean()
+        difference = (restored - batch["features"]).square().sum(1).mean()
+        terms["restoration"] = difference / everything.square().sum(1).mean()
         terms["loss"] = sum(terms.values(), torch.zeros(()))
         return terms
 
@@ -273,20 +277,26 @@ class URANet(Method):
         assert self.memory is not None
         return torch.cat([distance, departure], dim=1) / self.memory.unit(pictures) - 1
 
-    def _altered_evidence(self, anomalies: Anomalies, batch: Batch) -> Tensor:
-        """What UIAPM sees of F_a; recalled anew are the altered cells only, not from the pictures they are made of."""
+    def _altered_evidence(self, anomalies: Anomalies, batch: Batch, pictures: Tensor | None = None) -> Tensor:
+        """What UIAPM sees of F_a; recalled anew are the altered cells only, not from the pictures they are made of.
+
+        Args:
+            anomalies: Of a share of a batch.
+            batch: What is cached of the share.
+            pictures: (B,) those of the whole batch, rows of the cache; None: the share is all of it.
+        """
         if self.memory is None:
             return anomalies.features
-        pictures = batch["picture"].long()
-        seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]), pictures)
+        own = batch["picture"].long().cpu()
+        seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]), own)
         tokens = to_tokens(anomalies.features).flatten(0, 1)
         altered = anomalies.mask.flatten().nonzero()[:, 0]
-        made_of = torch.stack([pictures, pictures[anomalies.origin]], dim=1)
-        cells = len(tokens) // len(pictures)
+        made_of = torch.stack([own, (own if pictures is None else pictures)[anomalies.origin]], dim=1)
+        of = altered.cpu() // (len(tokens) // len(own))
         with torch.no_grad():
-            mixture, distance, _ = self.memory.recall(tokens[altered], made_of[altered // cells])
+            mixture, distance, _ = self.memory.recall(tokens[altered], made_of[of])
         departure = (tokens[altered] - mixture).norm(dim=1)
-        own = pictures[altered // cells]
+        own = own[of]
         anew = self._evidence(distance.view(-1, 1, 1, 1), departure.view(-1, 1, 1, 1), own).flatten(1)
         return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
 
