@@ -25,7 +25,7 @@ from unflaw.datasets import Dataset, fingerprint
 from unflaw.detector import Detector
 from unflaw.drift import STATISTICS
 from unflaw.features import Extractor, FeatureExtractor
-from unflaw.files import write_atomically
+from unflaw.files import make_folder, write_atomically
 from unflaw.images import ImageError, try_show
 from unflaw.layout import Preparation, Window, layout
 from unflaw.methods import create
@@ -49,7 +49,7 @@ class FeatureFile:
         skipped: The reasons why pictures could not be read, by path.
 
     Raises:
-        ValueError: A damaged file, or it cannot be written.
+        ValueError: A damaged file. WriteError: It cannot be written.
     """
 
     def __init__(
@@ -70,11 +70,8 @@ class FeatureFile:
         self.kind, self.count = np.dtype(fields), count
         if not file.is_file():
             parts = read_parts(extractor, preparation)(list(self.rows), BATCH)
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, lambda temporary: self._write(temporary, parts, progress))
-            except OSError as error:
-                raise ValueError(f"{file}: cannot be written ({error}); choose a folder with room for it") from error
+            make_folder(file.parent)
+            write_atomically(file, lambda temporary: self._write(temporary, parts, progress))
         try:
             self.records = np.load(file, mmap_mode="r")
             if (self.records.dtype, self.records.shape) != (self.kind, (self.count,)):

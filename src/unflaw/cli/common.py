@@ -77,9 +77,12 @@ def setting_of(text: str) -> tuple[str, Any]:
 
 def writable(path: Path) -> None:
     """Fails before the work, not after it."""
+    from unflaw.files import make_folder
+
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() or not path.exists():  # not a pipe or a device
+        make_folder(path.parent)
 
 
 def detector_file(path: Path) -> None:
@@ -150,6 +153,10 @@ def progress_bars() -> Iterator[Progress]:
 @contextmanager
 def errors() -> Iterator[None]:
     """What a user can mend is one line and exit code 2, not a stack trace."""
+    from tempfile import gettempdir
+
+    from unflaw.errors import FULL, WriteError, remedy
+
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -157,5 +164,9 @@ def errors() -> Iterator[None]:
             error = ImportError(f"{error}; this command needs: pip install 'unflaw[all]'")
         elif isinstance(error, RuntimeError) and type(error).__name__ != "WeightsError":
             raise
+        elif isinstance(error, OSError) and error.filename and error.strerror:
+            error = OSError(f"{error.filename}: {error.strerror}; {remedy(error.errno)}")
+        elif isinstance(error, OSError) and error.errno in FULL and not isinstance(error, WriteError):
+            error = OSError(f"{error.strerror}; make room for the output and for temporary files in {gettempdir()}")
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

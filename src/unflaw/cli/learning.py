@@ -82,6 +82,7 @@ def train(
         with progress_bars() as progress:
             detector.fit(datasets if multi_class else datasets[""], progress=progress, checkpoint=checkpoint)
         detector.save(out)
+        checkpoint.unlink(missing_ok=True)  # not before: where the disk is full, --resume needs it
         report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}
         certified = described.get("") or "".join(f"\n{name}: {promise}" for name, promise in described.items())
@@ -156,10 +157,10 @@ def demo(
 
     with errors():
         from unflaw.datasets import load_dataset
-        from unflaw.demo_data import make_demo_data
+        from unflaw.demo_data import is_whole, make_demo_data
 
         data = out / "gravel"
-        if not (data / "train").is_dir():
+        if not is_whole(data):
             make_demo_data(data, seed)
         count = len(load_dataset(data).train)
         typer.echo(f"{data}: {count} good pictures to learn from; defects are synthetic, on real textures")
