@@ -31,7 +31,13 @@ class WriteError(OSError):
             number = int(found[1])  # libraries in Rust say it in words
         reason = os.strerror(number) if number else str(error)
         super().__init__(f"{path}: cannot be written ({reason}); {advice or remedy(number)}")
-        self.errno, self.strerror = number, reason
+        self.errno, self.strerror, self._made = number, reason, (path, error, advice)
+
+    def __str__(self) -> str:  # OSError would leave out the file
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # for other processes
+        return type(self), self._made
 
 
 def remedy(number: int | None) -> str:

@@ -183,15 +183,18 @@ def kind_of(path: str | Path) -> Literal["safetensors", "onnx", "openvino"]:
     """What kind of detector file it is: by what it begins with, else by its suffix.
 
     Raises:
-        DetectorError: There is no such file, or it is the half of a detector that has no name of its own.
+        DetectorError: There is no such file, it cannot be read, or it is the half of a detector that has no name of its own.
     """
     path = Path(path)
     if path.is_dir():
         raise DetectorError(f"{path}: is a folder; name a detector file")
     if not path.is_file():
         raise DetectorError(f"{path}: there is no such file; `unflaw train … --out {path}` makes one")
-    with path.open("rb") as file:
-        head = file.read(9)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise DetectorError(f"{path}: cannot be read ({error.strerror}); mend that, or copy it again") from error
     if head[8:] == b"{":
         return "safetensors"
     if head.lstrip().startswith(b"<"):

@@ -125,9 +125,7 @@ def calibrate(
             raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
         if not defect and (miss_rate is not None or cost_ratio is not None):
             raise ValueError("a miss rate and a cost ratio need labelled defects; name them with --defect")
-        if out is not None:
-            detector_file(out)
-        writable(model)
+        writable(model) if out is None else detector_file(out)
         detector = load_trained(model)
         asked = {"review_rate": review_rate, "minimum_area": minimum_area, "tail": tail or None}
         with progress_bars() as progress:

@@ -209,7 +209,8 @@ class Log:
         try:
             _migrate(self.engine)
         except OperationalError as error:
-            raise LogError(f"the log's database does not answer: {str(error.orig).strip()}") from error
+            where = self.engine.url.render_as_string(hide_password=True)
+            raise LogError(f"{where}: the log's database does not answer: {str(error.orig).strip()}") from error
         except DatabaseError as error:
             where = self.engine.url.render_as_string(hide_password=True)
             raise LogError(f"{where}: is no log of unflaw, or damaged; move it away or restore the backup") from error
