@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--runs", type=int, default=100, help="kills")
     parser.add_argument("--seed", type=int, default=0, help="of their moments")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no more are done")
     parser.add_argument("--only", help="a phase")
     options = parser.parse_args()
     started = time.monotonic()
@@ -32,7 +33,7 @@ def main() -> None:
         ready = time.monotonic()
         for phase in phases:
             print(f"{phase.name}: {phase.whole.seconds:.2f} s, {phase.whole.events} file events", file=sys.stderr)
-        found = campaign(server, phases, folder, options.runs, options.seed)
+        found = campaign(server, phases, folder, options.runs, options.seed, options.seconds)
         server.close()
     print(table(found))
     print(f"prepared in {ready - started:.0f} s, {time.monotonic() - ready:.0f} s for the rest", file=sys.stderr)

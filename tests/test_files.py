@@ -12,8 +12,12 @@ from unflaw.errors import WriteError
 from unflaw.files import growing, make_folder, scratch, write_atomically
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
 def hidden(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir() if file.name.startswith("."))
+    return [name for name in names(folder) if name.startswith(".")]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -26,14 +30,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 
     with pytest.raises(WriteError, match=r"a\.txt: cannot be written \(No space left on device\); make room there"):
         write_atomically(file, fail)
-    assert file.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    assert file.read_text() == "old" and names(tmp_path) == ["a.txt"]
 
 
 def test_what_a_killed_process_left_is_taken_over(tmp_path):
     file, stray = tmp_path / "a.txt", tmp_path / ".a.txt.part"
     stray.write_text("half of something long")
     write_atomically(file, lambda temporary: temporary.write_text("new"))
-    assert file.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
+    assert file.read_text() == "new" and names(tmp_path) == ["a.txt"]
 
 
 def test_a_file_that_another_writes_is_left_to_it(tmp_path):
@@ -74,7 +78,7 @@ def test_file_and_folder_are_flushed_around_the_renaming(tmp_path, monkeypatch):
     seen, flush = [], os.fsync
 
     def fsync(handle: int) -> None:
-        seen.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, (tmp_path / "a.txt").exists()))
+        seen.append((Path(f"/proc/self/fd/{handle}").readlink().name, (tmp_path / "a.txt").exists()))
         flush(handle)
 
     if not Path("/proc/self/fd").is_dir():
@@ -98,7 +102,7 @@ def test_a_device_is_written_as_it_is():
 def test_an_error_of_another_file_is_not_said_to_be_of_this_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="elsewhere"):
         write_atomically(tmp_path / "a.txt", lambda _: Path("elsewhere/b.txt").read_bytes())
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_lines_grow_under_another_name_until_they_are_whole(tmp_path):
@@ -113,7 +117,7 @@ def test_lines_grow_under_another_name_until_they_are_whole(tmp_path):
     assert file.read_text() == "old\n" and partial.read_text() == "one\n"
     with growing(file, [lambda whole: whole.write_text(whole.read_text().upper())]) as lines:
         lines.write("two\n")
-    assert file.read_text() == "TWO\n" and os.listdir(tmp_path) == ["a.jsonl"]
+    assert file.read_text() == "TWO\n" and names(tmp_path) == ["a.jsonl"]
 
 
 def test_a_folder_in_a_file_is_refused(tmp_path):
@@ -134,5 +138,7 @@ def test_the_error_goes_to_other_processes_whole():
     error = WriteError(Path("a.txt"), OSError(errno.EROFS, os.strerror(errno.EROFS)))
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) and (again.errno, again.strerror) == (errno.EROFS, "Read-only file system")
-    assert str(error) == "a.txt: cannot be written (Read-only file system); change its permissions, or name another folder"
+    assert (
+        str(error) == "a.txt: cannot be written (Read-only file system); change its permissions, or name another folder"
+    )
     assert WriteError(Path("a"), RuntimeError("Os { code: 28, kind: StorageFull }")).errno == errno.ENOSPC

@@ -183,7 +183,8 @@ def kind_of(path: str | Path) -> Literal["safetensors", "onnx", "openvino"]:
     """What kind of detector file it is: by what it begins with, else by its suffix.
 
     Raises:
-        DetectorError: There is no such file, it cannot be read, or it is the half of a detector that has no name of its own.
+        DetectorError: There is no such file, it cannot be read, or it is the half of a detector that has no name of its
+            own.
     """
     path = Path(path)
     if path.is_dir():

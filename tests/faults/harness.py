@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -196,7 +197,7 @@ def prepare(server: Server, folder: Path) -> list[Phase]:
             case "exporting to ONNX":
                 server.done(folder, *export(a, "onnx", "d.onnx")(phase.start), here=True)
             case "exporting to OpenVINO":
-                server.done(folder, *export(a, "openvino", "d.xml")(phase.start))
+                server.done(folder, *export(a, "openvino", "d.xml")(phase.start), here=True)
             case "predicting":
                 server.done(folder, *predict(a, phase.start), here=True)
             case "evaluating":
@@ -269,7 +270,7 @@ def printed(out: Path) -> Print:
     return {name: _printed(file) for name, file in found.items() if not name.endswith(("db-wal", "db-shm"))}
 
 
-def _printed(file: Path) -> Any:
+def _printed(file: Path) -> Any:  # noqa: PLR0911 - a kind of file per line
     data = file.read_bytes()
     match file.suffix:
         case ".safetensors":
@@ -313,11 +314,16 @@ def _untimed(value: Any) -> Any:
     return [_untimed(inner) for inner in value] if isinstance(value, list) else value
 
 
-def campaign(server: Server, phases: Sequence[Phase], folder: Path, kills: int, seed: int = 0) -> list[Killed]:
-    """So many kills, in turn over the phases and the ways to kill. A run that ends before its kill does not count."""
-    rng, done = random.Random(seed), list[Killed]()
+def campaign(
+    server: Server, phases: Sequence[Phase], folder: Path, kills: int, seed: int = 0, seconds: float = float("inf")
+) -> list[Killed]:
+    """So many kills, in turn over the phases and the ways to kill; fewer where `seconds` are over.
+
+    A run that ends before its kill does not count.
+    """
+    rng, done, started = random.Random(seed), list[Killed](), time.monotonic()
     turns: Counter[str] = Counter()
-    while len(done) < kills:
+    while len(done) < kills and time.monotonic() - started < seconds:
         phase = phases[len(done) % len(phases)]
         how = phase.kinds[turns[phase.name] % len(phase.kinds)]
         found = kill(server, phase, folder / "runs/run", rng, how)

@@ -3,11 +3,14 @@
     python server.py WEIGHTS < requests > answers
 
 Writes random weights of a tiny backbone to WEIGHTS. A request is a line of JSON: "argv", the folder "root" whose writes
-are counted, a file "log" for what it says, and one of "seconds" (SIGKILL after so long), "event" (SIGKILL just before
-that many-th opening for writing, renaming, removing or flushing) and "byte" (the kernel ends it, SIGXFSZ, at that byte of
-any file, in the middle of a write), or none of them; with "here" it runs in this process, so that all forks have what it
-loads. The answer: "code" (exit code, or minus the signal), "seconds" and
-the number of "events".
+are counted, a file "log" for what it says, and one of
+
+* "seconds": SIGKILL after so long,
+* "event": SIGKILL just before that many-th opening for writing, renaming, removing or flushing,
+* "byte": the kernel ends it, by SIGXFSZ, at that byte of any file, in the middle of a write,
+* "here": it runs in this process, so that all forks have what it loads,
+
+or none of them. The answer: "code" (exit code, or minus the signal), "seconds" and the number of "events".
 """
 
 import atexit
