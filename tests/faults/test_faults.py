@@ -213,7 +213,10 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_go_on(saved, part
     lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert [line["path"] for line in lines if "error" in line] == [str(broken)] and len(lines) == 13
     code, said = unflaw("calibrate", saved, "--good", data / "train/good", "--out", tmp_path / "c.safetensors")
-    assert code == 2 and "has learned from" in said  # these it knows; the broken one does not hide that
+    assert code == 2 and "has learned from" in said, said  # these it knows; the broken one does not hide that
+    broken = unreadable(data / "test/square/broken.png")
+    code, said = unflaw("calibrate", saved, "--good", data / "test/square", "--out", tmp_path / "c.safetensors")
+    assert code == 0 and f"note: skipped {broken}: " in said
     unreadable(data / "test/good/broken.png")
     code, said = unflaw("evaluate", saved, "--data", data)
     assert code == 0 and f"skipped {data / 'test/good/broken.png'}: " in said
