@@ -267,7 +267,7 @@ def printed(out: Path) -> Print:
     """What is in each visible file, without times; of logs a list."""
     files = [file for file in sorted(out.rglob("*")) if file.is_file() and not file.name.startswith(".")]
     found = {file.relative_to(out).as_posix(): file for file in files}
-    return {name: _printed(file) for name, file in found.items() if not name.endswith(("db-wal", "db-shm"))}
+    return {name: _printed(file) for name, file in found.items() if ".db-" not in name}
 
 
 def _printed(file: Path) -> Any:  # noqa: PLR0911 - a kind of file per line
