@@ -58,6 +58,11 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=10, help="commands that tests/faults kills at random moments")
+    parser.addoption("--kill-seed", type=int, default=0, help="of these moments")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     import torch

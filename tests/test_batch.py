@@ -90,7 +90,7 @@ def test_an_estimated_calibration_gives_estimated_parts(tmp_path):
 def test_discoveries_are_marked_in_the_results(tmp_path):
     file = tmp_path / "results.jsonl"
     scores = [50.0, 1.0, 60.0, 70.0, 2.0]
-    sink = Discoveries(file, 0.1, CALIBRATION)
+    sink = Discoveries(0.1, CALIBRATION)
     lines = []
     for i, score in enumerate(scores):
         path = Path(os.fsdecode(b"\xff%d.png" % i))
@@ -99,6 +99,7 @@ def test_discoveries_are_marked_in_the_results(tmp_path):
     lines.insert(1, {"path": "broken.png", "error": "is broken"})
     sink.add(Path("broken.png"), ImageError("is broken"))
     file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8", "backslashreplace")
+    sink.amend(file)
     said = sink.close()
     marked = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert [line.get("discovery") for line in marked] == [True, None, False, True, True, False]
@@ -108,7 +109,7 @@ def test_discoveries_are_marked_in_the_results(tmp_path):
         "lie beyond all its pictures"
     )
     with pytest.raises(ValueError, match="must lie between"):
-        Discoveries(file, 1.5, CALIBRATION)
+        Discoveries(1.5, CALIBRATION)
 
 
 # The command

@@ -9,7 +9,7 @@ from PIL import Image
 from conftest import textured
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
-from unflaw.errors import TrainingError
+from unflaw.errors import TrainingError, WriteError
 from unflaw.evaluation import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor, WeightsError
@@ -167,7 +167,7 @@ def test_a_damaged_feature_file_is_named(parts, tiny, tmp_path, harm):
 
 def test_a_folder_that_cannot_hold_features_is_named(parts, tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"file/.*npy: cannot be written.*choose a folder"):
+    with pytest.raises(WriteError, match=r"file: cannot be written.*name another folder"):
         Laboratory(tmp_path / "file", "random").fit(tiny("lookup", **SMALL), load_dataset(parts))
 
 

@@ -232,6 +232,32 @@ def test_retention_by_days_removes_records_and_their_pictures(log):
     assert log.prune(days=2).records == 0
 
 
+def test_a_clock_that_was_wrong_for_a_while_makes_no_record_old_and_keeps_none_for_ever(log):
+    day = timedelta(days=1)
+    old = [keep(log, b"%d" % age, age * day).id for age in (400, 200, -5000, 120)]  # one of the future among them
+    stay = [keep(log, b"yesterday", day).id]
+    lost = (20_000 * day, 19_999 * day)  # a camera that took it for 1970
+    stay += [keep(log, b"%d" % age.days, age).id for age in lost]
+    stay += [keep(log, b"of the future", -5000 * day).id, keep(log, b"now").id]
+    assert log.prune(days=90).records == len(old) and sorted(ids(log.find(Filter()))) == stay
+    assert log.prune(days=90).records == 0
+
+
+def test_where_all_is_old_all_goes(log):
+    for age in (400, 200, 20_000):
+        keep(log, b"%d" % age, timedelta(days=age))
+    assert log.prune(days=90).records == 3 and log.count(Filter()) == 0
+
+
+def test_what_a_killed_process_was_writing_goes_with_retention(log, tmp_path):
+    log._put(sha256(b"whole"), b"whole")
+    stray = log.picture(sha256(b"whole")).with_name(f".{sha256(b'half')}.part")
+    stray.write_bytes(b"ha")
+    assert log.prune(days=1).pictures == 0 and stray.exists()  # perhaps it is being written
+    os.utime(stray, (0, 0))
+    assert log.prune(days=1).pictures == 1 and not stray.exists()
+
+
 def test_retention_by_bytes_removes_the_oldest_pictures_and_no_record(log):
     for data in (b"1" * 10, b"2" * 10, b"3" * 10):
         keep(log, data)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from unflaw import conformal
 from unflaw.calibration import Calibration
@@ -23,6 +23,13 @@ class Sink(Protocol):
 
     def close(self) -> str:
         """Writes what it has to write and says, in one sentence, what came of it."""
+
+
+@runtime_checkable
+class Amending(Protocol):
+    """A sink that has something to add to the lines of all pictures, before the file with them takes its name."""
+
+    def amend(self, file: Path) -> None: ...
 
 
 def part_of(path: Path, rule: str) -> str:
@@ -134,7 +141,6 @@ class Discoveries:
     """Adds "discovery" to every line of a results file that has a p-value: see `conformal.discoveries`.
 
     Args:
-        file: What `predict` writes.
         rate: The false discovery rate.
         calibration: Of the detector.
 
@@ -142,28 +148,29 @@ class Discoveries:
         ValueError: The rate is not between 0 and 1.
     """
 
-    def __init__(self, file: Path, rate: float, calibration: Calibration) -> None:
+    def __init__(self, rate: float, calibration: Calibration) -> None:
         conformal.discoveries([], rate)  # refuses a wrong rate before the work
-        self.file, self.rate, self.smallest = file, rate, calibration.smallest
+        self.rate, self.smallest = rate, calibration.smallest
         self._p_values: list[float] = []
 
     def add(self, path: Path, outcome: Result | ImageError) -> None:
         if isinstance(outcome, Result):
             self._p_values.append(outcome.p_value)
 
-    def close(self) -> str:
-        found, n = conformal.discoveries(self._p_values, self.rate), len(self._p_values)
-
+    def amend(self, file: Path) -> None:
         def write(temporary: Path) -> None:
-            marks = iter(found)
-            with self.file.open(encoding="utf-8") as old, temporary.open("wb") as new:
+            marks = iter(conformal.discoveries(self._p_values, self.rate))
+            with file.open(encoding="utf-8") as old, temporary.open("wb") as new:
                 for text in old:
                     line = json.loads(text)
                     if "p_value" in line:
                         line["discovery"] = next(marks)
                     new.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
 
-        write_atomically(self.file, write)
+        write_atomically(file, write)
+
+    def close(self) -> str:
+        found, n = conformal.discoveries(self._p_values, self.rate), len(self._p_values)
         least = conformal.least_discoveries(n, self.smallest, self.rate)
         return (
             f"{sum(found)} of {n} pictures are discoveries at a false discovery rate of {self.rate:.2%}; with this "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from unflaw.errors import TrainingError
 from unflaw.features import Extractor
+from unflaw.files import scratch
 from unflaw.images import ImageError, Picture, Prepared, image_size, try_show
 from unflaw.layout import Preparation, Window, layout
 from unflaw.streams import Progress, ahead, batched, silent
@@ -48,12 +49,17 @@ def count_windows(path: Path, preparation: Preparation) -> int:
         return 0
 
 
-def allocate(shape: tuple[int, ...], budget: float) -> tuple[Tensor, tempfile.TemporaryDirectory[str] | None]:
-    """An empty float16 tensor in RAM, or above `budget` bytes in a file of a temporary folder that lives as long."""
-    if np.prod(shape) * 2 <= budget:
+def allocate(shape: tuple[int, ...], budget: float) -> tuple[Tensor, IO[bytes] | None]:
+    """An empty float16 tensor in RAM, or above `budget` bytes in a temporary file without a name.
+
+    Raises:
+        WriteError: There is no room for the file.
+    """
+    size = int(np.prod(shape)) * 2
+    if size <= budget:
         return torch.empty(shape, dtype=torch.float16), None
-    folder = tempfile.TemporaryDirectory(prefix="unflaw-cache-")
-    return torch.from_numpy(np.memmap(Path(folder.name) / "features", np.float16, "w+", shape=shape)), folder
+    file = scratch(size, f"{size / 1e9:.1f} GB of features need room there, or in a folder that TMPDIR names")
+    return torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape)), file
 
 
 @dataclass
@@ -77,7 +83,7 @@ class Cache:
     paths: list[Path]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
-    _folder: tempfile.TemporaryDirectory[str] | None = None
+    _file: IO[bytes] | None = None
 
     def __post_init__(self) -> None:
         self.categories = self.categories or [""] * len(self.paths)

@@ -8,7 +8,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, shift
 
+from unflaw.files import write_png
+from unflaw.tables import write_text
+
 N_TRAIN, N_VALIDATION, N_GOOD, N_PER_DEFECT = 80, 40, 20, 10
+_BEGUN = ".unfinished"  # stands in the folder until all of it is written
 SIZE = 256  # side of the pictures, pixels
 _CUT = 128  # side of the pieces cut from the photograph, pixels
 # Parts of the photograph (rows, columns) that share no stone: pieces of one part overlap each other, so calibrating on
@@ -37,7 +41,7 @@ def make_demo_data(out: str | Path, seed: int = 0) -> Path:
     """Write 80 good pictures to train on, 40 to calibrate with, 20 good and 50 defective ones to test on; about 13 MB.
 
     Args:
-        out: The folder to write; it must be empty or new.
+        out: The folder to write; it must be empty, new, or left by an interrupted run.
         seed: The same seed gives the same pixels (with the same versions of the libraries).
 
     Returns:
@@ -47,8 +51,10 @@ def make_demo_data(out: str | Path, seed: int = 0) -> Path:
         FileExistsError: The folder holds something already.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
+    begun = out / _BEGUN
+    if out.exists() and not begun.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out}: the folder is not empty; name a new one")
+    write_text(begun, "An interrupted run has left this folder; the same command writes all of it again.\n")
     rng = np.random.default_rng(seed)
     gravel = _photograph("gravel")
     for part, count in (("train", N_TRAIN), ("validation", N_VALIDATION), ("test", N_GOOD)):
@@ -61,8 +67,14 @@ def make_demo_data(out: str | Path, seed: int = 0) -> Path:
             mask = alpha > 0.15  # of a soft edge, what an eye would still count
             _write(out / f"test/{kind}/{i:03d}.png", picture + alpha[..., None] * (changed - picture), rng)
             _write(out / f"ground_truth/{kind}/{i:03d}_mask.png", mask)
-    (out / "README.txt").write_text(README.format(seed=seed), encoding="utf-8")
+    write_text(out / "README.txt", README.format(seed=seed))
+    begun.unlink()
     return out
+
+
+def is_whole(out: Path) -> bool:
+    """Whether `make_demo_data` has come to its end there."""
+    return (out / "train").is_dir() and not (out / _BEGUN).exists()
 
 
 @cache
@@ -86,7 +98,7 @@ def _write(path: Path, picture: np.ndarray, rng: np.random.Generator | None = No
     path.parent.mkdir(parents=True, exist_ok=True)
     if rng is not None:  # the grain of a camera, over good and bad alike, so that it gives no flaw away
         picture = picture + rng.normal(0, 0.008, (SIZE, SIZE, 1))
-    Image.fromarray((picture * 255).round().clip(0, 255).astype(np.uint8)).save(path)
+    write_png(path, Image.fromarray((picture * 255).round().clip(0, 255).astype(np.uint8)))
 
 
 def _blob(rng: np.random.Generator, radius: float, softness: float) -> np.ndarray:

@@ -26,7 +26,7 @@ from unflaw.crossfit import arrange, cross_fit, finish, gather_evidence, leave_o
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256
 from unflaw.display import DisplayDecoder, fit_display
 from unflaw.drift import Reference, references
-from unflaw.errors import DetectorError
+from unflaw.errors import DetectorError, TrainingError
 from unflaw.features import PixelExtractor
 from unflaw.files import FORMAT, read_metadata, write_atomically
 from unflaw.graph import Graph
@@ -101,7 +101,7 @@ class Detector(Inspector):
                 trained on all of them as they come, but what is normal, and the calibration, are each category's own.
             progress: Called as `progress(stage, done, total, loss)`.
             checkpoint: Where to save progress; an interrupted `fit` with the same arguments goes on from there and
-                gives the same detector.
+                gives the same detector. Delete it once that is saved.
             team: Several processes that all call `fit` with the same arguments, such as `distributed.FabricTeam`; they
                 share caching and training, and every one gets the detector.
 
@@ -123,10 +123,10 @@ class Detector(Inspector):
             common: dict[str, Any] = {"categories": categories, "team": team}
             cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress, **common)
             held = self._cache(validation, fit=False, **common) if validation else None
+            contents = self._contents([*cache.paths, *(held.paths if held else [])])
             cached = time.perf_counter()
             embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
         learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint, team=team)
-        contents = {path: sha256(path) for path in [*cache.paths, *(held.paths if held else [])]}
         self.record_ = {
             "unflaw": __version__,
             "torch": torch.__version__,
@@ -201,8 +201,6 @@ class Detector(Inspector):
             reference = remembered(train, rows, held, self.config.training.seed)
             categories[name] = Category(calibration, network.finished_state(), reference)
         self.categories_, self._selected = categories, name
-        if checkpoint is not None and team.leads:
-            checkpoint.unlink(missing_ok=True)
         counts = {
             name: {
                 "good_pictures": len(cache.heads(rows)),
@@ -368,6 +366,17 @@ class Detector(Inspector):
         team: Team,
     ) -> list[dict[str, float]]:
         return training.train(network, cache, textures, rng, progress=progress, checkpoint=checkpoint, team=team)
+
+    @staticmethod
+    def _contents(paths: Iterable[Path]) -> dict[Path, str]:
+        """SHA-256 of what is learned from, taken before the work, since files may go meanwhile."""
+        try:
+            return {path: sha256(path) for path in paths}
+        except OSError as error:
+            raise TrainingError(
+                f"{error.filename}: has gone or changed since it was read ({error.strerror}); train on a folder that "
+                "stays as it is"
+            ) from error
 
     def _textures(self) -> list[np.ndarray]:
         """Prepared texture pictures, for methods that use them; read first, so that a wrong folder is noticed first."""

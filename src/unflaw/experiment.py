@@ -26,7 +26,7 @@ from unflaw.datasets import Dataset, fingerprint
 from unflaw.detector import Detector
 from unflaw.drift import STATISTICS
 from unflaw.features import Extractor, FeatureExtractor
-from unflaw.files import write_atomically
+from unflaw.files import make_folder, write_atomically
 from unflaw.images import ImageError, try_show
 from unflaw.layout import Preparation, Window, layout
 from unflaw.methods import create
@@ -52,7 +52,7 @@ class FeatureFile:
         skipped: The reasons why pictures could not be read, by path.
 
     Raises:
-        ValueError: A damaged file, or it cannot be written. ShelfFull: It does not fit in the limit.
+        ValueError: A damaged file. WriteError: It cannot be written. ShelfFull: It does not fit in the limit.
     """
 
     def __init__(
@@ -114,11 +114,8 @@ class FeatureFile:
             shelf.reserve(temporary, self.kind.itemsize * self.count)
             self._write(temporary, read_parts(extractor, self.preparation)(list(self.rows), BATCH), progress)
 
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, write)
-        except OSError as error:
-            raise ValueError(f"{file}: cannot be written ({error}); choose a folder with room for it") from error
+        make_folder(file.parent)
+        write_atomically(file, write)
 
     def _write(self, file: Path, parts: Iterable[Part], progress: Progress) -> None:
         header = {"descr": np.lib.format.dtype_to_descr(self.kind), "fortran_order": False, "shape": (self.count,)}

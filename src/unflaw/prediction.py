@@ -11,11 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from unflaw.annotations import numbered
-from unflaw.batch import Sink
+from unflaw.batch import Amending, Sink
 from unflaw.drift import RATE, Drift, check_rate
+from unflaw.files import growing, write_png
 from unflaw.inspector import Inspector
 from unflaw.results import Result
 from unflaw.streams import Progress, silent
+from unflaw.tables import write_text
 
 
 class Predicted(NamedTuple):
@@ -36,7 +38,9 @@ def predict(
     sinks: Sequence[Sink] = (),
     progress: Progress = silent,
 ) -> Predicted:
-    """Inspects files in order and writes `out/results.jsonl`, line by line, so that an interruption loses nothing.
+    """Inspects files in order and writes a line for each to `out/results.jsonl.part`, which is renamed in the end.
+
+    So an interruption loses no line, and `out/results.jsonl` is of this time or, whole, of an earlier one.
 
     A line holds path, score, p_value, verdict, drift and regions, or path and error. `out/drift.json` says whether all
     pictures together differ from those learned from (`drift.Reference.test`). With `pictures`, also
@@ -59,7 +63,8 @@ def predict(
         from unflaw.report import panel
 
         folder.mkdir(parents=True, exist_ok=True)
-    with (out / "results.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
+    amend = [sink.amend for sink in sinks if isinstance(sink, Amending)]
+    with growing(out / "results.jsonl", amend) as file:
         for i, outcome in enumerate(detector.inspect_many(paths, category=category)):
             if isinstance(outcome, Result):
                 counts[outcome.verdict] += 1
@@ -67,7 +72,7 @@ def predict(
                 line = outcome.to_json()
                 if pictures:
                     name = f"{numbered(i, paths[i])}.png"
-                    panel(outcome, scale).save(folder / name)
+                    write_png(folder / name, panel(outcome, scale))
                     line["picture"] = f"pictures/{name}"
             else:
                 counts["error"] += 1
@@ -78,5 +83,5 @@ def predict(
                 sink.add(paths[i], outcome if isinstance(outcome, Result) else outcome[1])
             progress("inspecting", i + 1, len(paths), None)
     drift = None if reference is None or not described else reference.test(described, drift_rate)
-    (out / "drift.json").write_text(json.dumps(drift and drift.to_json(), indent=2) + "\n")
+    write_text(out / "drift.json", json.dumps(drift and drift.to_json(), indent=2) + "\n")
     return Predicted(counts, drift)

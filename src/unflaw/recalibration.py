@@ -11,7 +11,7 @@ import numpy as np
 
 from unflaw.calibration import Calibration, Evidence
 from unflaw.config import CalibrationOptions
-from unflaw.datasets.samples import Sample, digest, short_digest
+from unflaw.datasets.samples import SHORT, Sample, digest, sha256_if_readable
 from unflaw.detector import Detector
 from unflaw.drift import Reference
 from unflaw.errors import TrainingError
@@ -37,13 +37,14 @@ def recalibrate(
     options = CalibrationOptions.model_validate(detector.config.calibration.model_dump() | dict(settings))
     paths = [good, defects]
     seen = set(detector.record_.get("seen", []))
-    if known := [path for path in paths[0] if path.is_file() and short_digest(path) in seen]:
+    contents = {path: sha256_if_readable(path) for part in paths for path in part}
+    if known := [path for path in good if contents[path] and contents[path][:SHORT] in seen]:
         raise TrainingError(
             f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
             "and finds them more normal than new ones. Leave them out"
         )
-    digests = {short_digest(path): path for path in good if path.is_file()}
-    if both := [path for path in defects if path.is_file() and short_digest(path) in digests]:
+    digests = {contents[path][:SHORT]: path for path in good if contents[path]}
+    if both := [path for path in defects if contents[path][:SHORT] in digests]:
         raise TrainingError(f"{both[0]}: is among the good pictures and among the defective ones; decide which it is")
     name = detector.category(category)
     known_already = counted(detector.record_, name) if keep else set()
@@ -83,7 +84,7 @@ def recalibrate(
         "defects": len(missable),
         "skipped": skipped,
         "kept": len(before.scores) if keep else 0,
-        "digest": digest([Sample(path, kind) for kind, part in enumerate(paths) for path in part]),
+        "digest": digest([Sample(path, kind) for kind, part in enumerate(paths) for path in part], contents),
         "pictures": sorted(short for short, path in digests.items() if str(path) not in dict(skipped)),
         "threshold": after.threshold,
         "described": after.describe(),

@@ -79,9 +79,12 @@ def setting_of(text: str) -> tuple[str, Any]:
 
 def writable(path: Path) -> None:
     """Fails before the work, not after it."""
+    from unflaw.files import make_folder
+
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() or not path.exists():  # not a pipe or a device
+        make_folder(path.parent)
 
 
 def detector_file(path: Path) -> None:
@@ -152,6 +155,10 @@ def progress_bars(shown: bool = True) -> Iterator[Progress]:
 @contextmanager
 def errors() -> Iterator[None]:
     """What a user can mend is one line and exit code 2, not a stack trace."""
+    from tempfile import gettempdir
+
+    from unflaw.errors import FULL, WriteError, remedy
+
     try:
         yield
     except typer.Exit:
@@ -159,6 +166,10 @@ def errors() -> Iterator[None]:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, ImportError) and "unflaw[" not in str(error):
             error = ImportError(f"{error}; this command needs: pip install 'unflaw[all]'")
+        elif isinstance(error, OSError) and error.filename and error.strerror:
+            error = OSError(f"{error.filename}: {error.strerror}; {remedy(error.errno)}")
+        elif isinstance(error, OSError) and error.errno in FULL and not isinstance(error, WriteError):
+            error = OSError(f"{error.strerror}; make room for the output and for temporary files in {gettempdir()}")
         expected = not isinstance(error, RuntimeError) or type(error).__name__ == "WeightsError"
         if not leave_word(error, expected):
             if not expected:

@@ -58,7 +58,7 @@ def run_evaluation(
         from unflaw.datasets import load_categories
         from unflaw.evaluation import evaluate_all
         from unflaw.results import mean_metrics
-        from unflaw.tables import lines, table
+        from unflaw.tables import lines, table, write_text
 
         detector = load_detector(model)
         datasets = load_categories(data)
@@ -72,7 +72,7 @@ def run_evaluation(
         mean = mean_metrics(found)
         if json_file:
             written = {"mean": mean, "categories": metrics} if len(found) > 1 else next(iter(metrics.values()))
-            json_file.write_text(json.dumps(written, indent=2) + "\n")
+            write_text(json_file, json.dumps(written, indent=2) + "\n")
         if report:
             from unflaw.report import write_report
 
@@ -155,6 +155,7 @@ def predict(
         from unflaw.annotations import Coco, LabelMe
         from unflaw.batch import Discoveries, Parts, Sink, Unread
         from unflaw.conformal import COMBINATIONS
+        from unflaw.files import make_folder
         from unflaw.prediction import predict as run
 
         if combine not in COMBINATIONS:
@@ -162,13 +163,13 @@ def predict(
         if coco is not None:
             writable(coco)
         paths = pictures_in(inputs)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         detector = load_detector(model)
         calibration, sinks = detector.select(category), list[Sink]()
         if group_by is not None:
             sinks.append(Parts(out / "parts.jsonl", paths, group_by, calibration, combine))
         if fdr is not None:
-            sinks.append(Discoveries(out / "results.jsonl", fdr, calibration))
+            sinks.append(Discoveries(fdr, calibration))
         if coco is not None:
             sinks.append(Coco(coco))
         if labelme:

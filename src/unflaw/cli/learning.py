@@ -115,6 +115,7 @@ def train(
         if not team.leads:
             return
         detector.save(out)
+        checkpoint.unlink(missing_ok=True)  # not before: where the disk is full, --resume needs it
         report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}
         certified = described.get("") or "".join(f"\n{name}: {promise}" for name, promise in described.items())
@@ -215,9 +216,7 @@ def calibrate(
             raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
         if not defect and (miss_rate is not None or cost_ratio is not None):
             raise ValueError("a miss rate and a cost ratio need labelled defects; name them with --defect")
-        if out is not None:
-            detector_file(out)
-        writable(model)
+        writable(model) if out is None else detector_file(out)
         detector = load_trained(model)
         asked = {"review_rate": review_rate, "minimum_area": minimum_area, "tail": tail or None}
         with progress_bars() as progress:
@@ -247,10 +246,10 @@ def demo(
 
     with errors():
         from unflaw.datasets import load_dataset
-        from unflaw.demo_data import make_demo_data
+        from unflaw.demo_data import is_whole, make_demo_data
 
         data = out / "gravel"
-        if not (data / "train").is_dir():
+        if not is_whole(data):
             make_demo_data(data, seed)
         count = len(load_dataset(data).train)
         typer.echo(f"{data}: {count} good pictures to learn from; defects are synthetic, on real textures")

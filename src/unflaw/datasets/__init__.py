@@ -18,7 +18,7 @@ from unflaw.datasets.samples import (
     fingerprint,
     pictures,
     relative,
-    sha256,
+    sha256_if_readable,
     some,
     subfolders,
     unused,
@@ -205,18 +205,26 @@ def _mask_problem(sample: Sample, any_masks: bool) -> str:
         return "The mask, or the picture itself, cannot be read; the mask was left out"
 
 
+def _size(path: Path) -> int:
+    """Bytes; -1 of a file that has gone since it was listed."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 def _check_overlap(train: list[Sample], test: list[Sample], root: Path) -> list[str]:
     """Pictures that are byte for byte in both; only files of equal size are opened."""
     by_size: dict[int, list[Path]] = defaultdict(list)
     for sample in train:
-        by_size[sample.path.stat().st_size].append(sample.path)
+        by_size[_size(sample.path)].append(sample.path)
     digests: dict[int, dict[str, Path]] = {}
     same = []
     for sample in test:
-        size = sample.path.stat().st_size
+        size = _size(sample.path)
         if size in by_size:
             if size not in digests:
-                digests[size] = {sha256(path): path for path in by_size[size]}
-            if twin := digests[size].get(sha256(sample.path)):
+                digests[size] = {sha256_if_readable(path): path for path in by_size[size]}
+            if (content := sha256_if_readable(sample.path)) and (twin := digests[size].get(content)):
                 same.append(f"{relative(sample.path, root)} = {relative(twin, root)}")
     return [f"Test pictures that are also training pictures, which flatters the results: {some(same)}."] if same else []

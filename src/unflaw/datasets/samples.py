@@ -75,13 +75,19 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256, in hex, of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256, in hex, of a file. Raises OSError, with its name, where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:  # the name is missing where opening succeeds and reading does not
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def short_digest(path: Path) -> str:
-    """The first SHORT digits of the `sha256` of a file."""
-    return sha256(path)[:SHORT]
+def sha256_if_readable(path: Path) -> str:
+    """As `sha256`; "" where the file cannot be read, which is said where it is needed as a picture."""
+    try:
+        return sha256(path)
+    except OSError:
+        return ""
 
 
 def pictures(folder: Path) -> list[Path]:

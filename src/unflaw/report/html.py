@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from unflaw.files import write_atomically
 from unflaw.report.panels import heat_map, label, views
 from unflaw.results import Evaluation, Inspected, Scale, defined, mean_metrics
 
@@ -85,12 +85,8 @@ def write_report(
         mean=mean_metrics(named),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # names of files may be no UTF-8
+    write_atomically(path, lambda file: file.write_text(page, "utf-8", "backslashreplace"))
 
 
 def templates() -> Environment:

@@ -7,6 +7,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ from torch.func import functional_call
 from unflaw import __version__
 from unflaw.config import URANetOptions
 from unflaw.detector import Detector
-from unflaw.files import write_atomically
+from unflaw.errors import DetectorError, WriteError
+from unflaw.files import before, read_metadata, read_weights, write_atomically
 from unflaw.graph import Graph
 from unflaw.images import Prepared
 
@@ -172,11 +174,26 @@ def _write_openvino(model: ModelProto, path: Path, metadata: dict[str, Any]) -> 
         onnx.save(model, source)
         graph = openvino.convert_model(source)
         half = metadata["exported"]["precision"] != "fp32"
-        openvino.save_model(graph, written, compress_to_fp16=half)
+        _save_openvino(graph, written, half)
         weights = written.with_suffix(".bin").read_bytes()
         metadata["exported"]["weights"] = hashlib.sha256(weights).hexdigest()
         graph.set_rt_info(json.dumps(metadata), "unflaw")
-        openvino.save_model(graph, written, compress_to_fp16=half)
+        _save_openvino(graph, written, half)
         described = written.read_bytes()
-    write_atomically(path.with_suffix(".bin"), lambda file: file.write_bytes(weights))
+    second = path.with_suffix(".bin")
+    if path.is_file() and second.is_file():
+        with suppress(DetectorError, KeyError):  # no pair that could be lost
+            old = read_weights(path, read_metadata(path)["exported"]["weights"])
+            write_atomically(before(second), lambda file: file.write_bytes(old))
+    write_atomically(second, lambda file: file.write_bytes(weights))
     write_atomically(path, lambda file: file.write_bytes(described))
+    before(second).unlink(missing_ok=True)
+
+
+def _save_openvino(graph: Any, file: Path, half: bool) -> None:
+    import openvino
+
+    try:
+        openvino.save_model(graph, file, compress_to_fp16=half)
+    except RuntimeError as error:
+        raise WriteError(file.parent, error, "make room there, or name another folder with TMPDIR") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from unflaw.calibration import Calibration, calibrations
 from unflaw.config import Config
 from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError
-from unflaw.files import kind_of, read_metadata, weights_of
+from unflaw.files import kind_of, read_metadata, read_weights
 from unflaw.images import Prepared
 from unflaw.inspector import Inspector, Outputs
 
@@ -109,9 +108,8 @@ def _open_openvino(path: Path, threads: int | None) -> tuple[list[str], list[str
         import openvino
     except ImportError as error:
         raise ImportError(f"{path}: running it needs: pip install 'unflaw[openvino]'") from error
-    graph, weights = path.read_bytes(), weights_of(path).read_bytes()
-    if hashlib.sha256(weights).hexdigest() != read_metadata(path, graph)["exported"].get("weights"):
-        raise DetectorError(f"{weights_of(path)}: is not the file that belongs to {path.name}; export it again")
+    graph = path.read_bytes()
+    weights = read_weights(path, read_metadata(path, graph)["exported"].get("weights"))
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads

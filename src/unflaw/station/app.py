@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 
 from unflaw import __version__
 from unflaw.calibration import Calibration
-from unflaw.errors import DetectorError
+from unflaw.errors import DetectorError, WriteError
 from unflaw.images import ImageError
 from unflaw.station import schemas
 from unflaw.station.detectors import Served
@@ -363,7 +363,8 @@ def _invalid(_: Request, error: Exception) -> JSONResponse:
 
 
 def _unlogged(_: Request, error: Exception) -> JSONResponse:
-    reason = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0]
+    known = getattr(error, "orig", None) or getattr(error, "strerror", None)
+    reason = str(known or type(error).__name__).splitlines()[0]
     return _answer(503, f"the log cannot be written or read ({reason}), so nothing was done; mend it and try again")
 
 
@@ -377,4 +378,5 @@ _HANDLERS: dict[Any, Any] = {
     RequestValidationError: _invalid,
     SQLAlchemyError: _unlogged,
     ValidationError: _invalid,
+    WriteError: _unlogged,  # the picture could not be kept
 }

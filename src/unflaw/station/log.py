@@ -209,7 +209,8 @@ class Log:
         try:
             _migrate(self.engine)
         except OperationalError as error:
-            raise LogError(f"the log's database does not answer: {str(error.orig).strip()}") from error
+            where = self.engine.url.render_as_string(hide_password=True)
+            raise LogError(f"{where}: the log's database does not answer: {str(error.orig).strip()}") from error
         except DatabaseError as error:
             where = self.engine.url.render_as_string(hide_password=True)
             raise LogError(f"{where}: is no log of unflaw, or damaged; move it away or restore the backup") from error
@@ -276,15 +277,14 @@ class Log:
     def prune(self, *, days: float | None = None, picture_bytes: int | None = None) -> Pruned:
         """Retention.
 
+        A clock that was wrong for a while makes no record old and keeps none for ever: records lie in time as they do
+        in the log, so none is older than one before it, or younger than one after it, that has a right time.
+
         Args:
             days: Records older than this go, and pictures that no record names any more, once they are an hour old.
             picture_bytes: Then the oldest pictures go until the rest takes no more than this; their records stay.
         """
-        records = 0
-        if days is not None:
-            cutoff = datetime.now(timezone.utc) - timedelta(days=days)
-            with self.engine.begin() as connection:
-                records = connection.execute(delete(Entry).where(Entry.time < cutoff)).rowcount
+        records = 0 if days is None else self._forget(timedelta(days=days))
         kept, gone = [], []  # (last record, bytes, path)
         for files in batched(self._kept(), 500):
             query = select(Entry.digest, func.max(Entry.id)).group_by(Entry.digest)
@@ -310,6 +310,17 @@ class Log:
             path.unlink(missing_ok=True)
         return Pruned(records, len(gone), sum(size for _, size, _ in gone))
 
+    def _forget(self, age: timedelta) -> int:
+        now = datetime.now(timezone.utc)
+        cutoff = now - age
+        young = select(func.min(Entry.id)).where(Entry.time >= cutoff, Entry.time <= now)
+        old = select(func.max(Entry.id)).where(Entry.time < cutoff)
+        with self.engine.begin() as connection:
+            if (first := connection.scalar(young)) is not None:
+                old = old.where(Entry.id < first)
+            last = connection.scalar(old)
+            return 0 if last is None else connection.execute(delete(Entry).where(Entry.id <= last)).rowcount
+
     def ping(self) -> None:
         """Raises SQLAlchemyError where the database does not answer."""
         with self.engine.connect() as connection:
@@ -322,7 +333,8 @@ class Log:
         return self.pictures and self.pictures / digest[:2] / digest
 
     def _kept(self) -> Iterator[Path]:
-        return iter(()) if self.pictures is None else self.pictures.glob("[0-9a-f][0-9a-f]/[0-9a-f]*")
+        """Pictures, and hidden beside them what a killed process was writing, which no record names."""
+        return iter(()) if self.pictures is None else self.pictures.glob("[0-9a-f][0-9a-f]/*")
 
     def _put(self, digest: str, data: bytes) -> None:
         path = self._path(digest)

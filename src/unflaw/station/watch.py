@@ -89,12 +89,27 @@ class Watcher:
         self._faults: dict[Path, str] = {}
 
     def run(self, stop: threading.Event, *, every: float = 1.0, once: bool = False) -> None:
-        """Looks until told to stop, or, with `once`, until no file is waited for. What has begun is finished."""
+        """Looks until told to stop, or, with `once`, until no file is waited for. What has begun is finished.
+
+        Raises:
+            OSError: With `once`, where files still cannot be filed or logged after `patience`.
+        """
         while not stop.is_set():
             waiting = self.look(stop)
             if once and not waiting:
                 return
+            faulty = (path for path, seen in self._seen.items() if not seen.done and path in self._faults)
+            stuck = [path for path in faulty if self._age(path) >= self._patience]
+            if once and len(stuck) == waiting:
+                raise OSError(
+                    f"{stuck[0]}: {self._faults[stuck[0]]}; of {waiting} pictures that wait this is the first, and "
+                    "they stay where they are: mend that, the same command goes on"
+                )
             stop.wait(every)
+
+    def _age(self, path: Path) -> float:
+        """Seconds that a file has been waited for since it is complete."""
+        return time.monotonic() - self._seen[path].since - self._settle
 
     def look(self, stop: threading.Event | None = None) -> int:
         """Inspects and files what is complete; returns how many files are still waited for."""

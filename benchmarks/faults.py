@@ -1,0 +1,47 @@
+"""Kills commands at random moments and tells, in Markdown, what each kill left.
+
+    python benchmarks/faults.py --runs 100
+
+What is killed, and how, is in tests/faults. Exit code 1 if a kill left something broken, or the next run something else
+than an unbroken one.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
+
+from harness import Server, campaign, prepare, table  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--runs", type=int, default=100, help="kills")
+    parser.add_argument("--seed", type=int, default=0, help="of their moments")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no more are done")
+    parser.add_argument("--only", help="a phase")
+    options = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="unflaw-faults-") as name:
+        folder = Path(name)
+        server = Server(folder)
+        phases = [phase for phase in prepare(server, folder) if options.only in (None, phase.name)]
+        ready = time.monotonic()
+        for phase in phases:
+            print(f"{phase.name}: {phase.whole.seconds:.2f} s, {phase.whole.events} file events", file=sys.stderr)
+        found = campaign(server, phases, folder, options.runs, options.seed, options.seconds)
+        server.close()
+    print(table(found))
+    print(f"prepared in {ready - started:.0f} s, {time.monotonic() - ready:.0f} s for the rest", file=sys.stderr)
+    broken = [killed for killed in found if killed.faults]
+    for killed in broken:
+        print(f"{killed.phase}, {killed.how} {killed.at}: {'; '.join(killed.faults)}", file=sys.stderr)
+    sys.exit(bool(broken))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Files are whole or not there, whoever else writes them and whatever is left of earlier times."""
+
+import errno
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+
+from unflaw.errors import WriteError
+from unflaw.files import growing, make_folder, scratch, write_atomically
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def hidden(folder: Path) -> list[str]:
+    return [name for name in names(folder) if name.startswith(".")]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    file = tmp_path / "a.txt"
+    write_atomically(file, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(WriteError, match=r"a\.txt: cannot be written \(No space left on device\); make room there"):
+        write_atomically(file, fail)
+    assert file.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_what_a_killed_process_left_is_taken_over(tmp_path):
+    file, stray = tmp_path / "a.txt", tmp_path / ".a.txt.part"
+    stray.write_text("half of something long")
+    write_atomically(file, lambda temporary: temporary.write_text("new"))
+    assert file.read_text() == "new" and names(tmp_path) == ["a.txt"]
+
+
+def test_a_file_that_another_writes_is_left_to_it(tmp_path):
+    file, inside, go = tmp_path / "a.txt", threading.Event(), threading.Event()
+
+    def slowly(temporary: Path) -> None:
+        temporary.write_text("slow")
+        inside.set()
+        assert go.wait(10)
+        assert temporary.read_text() == "slow"
+
+    thread = threading.Thread(target=write_atomically, args=(file, slowly))
+    thread.start()
+    assert inside.wait(10)
+    write_atomically(file, lambda temporary: temporary.write_text("quick"))
+    assert file.read_text() == "quick"
+    go.set()
+    thread.join()
+    assert file.read_text() == "slow" and hidden(tmp_path) == []
+
+
+def test_many_writers_of_one_file_leave_one_of_theirs(tmp_path):
+    file, contents = tmp_path / "a.txt", [str(number) * 1000 for number in range(8)]
+
+    def write(content: str) -> None:
+        for _ in range(25):
+            write_atomically(file, lambda temporary: temporary.write_text(content))
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert not file.exists() or file.read_text() in contents
+    assert file.read_text() in contents and hidden(tmp_path) == []
+
+
+def test_file_and_folder_are_flushed_around_the_renaming(tmp_path, monkeypatch):
+    seen, flush = [], os.fsync
+
+    def fsync(handle: int) -> None:
+        seen.append((Path(f"/proc/self/fd/{handle}").readlink().name, (tmp_path / "a.txt").exists()))
+        flush(handle)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to see what is flushed")
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomically(tmp_path / "a.txt", lambda temporary: temporary.write_text("new"))
+    assert seen == [(".a.txt.part", False), (tmp_path.name, True)]
+
+
+def test_the_longest_names_have_room_for_a_temporary_one(tmp_path):
+    file = tmp_path / ("ä" * 125 + ".json")  # 255 bytes
+    write_atomically(file, lambda temporary: temporary.write_text("new"))
+    assert file.read_text() == "new" and hidden(tmp_path) == []
+
+
+def test_a_device_is_written_as_it_is():
+    write_atomically(Path(os.devnull), lambda file: file.write_text("gone"))
+    assert not Path(os.devnull).is_file()
+
+
+def test_an_error_of_another_file_is_not_said_to_be_of_this_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        write_atomically(tmp_path / "a.txt", lambda _: Path("elsewhere/b.txt").read_bytes())
+    assert names(tmp_path) == []
+
+
+def test_lines_grow_under_another_name_until_they_are_whole(tmp_path):
+    file, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.part"
+    with growing(file) as lines:
+        lines.write("old\n")
+    with pytest.raises(KeyboardInterrupt), growing(file) as lines:
+        lines.write("one\n")
+        lines.flush()
+        assert partial.read_text() == "one\n"
+        raise KeyboardInterrupt
+    assert file.read_text() == "old\n" and partial.read_text() == "one\n"
+    with growing(file, [lambda whole: whole.write_text(whole.read_text().upper())]) as lines:
+        lines.write("two\n")
+    assert file.read_text() == "TWO\n" and names(tmp_path) == ["a.jsonl"]
+
+
+def test_a_folder_in_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(WriteError, match=r"file/in: cannot be written \(Not a directory\); check the path"):
+        make_folder(tmp_path / "file/in")
+
+
+def test_scratch_has_room_and_no_name():
+    with scratch(10_000, "") as file:
+        status = os.fstat(file.fileno())
+        assert status.st_size == 10_000 and status.st_nlink == 0
+    with pytest.raises(WriteError, match="another disk"):
+        scratch(2**60, "take another disk")
+
+
+def test_the_error_goes_to_other_processes_whole():
+    error = WriteError(Path("a.txt"), OSError(errno.EROFS, os.strerror(errno.EROFS)))
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) and (again.errno, again.strerror) == (errno.EROFS, "Read-only file system")
+    assert (
+        str(error) == "a.txt: cannot be written (Read-only file system); change its permissions, or name another folder"
+    )
+    assert WriteError(Path("a"), RuntimeError("Os { code: 28, kind: StorageFull }")).errno == errno.ENOSPC
