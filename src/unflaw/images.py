@@ -5,6 +5,8 @@ of them can resize differently.
 """
 
 import io
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +18,13 @@ import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 from PIL import WebPImagePlugin as WebP
 
+from unflaw import containers
 from unflaw.drift import describe
 from unflaw.layout import Box, Layout, Preparation, Window, layout
 
 __all__ = ["Box", "Preparation"]
 
+PIXEL, OVERHEAD = 16, 2**26  # bytes of a file: for a pixel at most, four floats, and for all else in it
 AT_ONCE = 2**24  # pixels of a picture that are resized at once: above, in strips
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -288,47 +292,88 @@ def _named(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: there is no such file; check the path") from error
     except PermissionError as error:
         raise ImageError(f"{name}: may not be read; allow this user to read it") from error
-    except Exception as error:  # on damaged files decoders raise SyntaxError, OSError, struct.error, zlib.error, …
-        raise ImageError(f"{name}: is damaged or of an unknown kind ({error}); save it again as PNG") from error
+    except MemoryError as error:
+        raise ImageError(f"{name}: needs more memory than there is; scale it down or cut it") from error
+    except OSError as error:
+        if error.errno is None:  # Pillow's, of what is in the file
+            raise ImageError(_damaged(name, error)) from error
+        raise ImageError(f"{name}: cannot be read ({error.strerror}); check the path") from error
+    except Exception as error:  # on damaged files decoders raise SyntaxError, ValueError, struct.error, zlib.error, …
+        raise ImageError(_damaged(name, error)) from error
 
 
-def _bytes(source: str | Path | bytes | BinaryIO) -> bytes:
+def _damaged(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"{name}: is damaged or of an unknown kind ({reason}); save it again as PNG"
+
+
+def read_file(path: str | Path, max_pixels: int = 200_000_000) -> bytes:
+    """The bytes of a picture's file; of what is none, and of what cannot be of so many pixels, nothing is read.
+
+    Raises:
+        ImageError: A folder, a pipe or a device, too large, empty or no picture. OSError: Not readable.
+    """
+    status, most = os.stat(path), OVERHEAD + PIXEL * max_pixels
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("is a folder; name one picture in it")
+    if not stat.S_ISREG(status.st_mode):  # one could wait for it, or read it, for ever
+        raise ImageError("is a pipe or a device, not a file; name a picture's file")
+    if status.st_size > most:
+        raise ImageError(f"has {status.st_size:,} bytes, over the limit of {most:,}; save it again or cut it")
+    with Path(path).open("rb") as file:
+        head = file.read(64)
+        _decoder(head)
+        return head + file.read(most)
+
+
+def _bytes(source: str | Path | bytes | BinaryIO, max_pixels: int = 200_000_000) -> bytes:
     if isinstance(source, bytes):
         return source
-    if not isinstance(source, str | Path):
-        return source.read()
-    if Path(source).is_dir():
-        raise ImageError("is a folder; name one picture in it")
-    return Path(source).read_bytes()
+    return read_file(source, max_pixels) if isinstance(source, str | Path) else source.read()
 
 
-def _open(data: bytes) -> Image.Image:
-    """A picture of which only the header has been read."""
+def _decoder(data: bytes) -> Any:
     if not data:
         raise ImageError("is empty; copy or save it again")
     for signature, decoder in _DECODERS.items():
         if data.startswith(signature):
-            return decoder(io.BytesIO(data))
+            return decoder
     raise ImageError("is not a picture of a kind that is read; save it as PNG, JPEG, BMP, TIFF, WebP or GIF")
 
 
-def _check(size: tuple[int, int], frames: int, max_pixels: int) -> None:
+def _open(data: bytes) -> Image.Image:
+    """A picture of which only the header has been read."""
+    decoder = _decoder(data)
+    _refuse(containers.crowded(data))
+    return decoder(io.BytesIO(data))
+
+
+def _refuse(fault: str) -> None:
+    if fault:
+        raise ImageError(fault)
+
+
+def _check(size: tuple[int, int], max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
         raise ImageError(f"has {size[0]} × {size[1]} pixels, over the limit of {max_pixels:,}; scale it down or cut it")
-    if frames > 1:
-        raise ImageError(f"has {frames} frames or pages; save the one that counts as a picture of its own")
+
+
+_SEVERAL = "has several frames or pages; save the one that counts as a picture of its own"
 
 
 def _decode(source: Any, max_pixels: int) -> np.ndarray:
     """(H, W) or (H, W, channels), upright, in the depth of the source."""
     if isinstance(source, np.ndarray):
         return source
+    data = b""
     if not isinstance(source, Image.Image):
-        data = _bytes(source)
+        data = _bytes(source, max_pixels)
         if data[:4] in _TIFF and (deep := _decode_deep_tiff(data, max_pixels)) is not None:
             return deep
         source = _open(data)
-    _check(source.size, getattr(source, "n_frames", 1), max_pixels)
+    _check(source.size, max_pixels)
+    _refuse(containers.slow(data, source.size))
+    _refuse(_SEVERAL if getattr(source, "is_animated", False) else "")  # n_frames would look at all of them
     image = ImageOps.exif_transpose(source)
     if image.mode.startswith("I"):  # "I;16", or "I": so Pillow called 16-bit grey before version 11
         wide = np.asarray(image)
@@ -345,11 +390,13 @@ def _decode_deep_tiff(data: bytes, max_pixels: int) -> np.ndarray | None:
     """A colour TIFF of more than 8 bits, of which Pillow would keep 8; None for the others."""
     import tifffile
 
+    _refuse(containers.crowded(data))
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page: Any = tiff.pages[0]
         if page.bitspersample <= 8 or page.samplesperpixel == 1:
             return None
-        _check((page.imagewidth, page.imagelength), len(tiff.pages), max_pixels)
+        _check((page.imagewidth, page.imagelength), max_pixels)
+        _refuse(_SEVERAL if containers.paged(data) else containers.swollen(page, data, max_pixels))
         if page.photometric.name not in ("RGB", "MINISBLACK"):
             raise ImageError(f"is a {page.photometric.name} TIFF of more than 8 bits; save it as RGB or grey")
         pixels = page.asarray()
