@@ -162,8 +162,8 @@ DAMAGED = {
     "flipped": (encoded(COLOUR).replace(b"IDAT", b"IDAT\1", 1), "damaged"),
     **{f"half_{kind}": (encoded(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), kind), "damaged")
        for kind in ("PNG", "JPEG", "BMP", "TIFF", "WebP", "GIF")},
-    "animation": (encoded(Image.fromarray(GREY), "GIF", save_all=True, append_images=[Image.fromarray(GREY.T)]), "several f"),
-    "pages": (encoded(Image.fromarray(GREY), "TIFF", save_all=True, append_images=[Image.fromarray(GREY)]), "several f"),
+    "animation": (encoded(Image.fromarray(GREY), "GIF", save_all=True, append_images=[Image.fromarray(~GREY)]), "sev"),
+    "pages": (encoded(Image.fromarray(GREY), "TIFF", save_all=True, append_images=[Image.fromarray(GREY)]), "several"),
     "signed": (encoded(Image.fromarray(np.full((3, 3), -5, np.int32)), "TIFF"), "whole numbers"),
 }  # fmt: skip
 

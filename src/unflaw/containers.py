@@ -7,17 +7,13 @@ programs write.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
-from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 BLOCKS = 10_000  # of any picture; decoders take some microseconds for each
 PER_BLOCK = {b"\x89P": 1024, b"\xff\xd8": 1024, b"GI": 128, b"II": 32, b"MM": 32}  # and one more for so many bytes
 SCANS, SCANNED = 16, 2_000_000_000  # of a progressive JPEG; and pixels that the scans beyond may pass
 RUNS = 4_000_000  # pixels, and bytes, of a run-length compressed BMP, which Pillow decodes in Python
-SAMPLES = 16  # of a pixel
-SPARE = 2**22  # pixels by which strips and tiles may be larger than the picture
 
 
 def crowded(data: bytes) -> str:
@@ -45,32 +41,6 @@ def slow(data: bytes, size: tuple[int, int]) -> str:
         return f"has {scans} scans over {pixels:,} pixels; save it again, not progressive"
     if data[:2] == b"BM" and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0") and max(pixels, len(data)) > RUNS:
         return f"is a run-length compressed BMP of over {RUNS:,} pixels or bytes; save it as PNG"
-    return ""
-
-
-def swollen(page: Any, data: bytes, max_pixels: int) -> str:
-    """A TIFF page whose strips or tiles hold more than the picture has, or that says so.
-
-    Args:
-        page: Of tifffile.
-        data: The file.
-        max_pixels: As for `images.read`.
-    """
-    samples, pixels = page.samplesperpixel, page.imagewidth * page.imagelength
-    if max(page.imagedepth, page.tiledepth) > 1:
-        return f"is {page.imagedepth} pictures deep; save the one that counts as a picture of its own"
-    if samples > SAMPLES or samples * page.bitspersample * pixels > 128 * max_pixels:
-        return f"has {samples} channels of {page.bitspersample} bits; save it as RGB or grey in 8 or 16 bits"
-    if prod(page.chunks) > (pixels + SPARE) * samples or len(page.dataoffsets) > pixels * samples + 1:
-        return "is cut into strips or tiles that do not go with its size; save it again"
-    if page.compression not in (1, 5, 8, 32773, 32946):
-        return f"is compressed by {page.compression!r} in more than 8 bits; save it with Deflate or uncompressed"
-    if page.compression in (8, 32946):
-        most = prod(page.chunks) * page.bitspersample // 8 + 1
-        for start, length in zip(page.dataoffsets, page.databytecounts, strict=False):
-            inflate = zlib.decompressobj()
-            if len(inflate.decompress(data[start : start + length], most)) >= most:
-                return "holds strips or tiles that are more than its size once decompressed; save it again"
     return ""
 
 
