@@ -45,7 +45,9 @@ def fuzz(target: Target, examples: int, folder: Path, seed: int) -> tuple[Counte
         except target.allowed:
             counts["refused"] += 1
         except Exception as error:  # what the search is for
-            frame = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if "unflaw" in f.filename), None)
+            frame = next(
+                (f for f in reversed(traceback.extract_tb(error.__traceback__)) if "unflaw" in f.filename), None
+            )
             where = f"{Path(frame.filename).name}:{frame.lineno}" if frame else "?"
             key = f"{type(error).__name__} at {where}"
             counts["fault"] += 1

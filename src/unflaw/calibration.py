@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from unflaw import conformal
 from unflaw.config import CalibrationOptions
@@ -45,8 +45,8 @@ class Calibration(BaseModel):
             of them: rates are about so, and how far they are certain is said in `crossfit`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    scores: tuple[float, ...]
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    scores: tuple[float, ...] = Field(min_length=1)
     asked_rate: float
     rate: float
     threshold: float

@@ -22,12 +22,35 @@ LARGEST = 300_000  # bytes of a picture that is mutated
 # What a hostile hand puts where something else belongs.
 ODD = [
     *(None, True, -1, 0, 1, 2**31, 2**63, 10**30, -(10**30), 1e308, -0.5, float("nan"), float("inf")),
-    *("", "\0", "x" * 10_000, "../../../../etc/passwd", "/etc/passwd", "a\nb", "\ud800", "AAAA", "nan", "!!python/none x"),
-    *([], {}, [[]], {"": {}}, [None] * 1000, {"method": "uranet"}, [1e9] * 4, ["x"], {"float16": "AAAA", "statistics": 0}),
+    *(
+        "",
+        "\0",
+        "x" * 10_000,
+        "../../../../etc/passwd",
+        "/etc/passwd",
+        "a\nb",
+        "\ud800",
+        "AAAA",
+        "nan",
+        "!!python/none x",
+    ),
+    *(
+        [],
+        {},
+        [[]],
+        {"": {}},
+        [None] * 1000,
+        {"method": "uranet"},
+        [1e9] * 4,
+        ["x"],
+        {"float16": "AAAA", "statistics": 0},
+    ),
 ]
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 values = st.sampled_from(ODD) | st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
 )
 
 
@@ -53,7 +76,9 @@ class Material:
 
         self.parts = make_parts(folder / "parts")
         self.model = folder / "parts.safetensors"
-        Detector(config=make_config("memae", "cpu", TINY | OWN["memae"] | {"training.steps": 2})).fit(self.parts).save(self.model)
+        Detector(config=make_config("memae", "cpu", TINY | OWN["memae"] | {"training.steps": 2})).fit(self.parts).save(
+            self.model
+        )
         self.metadata = read_metadata(self.model)
         with self.model.open("rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
@@ -75,7 +100,10 @@ class Material:
             ],
             "detector",
             [helper.make_tensor_value_info("pictures", one, ["n", 3, side, side])],
-            [helper.make_tensor_value_info("map", one, ["n", side, side]), helper.make_tensor_value_info("score", one, ["n"])],
+            [
+                helper.make_tensor_value_info("map", one, ["n", side, side]),
+                helper.make_tensor_value_info("score", one, ["n"]),
+            ],
         )
         model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
         helper.set_model_props(model, {"unflaw": metadata})
@@ -121,7 +149,9 @@ def damaged(draw: Callable[..., Any], files: list[bytes]) -> bytes:
         elif kind == "number":
             width, order = draw(st.sampled_from((2, 4, 8))), draw(st.sampled_from("<>"))
             number = draw(st.sampled_from((0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1)))
-            data[start : start + width] = struct.pack(f"{order}Q", number)[-width:] if order == ">" else struct.pack("<Q", number)[:width]
+            data[start : start + width] = (
+                struct.pack(f"{order}Q", number)[-width:] if order == ">" else struct.pack("<Q", number)[:width]
+            )
         elif kind == "cut":
             del data[start : start + draw(st.integers(1, 64))]
         elif kind == "double":
@@ -223,14 +253,45 @@ def targets(material: Material) -> dict[str, Target]:
         for record in Log(path, Record).records.values():
             record.model_dump_json()
 
-    row = {"digest": "d", "data": "a", "variant": "full", "seed": 0, "method": "uranet", "backbone": "b", "weights": "default"}
+    row = {
+        "digest": "d",
+        "data": "a",
+        "variant": "full",
+        "seed": 0,
+        "method": "uranet",
+        "backbone": "b",
+        "weights": "default",
+    }
     row |= {"overrides": "", "common": "", "metrics": {"image_auroc": 0.5}, "skipped": {}, "machine": "x"}
     cells = st.sampled_from(
-        ["test/good/000.png", "test/square/001.png", "ground_truth/square/001_mask.png", "../../x.png", "/etc/passwd", "0", "1"]
-        + ["good", "defect", "train", "test", "validation", "", '"', "\0", "x" * 5000, "x" * 300 + ".png", "pipe\n.png", "=1+1"]
+        [
+            "test/good/000.png",
+            "test/square/001.png",
+            "ground_truth/square/001_mask.png",
+            "../../x.png",
+            "/etc/passwd",
+            "0",
+            "1",
+        ]
+        + [
+            "good",
+            "defect",
+            "train",
+            "test",
+            "validation",
+            "",
+            '"',
+            "\0",
+            "x" * 5000,
+            "x" * 300 + ".png",
+            "pipe\n.png",
+            "=1+1",
+        ]
     ) | st.text(max_size=12)
     rows = st.lists(st.lists(cells, max_size=6).map(",".join), max_size=6)
-    header = st.sampled_from(["path,label", "path,label,mask,defect,split", "label;path;split", "path\tlabel\tmask", ""])
+    header = st.sampled_from(
+        ["path,label", "path,label,mask,defect,split", "label;path;split", "path\tlabel\tmask", ""]
+    )
     tables = st.tuples(header, rows).map(lambda t: "\n".join([t[0], *t[1]]).encode(errors="surrogatepass"))
     yaml = st.sampled_from(
         [
@@ -243,11 +304,25 @@ def targets(material: Material) -> dict[str, Target]:
             b"{data: [parts], seeds: 1e9, sizes: [0x7fffffffffff]}",
         ]
     )
-    grids = damaged([b"data: [parts]\nseeds: 2\n"]) | yaml | yaml.flatmap(lambda data: damaged([data])) | st.binary(max_size=80)
+    grids = (
+        damaged([b"data: [parts]\nseeds: 2\n"])
+        | yaml
+        | yaml.flatmap(lambda data: damaged([data]))
+        | st.binary(max_size=80)
+    )
     # JSON is YAML, too
-    fields = {"methods": ["uranet"], "data": ["x"], "backbones": ["a=b"], "sizes": [64], "seeds": 2, "settings": {"a": 1}}
+    fields = {
+        "methods": ["uranet"],
+        "data": ["x"],
+        "backbones": ["a=b"],
+        "sizes": [64],
+        "seeds": 2,
+        "settings": {"a": 1},
+    }
     grids |= mutated(fields).map(lambda tree: json.dumps(tree).encode())
-    logs = st.lists(mutated(row).map(_text) | st.just(_text(row)), max_size=3).map(lambda lines: "\n".join([*lines, ""]).encode())
+    logs = st.lists(mutated(row).map(_text) | st.just(_text(row)), max_size=3).map(
+        lambda lines: "\n".join([*lines, ""]).encode()
+    )
     logs |= logs.flatmap(lambda data: damaged([data or b"x"])) | st.binary(max_size=60)
     whole, exported = material.model.read_bytes(), material.graph(_text(_exported(material)))
     return {

@@ -180,7 +180,7 @@ def info(model: ModelFile) -> None:
         from unflaw.files import kind_of, read_metadata, weights_of
 
         metadata = read_metadata(model)
-        record = {name: value for name, value in metadata["record"].items() if name not in ("history", "seen")}
+        record = {name: value for name, value in metadata.get("record", {}).items() if name not in ("history", "seen")}
         files = [model, weights_of(model)] if kind_of(model) == "openvino" else [model]
         exported = metadata.get("exported", {})
         how = f", exported to {exported['to']} in {exported['precision']}" if exported else ""
