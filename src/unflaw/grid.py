@@ -111,7 +111,7 @@ def read_grid(path: Path | None, changes: dict[str, Any]) -> Grid:
 
 
 def _load_yaml(path: Path) -> Any:
-    """Raises: OSError, ValueError: Not readable, too large, or with aliases, which can stand for far more than is there."""
+    """Raises OSError or ValueError: unreadable, too large, or with aliases, which can stand for gigabytes."""
     import yaml
 
     with path.open("rb") as file:

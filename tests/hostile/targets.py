@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from corpus import cases
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from conftest import OWN, TINY, make_parts
-from corpus import cases
 
 LARGEST = 300_000  # bytes of a picture that is mutated
 # What a hostile hand puts where something else belongs.
@@ -131,9 +131,11 @@ def mutated(draw: Callable[..., Any], tree: Any) -> Any:
         if how == "drop":
             del parent[place[-1]]
         elif how == "add" and isinstance(parent, dict):
-            parent[draw(st.sampled_from(["x", "", "exported", "categories", "tail", "roi", "tile"]))] = draw(values)
+            parent[draw(st.sampled_from(["x", "", "exported", "categories", "tail", "roi", "tile"]))] = deepcopy(
+                draw(values)
+            )
         else:
-            parent[place[-1]] = [parent[place[-1]]] if how == "wrap" else draw(values)
+            parent[place[-1]] = [parent[place[-1]]] if how == "wrap" else deepcopy(draw(values))
     return tree
 
 
@@ -265,30 +267,21 @@ def targets(material: Material) -> dict[str, Target]:
     row |= {"overrides": "", "common": "", "metrics": {"image_auroc": 0.5}, "skipped": {}, "machine": "x"}
     cells = st.sampled_from(
         [
-            "test/good/000.png",
-            "test/square/001.png",
-            "ground_truth/square/001_mask.png",
-            "../../x.png",
-            "/etc/passwd",
-            "0",
-            "1",
-        ]
-        + [
-            "good",
-            "defect",
-            "train",
-            "test",
-            "validation",
-            "",
-            '"',
-            "\0",
-            "x" * 5000,
-            "x" * 300 + ".png",
-            "pipe\n.png",
-            "=1+1",
+            *(
+                "test/good/000.png",
+                "test/square/001.png",
+                "ground_truth/square/001_mask.png",
+                "../../x.png",
+                "/etc/passwd",
+            ),
+            *("0", "1", "good", "defect", "train", "test", "validation", "", '"', "\0", "x" * 5000, "x" * 300 + ".png"),
+            *("pipe\n.png", "=1+1"),
         ]
     ) | st.text(max_size=12)
-    rows = st.lists(st.lists(cells, max_size=6).map(",".join), max_size=6)
+    right = st.sampled_from(
+        ["test/good/000.png,good,,,", "test/square/001.png,bad,ground_truth/square/001_mask.png,a,test"]
+    )
+    rows = st.lists(right | st.lists(cells, max_size=6).map(",".join), max_size=6)
     header = st.sampled_from(
         ["path,label", "path,label,mask,defect,split", "label;path;split", "path\tlabel\tmask", ""]
     )
