@@ -44,8 +44,10 @@ lock: $(TOOLS)/installed  ## after any change of dependencies; UPGRADE=1 takes t
 	$(COMPILE) requirements/tools.in --output-file requirements/tools.lock
 	touch $(TOOLS)/installed
 
-audit: $(TOOLS)/installed  ## asks the advisory service of PyPI about every locked release
-	$(TOOLS)/bin/pip-audit --disable-pip --require-hashes --requirement requirements/ci.lock
+audit: $(TOOLS)/installed  ## asks the advisory service of PyPI about every locked release; --strict: no answer is a failure
+	@$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements/ci.lock || \
+	{ echo "audit: not passed. Above: known vulnerabilities, or releases of which the service says nothing," >&2; \
+	echo "as where it cannot be reached; then run this on a machine that reaches it" >&2; exit 1; }
 
 sbom: $(TOOLS)/installed $(STAMP)  ## what is installed, as CycloneDX: sbom.json
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json $(BIN)/python

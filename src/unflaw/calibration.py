@@ -208,8 +208,10 @@ def calibrations(metadata: Mapping[str, Any]) -> dict[str, Calibration]:
     """Of every category, from the metadata of a detector file; "" is the category of a detector that has no others.
 
     Raises:
-        KeyError, ValueError: There are none, or they are damaged.
+        ValueError: There are none, or they are damaged.
     """
+    if not (metadata.get("categories") or "calibration" in metadata):
+        raise ValueError("it has no calibration")
     found = metadata.get("categories") or {"": metadata["calibration"]}
     return TypeAdapter(dict[str, Calibration]).validate_python(found)
 
