@@ -11,11 +11,6 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 LOCKS = [ROOT / "requirements" / name for name in ("ci.lock", "tools.lock")]
 HERE = {"python_version": "3.11", "sys_platform": "linux", "platform_machine": "x86_64"}
-    "python_version": "3.11",
-    "python_full_version": "3.11.7",
-    "sys_platform": "linux",
-    "platform_machine": "x86_64",
-}
 
 
 def locked(path: Path) -> dict[str, str]:
