@@ -16,7 +16,7 @@ from unflaw.config import METHODS, Config, applies, make_config
 from unflaw.datasets import Dataset
 from unflaw.variants import written
 
-LARGEST = 1_000_000  # bytes of a file
+LARGEST, DEEPEST = 1_000_000, 32  # bytes of a file, and lists within lists
 ON_PIXELS = ("draem", "memae")  # have no backbone: they are run once, whatever the backbones
 
 
@@ -89,8 +89,6 @@ def read_grid(path: Path | None, changes: dict[str, Any]) -> Grid:
     """
     try:
         found = {} if path is None else _load_yaml(path)
-    except RecursionError as error:
-        raise ValueError(f"{path}: is nested too deep; a grid is a few lists") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(found, dict):
@@ -120,8 +118,13 @@ def _load_yaml(path: Path) -> Any:
         raise ValueError(f"it has more than {LARGEST:,} bytes")
     text = content.decode("utf-8")
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has an alias (*name); write out what that stands for")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has an alias (*name); write out what that stands for")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:  # the parser's time grows with the square of it
+                raise ValueError(f"it is nested more than {DEEPEST} deep; a grid is a few lists")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
