@@ -98,7 +98,7 @@ def test_an_openvino_graph_expands_nothing_and_opens_no_other_file(tmp_path):
 
 
 HUGE = {
-    "network.widths": [8192] * 12,
+    "network.widths": [8192] * 3,
     "network.items": 10**6,
     "network.side": 4096,
     "preparation.size": 4096,

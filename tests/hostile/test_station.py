@@ -74,7 +74,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_text_and_nothing_else(client, good, tmp_path, name):
     answer = client.post("/inspect", files={"picture": (name, good)})
-    assert answer.status_code in (200, 422), answer.text
+    assert answer.status_code in (200, 400, 422), answer.text  # 400: a name of 5000 letters is no header of a form
     assert "set-cookie" not in answer.headers
     if answer.status_code == 200:
         told = answer.json()
