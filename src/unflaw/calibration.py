@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from unflaw import conformal
 from unflaw.config import CalibrationOptions
@@ -45,8 +45,8 @@ class Calibration(BaseModel):
             of them: rates are about so, and how far they are certain is said in `crossfit`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    scores: tuple[float, ...]
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    scores: tuple[float, ...] = Field(min_length=1)
     asked_rate: float
     rate: float
     threshold: float
@@ -208,8 +208,10 @@ def calibrations(metadata: Mapping[str, Any]) -> dict[str, Calibration]:
     """Of every category, from the metadata of a detector file; "" is the category of a detector that has no others.
 
     Raises:
-        KeyError, ValueError: There are none, or they are damaged.
+        ValueError: There are none, or they are damaged.
     """
+    if not (metadata.get("categories") or "calibration" in metadata):
+        raise ValueError("it has no calibration")
     found = metadata.get("categories") or {"": metadata["calibration"]}
     return TypeAdapter(dict[str, Calibration]).validate_python(found)
 

@@ -13,17 +13,20 @@ from unflaw.images import Preparation
 
 
 class Settings(BaseModel):
-    """Immutable settings which refuse unknown names, so that a typing slip is not silently a default."""
+    """Immutable settings which refuse unknown names, so that a typing slip is not silently a default.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Numbers have limits far above use: a configuration may come from a stranger's file, and must not ask for a terabyte.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Features(Settings):
     """Frozen backbone and aggregation."""
 
     backbone: str = Field("tf_efficientnet_lite0", description="any timm model that supports features_only")
-    levels: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (1, 2, 3), min_length=1, description="timm feature indices; 1, 2, 3 have strides 4, 8, 16"
+    levels: tuple[Annotated[int, Field(ge=0, le=64)], ...] = Field(
+        (1, 2, 3), min_length=1, max_length=64, description="timm feature indices; 1, 2, 3 have strides 4, 8, 16"
     )
     grid: int = Field(32, ge=4, le=256, description="side of the common grid that all levels are resized to")
     smooth: Literal[1, 3, 5, 7] = Field(3, description="side of the mean filter over each level; 1 switches it off")
@@ -61,9 +64,9 @@ class Synthesis(Settings):
 class Perception(Settings):
     """UIAPM: the Bayesian network that marks anomalous regions and ambiguous boundaries."""
 
-    width: int = Field(32, ge=1)
-    depth: int = Field(2, ge=1, description="hidden Bayesian convolutions of 3×3")
-    draws: int = Field(8, ge=1, description="weight samples S at inspection")
+    width: int = Field(32, ge=1, le=8192)
+    depth: int = Field(2, ge=1, le=64, description="hidden Bayesian convolutions of 3×3")
+    draws: int = Field(8, ge=1, le=1024, description="weight samples S at inspection")
     prior: float = Field(0.1, gt=0, description="standard deviation of the Gaussian prior over weights")
     kl_weight: float = Field(1.0, ge=0, description="weight of KL / N")
     bayesian: bool = Field(True, description="False: plain convolutions, no uncertainty map, M_final = M_U")
@@ -74,13 +77,17 @@ class Perception(Settings):
 class Restoration(Settings):
     """RAM: restoration attention."""
 
-    patch: int = Field(2, ge=1, description="side of a token in feature cells")
-    width: int = Field(192, ge=4, multiple_of=4)
-    depth: int = Field(3, ge=0)
-    heads: int = Field(3, ge=1)
+    patch: int = Field(2, ge=1, le=256, description="side of a token in feature cells")
+    width: int = Field(192, ge=4, le=8192, multiple_of=4)
+    depth: int = Field(3, ge=0, le=64)
+    heads: int = Field(3, ge=1, le=1024)
     masked: bool = Field(True, description="keys only where M_final marks nothing; False: plain self-attention")
-    prototypes: int = Field(4096, ge=0, description="memory of normal tokens across pictures; 0: the picture alone")
-    coarse_prototypes: int = Field(16384, ge=1, description="memory of whole regions, for the image score")
+    prototypes: int = Field(
+        4096, ge=0, le=10_000_000, description="memory of normal tokens across pictures; 0: the picture alone"
+    )
+    coarse_prototypes: int = Field(
+        16384, ge=1, le=10_000_000, description="memory of whole regions, for the image score"
+    )
     sharpness: float = Field(2.0, gt=0, description="softmax(−sharpness·d²/radius²) over the nearest prototypes")
 
     @model_validator(mode="after")
@@ -103,8 +110,10 @@ class LookupOptions(Settings):
     """Distance to the nearest normal prototype; nothing is trained."""
 
     method: Literal["lookup"] = "lookup"
-    prototypes: int = Field(4096, ge=1)
-    coarse_prototypes: int = Field(16384, ge=1, description="memory of whole regions, for the image score")
+    prototypes: int = Field(4096, ge=1, le=10_000_000)
+    coarse_prototypes: int = Field(
+        16384, ge=1, le=10_000_000, description="memory of whole regions, for the image score"
+    )
 
 
 class MFRNetOptions(Settings):
@@ -112,24 +121,31 @@ class MFRNetOptions(Settings):
     to us: their numbers are ours."""
 
     method: Literal["mfrnet"] = "mfrnet"
-    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (2,), min_length=1, description="side of a mask cell, in feature cells; the maps of several are averaged"
+    k: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field(
+        (2,),
+        min_length=1,
+        max_length=16,
+        description="side of a mask cell, in feature cells; the maps of several are averaged",
     )
-    n: int = Field(3, ge=2, description="crossed masks: disjoint, and together they hide everything once")
+    n: int = Field(3, ge=2, le=64, description="crossed masks: disjoint, and together they hide everything once")
     masked: bool = Field(True, description="False: nothing is hidden, a plain autoencoder")
-    patch: int = Field(2, ge=1, description="side of a token in feature cells, at the finest scale")
-    widths: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = Field(
-        (96, 192), min_length=1, description="of the tokens per scale; each scale halves the side"
+    patch: int = Field(2, ge=1, le=256, description="side of a token in feature cells, at the finest scale")
+    widths: tuple[Annotated[int, Field(ge=4, le=8192, multiple_of=4)], ...] = Field(
+        (96, 192), min_length=1, max_length=8, description="of the tokens per scale; each scale halves the side"
     )
-    depth: int = Field(2, ge=1, description="hybrid blocks per scale of the encoder, and of the decoder")
-    heads: int = Field(4, ge=1)
+    depth: int = Field(2, ge=1, le=64, description="hybrid blocks per scale of the encoder, and of the decoder")
+    heads: int = Field(4, ge=1, le=1024)
     attention: bool = Field(True, description="self-attention in the hybrid blocks")
     convolution: bool = Field(True, description="convolution in the hybrid blocks")
     pixel: float = Field(1.0, ge=0, description="weight of L2 in the hybrid loss, for training and map")
     ssim: float = Field(1.0, ge=0, description="weight of 1 − SSIM, likewise")
     gms: float = Field(1.0, ge=0, description="weight of 1 − gradient magnitude similarity, likewise")
-    prototypes: int = Field(4096, ge=0, description="memory of normal tokens that fills what is hidden; 0: none")
-    coarse_prototypes: int = Field(16384, ge=1, description="memory of whole regions, for the image score")
+    prototypes: int = Field(
+        4096, ge=0, le=10_000_000, description="memory of normal tokens that fills what is hidden; 0: none"
+    )
+    coarse_prototypes: int = Field(
+        16384, ge=1, le=10_000_000, description="memory of whole regions, for the image score"
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> MFRNetOptions:
@@ -157,9 +173,15 @@ class DRAEMOptions(Settings):
     """DRAEM (arXiv 2108.07610), on pixels."""
 
     method: Literal["draem"] = "draem"
-    side: int | None = Field(128, ge=32, description="pixels it works at, at most preparation.size; None: all of them")
-    reconstructive: int = Field(16, ge=1, description="channels at full resolution of the reconstructive network")
-    discriminative: int = Field(16, ge=1, description="channels at full resolution of the discriminative network")
+    side: int | None = Field(
+        128, ge=32, le=4096, description="pixels it works at, at most preparation.size; None: all of them"
+    )
+    reconstructive: int = Field(
+        16, ge=1, le=4096, description="channels at full resolution of the reconstructive network"
+    )
+    discriminative: int = Field(
+        16, ge=1, le=4096, description="channels at full resolution of the discriminative network"
+    )
     synthesis: PixelSynthesis = PixelSynthesis()
 
 
@@ -167,11 +189,16 @@ class MemAEOptions(Settings):
     """MemAE (arXiv 1904.02639), on pixels."""
 
     method: Literal["memae"] = "memae"
-    side: int | None = Field(128, ge=32, description="pixels it works at, at most preparation.size; None: all of them")
-    widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (16, 32, 32, 64), min_length=1, description="channels of the encoder's layers, each of which halves the side"
+    side: int | None = Field(
+        128, ge=32, le=4096, description="pixels it works at, at most preparation.size; None: all of them"
     )
-    items: int = Field(100, ge=1, description="size of the memory")
+    widths: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field(
+        (16, 32, 32, 64),
+        min_length=1,
+        max_length=12,
+        description="channels of the encoder's layers, each of which halves the side",
+    )
+    items: int = Field(100, ge=1, le=1_000_000, description="size of the memory")
     shrinkage: float = Field(1.0, ge=0, le=3, description="weights up to this multiple of 1 / items become 0")
     entropy: float = Field(0.0002, ge=0, description="weight of the entropy of addressing weights in the loss")
 
@@ -199,9 +226,14 @@ class Training(Settings):
 class Scoring(Settings):
     """From residual to map to image score."""
 
-    smooth: float = Field(4.0, ge=0, description="deviation of the Gaussian over the map, pixels at a side of 256")
+    smooth: float = Field(
+        4.0, ge=0, le=256, description="deviation of the Gaussian over the map, pixels at a side of 256"
+    )
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        (0.01,), min_length=1, description="the image score looks at these highest shares of the witnesses"
+        (0.01,),
+        min_length=1,
+        max_length=64,
+        description="the image score looks at these highest shares of the witnesses",
     )
     coarse_share: float = Field(0.4, gt=0, le=1, description="and at this highest share of the coarse evidence")
     coarse_say: float = Field(1.0, ge=0, description="weight of the coarse evidence in the image score")

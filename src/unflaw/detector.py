@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from unflaw.datasets.samples import SHORT, Sample, digest, sha256
 from unflaw.display import DisplayDecoder, fit_display
 from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError, TrainingError
-from unflaw.features import PixelExtractor
+from unflaw.features import PixelExtractor, WeightsError
 from unflaw.files import FORMAT, read_metadata, write_atomically
 from unflaw.graph import Graph
 from unflaw.images import Prepared
@@ -324,12 +324,15 @@ class Detector(Inspector):
             raise DetectorError(f"{path}: was exported, and only inspects; name the .safetensors file it was made of")
         try:
             known, drift = calibrations(metadata), references(metadata)
-            detector = cls(config=Config.model_validate(metadata["config"]), weights="later")
-        except (KeyError, ValueError) as error:
+            config = Config.model_validate(metadata["config"])
+            with safe_open(path, "pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                _check_shapes(config, shapes)
+                tensors = {name: file.get_tensor(name) for name in shapes}
+            detector = cls(config=config, weights="later")
+        except (KeyError, ValueError, WeightsError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise DetectorError(f"{path}: its metadata cannot be used ({reason}); train it again") from error
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "display": {}, "categories": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -391,6 +394,15 @@ class Detector(Inspector):
         inside = cells([picture.window for picture in pictures], self.network.features.grid)
         found = Graph(self.network, self.display)(stack(pictures), inside)
         return Outputs.of({name: values.numpy() for name, values in found.items()})
+
+
+def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises: ValueError: The configuration asks for other tensors than there are. No memory is taken for them."""
+    with torch.device("meta"):
+        wanted = {f"network.{name}": tuple(t.shape) for name, t in create(config, "later").state_dict().items()}
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise ValueError(f"its tensors do not fit its configuration: {name} is {shapes.get(name)}, not {shape}")
 
 
 def _place(category: str, number: int) -> str:

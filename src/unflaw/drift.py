@@ -179,8 +179,14 @@ class Reference:
     @classmethod
     def from_json(cls, written: Mapping[str, Any]) -> Reference:
         """Raises: KeyError, ValueError: Damaged."""
-        values = np.frombuffer(base64.b64decode(written["float16"], validate=True), "<f2")
-        return cls(values.reshape(-1, written["statistics"]))
+        try:
+            values = np.frombuffer(base64.b64decode(written["float16"], validate=True), "<f2")
+            values = values.reshape(-1, written["statistics"])
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"what it remembers of pictures is damaged: {error}") from error
+        if not (values.size and np.isfinite(values).all()):
+            raise ValueError("what it remembers of pictures is empty or not finite")
+        return cls(values)
 
 
 def check_rate(rate: float) -> None:
@@ -195,7 +201,10 @@ def references(metadata: Mapping[str, Any]) -> dict[str, Reference]:
     Raises:
         KeyError, ValueError: They are damaged.
     """
-    found = {name: Reference.from_json(written) for name, written in metadata.get("drift", {}).items()}
+    known = metadata.get("drift", {})
+    if not isinstance(known, Mapping):
+        raise ValueError("what it remembers of pictures is damaged")
+    found = {name: Reference.from_json(written) for name, written in known.items()}
     return {name: known for name, known in found.items() if known.described.shape[1] == len(STATISTICS)}
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
 
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from unflaw.errors import DetectorError, WriteError
@@ -263,7 +264,39 @@ def read_metadata(path: str | Path, data: bytes | None = None) -> dict[str, Any]
         raise DetectorError(f"{path}: a {_CALLED[kind]} file, but not a detector of unflaw")
     if metadata["format"] > FORMAT:
         raise DetectorError(f"{path}: made by a newer unflaw; update with pip install --upgrade unflaw")
+    try:
+        _Metadata.model_validate(metadata)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DetectorError(f"{path}: its metadata is damaged ({where}: {first['msg']}); make it anew") from error
     return metadata
+
+
+class _Calibrated(BaseModel):
+    category: str = ""
+    kept: int
+    pictures: list[str] = []
+
+
+class _Record(BaseModel):
+    seen: list[str] = []
+    calibrations: list[_Calibrated] = []
+
+
+class _Exported(BaseModel):
+    to: str
+    precision: str
+    grid: int = Field(ge=1, le=4096)
+    weights: str = ""
+
+
+class _Metadata(BaseModel):
+    """What is used of metadata beside the configuration and calibrations, which have models of their own."""
+
+    config: dict[str, Any]
+    record: _Record = _Record()
+    exported: _Exported | None = None
 
 
 def _from_safetensors(path: Path, data: bytes | None) -> str | None:

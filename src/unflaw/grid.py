@@ -16,6 +16,7 @@ from unflaw.config import METHODS, Config, applies, make_config
 from unflaw.datasets import Dataset
 from unflaw.variants import written
 
+LARGEST, DEEPEST = 1_000_000, 32  # bytes of a file, and lists within lists
 ON_PIXELS = ("draem", "memae")  # have no backbone: they are run once, whatever the backbones
 
 
@@ -28,7 +29,7 @@ class Grid(BaseModel):
     data: list[Path] = Field(min_length=1)
     backbones: list[str] = Field([], description="NAME or NAME=WEIGHTS; none: the default one")
     sizes: list[int] = Field([], description="sides in pixels; none: the default one")
-    seeds: int = Field(3, ge=1, description="the seeds 0 to seeds - 1")
+    seeds: int = Field(3, ge=1, le=10_000, description="the seeds 0 to seeds - 1")
     profile: str = "cpu"
     settings: dict[str, Any] = Field({}, description="dotted settings, of all methods that have them")
     peers: dict[str, dict[str, Any]] = Field({}, description="methods of anomalib and their options (`peers`)")
@@ -86,11 +87,9 @@ def read_grid(path: Path | None, changes: dict[str, Any]) -> Grid:
     Raises:
         ValueError: Not readable, or a field that is unknown or has a wrong value.
     """
-    import yaml
-
     try:
-        found = {} if path is None else yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = {} if path is None else _load_yaml(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must hold fields such as `methods: [uranet, mfrnet]`")
@@ -107,6 +106,28 @@ def read_grid(path: Path | None, changes: dict[str, Any]) -> Grid:
         missing = "; name data sets with --data" if first["loc"] == ("data",) else ""
         source = f"{path}: " if path and where not in changes else ""
         raise ValueError(f"{source}{where}: {first['msg']}{hint}{missing}") from error
+
+
+def _load_yaml(path: Path) -> Any:
+    """Raises OSError or ValueError: unreadable, too large, or with aliases, which can stand for gigabytes."""
+    import yaml
+
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST:,} bytes")
+    text = content.decode("utf-8")
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has an alias (*name); write out what that stands for")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:  # the parser's time grows with the square of it
+                raise ValueError(f"it is nested more than {DEEPEST} deep; a grid is a few lists")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def _beside(folder: Path, text: str) -> str:

@@ -5,9 +5,12 @@ of them can resize differently.
 """
 
 import io
+import os
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,11 +19,13 @@ import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 from PIL import WebPImagePlugin as WebP
 
+from unflaw import containers
 from unflaw.drift import describe
 from unflaw.layout import Box, Layout, Preparation, Window, layout
 
 __all__ = ["Box", "Preparation"]
 
+PIXEL, OVERHEAD = 16, 2**26  # bytes of a file: for a pixel at most, four floats, and for all else in it
 AT_ONCE = 2**24  # pixels of a picture that are resized at once: above, in strips
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -36,7 +41,7 @@ _DECODERS: dict[bytes, Any] = {
     **dict.fromkeys(_TIFF, TiffImagePlugin.TiffImageFile),
 }
 _ORIENTATION = 0x0112  # the tag in EXIF and in TIFF
-_SIDEWAYS = (5, 6, 7, 8)
+SIDEWAYS = (5, 6, 7, 8)
 
 
 class Readable(Protocol):
@@ -73,14 +78,31 @@ def read(
             large, or values outside the ranges above.
     """
     with _named(name or _name(source)):
-        pixels = _unit(_decode(source, max_pixels))
-        if pixels.shape[2] in (2, 4):
-            pixels, alpha = pixels[..., :-1], pixels[..., -1:]
-            if pixels.dtype == np.uint8:
-                pixels = ((pixels.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
-            else:
-                pixels = pixels * alpha
-        return np.ascontiguousarray(pixels) if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
+        decoded = _decode(source, max_pixels)
+        if isinstance(decoded, np.ndarray):
+            return _rgb(decoded)
+        width, height = decoded.size
+        rows = max(1, AT_ONCE // max(width, 1))
+        parts = (_rgb(_pixels(decoded.crop((0, y, width, min(y + rows, height))))) for y in range(0, height, rows))
+        if rows >= height:
+            return next(parts)
+        first = next(parts)
+        whole = np.empty((height, width, 3), first.dtype)  # a large picture in strips: no second copy is ever held
+        for y, part in zip(range(0, height, rows), chain([first], parts), strict=True):
+            whole[y : y + rows] = part
+        return whole
+
+
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, 1 to 4) of any accepted type → what `read` returns."""
+    pixels = _unit(pixels)
+    if pixels.shape[2] in (2, 4):
+        pixels, alpha = pixels[..., :-1], pixels[..., -1:]
+        if pixels.dtype == np.uint8:
+            pixels = ((pixels.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
+        else:
+            pixels = pixels * alpha
+    return np.ascontiguousarray(pixels) if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -108,10 +130,10 @@ def image_size(path: str | Path) -> tuple[int, int]:
     with _named(str(path)):
         data = _bytes(path)
         if data[:4] in _TIFF:  # many kinds, two readers: decoding is the one sure way
-            height, width = _decode(data, max_pixels=200_000_000).shape[:2]
-            return width, height
+            decoded = _decode(data, max_pixels=200_000_000)
+            return decoded.size if isinstance(decoded, Image.Image) else decoded.shape[1::-1]
         image = _open(data)
-        return image.size[::-1] if image.getexif().get(_ORIENTATION) in _SIDEWAYS else image.size
+        return image.size[::-1] if image.getexif().get(_ORIENTATION) in SIDEWAYS else image.size
 
 
 def visible_files(folder: str | Path) -> list[Path]:
@@ -119,8 +141,15 @@ def visible_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ImageError(f"{folder}: there is no such folder; check the path")
-    found = (f for f in folder.rglob("*") if not any(part.startswith(".") for part in f.relative_to(folder).parts))
-    return sorted((f for f in found if f.is_file()), key=lambda f: f.as_posix())
+    found, waiting = [], [folder]
+    while waiting:  # Path.rglob calls itself for each level, and ends in a RecursionError
+        with suppress(PermissionError, FileNotFoundError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                    waiting.append(Path(entry))
+                elif not entry.name.startswith(".") and Path(entry).is_file():
+                    found.append(Path(entry))
+    return sorted(found, key=lambda f: f.as_posix())
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -302,48 +331,99 @@ def _named(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: there is no such file; check the path") from error
     except PermissionError as error:
         raise ImageError(f"{name}: may not be read; allow this user to read it") from error
-    except Exception as error:  # on damaged files decoders raise SyntaxError, OSError, struct.error, zlib.error, …
-        raise ImageError(f"{name}: is damaged or of an unknown kind ({error}); save it again as PNG") from error
+    except MemoryError as error:
+        raise ImageError(f"{name}: needs more memory than there is; scale it down or cut it") from error
+    except OSError as error:
+        if error.errno is None:  # Pillow's, of what is in the file
+            raise ImageError(_damaged(name, error)) from error
+        raise ImageError(f"{name}: cannot be read ({error.strerror}); check the path") from error
+    except Exception as error:  # on damaged files decoders raise SyntaxError, ValueError, struct.error, zlib.error, …
+        raise ImageError(_damaged(name, error)) from error
 
 
-def _bytes(source: str | Path | bytes | Readable) -> bytes:
+def _damaged(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"{name}: is damaged or of an unknown kind ({reason}); save it again as PNG"
+
+
+def read_file(path: str | Path, max_pixels: int = 200_000_000) -> bytes:
+    """The bytes of a picture's file; of what is none, and of what cannot be of so many pixels, nothing is read.
+
+    Raises:
+        ImageError: A folder, a pipe or a device, too large, empty or no picture. OSError: Not readable.
+    """
+    status, most = Path(path).stat(), OVERHEAD + PIXEL * max_pixels
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("is a folder; name one picture in it")
+    if not stat.S_ISREG(status.st_mode):  # one could wait for it, or read it, for ever
+        raise ImageError("is a pipe or a device, not a file; name a picture's file")
+    if status.st_size > most:
+        raise ImageError(f"has {status.st_size:,} bytes, over the limit of {most:,}; save it again or cut it")
+    with Path(path).open("rb") as file:
+        head = file.read(64)
+        _decoder(head)
+        return head + file.read(most)
+
+
+def _bytes(source: str | Path | bytes | Readable, max_pixels: int = 200_000_000) -> bytes:
     if isinstance(source, bytes):
         return source
-    if not isinstance(source, str | Path):
-        return source.read()
-    if Path(source).is_dir():
-        raise ImageError("is a folder; name one picture in it")
-    return Path(source).read_bytes()
+    return read_file(source, max_pixels) if isinstance(source, str | Path) else source.read()
 
 
-def _open(data: bytes) -> Image.Image:
-    """A picture of which only the header has been read."""
+def _decoder(data: bytes) -> Any:
     if not data:
         raise ImageError("is empty; copy or save it again")
     for signature, decoder in _DECODERS.items():
         if data.startswith(signature):
-            return decoder(io.BytesIO(data))
+            return decoder
     raise ImageError("is not a picture of a kind that is read; save it as PNG, JPEG, BMP, TIFF, WebP or GIF")
 
 
-def _check(size: tuple[int, int], frames: int, max_pixels: int) -> None:
-    if size[0] * size[1] > max_pixels:
-        raise ImageError(f"has {size[0]} × {size[1]} pixels, over the limit of {max_pixels:,}; scale it down or cut it")
-    if frames > 1:
-        raise ImageError(f"has {frames} frames or pages; save the one that counts as a picture of its own")
+def _open(data: bytes) -> Image.Image:
+    """A picture of which only the header has been read."""
+    decoder = _decoder(data)
+    _refuse(containers.crowded(data))
+    return decoder(io.BytesIO(data))
 
 
-def _decode(source: Any, max_pixels: int) -> np.ndarray:
-    """(H, W) or (H, W, channels), upright, in the depth of the source."""
+def _refuse(fault: str) -> None:
+    if fault:
+        raise ImageError(fault)
+
+
+def _decode(source: Any, max_pixels: int) -> np.ndarray | Image.Image:
+    """An array (H, W) or (H, W, channels), or a picture of Pillow; upright, in the depth of the source."""
     if isinstance(source, np.ndarray):
         return source
-    if not isinstance(source, Image.Image):
-        data = _bytes(source)
-        if data[:4] in _TIFF and (deep := _decode_deep_tiff(data, max_pixels)) is not None:
-            return deep
+    data, given = b"", isinstance(source, Image.Image)
+    if not given:
+        data = _bytes(source, max_pixels)
+        if data[:4] in _TIFF:
+            from unflaw.tiff import decode_deep
+
+            _refuse(containers.crowded(data))
+            if (deep := decode_deep(data, max_pixels)) is not None:
+                return deep
         source = _open(data)
-    _check(source.size, getattr(source, "n_frames", 1), max_pixels)
-    image = ImageOps.exif_transpose(source)
+    check(source.size, getattr(source, "is_animated", False), max_pixels)  # n_frames would look at all of them
+    _refuse(containers.slow(data, source.size))
+    if given:
+        return ImageOps.exif_transpose(source)
+    ImageOps.exif_transpose(source, in_place=True)
+    return source
+
+
+def check(size: tuple[int, int], several: bool, max_pixels: int) -> None:
+    """Refuses, by ImageError, what is too large and what is several pictures."""
+    if size[0] * size[1] > max_pixels:
+        raise ImageError(f"has {size[0]} × {size[1]} pixels, over the limit of {max_pixels:,}; scale it down or cut it")
+    if several:
+        raise ImageError("has several frames or pages; save the one that counts as a picture of its own")
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """(H, W) or (H, W, channels), in the depth of the source."""
     if image.mode.startswith("I"):  # "I;16", or "I": so Pillow called 16-bit grey before version 11
         wide = np.asarray(image)
         if wide.min() < 0 or wide.max() > 65535:
@@ -353,28 +433,6 @@ def _decode(source: Any, max_pixels: int) -> np.ndarray:
         grey = image.mode in ("1", "L")
         image = image.convert("RGBA" if image.has_transparency_data else "L" if grey else "RGB")
     return np.array(image)  # a copy: asarray would be read-only
-
-
-def _decode_deep_tiff(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """A colour TIFF of more than 8 bits, of which Pillow would keep 8; None for the others."""
-    import tifffile
-
-    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        page: Any = tiff.pages[0]
-        if page.bitspersample <= 8 or page.samplesperpixel == 1:
-            return None
-        _check((page.imagewidth, page.imagelength), len(tiff.pages), max_pixels)
-        if page.photometric.name not in ("RGB", "MINISBLACK"):
-            raise ImageError(f"is a {page.photometric.name} TIFF of more than 8 bits; save it as RGB or grey")
-        pixels = page.asarray()
-        if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
-            pixels = np.moveaxis(pixels, 0, -1)
-        if page.extrasamples != (tifffile.EXTRASAMPLE.UNASSALPHA,):  # on black already, or no transparency at all
-            pixels = pixels[..., : page.samplesperpixel - len(page.extrasamples)]
-        orientation = page.tags.valueof(_ORIENTATION, 1)
-    if orientation in _SIDEWAYS:
-        pixels = pixels.swapaxes(0, 1)
-    return pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
 def _unit(pixels: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are outside
@@ -53,7 +54,10 @@ class Preparation(BaseModel):
             try:
                 x0, y0, x1, y1 = roi = tuple(map(float, roi.split(",")))
             except ValueError:
-                return roi if roi.startswith(_PNG) else _packed(roi)
+                if roi.startswith(_PNG):
+                    _check_mask(roi)
+                    return roi
+                return _packed(roi)
         x0, y0, x1, y1 = roi
         if not (0 <= x0 < x1 < inf and 0 <= y0 < y1 < inf):
             raise ValueError("a region of interest needs finite numbers with 0 ≤ x0 < x1 and 0 ≤ y0 < y1")
@@ -83,7 +87,20 @@ def _packed(path: str) -> str:
 
 @lru_cache(8)
 def _unpacked(roi: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(roi.removeprefix(_PNG))), formats=["PNG"]).convert("L")
+    image = PngImageFile(io.BytesIO(base64.b64decode(roi.removeprefix(_PNG))))
+    if max(image.size) > ROI_SIDE:
+        raise ValueError(f"a region of interest of {image.width} × {image.height} pixels is too large")
+    return image.convert("L")
+
+
+def _check_mask(roi: str) -> None:
+    """Raises: ValueError: What should be a packed mask is damaged, too large, or marks nothing."""
+    try:
+        marked = _unpacked(roi).getbbox()
+    except Exception as error:  # whatever decoders raise
+        raise ValueError(f"the mask of the region of interest is damaged ({error})") from error
+    if marked is None:
+        raise ValueError("the mask of the region of interest marks nothing")
 
 
 class Window(NamedTuple):

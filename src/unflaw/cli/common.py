@@ -115,9 +115,15 @@ def load_trained(model: Path) -> Detector:
     return Detector.load(model)
 
 
+def said(text: object) -> str:
+    """Names of files and categories may hold what moves a terminal's cursor or is no UTF-8: those show as escapes."""
+    legible = str(text).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in legible)
+
+
 def report_problems(problems: Any) -> None:
     for problem in problems:
-        typer.echo(f"note: {problem}", err=True)
+        typer.echo(said(f"note: {problem}"), err=True)
 
 
 def report_dataset_problems(datasets: dict[str, Dataset]) -> None:
@@ -174,7 +180,7 @@ def errors() -> Iterator[None]:
         if not leave_word(error, expected):
             if not expected:
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(said(f"error: {error}"), err=True)
         raise typer.Exit(2) from error
     except Exception as error:
         if not leave_word(error, False):

@@ -23,6 +23,7 @@ from unflaw.cli.common import (
     progress_bars,
     report_dataset_problems,
     report_problems,
+    said,
     writable,
 )
 
@@ -186,12 +187,10 @@ def predict(
                 progress=progress,
             )
         report_problems(f"skipped {reason}" for reason in unread.reasons)
-        typer.echo(
-            f"{out / 'results.jsonl'}: {counts['good']} good, {counts['review']} for review, "
-            f"{counts['defect']} defective, {counts['error']} not readable"
-        )
+        summary = f"{counts['good']} good, {counts['review']} for review, {counts['defect']} defective"
+        typer.echo(said(f"{out / 'results.jsonl'}: {summary}, {counts['error']} not readable"))
         for sink in sinks:
-            typer.echo(sink.close())
+            typer.echo(said(sink.close()))
         if drift is not None:
             typer.echo(drift.describe())
         if exit_code and counts["defect"]:
@@ -213,15 +212,15 @@ def info(model: ModelFile) -> None:
         from unflaw.files import kind_of, read_metadata, weights_of
 
         metadata = read_metadata(model)
-        record = {name: value for name, value in metadata["record"].items() if name not in ("history", "seen")}
+        record = {name: value for name, value in metadata.get("record", {}).items() if name not in ("history", "seen")}
         files = [model, weights_of(model)] if kind_of(model) == "openvino" else [model]
         exported = metadata.get("exported", {})
         how = f", exported to {exported['to']} in {exported['precision']}" if exported else ""
-        typer.echo(f"{model}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB{how}")
+        typer.echo(said(f"{model}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB{how}"))
         for name, calibration in calibrations(metadata).items():
             of = f"category {name}" if name else "calibration"
-            typer.echo(f"{of}: {calibration.describe()}; threshold {calibration.threshold:.4g}")
-            typer.echo(f"{of}: {calibration.reach()}")
+            typer.echo(said(f"{of}: {calibration.describe()}; threshold {calibration.threshold:.4g}"))
+            typer.echo(said(f"{of}: {calibration.reach()}"))
         typer.echo(json.dumps({"record": record, "config": metadata["config"]}, indent=2))
 
 
