@@ -74,10 +74,10 @@ def write_figures(
         DatasetError: No test pictures, or a picture of `pictures` that is not among them.
         ImageError: A picture or mask that is needed cannot be read. DetectorError: as for `Detector.select`.
     """
-    make_folder(out)
     category = detector.match(dataset.name) if category is None else category
     scale = detector.select(category).scale
     samples = [_named(dataset, picture) for picture in pictures] or _chosen(dataset, count, seed)
+    make_folder(out)
     lines: dict[str, list[_Line]] = defaultdict(list)
     for i, sample in enumerate(samples):
         for figure, found in _inspected(detector, sample, scale, category).items():

@@ -80,6 +80,7 @@ class Worker:
         else:
             failed = sum(row["status"] == "failed" for row in before)
             if not (self.retry and failed):
+                self.store.remove(notes_of(partition))  # of a worker that died just after it was done
                 return Done(partition, partitions.counted(before))
         notes = Notes(self.store, partition)
         kept = {(row["source"], row["number"]): row for row in before if row["status"] == "ok"}
@@ -134,12 +135,17 @@ class Worker:
         return partitions.row_of(found, outcome[1] if isinstance(outcome, tuple) else outcome, self.digest)
 
 
+def notes_of(partition: int) -> str:
+    """The file of `Notes`."""
+    return f"{OWN}/doing-{partition:05d}.json"
+
+
 class Notes:
     """What is known of earlier attempts at a partition that came to no end, in a file of the store."""
 
     def __init__(self, store: Store, partition: int) -> None:
         self._me = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._store, self._name = store, f"{OWN}/doing-{partition:05d}.json"
+        self._store, self._name = store, notes_of(partition)
         try:
             noted = json.loads(store.read(self._name))
         except (FileNotFoundError, ValueError):
