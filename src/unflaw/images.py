@@ -1,108 +1,28 @@
-"""Pictures in: read any supported file into one kind of array, and bring it to the size that a detector works at.
+"""Pictures in: find files, read them, and bring them to the size that a detector works at.
 
 Training, evaluation, prediction, the HTTP service and exported models all enter by `read` and `windows`, so that no two
 of them can resize differently.
 """
 
-import io
 import os
-import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
-from PIL import WebPImagePlugin as WebP
+from PIL import Image
 
-from unflaw import containers
+from unflaw.decoding import ImageError, Readable, image_size, name_of, read
 from unflaw.drift import describe
 from unflaw.layout import Box, Layout, Preparation, Window, layout
 
-__all__ = ["Box", "Preparation"]
+__all__ = ["Box", "ImageError", "Preparation", "Readable", "image_size", "read"]
 
-PIXEL, OVERHEAD = 16, 2**26  # bytes of a file: for a pixel at most, four floats, and for all else in it
 AT_ONCE = 2**24  # pixels of a picture that are resized at once: above, in strips
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-
-# Content decides, not the suffix. The decoders are called directly rather than through PIL.Image.open: no other format
-# is ever parsed, and the limit on pixels is ours instead of a process-wide setting that at first only warns.
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_DECODERS: dict[bytes, Any] = {
-    b"\x89PNG": PngImagePlugin.PngImageFile,
-    b"\xff\xd8": JpegImagePlugin.JpegImageFile,
-    b"BM": BmpImagePlugin.BmpImageFile,
-    b"RIFF": WebP.WebPImageFile,
-    b"GIF8": GifImagePlugin.GifImageFile,
-    **dict.fromkeys(_TIFF, TiffImagePlugin.TiffImageFile),
-}
-_ORIENTATION = 0x0112  # the tag in EXIF and in TIFF
-SIDEWAYS = (5, 6, 7, 8)
-
-
-class Readable(Protocol):
-    """What reads the bytes of a file when it is asked to, such as an open file."""
-
-    def read(self) -> bytes: ...
-
-
-class ImageError(ValueError):
-    """A picture that cannot be used. The message names the file, what is wrong with it and what to do."""
-
-
-def read(
-    source: str | Path | bytes | Readable | Image.Image | np.ndarray,
-    *,
-    max_pixels: int = 200_000_000,
-    name: str | None = None,
-) -> np.ndarray:
-    """Read one picture as RGB.
-
-    Args:
-        source: A path, the bytes of a file or a stream of them, a picture of Pillow, or an array (H, W) or
-            (H, W, 1 to 4 channels) of bool, uint8, uint16, or floats in [0, 1].
-        max_pixels: Refuse larger pictures before they are decoded.
-        name: What messages call the picture; by default its path.
-
-    Returns:
-        (H, W, 3), contiguous: uint8, or float32 in [0, 1] for 16-bit sources (65535 is 1) and floats. Upright, as EXIF
-        says; grey is repeated. What is transparent is put on black, since the colours stored under it are arbitrary.
-        Colour PNG of 16 bits comes in 8, as Pillow decodes it: TIFF keeps 16. An array may come back as itself.
-
-    Raises:
-        ImageError: Missing, unreadable, empty, damaged, no picture of a supported format, several frames or pages, too
-            large, or values outside the ranges above.
-    """
-    with _named(name or _name(source)):
-        decoded = _decode(source, max_pixels)
-        if isinstance(decoded, np.ndarray):
-            return _rgb(decoded)
-        width, height = decoded.size
-        rows = max(1, AT_ONCE // max(width, 1))
-        parts = (_rgb(_pixels(decoded.crop((0, y, width, min(y + rows, height))))) for y in range(0, height, rows))
-        if rows >= height:
-            return next(parts)
-        first = next(parts)
-        whole = np.empty((height, width, 3), first.dtype)  # a large picture in strips: no second copy is ever held
-        for y, part in zip(range(0, height, rows), chain([first], parts), strict=True):
-            whole[y : y + rows] = part
-        return whole
-
-
-def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 1 to 4) of any accepted type → what `read` returns."""
-    pixels = _unit(pixels)
-    if pixels.shape[2] in (2, 4):
-        pixels, alpha = pixels[..., :-1], pixels[..., -1:]
-        if pixels.dtype == np.uint8:
-            pixels = ((pixels.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
-        else:
-            pixels = pixels * alpha
-    return np.ascontiguousarray(pixels) if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -123,17 +43,6 @@ def read_mask(path: str | Path) -> np.ndarray:
     red, green, blue = np.moveaxis(read(path), 2, 0)
     over = 127 if Path(path).suffix.lower() in {".jpg", ".jpeg"} else 0
     return (red > over) | (green > over) | (blue > over)
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) in pixels that `read` would return, from the header alone where the format allows."""
-    with _named(str(path)):
-        data = _bytes(path)
-        if data[:4] in _TIFF:  # many kinds, two readers: decoding is the one sure way
-            decoded = _decode(data, max_pixels=200_000_000)
-            return decoded.size if isinstance(decoded, Image.Image) else decoded.shape[1::-1]
-        image = _open(data)
-        return image.size[::-1] if image.getexif().get(_ORIENTATION) in SIDEWAYS else image.size
 
 
 def visible_files(folder: str | Path) -> list[Path]:
@@ -283,7 +192,7 @@ def try_show(
         source: As of `read`: its path, its bytes, or what reads them.
         name: What messages call it; by default its path.
     """
-    name = name or _name(source)
+    name = name or name_of(source)
     try:
         image = read(source, name=name)
     except ImageError as error:
@@ -314,141 +223,3 @@ def prepare_mask(mask: np.ndarray, preparation: Preparation) -> np.ndarray:
     found = np.zeros(laid.shape, bool)
     found[y0:y1, x0:x1] = np.asarray(resized, bool)
     return found if laid.counted is None else found & laid.counted
-
-
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "") or "the picture")
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a picture into an ImageError that names it."""
-    try:
-        yield
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
-    except FileNotFoundError as error:
-        raise ImageError(f"{name}: there is no such file; check the path") from error
-    except PermissionError as error:
-        raise ImageError(f"{name}: may not be read; allow this user to read it") from error
-    except MemoryError as error:
-        raise ImageError(f"{name}: needs more memory than there is; scale it down or cut it") from error
-    except OSError as error:
-        if error.errno is None:  # Pillow's, of what is in the file
-            raise ImageError(_damaged(name, error)) from error
-        raise ImageError(f"{name}: cannot be read ({error.strerror}); check the path") from error
-    except Exception as error:  # on damaged files decoders raise SyntaxError, ValueError, struct.error, zlib.error, …
-        raise ImageError(_damaged(name, error)) from error
-
-
-def _damaged(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
-    return f"{name}: is damaged or of an unknown kind ({reason}); save it again as PNG"
-
-
-def read_file(path: str | Path, max_pixels: int = 200_000_000) -> bytes:
-    """The bytes of a picture's file; of what is none, and of what cannot be of so many pixels, nothing is read.
-
-    Raises:
-        ImageError: A folder, a pipe or a device, too large, empty or no picture. OSError: Not readable.
-    """
-    status, most = Path(path).stat(), OVERHEAD + PIXEL * max_pixels
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError("is a folder; name one picture in it")
-    if not stat.S_ISREG(status.st_mode):  # one could wait for it, or read it, for ever
-        raise ImageError("is a pipe or a device, not a file; name a picture's file")
-    if status.st_size > most:
-        raise ImageError(f"has {status.st_size:,} bytes, over the limit of {most:,}; save it again or cut it")
-    with Path(path).open("rb") as file:
-        head = file.read(64)
-        _decoder(head)
-        return head + file.read(most)
-
-
-def _bytes(source: str | Path | bytes | Readable, max_pixels: int = 200_000_000) -> bytes:
-    if isinstance(source, bytes):
-        return source
-    return read_file(source, max_pixels) if isinstance(source, str | Path) else source.read()
-
-
-def _decoder(data: bytes) -> Any:
-    if not data:
-        raise ImageError("is empty; copy or save it again")
-    for signature, decoder in _DECODERS.items():
-        if data.startswith(signature):
-            return decoder
-    raise ImageError("is not a picture of a kind that is read; save it as PNG, JPEG, BMP, TIFF, WebP or GIF")
-
-
-def _open(data: bytes) -> Image.Image:
-    """A picture of which only the header has been read."""
-    decoder = _decoder(data)
-    _refuse(containers.crowded(data))
-    return decoder(io.BytesIO(data))
-
-
-def _refuse(fault: str) -> None:
-    if fault:
-        raise ImageError(fault)
-
-
-def _decode(source: Any, max_pixels: int) -> np.ndarray | Image.Image:
-    """An array (H, W) or (H, W, channels), or a picture of Pillow; upright, in the depth of the source."""
-    if isinstance(source, np.ndarray):
-        return source
-    data, given = b"", isinstance(source, Image.Image)
-    if not given:
-        data = _bytes(source, max_pixels)
-        if data[:4] in _TIFF:
-            from unflaw.tiff import decode_deep
-
-            _refuse(containers.crowded(data))
-            if (deep := decode_deep(data, max_pixels)) is not None:
-                return deep
-        source = _open(data)
-    check(source.size, getattr(source, "is_animated", False), max_pixels)  # n_frames would look at all of them
-    _refuse(containers.slow(data, source.size))
-    if given:
-        return ImageOps.exif_transpose(source)
-    ImageOps.exif_transpose(source, in_place=True)
-    return source
-
-
-def check(size: tuple[int, int], several: bool, max_pixels: int) -> None:
-    """Refuses, by ImageError, what is too large and what is several pictures."""
-    if size[0] * size[1] > max_pixels:
-        raise ImageError(f"has {size[0]} × {size[1]} pixels, over the limit of {max_pixels:,}; scale it down or cut it")
-    if several:
-        raise ImageError("has several frames or pages; save the one that counts as a picture of its own")
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    """(H, W) or (H, W, channels), in the depth of the source."""
-    if image.mode.startswith("I"):  # "I;16", or "I": so Pillow called 16-bit grey before version 11
-        wide = np.asarray(image)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ImageError("holds whole numbers outside 0 to 65535; save it in 8 or 16 bits without sign")
-        return wide.astype(np.uint16)
-    if image.mode != "F":
-        grey = image.mode in ("1", "L")
-        image = image.convert("RGBA" if image.has_transparency_data else "L" if grey else "RGB")
-    return np.array(image)  # a copy: asarray would be read-only
-
-
-def _unit(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 1 to 4) of any accepted type → (H, W, 1 to 4) uint8, or float32 in [0, 1]."""
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or not pixels.size:
-        raise ImageError(f"has the shape {pixels.shape}; give (height, width) or (height, width, 1 to 4 channels)")
-    if pixels.dtype == np.uint8:
-        return pixels
-    if pixels.dtype == bool:
-        return pixels.astype(np.uint8) * np.uint8(255)
-    if pixels.dtype == np.uint16:
-        return pixels / np.float32(65535)
-    if not np.issubdtype(pixels.dtype, np.floating):
-        raise ImageError(f"holds {pixels.dtype}; give uint8, uint16, or floats from 0 to 1")
-    if not (pixels.min() >= 0 and pixels.max() <= 1):  # so written, it refuses NaN too
-        raise ImageError("holds numbers that are not finite or outside 0 to 1; divide by the largest possible value")
-    return pixels.astype(np.float32, copy=False)

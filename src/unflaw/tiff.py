@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from unflaw.containers import paged
-from unflaw.images import SIDEWAYS, ImageError, check
+from unflaw.decoding import SIDEWAYS, ImageError, check
 
 SAMPLES = 16  # of a pixel at most
 SPARE = 2**22  # pixels by which strips and tiles may be larger than the picture
