@@ -219,7 +219,8 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | No
     try:
         missing, _ = model.load_state_dict(state, strict=False)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{source}: its tensors are not those of {name} ({error})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"{source}: its tensors are not those of {name} ({reason}); name weights of it") from error
     if missing:
         raise WeightsError(f"{source}: does not hold {len(missing)} tensors of {name} (first: {missing[0]})")
     return model
