@@ -244,6 +244,8 @@ def test_a_fleet_is_trained_over_ray_and_a_lost_worker_ends_its_category_only(cl
     with seats(told, 2, "ray") as places:
         records, failed = train_fleet(data, config, tmp_path / "out", places, lambda *_: None)
     assert [record.category for record in records] == ["bolt", "nut", "washer"] and list(failed) == ["ring"]
+    with pytest.raises(ValueError, match="--workers 3 with --threads 1 are more than the 2 processors"):
+        seats(told, 3, "ray").__enter__()
     assert ray.is_initialized()  # it was not started here
     expected = Detector(config=config, weights=weights).fit(root / "nut")
     picture = root / "nut/test/square/000.png"

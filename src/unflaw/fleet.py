@@ -8,15 +8,15 @@ there. A finished detector is a line of `fleet.jsonl`, under a digest of all tha
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
@@ -336,24 +336,27 @@ def seats(told: Told, count: int, engine: str = "processes", address: str | None
         address: Of a Ray cluster that runs already; None: one of this machine, for as long as this takes.
 
     Raises:
-        ImportError: Ray is not installed. ConnectionError: No cluster answers at that address.
+        ImportError: Ray is not installed. ValueError: No cluster answers at that address, or it is too small.
     """
-    if engine == "ray":
-        try:
-            import ray
-        except ImportError as error:
-            raise ImportError("ray is not installed; pip install 'unflaw[ray]'") from error
-        started = not ray.is_initialized()
-        if started:
-            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    taken: list[Seat] = [RaySeat(told) if engine == "ray" else ProcessSeat(told) for _ in range(count)]
-    try:
+    taken: list[Seat] = []
+    with ExitStack() as stack:
+        if engine == "ray":
+            if find_spec("ray") is None:
+                raise ImportError("the engine ray needs ray; install it with: pip install 'unflaw[ray]'")
+            from unflaw.scale.on_ray import running
+
+            ray = stack.enter_context(running(address, count * told.threads))
+            there = int(ray.cluster_resources().get("CPU", 0))
+            if count * told.threads > there:  # a worker that is never placed would be waited for without end
+                raise ValueError(
+                    f"--workers {count} with --threads {told.threads} are more than the {there} processors that Ray "
+                    "has; ask for less, or give Ray more"
+                )
+        for _ in range(count):
+            seat: Seat = RaySeat(told) if engine == "ray" else ProcessSeat(told)
+            stack.callback(seat.close)
+            taken.append(seat)
         yield taken
-    finally:
-        for seat in taken:
-            seat.close()
-        if engine == "ray" and started:
-            ray.shutdown()
 
 
 def shares(count: int | None, threads: int | None) -> tuple[int, int]:
