@@ -67,7 +67,9 @@ def test_flags_go_before_the_file_and_its_paths_are_relative_to_it(tmp_path):
     (tmp_path / "screw").mkdir()
     file = tmp_path / "grid.yaml"
     file.write_text("methods: [uranet]\ndata: [screw]\nbackbones: [resnet18=weights/r.pth, resnet34]\nseeds: 5\n")
+    file.write_text(file.read_text() + "features: cache\npeer_python: /usr/bin/python\n")
     found = read_grid(file, {"seeds": 1})
+    assert (found.features, found.peer_python) == (tmp_path / "cache", Path("/usr/bin/python"))
     assert (found.methods, found.seeds, found.data) == (["uranet"], 1, [tmp_path / "screw"])
     assert found.backbones == [f"resnet18={tmp_path / 'weights/r.pth'}", "resnet34"]
 
@@ -130,6 +132,21 @@ def test_a_run_is_measured_from_files_and_never_done_twice(grid, dataset, here, 
     assert kept.values("image_auroc", np.ones((1, len(kept.names))))[0] == pytest.approx(first.metrics["image_auroc"])
     again, _ = benchmark(plan(grid(seeds=3), [dataset]), tmp_path, SILENT)
     assert len(here) == 3 and [r.digest for r in again[:2]] == [r.digest for r in records]
+
+
+def test_runs_that_share_features_have_the_same_figures_and_digests(grid, dataset, here, tmp_path):
+    apart, _ = benchmark(plan(grid(), [dataset]), tmp_path / "apart", SILENT)
+    wanted = grid(methods=["lookup", "memae"], features=tmp_path / "features")
+    together, failed = benchmark(plan(wanted, [dataset]), tmp_path / "together", SILENT)
+    assert not failed and len(list((tmp_path / "features").glob("*.npy"))) == 2  # of a backbone and of pixels
+    for one, other in zip(apart, together[:2], strict=True):
+        assert one.digest == other.digest and one.metrics == pytest.approx(other.metrics, abs=1e-4)
+    assert not apart[0].shared and all(record.shared for record in together)
+    assert all(record.seconds["training"] > 0 and not record.latency and record.memory is None for record in together)
+    table = (tmp_path / "together/table.md").read_text()
+    assert "Of 4 runs it counts from features on that they shared." in table
+    benchmark(plan(grid(features=tmp_path / "features"), [dataset]), tmp_path / "apart", SILENT)
+    assert len(here) == 2 + 4  # what was measured from files is not done again
 
 
 def test_a_run_that_fails_ends_no_other(grid, dataset, tmp_path, monkeypatch):
@@ -257,7 +274,8 @@ def test_text_tables():
         {"data": "screw", "method": "uranet", "backbone": "resnet18", "size": 256}
         | {"image_auroc": {"low": 0.85, "high": 0.95}}
     ]
-    about = {"runs": 4, "finished": 4, "seeds": 1, "weights": [], "settings": [], "machines": ["m"], "versions": []}
+    about = {"runs": 4, "finished": 4, "seeds": 1, "shared": 0}
+    about |= {"weights": [], "settings": [], "machines": ["m"], "versions": []}
     text = markdown(rows, bounds, [], about)
     assert "| uranet | resnet18 | 256 | .900 [.850, .950] |" in text and "## Mean over 2 data sets" in text
     assert "AUPIMO" not in text

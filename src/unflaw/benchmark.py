@@ -56,6 +56,7 @@ class Record(Finished):
             system does not tell.
         file: Size of the detector file, bytes.
         latency: By batch, "1" and "32".
+        shared: Its features were shared with other runs: "training" is without them, memory and latency are unknown.
         machine: Processor architecture and threads.
         unflaw, torch: Versions.
     """
@@ -76,6 +77,7 @@ class Record(Finished):
     machine: str
     unflaw: str
     torch: str
+    shared: bool = False
 
 
 def benchmark(runs: Sequence[Run], out: Path, progress: Progress) -> tuple[list[Record], dict[str, str]]:
@@ -185,14 +187,19 @@ def measure(run: Run, out: Path, progress: Progress) -> Record:
 def _measure_ours(run: Run, progress: Progress) -> dict[str, Any]:
     from unflaw.detector import Detector
     from unflaw.evaluation import evaluate
+    from unflaw.experiment import Laboratory
 
     started = time.perf_counter()
-    detector = Detector(config=run.config, weights=run.weights).fit(run.dataset, progress=progress)
+    if run.features:
+        detector = Laboratory(run.features, run.weights).fit(run.config, run.dataset, progress=progress)
+        started = time.perf_counter() - detector.record_["seconds"]["total"]
+    else:
+        detector = Detector(config=run.config, weights=run.weights).fit(run.dataset, progress=progress)
     with tempfile.TemporaryDirectory(prefix="unflaw-benchmark-") as folder:
         file = Path(folder) / "detector.safetensors"
         detector.save(file)
         seconds, size = time.perf_counter() - started, file.stat().st_size
-    memory = peak_memory()
+    memory = None if run.features else peak_memory()
     evaluation = evaluate(detector, run.dataset, shown=0, spool=True, progress=progress)
     fitted = detector.record_
     unreadable = {path for path, _ in evaluation.skipped}
@@ -203,7 +210,8 @@ def _measure_ours(run: Run, progress: Progress) -> dict[str, Any]:
         "seconds": {"training": seconds, "metrics": evaluation.metrics["timing"]["metric_seconds"]},
         "memory": memory,
         "file": size,
-        "latency": dict(latencies(detector, paths)),
+        "latency": {} if run.features else dict(latencies(detector, paths)),
+        "shared": run.features is not None,
         **{name: fitted[name] for name in ("machine", "unflaw", "torch")},
     }
 

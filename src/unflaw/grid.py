@@ -34,6 +34,7 @@ class Grid(BaseModel):
     settings: dict[str, Any] = Field({}, description="dotted settings, of all methods that have them")
     peers: dict[str, dict[str, Any]] = Field({}, description="methods of anomalib and their options (`peers`)")
     peer_python: Path | None = Field(None, description="interpreter of the environment that has anomalib")
+    features: Path | None = Field(None, description="folder of features that runs share; only figures are measured")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Run:
     Attributes:
         config: Of a peer, only backbone, preparation and seed count.
         peer: A method of anomalib instead of ours, its options and the interpreter that has anomalib.
+        features: Folder of features that runs share; None: every run makes its own, which is timed.
     """
 
     dataset: Dataset
@@ -51,6 +53,7 @@ class Run:
     settings: str
     digest: str
     peer: tuple[str, dict[str, Any], Path] | None = None
+    features: Path | None = None
 
     @property
     def method(self) -> str:
@@ -97,6 +100,9 @@ def read_grid(path: Path | None, changes: dict[str, Any]) -> Grid:
         for field in ("data", "backbones"):
             if isinstance(found.get(field), list):
                 found[field] = [_beside(path.parent, str(value)) for value in found[field]]
+        for field in ("peer_python", "features"):
+            if isinstance(found.get(field), str):
+                found[field] = path.parent / found[field]
     try:
         return Grid.model_validate(found | changes)
     except ValidationError as error:
@@ -177,7 +183,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
                     assert grid.peer_python is not None
                     of, given = (peer, grid.peers[peer], grid.peer_python), written(grid.peers[peer])
                     digest = hashlib.sha256(json.dumps([digest, *of[:2]], sort_keys=True).encode()).hexdigest()
-                run = Run(dataset, config, weights or None, given, digest, of)
+                run = Run(dataset, config, weights or None, given, digest, of, grid.features)
                 runs[run.row + (seed,)] = run  # noqa: RUF005 - unpacking in a subscript needs Python 3.11
     return list(runs.values())
 

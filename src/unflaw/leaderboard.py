@@ -167,6 +167,7 @@ def write_tables(out: Path, runs: Sequence[Run], records: Mapping[str, Record]) 
         "weights": sorted({f"{r.backbone}: {r.weights}" for r in finished if r.backbone}),
         "machines": sorted({record.machine for record in finished}),
         "versions": sorted({f"unflaw {record.unflaw}, torch {record.torch}" for record in finished}),
+        "shared": sum(record.shared for record in finished),
     }
     everything = made | {"rows": rows, "intervals": bounds, "differences": pairs}
     write_text(out / "table.md", markdown(rows, bounds, pairs, made))
@@ -205,10 +206,11 @@ def preamble(made: Mapping[str, Any]) -> str:
         *([f"Settings: {'; '.join(made['settings'])}"] if made["settings"] else []),
         *[", ".join(part) for part in (made["machines"], made["versions"]) if part],
     ]
+    shared = f"Of {made['shared']} runs it counts from features on that they shared. " if made["shared"] else ""
     return (
         f"{'. '.join(parts)}. [In brackets]: where 95 % of bootstrap resamples of the test pictures lie. AUPRO: up to "
         "a rate of false positives of 0.3. Training: from files to saved detector, in a process of its own, whose "
-        "largest memory is given. Milliseconds: from file to result, warm. Of anomalib's methods training and "
+        f"largest memory is given. {shared}Milliseconds: from file to result, warm. Of anomalib's methods training and "
         "milliseconds are without reading and resizing. –: undefined or not run."
     )
 
