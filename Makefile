@@ -34,7 +34,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint  ## everything that CI runs
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --dist worksteal
 
 COMPILE := $(TOOLS)/bin/uv pip compile --quiet --system-certs --generate-hashes --no-header --python-version 3.11 \
 	--python-platform x86_64-manylinux_2_28 $(if $(UPGRADE),--upgrade)

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; set before anything imports the hub's client
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: the tests themselves use all processors
 
 import http.client
 import json
