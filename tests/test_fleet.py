@@ -103,6 +103,18 @@ def test_it_goes_on_and_does_anew_what_changed(products, config, tiny, told, tmp
     assert len(again.trained) == 3
     run(copied, config, out, again)  # the digests are known, yet the files are of another seed
     assert len(again.trained) == 6
+    (out / "nut.safetensors").write_bytes((out / "bolt.safetensors").read_bytes())  # a file that the log is silent of
+    run(copied, config, out, again)
+    assert again.trained[6:] == ["nut"]
+
+
+def test_a_detector_is_replaced_once_all_is_known_of_it(products, config, tiny, told, tmp_path, monkeypatch):
+    run(products, config, tmp_path, Here(told))
+    before = (tmp_path / "bolt.safetensors").read_bytes()
+    monkeypatch.setattr("unflaw.evaluation.evaluate", lambda *_, **__: 1 / 0)
+    records, failed = run(products, tiny("lookup", **{"training.seed": 5}), tmp_path, Here(told))
+    assert [record.category for record in records] == ["washer"] and "ZeroDivisionError" in failed["bolt"]
+    assert (tmp_path / "bolt.safetensors").read_bytes() == before
 
 
 def test_features_serve_again_within_a_limit(products, config, tiny, told, tmp_path, monkeypatch):
@@ -147,13 +159,9 @@ def test_folders_that_cannot_be_a_fleet_are_refused(products, tmp_path):
 
 def test_all_processors_are_made_use_of(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert [shares(*asked) for asked in ((None, None), (2, None), (None, 2), (3, 3), (16, None))] == [
-        (8, 1),
-        (2, 4),
-        (4, 2),
-        (3, 3),
-        (16, 1),
-    ]
+    asked = {(None, None): (8, 1), (2, None): (2, 4), (None, 2): (4, 2), (3, 3): (3, 3), (16, None): (16, 1)}
+    assert {each: shares(*each, most=20) for each in asked} == asked
+    assert (shares(None, None, most=2), shares(16, None, most=0)) == ((2, 4), (1, 8))
 
 
 class Killed(Worker):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from unflaw.config import Config
 from unflaw.datasets import Dataset, DatasetError, load_dataset
 from unflaw.datasets.layouts import layout_of
-from unflaw.datasets.samples import pictures, subfolders
+from unflaw.datasets.samples import pictures, sha256, sha256_if_readable, subfolders
 from unflaw.runs import Finished, Log
 from unflaw.tables import comma_separated, short, write_text
 
@@ -58,7 +58,7 @@ class Record(Finished):
     Attributes:
         digest: Of category, configuration, data, weights and version.
         category: Name of its folder.
-        file, size: Of the detector, relative to the folder of the fleet, and bytes.
+        file, size, content: Of the detector: relative to the folder of the fleet, bytes, and SHA-256.
         good_pictures, held_out: How many it learned from, and how many of these calibrated.
         promise: What its false-alarm rate is.
         metrics: METRICS and COUNTS on its test pictures; empty where there are none, None where undefined.
@@ -75,6 +75,7 @@ class Record(Finished):
     metrics: dict[str, int | float | None]
     skipped: dict[str, str]
     seconds: float
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,8 @@ def train_fleet(
         ValueError: `out` cannot be used.
     """
     log, failed = Log(out / "fleet.jsonl", Record), dict(failed or {})
-    newest: dict[str, Record | None] = dict.fromkeys(data)
-    for line in log.records.values():
-        if line.category in newest:
-            file = out / line.file
-            newest[line.category] = line if file.is_file() and file.stat().st_size == line.size else None
+    lines = {line.category: line for line in log.records.values() if line.category in data}
+    newest = {name: line for name, line in lines.items() if sha256_if_readable(out / line.file) == line.content}
     current: dict[str, Record] = {}
     free: SimpleQueue[Seat] = SimpleQueue()
     for seat in seats:
@@ -168,7 +166,7 @@ def train_fleet(
     def one(name: str) -> Record | None:
         seat = free.get()
         try:
-            there = newest[name]
+            there = newest.get(name)
             task = Task(name, data[name], config, out / f"{name}.safetensors", there.digest if there else None)
             return seat.train(task) or there
         finally:
@@ -186,7 +184,7 @@ def train_fleet(
                 record = future.result()
                 assert record is not None
                 current[name] = record
-                if record is not newest[name]:
+                if record is not newest.get(name):
                     log.append(record)
             except FleetError as error:
                 failed[name] = str(error)
@@ -226,13 +224,13 @@ class Worker:
         if digest == task.finished:
             return None
         detector = self.laboratory.fit(task.config, dataset)
-        task.file.parent.mkdir(parents=True, exist_ok=True)
-        detector.save(task.file)
         metrics, skipped = {}, dict(detector.record_["skipped"])
         if dataset.test:
             found = evaluate(detector, dataset, shown=0)
             metrics = {name: found.metrics.get(name) for name in (*METRICS, *COUNTS)}
             skipped |= dict(found.skipped)
+        task.file.parent.mkdir(parents=True, exist_ok=True)
+        detector.save(task.file)  # last: whatever ends this before, the file is still that of the record
         return Record(
             digest=digest,
             category=task.category,
@@ -244,6 +242,7 @@ class Worker:
             metrics=metrics,
             skipped=skipped,
             seconds=round(time.perf_counter() - started, 2),
+            content=sha256(task.file),
         )
 
 
@@ -359,10 +358,10 @@ def seats(told: Told, count: int, engine: str = "processes", address: str | None
         yield taken
 
 
-def shares(count: int | None, threads: int | None) -> tuple[int, int]:
-    """How many workers, and threads of each: of what is not said, all processors of this machine are made use of."""
+def shares(count: int | None, threads: int | None, most: int) -> tuple[int, int]:
+    """How many workers, `most` at most, and threads of each: what is not said makes use of all processors."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = count or max(1, processors // (threads or 1))
+    count = max(1, min(count or processors // (threads or 1), most))
     return count, threads or max(1, processors // count)
 
 

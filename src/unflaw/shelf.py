@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ABANDONED = 3600  # seconds after which a temporary file that nobody writes to is of a process that was killed
@@ -40,7 +41,10 @@ class Shelf:
 
         lock = self.folder / ".lock"
         with FileLock(lock):
-            found = [(path, path.stat()) for path in self.folder.iterdir() if path not in (temporary, lock)]
+            found = []
+            for path in self.folder.iterdir():
+                with suppress(FileNotFoundError):  # renamed meanwhile, which takes no lock
+                    found += [(path, path.stat())] if path not in (temporary, lock) else []
             room = self.limit - sum(stat.st_size for _, stat in found) - size
             now = time.time()
             for path, stat in sorted(found, key=lambda each: each[1].st_mtime):
@@ -49,7 +53,7 @@ class Shelf:
                 if path.name.startswith(".") and now - stat.st_mtime < ABANDONED:
                     continue  # is being written
                 try:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                 except PermissionError:
                     continue
                 room += stat.st_size

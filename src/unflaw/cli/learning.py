@@ -21,6 +21,7 @@ from unflaw.cli.common import (
     progress_bars,
     report_dataset_problems,
     report_problems,
+    said,
     setting_of,
     writable,
 )
@@ -162,20 +163,26 @@ def fleet(
         from unflaw.config import make_config
         from unflaw.fleet import Told, members, seats, shares, summary, train_fleet
 
-        config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
+        changes |= dict(map(setting_of, setting or []))
+        if engine == "ray":  # whose workers have working folders of their own
+            data, out = data.absolute(), out.absolute()
+            cache, weights = cache and cache.absolute(), weights and weights.absolute()
+            if textures := changes.get("training.textures"):
+                changes["training.textures"] = str(Path(str(textures)).absolute())
+        config = make_config(method, profile, changes)
         found, failed = members(data)
         report_dataset_problems(found)
         from unflaw.detector import Detector
 
         Detector(config=config, weights=weights)  # what cannot work fails here, once
-        count, each = shares(workers, threads)
+        count, each = shares(workers, threads, len(found))
         told = Told(cache or out / "features", cache_gb * 1e9, None if weights is None else str(weights), each)
-        with seats(told, min(count, max(1, len(found))), engine, address) as places, progress_bars() as progress:
+        with seats(told, count, engine, address) as places, progress_bars() as progress:
             records, failed = train_fleet(found, config, out, places, progress, failed)
         report_problems(f"skipped {reason}" for record in records for reason in record.skipped.values())
         typer.echo(summary(records, failed))
         for name, reason in failed.items():
-            typer.echo(f"error: {name}: {reason}", err=True)
+            typer.echo(said(f"error: {name}: {reason}"), err=True)
         if failed:
             raise typer.Exit(3)
 
