@@ -266,6 +266,10 @@ def test_several_nodes_need_a_place_to_meet(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     with pytest.raises(TrainingError, match="--nodes 2 needs MASTER_PORT, NODE_RANK in the environment"):
         launch([], 2, nodes=2)
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert launching._environment(2, nodes=2)["MASTER_ADDR"] == "10.0.0.1"
+    alone = launching._environment(2)  # another training left that behind
+    assert (alone["MASTER_ADDR"], alone["NODE_RANK"]) == ("127.0.0.1", "0")
 
 
 @pytest.mark.parametrize(

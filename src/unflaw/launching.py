@@ -45,7 +45,7 @@ def launch(arguments: Sequence[str], processes: int, nodes: int = 1) -> int:
     with tempfile.TemporaryDirectory(prefix="unflaw-team-") as folder:
         team: list[subprocess.Popen[bytes]] = []
         try:
-            common = _environment(processes)
+            common = _environment(processes, nodes)
             for rank in range(processes):
                 team.append(_start(arguments, rank, Path(folder), common))
             while any(process.poll() is None for process in team) and not any(process.poll() for process in team):
@@ -93,13 +93,14 @@ def leave_word(error: BaseException, expected: bool) -> bool:
     return True
 
 
-def _environment(processes: int) -> dict[str, str]:
+def _environment(processes: int, nodes: int = 1) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    return {**meeting, "OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
+    found = {**meeting, "OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
+    return found if nodes > 1 else found | meeting  # what is left of another training counts for nothing
 
 
 def _start(arguments: Sequence[str], rank: int, folder: Path, common: dict[str, str]) -> subprocess.Popen[bytes]:
