@@ -81,6 +81,15 @@ def test_16_bits_keep_their_depth(tmp_path):
     np.testing.assert_array_equal(read(tiff(tmp_path / "b.tif", WIDE, byteorder=">")), triple(WIDE / np.float32(65535)))
 
 
+def test_16_bit_colour_that_needs_another_package_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tiff(tmp_path / "lzw.tif", WIDE_COLOUR, photometric="rgb")
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages[0].tags["Compression"].overwrite(5)  # to write LZW takes imagecodecs as well
+    monkeypatch.setattr("unflaw.tiff.find_spec", lambda _: None)
+    with pytest.raises(ImageError, match="save it with Deflate or uncompressed"):
+        read(path)
+
+
 @pytest.mark.parametrize("planar", ["contig", "separate"])
 @pytest.mark.parametrize("compression", [None, "zlib"])
 def test_16_bit_colour_tiff(tmp_path, planar, compression):

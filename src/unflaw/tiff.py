@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from importlib.util import find_spec
 from math import prod
 from typing import Any
 
@@ -60,7 +61,8 @@ def _swollen(page: Any, data: bytes, max_pixels: int) -> str:
         return f"has {samples} channels of {page.bitspersample} bits; save it as RGB or grey in 8 or 16 bits"
     if prod(page.chunks) > (pixels + SPARE) * samples or len(page.dataoffsets) > pixels * samples + 1:
         return "is cut into strips or tiles that do not go with its size; save it again"
-    if page.compression not in (1, 5, 8, 32773, 32946):
+    unpacked = (1, 8, 32773, 32946, *((5,) if find_spec("imagecodecs") else ()))
+    if page.compression not in unpacked:
         return f"is compressed by {page.compression!r} in more than 8 bits; save it with Deflate or uncompressed"
     if page.compression in (8, 32946):
         most = prod(page.chunks) * page.bitspersample // 8 + 1
