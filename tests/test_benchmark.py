@@ -102,11 +102,21 @@ def test_every_place_of_the_grid_is_planned_and_methods_on_pixels_once(grid, dat
     assert runs[0].weights == str(weights) and runs[0].config.preparation.size == 32
 
 
-def test_what_cannot_work_is_said_before_the_first_run(grid, dataset, tmp_path, parts):
+def test_paths_in_a_file_may_hold_equals_signs(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("data: [x=1/screw]\nbackbones: [resnet18=x=1/r.pth]\n")
+    found = read_grid(file, {})
+    assert found.data == [tmp_path / "x=1/screw"] and found.backbones == [f"resnet18={tmp_path}/x=1/r.pth"]
+
+
+def test_what_cannot_work_is_said_before_the_first_run(grid, dataset, tmp_path, parts, weights):
     for changes, message in (
         ({"methods": ["uranett"]}, "unknown method 'uranett'"),
         ({"methods": []}, "there is nothing to run"),
         ({"settings": {"training.stepz": 1}}, "stepz"),
+        ({"settings": {"steps": 5}}, "steps"),
+        ({"settings": {"training.seed": 5}}, "--seeds says how many"),
+        ({"backbones": [f"resnet18={weights}", "resnet18=random"]}, "two weight files"),
         ({"backbones": ["resnet18=nothing.pth"]}, "nothing.pth"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
@@ -147,6 +157,19 @@ def test_runs_that_share_features_have_the_same_figures_and_digests(grid, datase
     assert "Of 4 runs it counts from features on that they shared." in table
     benchmark(plan(grid(features=tmp_path / "features"), [dataset]), tmp_path / "apart", SILENT)
     assert len(here) == 2 + 4  # what was measured from files is not done again
+
+
+def test_data_may_be_named_by_another_path_later(grid, dataset, here, tmp_path, parts, monkeypatch):
+    benchmark(plan(grid(seeds=1), [dataset]), tmp_path / "out", SILENT)
+    monkeypatch.chdir(parts.parent)
+    records, failed = benchmark(plan(grid(seeds=2), [load_dataset(Path(parts.name))]), tmp_path / "out", SILENT)
+    assert len(records) == 2 and len(here) == 2 and not failed
+
+
+def test_names_that_are_no_utf8_do_not_end_a_run(grid, dataset, here, tmp_path):
+    record = measure(plan(grid(seeds=1), [dataset])[0], tmp_path, SILENT)
+    told = record.model_dump() | {"skipped": {"caf\udce9.png": "caf\udce9.png: is damaged"}}
+    assert "caf\\\\udce9.png" in Record.model_validate(told).model_dump_json()
 
 
 def test_a_run_that_fails_ends_no_other(grid, dataset, tmp_path, monkeypatch):

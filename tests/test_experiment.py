@@ -141,6 +141,24 @@ def test_digests_stand_for_all_that_decides_figures(parts, weights, tiny, tmp_pa
     )  # random, yet always the same
     copy = load_dataset(shutil.copytree(parts, tmp_path / "elsewhere"))
     assert laboratory.digest(config, copy) == digests[0]
+    textures = tmp_path / "elsewhere/train/good"
+    config = tiny("lookup", **{"training.textures": str(textures)})
+    before = laboratory.digest(config, dataset)
+    shutil.copy(textures / "000.png", textures / "001.png")
+    assert laboratory.digest(config, dataset) != before
+
+
+def test_what_is_doubtful_is_for_review_as_in_the_detector(parts, weights, tiny, tmp_path):
+    dataset, verdicts = load_dataset(parts), []
+    for asked in (False, True):
+        config = tiny(**{"calibration.review_uncertain": asked, "calibration.review_rate": 0.0})
+        detector = Laboratory(tmp_path, weights).fit(config, dataset)
+        known = detector.categories_[""]
+        low = {"threshold": -1e9, "pixel_threshold": -1e9, "uncertainty_threshold": -1.0}
+        doubted = known.calibration.model_copy(update=low)
+        detector.categories_[""] = known._replace(calibration=doubted)
+        verdicts.append({row["verdict"] for row in evaluate(detector, dataset).rows})
+    assert verdicts == [{"defect"}, {"review"}]
 
 
 def test_methods_on_pixels_need_no_weights(parts, tiny, tmp_path):

@@ -361,5 +361,5 @@ def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str,
 
 def applies(name: str, method: str) -> bool:
     """Whether a method has this setting: profiles name settings of all methods."""
-    room, field, *_ = name.split(".")
-    return room != "network" or field in _OPTIONS[method].model_fields
+    room, _, rest = name.partition(".")
+    return room != "network" or rest.partition(".")[0] in _OPTIONS[method].model_fields

@@ -23,6 +23,7 @@ from unflaw.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
 from unflaw.config import Config
 from unflaw.crossfit import pieced
 from unflaw.datasets import Dataset, fingerprint
+from unflaw.datasets.samples import sha256
 from unflaw.detector import Detector
 from unflaw.drift import STATISTICS
 from unflaw.features import Extractor, FeatureExtractor
@@ -30,9 +31,11 @@ from unflaw.files import make_folder, write_atomically
 from unflaw.images import ImageError, try_show
 from unflaw.layout import Preparation, Window, layout
 from unflaw.methods import create
-from unflaw.results import Result
+from unflaw.results import Region, Result
+from unflaw.scoring import find_regions
 from unflaw.shelf import Shelf, ShelfFull
 from unflaw.streams import Progress, batched, silent
+from unflaw.synthesis import texture_files
 
 BATCH = 16  # pictures that pass the backbone together
 
@@ -76,7 +79,10 @@ class FeatureFile:
             self.records = self._open(file)
         except (FileNotFoundError, NotADirectoryError):  # never made, or deleted for the room
             self._make(file, Shelf(file.parent, limit), extractor, progress)
-            self.records = self._open(file)
+            try:
+                self.records = self._open(file)
+            except FileNotFoundError as error:  # another process needed the room
+                raise ShelfFull(f"{file}: deleted for the room") from error
         sizes = self.records["size"]
         broken = [path for path, rows in self.rows.items() if not rows or not sizes[rows.start].any()]
         self.skipped = {path: str(try_show(path, preparation)) for path in broken}
@@ -170,7 +176,16 @@ class CachedDetector(Detector):
         for mosaic in pieced(self.network, part.windows, lambda rows: project(part.raw[rows])):
             s, found = mosaic.result()
             box, counted = mosaic.layout.box, mosaic.layout.counted
-            verdict = calibration.p_value(s), calibration.verdict(s)
+            regions: tuple[Region, ...] = ()
+            if calibration.review_uncertain:
+                regions = find_regions(
+                    found["map"],
+                    calibration.pixel_threshold,
+                    mosaic.layout,
+                    minimum_area=calibration.minimum_area,
+                    uncertainty=found.get("uncertainty"),
+                )
+            verdict = calibration.p_value(s), calibration.verdict(s, regions)
             results.append(Result(s, *verdict, found["map"], (), nothing, box, counted=counted))
         return results
 
@@ -239,6 +254,8 @@ class Laboratory:
             WeightsError, ValueError, OSError: The configuration cannot work, or a file of the data may not be read.
         """
         _, weights = self._extractor(config)
+        if config.training.textures:
+            more = (*more, *map(sha256, texture_files(config.training.textures)))
         return _digest(config.model_dump(mode="json"), self._fingerprint(dataset), weights, __version__, *more)
 
     def _extractor(self, config: Config) -> tuple[Extractor, str]:

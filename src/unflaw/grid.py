@@ -99,7 +99,7 @@ def read_grid(path: Path | None, changes: dict[str, Any]) -> Grid:
     if path is not None:
         for field in ("data", "backbones"):
             if isinstance(found.get(field), list):
-                found[field] = [_beside(path.parent, str(value)) for value in found[field]]
+                found[field] = [_beside(path.parent, field, str(value)) for value in found[field]]
         for field in ("peer_python", "features"):
             if isinstance(found.get(field), str):
                 found[field] = path.parent / found[field]
@@ -136,12 +136,12 @@ def _load_yaml(path: Path) -> Any:
         raise ValueError(str(error)) from error
 
 
-def _beside(folder: Path, text: str) -> str:
-    """`PATH` or `NAME=PATH` with the path as seen from here."""
-    name, equals, path = text.rpartition("=")
-    if "/" not in path and not (folder / path).exists():
-        return text  # the name of a backbone
-    return f"{name}{equals}{folder / path}"
+def _beside(folder: Path, field: str, text: str) -> str:
+    """The path of a data set, or `NAME` or `NAME=PATH` of a backbone, with the path as seen from here."""
+    if field == "data":
+        return str(folder / text)
+    name, equals, path = text.partition("=")
+    return f"{name}={folder / path}" if equals and ("/" in path or (folder / path).exists()) else text
 
 
 def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
@@ -162,6 +162,8 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
         raise ValueError("methods: there is nothing to run; name a method or a peer")
     if grid.peers:
         _check_peers(grid)
+    if "training.seed" in grid.settings:
+        raise ValueError("setting training.seed: every run has its own; --seeds says how many")
     # a setting that only some of the methods have is theirs alone; one that none has is an error below
     some = {name for name in grid.settings if any(applies(name, method) for method in grid.methods)}
     settings = {m: {n: v for n, v in grid.settings.items() if n not in some or applies(n, m)} for m in grid.methods}
@@ -184,7 +186,8 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
                     of, given = (peer, grid.peers[peer], grid.peer_python), written(grid.peers[peer])
                     digest = hashlib.sha256(json.dumps([digest, *of[:2]], sort_keys=True).encode()).hexdigest()
                 run = Run(dataset, config, weights or None, given, digest, of, grid.features)
-                runs[run.row + (seed,)] = run  # noqa: RUF005 - unpacking in a subscript needs Python 3.11
+                if runs.setdefault((*run.row, seed), run).digest != digest:
+                    raise ValueError(f"{name}: has two weight files; a table holds one, give each an --out of its own")
     return list(runs.values())
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -161,7 +163,9 @@ class Measurement:
     def per_picture(self) -> PerPicture:
         """What resampling needs of each picture; of pixels only with `spool`, and where there are masks."""
         scores, labels = self._ranked()
-        names = [row["path"] for row in self.rows]
+        paths = [Path(row["path"]).absolute() for row in self.rows]
+        root = os.path.commonpath([path.parent for path in paths]) if paths else ""
+        names = [path.relative_to(root).as_posix() for path in paths]  # the same wherever the data lie
         tables = None if self._spool is None else self._spool.tables(len(names), self._pixels.rankings()[0])
         return PerPicture(names, labels, scores, tables)
 

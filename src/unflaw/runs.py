@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from unflaw.files import write_atomically
 
 
 class Finished(BaseModel):
-    """What every finished run has: the digest of all that decides its figures."""
+    """What every finished run has: the digest of all that decides its figures. Names that are no UTF-8 have escapes."""
 
     digest: str
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _legible(cls, value: Any) -> Any:
+        def text(part: Any) -> Any:
+            return part.encode("utf-8", "backslashreplace").decode() if isinstance(part, str) else part
+
+        return {text(k): text(v) for k, v in value.items()} if isinstance(value, dict) else text(value)
 
 
 R = TypeVar("R", bound=Finished)

@@ -158,13 +158,17 @@ def synthesise(
     return Anomalies(blend(clean, foreign, mask, beta), mask, origin)
 
 
-def texture_pictures(folder: str | Path | None, preparation: Preparation, limit: int = 32) -> list[np.ndarray]:
-    """Prepared texture pictures (3, S, S): the first `limit` of a folder, or those packaged with scikit-image."""
+def texture_files(folder: str | Path, limit: int = 32) -> list[Path]:
+    """The texture pictures of a folder that are used: the first `limit`. Raises ImageError: there is none."""
+    if found := list_images(folder)[:limit]:
+        return found
+    raise ImageError(f"{folder}: holds no texture pictures; name a folder of photographs, or none")
+
+
+def texture_pictures(folder: str | Path | None, preparation: Preparation) -> list[np.ndarray]:
+    """Prepared texture pictures (3, S, S), of a folder or those packaged with scikit-image."""
     if folder is not None:
-        paths = list_images(folder)[:limit]
-        if not paths:
-            raise ImageError(f"{folder}: holds no texture pictures; name a folder of photographs, or none")
-        return [prepare(read(path), preparation).pixels for path in paths]
+        return [prepare(read(path), preparation).pixels for path in texture_files(folder)]
     import skimage.data
 
     pictures = [getattr(skimage.data, name)() for name in PACKAGED_TEXTURES]

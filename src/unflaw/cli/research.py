@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from unflaw.cli.common import (
     progress_bars,
     report_dataset_problems,
     report_problems,
+    said,
     setting_of,
 )
 
@@ -23,7 +23,8 @@ from unflaw.cli.common import (
 def ablate(
     method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
     data: Annotated[
-        list[Path] | None, typer.Option("--data", help="Data set with test pictures. May be given several times.")
+        list[Path] | None,
+        typer.Option("--data", help="Data set with test pictures, or a folder of categories; may be repeated."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
@@ -59,16 +60,14 @@ def ablate(
         if not data or out is None:
             raise ValueError("name the data with --data and a folder for the results with --out")
         from unflaw.ablation import ablate as run
-        from unflaw.datasets import load_dataset
+        from unflaw.datasets import load_categories
 
-        datasets = [load_dataset(path) for path in data]
-        report_problems(problem for dataset in datasets for problem in dataset.problems)
-        if len({dataset.name for dataset in datasets}) < len(datasets):
-            datasets = [replace(dataset, name=str(path)) for dataset, path in zip(datasets, data, strict=True)]
+        datasets = load_categories(data)
+        report_dataset_problems(datasets)
         with progress_bars() as progress:
             records = run(
                 method,
-                datasets,
+                list(datasets.values()),
                 variants,
                 changes,
                 seeds=seeds,
@@ -137,7 +136,7 @@ def benchmark(
         report_problems({f"skipped {reason}" for record in records for reason in record.skipped.values()})
         typer.echo((out / "table.md").read_text("utf-8"))
         for name, reason in failed.items():
-            typer.echo(f"error: {name}: {reason}", err=True)
+            typer.echo(said(f"error: {name}: {reason}"), err=True)
         if failed:
             raise typer.Exit(3)
 
