@@ -33,10 +33,12 @@ def test_the_commands(bench):
     fenced = README.split("```")[1::2]
     commands = [line for block in fenced for line in block.splitlines() if line.startswith("unflaw ")]
     assert [shlex.split(line)[1] for line in commands] == [
-        *("train", "evaluate", "predict", "info", "calibrate", "figures", "export", "verify", "bench"),
+        *("train", "predict", "serve", "evaluate", "figures", "calibrate", "export", "verify", "bench", "info"),
     ]
     for line in commands:
         arguments = shlex.split(line, comments=True)[1:]
+        if arguments[0] == "serve":  # until it is stopped: tests/test_station_cli.py does that
+            continue
         if arguments[0] == "bench":
             arguments += ["--rounds", "1"]
         if arguments[0] == "train":

@@ -56,6 +56,7 @@ Several = Annotated[
 ]
 Category = Annotated[str | None, typer.Option(help="What the pictures show, if the detector has several categories.")]
 ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors, or exported: .onnx, .xml).")]
+TrainedFile = Annotated[Path, typer.Argument(help="A detector file as it was trained (.safetensors).")]
 
 
 def levels_of(text: str | None) -> tuple[int, ...] | None:

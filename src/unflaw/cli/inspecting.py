@@ -15,6 +15,7 @@ from unflaw.cli.common import (
     Data,
     ModelFile,
     Several,
+    TrainedFile,
     app,
     errors,
     load_detector,
@@ -226,7 +227,7 @@ def info(model: ModelFile) -> None:
 
 @app.command()
 def figures(
-    model: ModelFile,
+    model: TrainedFile,
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the figures (.png).")],
     picture: Annotated[

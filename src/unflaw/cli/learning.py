@@ -10,8 +10,8 @@ import typer
 
 from unflaw.cli.common import (
     Category,
-    ModelFile,
     Several,
+    TrainedFile,
     app,
     detector_file,
     errors,
@@ -189,7 +189,7 @@ def fleet(
 
 @app.command()
 def calibrate(
-    model: ModelFile,
+    model: TrainedFile,
     good: Annotated[list[Path], typer.Option(help="Good pictures and folders of them, that it has not learned from.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the detector; by default MODEL is replaced.")] = None,
     defect: Annotated[list[Path] | None, typer.Option(help="Defective pictures, and folders of them.")] = None,

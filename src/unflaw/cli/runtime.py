@@ -10,7 +10,7 @@ import typer
 from unflaw.cli.common import (
     Category,
     Data,
-    ModelFile,
+    TrainedFile,
     app,
     errors,
     load_detector,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def export(
-    model: ModelFile,
+    model: TrainedFile,
     to: Annotated[str, typer.Option(help="onnx or openvino: what will run it.")] = "onnx",
     precision: Annotated[str, typer.Option(help="fp32, fp16 (half the file) or int8 (part of the backbone).")] = "fp32",
     out: Annotated[
@@ -67,7 +67,7 @@ def export(
 
 @app.command()
 def verify(
-    trained: Annotated[Path, typer.Argument(help="A detector file (.safetensors).")],
+    trained: TrainedFile,
     exported: Annotated[Path, typer.Argument(help="What `unflaw export` made of it (.onnx or .xml).")],
     data: Data,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest relative difference of scores and maps.")] = 1e-4,
