@@ -192,6 +192,11 @@ def shown(rows: Sequence[Row]) -> list[str]:
     return defined([{name: row[name]["median"] for name in METRICS} for row in rows])
 
 
+def measured(rows: Sequence[Row]) -> dict[str, str]:
+    """The costs that have a column, and its head: those that are known of any row."""
+    return {name: head for name, head in COSTS.items() if any(row[name]["median"] is not None for row in rows)}
+
+
 def heading(data: str, rows: Sequence[Row]) -> str:
     return data or f"Mean over {max(row['n'] for row in rows)} data sets"
 
@@ -224,14 +229,15 @@ def markdown(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], m
     """A table per data set and one of the means, then the differences."""
     names = shown(rows)
     around = {_key(row): row for row in bounds}
-    heads = ["method", "backbone", "size", *(HEADS[name] for name in names), *COSTS.values(), "n"]
+    heads = ["method", "backbone", "size", *(HEADS[name] for name in names), *measured(rows).values(), "n"]
     lines = [preamble(made)]
     for data, members in sections(rows).items():
         lines += ["", f"## {heading(data, members)}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in members:
             known = around.get(_key(row), {})
             metrics = [_number(row[name]["median"]) + _brackets(known.get(name)) for name in names]
-            cells = [row["method"], row["backbone"] or "–", str(row["size"]), *metrics, *costs(row), str(row["n"])]
+            cells = [row["method"], row["backbone"] or "–", str(row["size"]), *metrics]
+            cells += [*costs(row, measured(rows)), str(row["n"])]
             lines.append(f"| {' | '.join(cells)} |")
     if others := published(rows):
         lines += ["", "Published by others, not measured here:", "", "| | image AUROC | pixel AUROC | AUPRO | source |"]
@@ -291,10 +297,10 @@ def _brackets(bounds: Mapping[str, float] | None) -> str:
     return f" [{short(bounds['low'])}, {short(bounds['high'])}]" if bounds else ""
 
 
-def costs(row: Row) -> list[str]:
-    """A row's COSTS as text."""
+def costs(row: Row, names: Iterable[str]) -> list[str]:
+    """Some of a row's COSTS as text."""
     forms = {"memory": ".1f"}
-    values = [(name, row[name]["median"]) for name in COSTS]
+    values = [(name, row[name]["median"]) for name in names]
     return ["–" if value is None else format(value, forms.get(name, ".0f")) for name, value in values]
 
 

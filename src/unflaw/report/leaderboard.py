@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unflaw.leaderboard import (
-    COSTS,
     HEADS,
     MEANING,
     Row,
     costs,
     difference,
     heading,
+    measured,
     preamble,
     published,
     sections,
@@ -33,7 +33,7 @@ def page(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], made:
     Raises:
         ImportError: Jinja2 is not installed.
     """
-    around = {(row["data"], row["method"], row["backbone"], row["size"]): row for row in bounds}
+    around, known = {(row["data"], row["method"], row["backbone"], row["size"]): row for row in bounds}, measured(rows)
     parts = [
         {
             "title": heading(data, members),
@@ -42,7 +42,7 @@ def page(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], made:
                 {
                     "row": row,
                     "bounds": around.get((data, row["method"], row["backbone"], row["size"]), {}),
-                    "costs": list(zip(costs(row), [row[name]["median"] for name in COSTS], strict=True)),
+                    "costs": list(zip(costs(row, known), [row[name]["median"] for name in known], strict=True)),
                 }
                 for row in members
             ],
@@ -56,7 +56,7 @@ def page(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], made:
         .render(
             parts=sorted(parts, key=lambda part: not part["mean"]),
             names={name: HEADS[name] for name in shown(rows)},
-            cost_names=COSTS.values(),
+            cost_names=known.values(),
             preamble=preamble(made),
             meaning=MEANING,
             published=published(rows),
