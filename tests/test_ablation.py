@@ -207,8 +207,8 @@ def record(auroc, *, digest="d", pixel=None, seconds=1.0):
 def rows(dataset):
     """Of a plan of three variants: one with three seeds, one with one, one that has not run."""
     variants = [FULL, parse("less: training.steps=1; features.levels=[1, 2]", "why"), parse("none:")]
-    config = make_config("lookup")
-    plan = [Run(dataset, v, config, f"{v.name}{seed}") for v in variants for seed in range(3)]
+    configs = [make_config("lookup", "cpu", {"training.seed": seed}) for seed in range(3)]
+    plan = [Run(dataset, v, config, f"{v.name}{seed}") for v in variants for seed, config in enumerate(configs)]
     records = {f"full{i}": record(a, pixel=0.5 + a / 2, seconds=10.0 * i) for i, a in enumerate((0.9, 0.96, 1.0))}
     return tabulate(plan, records | {"less1": record(0.95, pixel=1.0, seconds=2.5)})
 
@@ -220,12 +220,15 @@ def test_a_row_has_mean_deviation_and_median(rows):
         ("parts", "none", 0),
     ]
     mean, deviation = 2.86 / 3, math.sqrt(((0.9 - 2.86 / 3) ** 2 + (0.96 - 2.86 / 3) ** 2 + (1 - 2.86 / 3) ** 2) / 2)
-    assert rows[0]["image_auroc"] == pytest.approx({"mean": mean, "deviation": deviation, "median": 0.96})
-    assert rows[0]["seconds"] == {"mean": 10.0, "deviation": 10.0, "median": 10.0}
-    assert rows[1]["image_auroc"] == {"mean": 0.95, "deviation": None, "median": 0.95}
-    assert rows[1]["overrides"] == "training.steps=1; features.levels=[1, 2]" and rows[1]["why"] == "why"
     nothing = {"mean": None, "deviation": None, "median": None}
-    assert rows[0]["aupro_30"] == rows[2]["image_auroc"] == rows[2]["seconds"] == nothing
+    full = {"mean": mean, "deviation": deviation, "median": 0.96, "difference": 0.0}
+    assert rows[0]["image_auroc"] == pytest.approx(full)
+    assert rows[0]["seconds"] == {"mean": 10.0, "deviation": 10.0, "median": 10.0}
+    less = {"mean": 0.95, "deviation": None, "median": 0.95, "difference": -0.01}  # from .96, of the same seed
+    assert rows[1]["image_auroc"] == pytest.approx(less)
+    assert rows[1]["overrides"] == "training.steps=1; features.levels=[1, 2]" and rows[1]["why"] == "why"
+    assert rows[0]["aupro_30"] == rows[2]["image_auroc"] == nothing | {"difference": None}
+    assert rows[2]["seconds"] == nothing
 
 
 def test_markdown_shows_differences_from_full(rows):
@@ -250,21 +253,21 @@ def test_markdown_shows_differences_from_full(rows):
         "| variant | image AUROC | image AP | pixel AUROC | AUPRO | pixel AP | seconds | n | changed |",
         "|---|---|---|---|---|---|---|---|---|",
         "| full | .953 ± .050 | – | .977 ± .025 | – | – | 10.0 ± 10.0 | 3 |  |",
-        "| less | .950 (−.003) | – | 1.000 (+.023) | – | – | 2.5 | 1 | `training.steps=1; features.levels=[1, 2]` |",
+        "| less | .950 (−.010) | – | 1.000 (+.020) | – | – | 2.5 | 1 | `training.steps=1; features.levels=[1, 2]` |",
         "| none | – | – | – | – | – | – | 0 |  |",
         "",
         "## other",
         "",
         "| variant | image AUROC | image AP | pixel AUROC | AUPRO | pixel AP | seconds | n | changed |",
         "|---|---|---|---|---|---|---|---|---|",
-        "| less | .950 | – | 1.000 | – | – | 2.5 | 1 | `training.steps=1; features.levels=[1, 2]` |",
+        "| less | .950 (−.010) | – | 1.000 (+.020) | – | – | 2.5 | 1 | `training.steps=1; features.levels=[1, 2]` |",
         "| none | – | – | – | – | – | – | 0 |  |",
         "",
     ]
 
 
 def test_a_difference_that_rounds_to_nothing_has_no_sign_of_loss(rows):
-    less = rows[1] | {"image_auroc": {"mean": rows[0]["image_auroc"]["mean"] - 1e-5, "deviation": None, "median": 0}}
+    less = rows[1] | {"image_auroc": rows[0]["image_auroc"] | {"deviation": None, "difference": -1e-5}}
     made = {"method": "lookup", "backbone": "b", "weights": [], "size": 1, "seeds": 1, "machines": [], "unflaw": "9"}
     assert ".953 (+.000)" in markdown([rows[0], less], made | {"common": {}})
 
@@ -273,6 +276,7 @@ def test_csv_has_a_column_for_each_number(rows):
     table = list(csv.DictReader(comma_separated(rows).splitlines()))
     assert [row["variant"] for row in table] == ["full", "less", "none"]
     columns = {f"{name}_{number}" for name in (*METRICS, "seconds") for number in ("mean", "deviation", "median")}
+    columns |= {f"{name}_difference" for name in METRICS}
     assert table[0].keys() == columns | {"data", "variant", "overrides", "why", "n"}
     assert float(table[0]["image_auroc_median"]) == 0.96 and float(table[1]["pixel_auroc_mean"]) == 1
     assert table[1]["image_auroc_deviation"] == table[0]["aupro_30_mean"] == table[2]["seconds_mean"] == ""

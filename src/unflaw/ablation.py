@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from unflaw import __version__
@@ -190,19 +191,28 @@ def tabulate(plan: Sequence[Run], records: dict[str, Record]) -> list[dict[str, 
 
     Returns:
         "data variant overrides why n", n the number of finished runs; and for each of METRICS and for "seconds" (of
-        training) "mean", "deviation" (standard deviation of a sample, None for one run) and "median", all None where
-        the metric is undefined.
+        training) "mean", "deviation" (standard deviation of a sample, None for one run) and "median"; and for METRICS
+        "difference", the mean of what the variant has more than `FULL` with the same seed, of the seeds that both have.
+        All are None where undefined.
     """
-    groups: dict[tuple[str, str], tuple[Variant, list[Record]]] = {}
+    groups: dict[tuple[str, str], tuple[Variant, dict[int, Record]]] = {}
     for run in plan:
-        _, found = groups.setdefault((run.dataset.name, run.variant.name), (run.variant, []))
-        found += [records[run.digest]] if run.digest in records else []
+        _, found = groups.setdefault((run.dataset.name, run.variant.name), (run.variant, {}))
+        found |= {run.config.training.seed: records[run.digest]} if run.digest in records else {}
     return [
         {"data": data, "variant": variant.name, "overrides": variant.overrides, "why": variant.why, "n": len(found)}
-        | {name: summary([record.metrics.get(name) for record in found]) for name in METRICS}
-        | {"seconds": summary([record.seconds["training"] for record in found])}
+        | {name: _compared(found, groups.get((data, FULL.name), (FULL, {}))[1], name) for name in METRICS}
+        | {"seconds": summary([record.seconds["training"] for record in found.values()])}
         for (data, _), (variant, found) in groups.items()
     ]
+
+
+def _compared(found: dict[int, Record], full: dict[int, Record], metric: str) -> dict[str, float | None]:
+    """`summary`, and the mean difference from `full`, by seed."""
+    values = {seed: record.metrics.get(metric) for seed, record in found.items()}
+    others = {seed: record.metrics.get(metric) for seed, record in full.items() if seed in found}
+    more = [value - other for seed, other in others.items() if (value := values[seed]) is not None is not other]
+    return summary(list(values.values())) | {"difference": fmean(more) if more else None}
 
 
 def write_tables(out: Path, plan: Sequence[Run], common: dict[str, Any], records: dict[str, Record]) -> None:
@@ -225,7 +235,7 @@ def write_tables(out: Path, plan: Sequence[Run], common: dict[str, Any], records
 
 
 def markdown(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
-    """What it was made with and, per data set, a table of mean ± deviation (difference of the mean from `FULL`)."""
+    """What it was made with and, per data set, a table of mean ± deviation (difference from `FULL`)."""
     settings = {name: value for name, value in made["common"].items() if name != "features.backbone"}
     setup = [
         f"`{made['method']}`",
@@ -237,18 +247,17 @@ def markdown(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
         f"unflaw {made['unflaw']}",
     ]
     meaning = (
-        f"Mean ± standard deviation over n seeds (difference of the mean from `{FULL.name}`). AUPRO: up to a rate of "
-        "false positives of 0.3. Seconds: of training, without the features, which the variants share. "
+        f"Mean ± standard deviation over n seeds (difference from `{FULL.name}` of the same seeds). AUPRO: up to a "
+        "rate of false positives of 0.3. Seconds: of training, without the features, which the variants share. "
         "–: undefined or not run."
     )
-    lines, first = [f"{', '.join(setup)}. {meaning}"], {}
+    lines, seen = [f"{', '.join(setup)}. {meaning}"], set()
     for row in rows:
-        if row["data"] not in first:
-            first[row["data"]] = row
+        if row["data"] not in seen:
+            seen.add(row["data"])
             heads = ["variant", *METRICS.values(), "seconds", "n", "changed"]
             lines += ["", f"## {row['data']}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        full = first[row["data"]]
-        cells = [_cell(row[name], short, None if row is full else full[name]["mean"]) for name in METRICS]
+        cells = [_cell(row[name], short, row["variant"] != FULL.name) for name in METRICS]
         cells += [
             _cell(row["seconds"], "{:.1f}".format),
             str(row["n"]),
@@ -258,10 +267,10 @@ def markdown(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(summary: dict[str, float | None], show: Callable[[float], str], full: float | None = None) -> str:
-    """`.976 ± .005 (−.003)`, with the difference from `full` where that is given."""
-    mean, deviation = summary["mean"], summary["deviation"]
+def _cell(summary: dict[str, float | None], show: Callable[[float], str], compared: bool = False) -> str:
+    """`.976 ± .005 (−.003)`, with the difference where that is asked for and known."""
+    mean, deviation, difference = summary["mean"], summary["deviation"], summary.get("difference")
     if mean is None:
         return "–"
     spread = "" if deviation is None else f" ± {show(deviation)}"
-    return show(mean) + spread + ("" if full is None else f" ({short(mean - full, '+')})")
+    return show(mean) + spread + (f" ({short(difference, '+')})" if compared and difference is not None else "")
