@@ -305,3 +305,11 @@ def test_extending_a_judge_can_only_lower_what_it_says(features):
     known = torch.cat([made.memory.prototypes, made.memory.extra])
     expected = brute_force(as_tokens(regions_of(new)), known)[0]
     torch.testing.assert_close(after[1].flatten(), expected, atol=1e-3, rtol=0)
+
+
+def test_no_tokens_are_recalled_as_none_of_several_categories_too():
+    memory = Memory(16, 4)
+    rng = torch.Generator().manual_seed(0)
+    memory.fit(torch.randn(8, 4, 4, 4, generator=rng), rng, torch.tensor([0] * 4 + [1] * 4))
+    mixture, distance, least = memory.recall(torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.long))
+    assert mixture.shape == (0, 4) and distance.shape == least.shape == (0,)

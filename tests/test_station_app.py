@@ -483,6 +483,8 @@ def test_without_a_token_other_sites_cannot_use_the_browser(client, bad):
     assert complaint(client.post("/inspect", content=bad, headers={"origin": "http://localhost:8001"}), 403)
     assert complaint(client.get("/inspections", headers={"host": "evil.example"}), 403)  # DNS rebinding
     assert client.post("/inspect", content=bad, headers={"origin": "http://localhost:8000"}).status_code == 200
+    assert complaint(client.get("/inspections", headers={"host": "[::1"}), 403)
+    assert complaint(client.post("/inspect", content=bad, headers={"origin": "http://["}), 403)
     for host in ("127.0.0.1:8000", "[::1]:8000", "localhost"):
         assert client.get("/inspections", headers={"host": host}).status_code == 200
 

@@ -93,7 +93,7 @@ def test_the_log_is_pruned(store):
         (["serve", "MODEL", "--host", "0.0.0.0"], "--token-file"),
         (["serve", "MODEL", "--host", "192.168.1.7"], "--token-file"),
         (["serve", "MODEL", "--token-file", "nowhere"], "nowhere"),
-        (["serve", "MODEL", "--token-file", "short"], "16 letters"),
+        (["serve", "MODEL", "--token-file", "short"], "16 or more letters"),
         (["serve", "MODEL", "--tls-key", "key.pem"], "--tls-certificate"),
         (["serve", "MODEL", "--cors", "line.example"], "https://line.example"),
         (["serve", "MODEL", "--cors", "https://line.example/page"], "https://line.example:8080"),

@@ -15,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 
 from unflaw.station.export import COLUMNS, export
 from unflaw.station.log import Base, Entry, Filter, Log, LogError, legible, sha256
@@ -272,6 +272,33 @@ def test_a_picture_on_its_way_in_is_not_taken_for_left_behind(log, tmp_path):
     assert log.prune(days=1).pictures == 0
     os.utime(log.picture(sha256(b"no record yet")), (0, 0))
     assert log.prune(days=1).pictures == 1
+
+
+def test_a_picture_that_comes_again_while_old_ones_go_stays(log, monkeypatch):
+    for data in (b"1" * 10, b"2" * 10):
+        keep(log, data)
+        os.utime(log.picture(sha256(data)), (0, 0))
+    unlink = Path.unlink
+
+    def meanwhile(path, **options):  # the first one goes, once all have been looked at
+        log._put(sha256(b"2" * 10), b"2" * 10)
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", meanwhile)
+    assert log.prune(picture_bytes=0).pictures == 1 and log.picture(sha256(b"2" * 10))
+
+
+def test_a_decision_waits_for_another_writer(database, tmp_path):
+    log, other = Log(database, tmp_path / "pictures"), Log(database, tmp_path / "pictures")
+    number, decided = keep(log, b"one").id, threading.Event()
+    with other.engine.connect().execution_options(immediate=True) as connection, connection.begin():
+        connection.execute(update(Entry).values(score=2.0))
+        work = threading.Thread(target=lambda: (log.decide(number, "good", "me"), decided.set()))
+        work.start()
+        assert not decided.wait(0.3)
+    work.join(20)
+    assert decided.is_set() and log.get(number).decision == "good" and log.get(number).score == 2.0
+    log.close(), other.close()
 
 
 def test_a_number_is_not_given_twice(log):

@@ -193,6 +193,22 @@ def test_the_sorted_pictures_may_lie_within(place, good):
     assert place.filed() == ["good/a.png"] and place.logged() == ["a.png"]
 
 
+def test_the_sorted_pictures_are_known_by_whatever_way_they_are_reached(place, good, tmp_path):
+    (place.folder / "a.png").write_bytes(good)
+    (tmp_path / "link").symlink_to(place.folder)
+    place.folder, place.out = tmp_path / "camera/../link", place.folder / "sorted"
+    watcher = place.watcher()
+    watcher.look(), watcher.look()
+    assert place.filed() == ["good/a.png"] and place.logged() == ["a.png"]
+
+
+def test_once_does_not_end_well_where_the_folder_is_gone(place):
+    watcher = place.watcher()
+    shutil.rmtree(place.folder)
+    with pytest.raises(OSError, match="the same command goes on"):
+        watcher.run(threading.Event(), once=True)
+
+
 def test_it_ends_when_told_and_finishes_what_it_has_begun(place, good, bad):
     for i, data in enumerate((good, bad)):
         (place.folder / f"{i}.png").write_bytes(data)

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from unflaw.config import Synthesis
 from unflaw.images import ImageError, Preparation
-from unflaw.synthesis import perlin, perlin_masks, synthesise, texture_pictures
+from unflaw.synthesis import perlin, perlin_masks, synthesise, texture_files, texture_pictures
 
 SOURCES = ("textures", "others", "shuffles", "jitter")
 Draw = Callable[..., Tensor]
@@ -143,11 +143,17 @@ def test_texture_pictures_come_from_a_folder_or_from_scikit_image(tmp_path):
     preparation = Preparation(size=32)
     for i in range(5):
         Image.new("RGB", (40, 50), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    found = texture_pictures(tmp_path, preparation, limit=3)
-    assert [p.shape for p in found] == [(3, 32, 32)] * 3
-    assert [round(float(p[0].mean()) * 255) for p in found] == [0, 10, 20]
+    found = texture_pictures(tmp_path, preparation)
+    assert [p.shape for p in found] == [(3, 32, 32)] * 5
+    assert [round(float(p[0].mean()) * 255) for p in found] == [0, 10, 20, 30, 40]
+    assert [path.name for path in texture_files(tmp_path, limit=3)] == ["0.png", "1.png", "2.png"]
     packaged = texture_pictures(None, preparation)
     assert len(packaged) > 4 and all(p.shape == (3, 32, 32) for p in packaged)
     assert min(np.std(p) for p in packaged) > 0.02
     with pytest.raises(ImageError, match="nowhere"):
         texture_pictures(tmp_path / "nowhere", preparation)
+
+
+def test_textures_have_no_region_of_interest():
+    found = texture_pictures(None, Preparation(size=32, roi=(0, 600, 900, 900)))
+    assert len(found) > 1 and found[0].shape == (3, 32, 32)

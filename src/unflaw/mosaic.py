@@ -34,7 +34,7 @@ class Mosaic:
         layout: Of the picture. Its `shape` is that of all that comes out.
     """
 
-    def __init__(self, layout: Layout, described: np.ndarray | None = None) -> None:
+    def __init__(self, layout: Layout) -> None:
         size = layout.preparation.size
         self.layout, self.scores = layout, list[float]()
         self._across, self._down = (weights(s, size, layout.step) for s in (layout.columns, layout.rows))

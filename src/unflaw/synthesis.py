@@ -166,7 +166,11 @@ def texture_files(folder: str | Path, limit: int = 32) -> list[Path]:
 
 
 def texture_pictures(folder: str | Path | None, preparation: Preparation) -> list[np.ndarray]:
-    """Prepared texture pictures (3, S, S), of a folder or those packaged with scikit-image."""
+    """Prepared texture pictures (3, S, S), of a folder or those packaged with scikit-image.
+
+    A region of interest is a matter of the product's pictures, and left out.
+    """
+    preparation = preparation.model_copy(update={"roi": None})
     if folder is not None:
         return [prepare(read(path), preparation).pixels for path in texture_files(folder)]
     import skimage.data

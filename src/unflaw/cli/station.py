@@ -33,6 +33,7 @@ Keep = Annotated[
 Sample = Annotated[float, typer.Option(min=0, max=1, help="Share of pictures drawn at random for review.")]
 Since = Annotated[datetime | None, typer.Option(help="First moment, UTC.")]
 Until = Annotated[datetime | None, typer.Option(help="First moment that is too late, UTC.")]
+_DAYS = 365_000  # a date before them can still be written
 
 
 @app.command()
@@ -54,9 +55,9 @@ def serve(
         int, typer.Option(min=1, help="Requests worked on or waiting; further ones get 429 and come back.")
     ] = 16,
     cors: Annotated[list[str] | None, typer.Option(help="Another site whose pages may ask; may be repeated.")] = None,
-    retain_days: Annotated[float | None, typer.Option(min=0, help="Records older than this go.")] = None,
+    retain_days: Annotated[float | None, typer.Option(min=0, max=_DAYS, help="Records older than this go.")] = None,
     retain_gigabytes: Annotated[
-        float | None, typer.Option(min=0, help="The oldest pictures go until the rest takes no more.")
+        float | None, typer.Option(min=0, max=1e9, help="The oldest pictures go until the rest takes no more.")
     ] = None,
     tls_certificate: Annotated[
         Path | None, typer.Option(help="PEM file; browsers give a camera to https only.")
@@ -210,9 +211,9 @@ def export_log(
 def prune_log(
     store: Store = Path("station"),
     database: Database = None,
-    days: Annotated[float | None, typer.Option(min=0, help="Records older than this go.")] = None,
+    days: Annotated[float | None, typer.Option(min=0, max=_DAYS, help="Records older than this go.")] = None,
     gigabytes: Annotated[
-        float | None, typer.Option(min=0, help="The oldest pictures go until the rest takes no more.")
+        float | None, typer.Option(min=0, max=1e9, help="The oldest pictures go until the rest takes no more.")
     ] = None,
 ) -> None:
     """Remove old records and pictures, once. `unflaw serve --retain-days 90` does so every hour.
@@ -246,6 +247,6 @@ def _bytes(gigabytes: float | None) -> int | None:
 
 def _token(file: Path | None) -> str | None:
     token = file.read_text("utf-8").strip() if file else os.environ.get("UNFLAW_TOKEN")
-    if token is not None and (len(token) < 16 or not token.isprintable() or " " in token):
-        raise ValueError("a token needs at least 16 letters and no spaces; `openssl rand -hex 32` makes one")
+    if token is not None and (len(token) < 16 or not (token.isascii() and token.isprintable()) or " " in token):
+        raise ValueError("a token needs 16 or more letters of ASCII and no spaces; `openssl rand -hex 32` makes one")
     return token

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
@@ -335,8 +336,10 @@ def _told(calibration: Calibration) -> dict[str, Any]:
 
 async def _retain(station: Station, days: float | None, picture_bytes: int | None, every: float) -> None:
     while days is not None or picture_bytes is not None:
-        with suppress(SQLAlchemyError, OSError):  # the next time, then
+        try:
             await station.prune(days, picture_bytes)
+        except Exception:  # the next time, then; whatever it is, it must not end retention
+            logging.getLogger(__name__).exception("retention failed, and is tried again later")
         await asyncio.sleep(every)
 
 

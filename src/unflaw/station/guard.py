@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 from collections.abc import MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -92,7 +92,7 @@ class Guard:
     def _refuse(self, scope: MutableMapping[str, Any], headers: Headers) -> JSONResponse | None:
         path = scope["path"]
         if self._token is None:
-            if not is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname or ""):
+            if not is_loopback(_split(f"//{headers.get('host', '')}").hostname or ""):
                 return _problem(403, "without a token the station only answers to localhost; start it with a token")
             origin = headers.get("origin")
             if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin and not self._own(origin, headers):
@@ -111,7 +111,15 @@ class Guard:
 
     @staticmethod
     def _own(origin: str, headers: Headers) -> bool:
-        return urlsplit(origin).netloc == headers.get("host")
+        return _split(origin).netloc == headers.get("host")
+
+
+def _split(url: str) -> SplitResult:
+    """As `urlsplit`; of what is no URL, nothing."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _problem(status: int, detail: str) -> JSONResponse:

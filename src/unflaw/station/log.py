@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -262,6 +263,7 @@ class Log:
     def decide(self, number: int, decision: str | None, by: str) -> Entry | None:
         """What a person decided, instead of any earlier decision; None takes that back. No such id: returns None."""
         with self._session.begin() as session:
+            session.connection(execution_options={"immediate": True})  # it reads first: SQLite would not wait to write
             entry = session.get(Entry, number)
             if entry is not None:
                 entry.decision = decision
@@ -285,7 +287,7 @@ class Log:
             picture_bytes: Then the oldest pictures go until the rest takes no more than this; their records stay.
         """
         records = 0 if days is None else self._forget(timedelta(days=days))
-        kept, gone = [], []  # (last record, bytes, path)
+        kept, gone = [], []  # (last record, bytes, time of change, path)
         for files in batched(self._kept(), 500):
             query = select(Entry.digest, func.max(Entry.id)).group_by(Entry.digest)
             with self.engine.connect() as connection:
@@ -297,25 +299,29 @@ class Log:
                 except FileNotFoundError:
                     continue
                 if path.name in newest:
-                    kept.append((newest[path.name], status.st_size, path))
+                    kept.append((newest[path.name], status.st_size, status.st_mtime, path))
                 elif time.time() - status.st_mtime > _ORPHAN:
-                    gone.append((0, status.st_size, path))
-        total = sum(size for _, size, _ in kept)
+                    gone.append((0, status.st_size, status.st_mtime, path))
+        total = sum(size for _, size, *_ in kept)
         for item in sorted(kept):
             if picture_bytes is None or total <= picture_bytes:
                 break
             gone.append(item)
             total -= item[1]
-        for _, _, path in gone:
-            path.unlink(missing_ok=True)
-        return Pruned(records, len(gone), sum(size for _, size, _ in gone))
+        removed = []
+        for _, size, changed, path in gone:
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime == changed:  # else it came again meanwhile
+                    path.unlink()
+                    removed.append(size)
+        return Pruned(records, len(removed), sum(removed))
 
     def _forget(self, age: timedelta) -> int:
         now = datetime.now(timezone.utc)
         cutoff = now - age
         young = select(func.min(Entry.id)).where(Entry.time >= cutoff, Entry.time <= now)
         old = select(func.max(Entry.id)).where(Entry.time < cutoff)
-        with self.engine.begin() as connection:
+        with self.engine.connect().execution_options(immediate=True) as connection, connection.begin():
             if (first := connection.scalar(young)) is not None:
                 old = old.where(Entry.id < first)
             last = connection.scalar(old)
@@ -340,8 +346,8 @@ class Log:
         path = self._path(digest)
         if path is None:
             return
-        if path.is_file():
-            os.utime(path)  # so that retention in another process takes it for new
+        with suppress(FileNotFoundError):
+            os.utime(path)  # it is there; so retention, here or in another process, takes it for new
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write_bytes(data))

@@ -150,12 +150,16 @@ class Station:
             self._recent.move_to_end(number)
             return entry, *self._recent[number]
         path = self.log.picture(entry.digest)
+        gone = Missing(f"the picture of inspection {number} is not kept, so there is nothing to show of it any more")
         if path is None:
-            raise Missing(f"the picture of inspection {number} is not kept, so there is nothing to show of it any more")
+            raise gone
         served = self.detector(entry.detector)
 
         def work() -> tuple[Result, bytes]:
-            data = path.read_bytes()
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:  # retention was faster
+                raise gone from None
             _, result = served.inspect(data, name=entry.name, category=entry.category, max_pixels=self.limits.pixels)
             return result, data
 

@@ -83,6 +83,7 @@ class Watcher:
             ) from error
         self._served, self._log, self._report = served, log, report
         self._folder, self._out = folder.absolute(), out.absolute()
+        self._filed = out.resolve()  # by whatever way it is named, what lies there has been inspected
         self._copy, self._settle, self._patience = copy, settle, patience
         self._sample, self._max_pixels = sample, max_pixels
         self._seen: dict[Path, _Seen] = {}
@@ -92,11 +93,13 @@ class Watcher:
         """Looks until told to stop, or, with `once`, until no file is waited for. What has begun is finished.
 
         Raises:
-            OSError: With `once`, where files still cannot be filed or logged after `patience`.
+            OSError: With `once`, where the folder is away, or files still cannot be filed or logged after `patience`.
         """
         while not stop.is_set():
             waiting = self.look(stop)
             if once and not waiting:
+                if self._folder in self._faults:
+                    raise OSError(f"{self._faults[self._folder]}; the same command goes on")
                 return
             faulty = (path for path, seen in self._seen.items() if not seen.done and path in self._faults)
             stuck = [path for path in faulty if self._age(path) >= self._patience]
@@ -135,7 +138,7 @@ class Watcher:
             self._complain(self._folder, str(error))
             return
         for path in files:
-            if path.suffix.lower() in SUFFIXES and not path.is_relative_to(self._out):
+            if path.suffix.lower() in SUFFIXES and not path.resolve().is_relative_to(self._filed):
                 try:
                     yield path, _mark(path)
                 except FileNotFoundError:
