@@ -59,7 +59,7 @@ def test_pictures_are_kept_for_resampling_only_where_asked_for(regions):
         for i, sample in enumerate(dataset.test):
             measured.add(sample, float(i), np.random.default_rng(i).random((SIDE, SIDE)), (0, 4, SIDE, SIDE))
         kept = measured.per_picture()
-        assert kept.names == [str(sample.path) for sample in dataset.test] and kept.labels.tolist() == [0, 1]
+        assert kept.names == [sample.path.name for sample in dataset.test] and kept.labels.tolist() == [0, 1]
         assert (kept.pixels is not None) == spool
     measured = Measurement(dataset, Preparation(size=SIDE), spool=True)
     measured.add(dataset.test[0], 0.0, np.ones((SIDE, SIDE)), (0, 4, SIDE, SIDE))

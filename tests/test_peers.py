@@ -99,7 +99,9 @@ def test_a_peer_sees_our_pictures_and_is_measured_by_our_metrics(python, dataset
         assert metrics[name] == pytest.approx(value)
     assert done.record["memory_bank"] == [len(dataset.train), 3]  # all good pictures: none is kept out
     assert done.record["layers"] == ["layer2", "layer3"] and done.record["pictures"] == [12, 8]
-    assert done.evaluation.pictures.names == [str(sample.path) for sample in dataset.test]
+    assert done.evaluation.pictures.names == [
+        f"{sample.path.parent.name}/{sample.path.name}" for sample in dataset.test
+    ]
     assert json.loads((tmp_path / "out/record.json").read_text()) == done.record
     assert "verdict" not in done.evaluation.rows[0]
 

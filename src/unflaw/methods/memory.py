@@ -159,8 +159,10 @@ class Memory(nn.Module):
             leave: (T, L) training pictures; what these taught the memory is left out for that token, unless it is all.
                 The first is the one it belongs to, whose category's prototypes are used, and are in use afterwards.
         """
-        if leave is None or len(self._taught) < 2 or not len(tokens):
-            return self._recall_all(tokens, leave if len(tokens) else None)
+        if leave is None or len(self._taught) < 2:
+            return self._recall_all(tokens, leave)
+        if not len(tokens):  # asked only while training: a graph must not depend on it
+            return self._recall_all(tokens, None)
         of = self._categories[leave[:, 0]]
         rows = [(of == category).nonzero()[:, 0] for category in range(len(self._taught))]
         found = []
