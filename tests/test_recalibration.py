@@ -95,6 +95,30 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(loaded, today, tmp_
     assert Path(path).name == "broken.png" and "broken.png" in why and entry["good"] == 9 == len(entry["pictures"])
 
 
+def test_a_copy_does_not_count_and_is_named(loaded, today, tmp_path):
+    """Ten copies of one picture certify no more than it alone does."""
+    good = sorted(today[0].iterdir())
+    expected = loaded.calibrate(good, rate=0.2)
+    copies = [Path(shutil.copy(good[0], tmp_path / f"copy{i}.png")) for i in range(10)]
+    assert loaded.calibrate([*good, *copies, good[1]], rate=0.2) == expected
+    entry = loaded.record_["calibrations"][-1]
+    assert entry["good"] == 9 == len(entry["pictures"]) and [path for path, _ in entry["skipped"]] == [
+        *map(str, copies)
+    ]
+    assert entry["skipped"][0][1] == f"{copies[0]}: is the same picture as {good[0]} and counts once"
+
+
+def test_the_same_calibration_again_is_one_entry_of_the_record(loaded, today, tmp_path):
+    """As when the power failed after the file was written: the command is given again."""
+    loaded.calibrate(today[0].iterdir(), rate=0.2)
+    loaded.save(tmp_path / "d.safetensors")
+    back = Detector.load(tmp_path / "d.safetensors")
+    back.calibrate(today[0].iterdir(), rate=0.2)
+    assert len(back.record_["calibrations"]) == 1
+    back.calibrate(today[0].iterdir(), rate=0.3)
+    assert len(back.record_["calibrations"]) == 2
+
+
 def test_no_picture_counts_twice(loaded, today):
     good = sorted(today[0].iterdir())
     loaded.calibrate(good[:5])

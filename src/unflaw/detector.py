@@ -257,7 +257,7 @@ class Detector(Inspector):
         entry: when, on how many pictures, and what came of it.
 
         Args:
-            good: Good pictures that it has not learned from.
+            good: Good pictures that it has not learned from. Of pictures that are the same, byte for byte, one counts.
             defects, miss_rate, cost_ratio: As for `calibration.calibrate`.
             rate: False-alarm rate asked for; None: that of the configuration.
             category: Of a detector of several.

@@ -11,7 +11,7 @@ import numpy as np
 
 from unflaw.calibration import Calibration, Evidence
 from unflaw.config import CalibrationOptions
-from unflaw.datasets.samples import SHORT, Sample, digest, sha256_if_readable
+from unflaw.datasets.samples import SHORT, Sample, digest, distinct, sha256_if_readable
 from unflaw.detector import Detector
 from unflaw.drift import Reference
 from unflaw.errors import TrainingError
@@ -35,9 +35,12 @@ def recalibrate(
     """What `Detector.calibrate` does; arguments, result and errors are said there. On an error nothing changes."""
     before = detector.select(category)
     options = CalibrationOptions.model_validate(detector.config.calibration.model_dump() | dict(settings))
+    contents = {path: sha256_if_readable(path) for path in [*good, *defects]}
+    (good, good_again), (defects, defects_again) = distinct(good, contents), distinct(defects, contents)
+    again = [*good_again, *defects_again]
+    skipped = [[str(path), f"{path}: is the same picture as {first} and counts once"] for path, first in again]
     paths = [good, defects]
     seen = set(detector.record_.get("seen", []))
-    contents = {path: sha256_if_readable(path) for part in paths for path in part}
     if known := [path for path in good if contents[path] and contents[path][:SHORT] in seen]:
         raise TrainingError(
             f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
@@ -48,18 +51,17 @@ def recalibrate(
         raise TrainingError(f"{both[0]}: is among the good pictures and among the defective ones; decide which it is")
     name = detector.category(category)
     known_already = counted(detector.record_, name) if keep else set()
-    if again := [path for short, path in digests.items() if short in known_already]:
+    if known := [path for short, path in digests.items() if short in known_already]:
         raise TrainingError(
-            f"{again[0]}: this one and {len(again) - 1} more have calibrated the detector already and would count "
+            f"{known[0]}: this one and {len(known) - 1} more have calibrated the detector already and would count "
             "twice; leave them out, or calibrate without keeping"
         )
     found, missable, described = Evidence(options.minimum_area), list[float](), list[np.ndarray]()
-    skipped: list[tuple[str, str]] = []
-    total = sum(map(len, paths))
+    total = len(skipped) + sum(map(len, paths))
     for kind, part in enumerate(paths):
         for outcome in detector.inspect_many(part, category=category):
             if not isinstance(outcome, Result):
-                skipped.append((outcome[0], str(outcome[1])))
+                skipped.append([outcome[0], str(outcome[1])])
             elif kind == 0:
                 found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty, outcome.counted)
                 described += [] if outcome.described is None else [outcome.described]
@@ -77,6 +79,7 @@ def recalibrate(
         described += list(own.reference.described) if keep else []
         own = own._replace(reference=Reference(np.random.default_rng(0).permutation(described)))
     detector.categories_[name] = own._replace(calibration=after)
+    left_out = {path for path, _ in skipped}
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **({"category": name} if name else {}),
@@ -85,11 +88,14 @@ def recalibrate(
         "skipped": skipped,
         "kept": len(before.scores) if keep else 0,
         "digest": digest([Sample(path, kind) for kind, part in enumerate(paths) for path in part], contents),
-        "pictures": sorted(short for short, path in digests.items() if str(path) not in dict(skipped)),
+        "pictures": sorted(short for short, path in digests.items() if str(path) not in left_out),
         "threshold": after.threshold,
         "described": after.describe(),
     }
-    detector.record_ = detector.record_ | {"calibrations": [*detector.record_.get("calibrations", []), entry]}
+    history = list(detector.record_.get("calibrations", []))
+    if history and history[-1] | {"when": ""} == entry | {"when": ""}:  # the same command again, say after a power cut
+        history.pop()
+    detector.record_ = detector.record_ | {"calibrations": [*history, entry]}
     return after
 
 

@@ -242,6 +242,14 @@ def kill(server: Server, phase: Phase, root: Path, rng: random.Random, how: str)
         shutil.rmtree(root)
 
 
+def twice(server: Server, phase: Phase) -> list[str]:
+    """Files that a run leaves otherwise where one has ended already: so a kill between the end and the exit would."""
+    root = server.folder / "whole" / phase.name
+    server.done(root, *phase.argv(root), *phase.resume)
+    found = printed(root / "out")
+    return [name for name in {*found, *phase.new} if found.get(name) != phase.new.get(name)]
+
+
 def judged(phase: Phase, out: Path) -> tuple[str, list[str]]:
     """What stands in the main file, and which files are neither the old nor the new ones."""
     faults, logged = [], 0

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from harness import Server, campaign, prepare, table
+from harness import Server, campaign, prepare, table, twice
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
@@ -11,6 +11,7 @@ def test_no_kill_loses_or_breaks_anything_and_the_next_run_ends_as_if_there_had_
     server = Server(tmp_path)
     try:
         phases, kills = prepare(server, tmp_path), request.config.getoption("--kills")
+        assert {phase.name: found for phase in phases if (found := twice(server, phase))} == {}
         found = campaign(server, phases, tmp_path, kills, request.config.getoption("--kill-seed"))
     finally:
         server.close()

@@ -90,6 +90,18 @@ def sha256_if_readable(path: Path) -> str:
         return ""
 
 
+def distinct(paths: Sequence[Path], contents: Mapping[Path, str]) -> tuple[list[Path], list[tuple[Path, Path]]]:
+    """The first file of each content, in order; and the others, each with that first one.
+
+    `contents`: the `sha256` of each file, "" where it cannot be read: such files are all kept.
+    """
+    first: dict[str, Path] = {}
+    for path in paths:
+        first.setdefault(contents[path] or str(path), path)
+    own = {path: first[contents[path] or str(path)] for path in paths}
+    return list(first.values()), [(path, other) for path, other in own.items() if path != other]
+
+
 def pictures(folder: Path) -> list[Path]:
     """All pictures under a folder, sorted; none where there is no such folder."""
     return list_images(folder) if folder.is_dir() else []
