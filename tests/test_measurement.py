@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,3 +86,28 @@ def test_regions_are_counted_against_true_ones():
         "false_regions": 0.5,
     }
     assert set(RegionTally(1.0, 0).metrics().values()) == {None, 0}
+
+
+def test_a_mask_that_vanishes_makes_no_good_pixels(tmp_path, regions):
+    dataset, _ = regions
+    good, bad = dataset.test
+    thin = np.zeros((2 * SIDE, 2 * SIDE), np.uint8)
+    thin[:, 6] = 255  # between the pixels that the nearest neighbour takes
+    Image.fromarray(thin).save(tmp_path / "thin.png")
+    dataset = replace(
+        dataset, test=(good, Sample(bad.path, 1, bad.mask, "two"), Sample(bad.path, 1, tmp_path / "thin.png", "thin"))
+    )
+    expected, measured = (Measurement(dataset, Preparation(size=SIDE), regions=(0.5, 0)) for _ in range(2))
+    for number, sample in enumerate(dataset.test):
+        anomaly_map = np.random.default_rng(number).random((SIDE, SIDE))
+        box = 0, 0, SIDE, SIDE
+        mask = measured.add(sample, float(number), anomaly_map, box)
+        assert (mask is None) == (number != 1)
+        if number < 2:
+            expected.add(sample, float(number), anomaly_map, box)
+    assert expected.problems == [] and measured.vanished == [str(tmp_path / "thin.png")]
+    assert measured.problems == [f"Masks that show nothing at this size: {tmp_path / 'thin.png'} (1 in all)."]
+    found, without = measured.metrics(), expected.metrics()
+    assert found["per_defect"]["thin"]["pixel_auroc"] is None and found["n_images"] == 3
+    for name in ("pixel_auroc", "aupro_30", "pixel_ap", "region_recall", "regions_true", "false_regions"):
+        assert found[name] == without[name] is not None

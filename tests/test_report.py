@@ -38,6 +38,7 @@ def make_result(defect: bool, path: str | None, layers: bool = False, **changes:
         layers={"mean": grey, "uncertainty": grey, "mask": grey, "restored": image} if layers else {},
         path=path,
         size=(96, 64),
+        crop=(0, 0, 96, 64),
     )
     return replace(made, **changes)
 
@@ -211,6 +212,14 @@ def test_outline_leaves_picture_and_defect() -> None:
     assert (drawn[9, 10:20] == (1, 2, 3)).all()
     assert (drawn[8, 10:20] == 0).all()
     assert (drawn[7] == 90).all()
+
+
+def test_boxes_of_a_region_of_interest_lie_where_they_are() -> None:
+    """Its picture is a cut-out; boxes count pixels of the whole."""
+    whole, part = make_result(True, None), make_result(True, None, size=(500, 400), crop=(300, 200, 396, 264))
+    moved = replace(part.regions[0], box=(320, 216, 340, 232))
+    boxed, expected = (views(shown, SCALE)["Heat map"] for shown in (replace(part, regions=(moved,)), whole))
+    assert np.array_equal(boxed, expected) and not np.array_equal(boxed, views(part, SCALE)["Heat map"])
 
 
 def test_views_are_cropped_and_boxed() -> None:

@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 from scipy import ndimage
 
 from unflaw.images import Preparation, Prepared, prepare
@@ -104,3 +106,19 @@ def test_small_areas_are_no_regions():
     (region,) = find_regions(anomaly_map, 1.0, prepared.layout, minimum_area=16 / 64**2)
     assert region.box == (20, 20, 24, 24) and region.area == 16
     assert find_regions(anomaly_map, 1.0, prepared.layout, minimum_area=17 / 64**2) == ()
+
+
+def test_what_does_not_count_is_no_region_even_where_all_that_counts_is_anomalous(tmp_path):
+    mask = np.zeros((64, 64), bool)
+    mask[8:24, 8:24] = mask[40:44, 40:44] = True  # whose box is wider than it
+    Image.fromarray(mask).save(tmp_path / "roi.png")
+    laid = prepare(np.zeros((64, 64, 3), np.uint8), Preparation(size=64, roi=str(tmp_path / "roi.png"))).layout
+    assert laid.counted is not None and 0 < laid.counted.mean() < 0.5
+    anomaly_map = np.full((64, 64), 5.0, np.float32)
+    first, second = find_regions(anomaly_map, 1.0, laid)
+    assert (first.area, second.area) == pytest.approx((256, 16), rel=0.05) and first.box == (8, 8, 24, 24)
+    assert region_level(anomaly_map, laid.box, 0.3, laid.counted) == 5.0
+    # less counts than the minimum area: no region at any threshold, and a level that is a value of the map
+    anomaly_map[laid.counted] = np.linspace(2, 3, laid.counted.sum())
+    assert region_level(anomaly_map, laid.box, 0.9, laid.counted) == 2.0
+    assert find_regions(anomaly_map, 2.0, laid, minimum_area=0.9) == ()

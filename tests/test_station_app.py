@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 import unflaw
 from conftest import SIDE, textured
 from unflaw.errors import DetectorError
+from unflaw.report.panels import heat_map
 from unflaw.station import guard, service
 from unflaw.station.app import create_app
 from unflaw.station.detectors import load_all
@@ -163,6 +164,37 @@ def test_pictures_can_be_had_from_memory_and_later_from_what_is_kept(client, bad
     veil = np.asarray(Image.open(io.BytesIO(fetched["overlay"])))
     assert (veil[..., :3] == heat).all() and veil[..., 3].max() <= 192 and not veil[result.map < 0, 3].any()
     assert "no picture nose" in complaint(client.get(f"/inspections/{number}/pictures/nose"), 404)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_maps_of_a_region_of_interest_lie_where_it_is(saved, parts, weights, tiny, bad, tmp_path, masked):
+    """The page lays them over the whole picture."""
+    marked = np.zeros((64, 64), bool)
+    marked[16:48, 32:64] = True
+    marked[20:28, 40:48] = not masked
+    Image.fromarray(marked).save(tmp_path / "roi.png")
+    roi = str(tmp_path / "roi.png") if masked else (0.5, 0.25, 1.0, 0.75)
+    config = tiny("lookup", **{"preparation.roi": roi, "training.display_steps": 3})
+    detector = unflaw.Detector(config=config, weights=weights).fit(parts)
+    detector.save(tmp_path / "roi.safetensors")
+    large = Image.open(io.BytesIO(bad)).resize((2000, 1000))
+    file = io.BytesIO()
+    large.save(file, "PNG")
+    with running(tmp_path, [tmp_path / "roi.safetensors"]) as client:
+        for data, size in ((bad, (64, 64)), (file.getvalue(), (1600, 800))):
+            number = client.post("/inspect", content=data).json()["id"]
+            result, scale = detector.inspect(data), detector.select().scale
+            for name in client.get(f"/inspections/{number}/pictures").json()["pictures"]:
+                image = Image.open(io.BytesIO(client.get(f"/inspections/{number}/pictures/{name}").content))
+                assert image.size == size
+                if name in ("picture", "overlay"):
+                    continue
+                shown = np.asarray(image.resize((64, 64), Image.Resampling.NEAREST))
+                assert ((shown[..., 3] > 127) == marked).mean() > 0.99
+                if name == "heat":
+                    expected = Image.fromarray(heat_map(result.map, scale)).resize((32, 32))
+                    seen = shown[16:48, 32:64, :3][marked[16:48, 32:64]].astype(int)
+                    assert np.abs(seen - np.asarray(expected)[marked[16:48, 32:64]]).mean() < 4
 
 
 def test_without_kept_pictures_only_what_memory_holds_is_shown(saved, bad, tmp_path):

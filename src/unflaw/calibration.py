@@ -175,7 +175,7 @@ class Evidence:
         x0, y0, x1, y1 = valid
         inside = np.s_[y0:y1, x0:x1] if counted is None else counted
         self.scores.append(score)
-        self.peaks.append(region_level(anomaly_map, valid, self.minimum_area))
+        self.peaks.append(region_level(anomaly_map, valid, self.minimum_area, counted))
         self.medians.append(float(np.median(anomaly_map[inside])))
         if uncertainty is not None:
             self.doubts.append(float(uncertainty[inside].max()))

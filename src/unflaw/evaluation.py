@@ -92,7 +92,7 @@ def evaluate(
         "review_defective": sum(row["verdict"] == "review" and bool(row["label"]) for row in rows),
         "risk": risks,
         "skipped": skipped,
-        "problems": list(dataset.problems),
+        "problems": [*dataset.problems, *measured.problems],
         "dataset": dataset.name,
     }
     if category:

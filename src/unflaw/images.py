@@ -211,6 +211,14 @@ def try_prepare(path: Path, preparation: Preparation) -> Prepared | ImageError:
         return error
 
 
+def marked(mask: np.ndarray, preparation: Preparation) -> np.ndarray:
+    """What a mask (H, W) marks of what counts of its picture: a cut-out of it, bool, not resized."""
+    laid = layout(mask.shape[1], mask.shape[0], preparation)
+    x0, y0, x1, y1 = laid.crop
+    inside = mask[y0:y1, x0:x1]
+    return inside & laid.region_of(laid.crop, inside.shape[::-1]) if isinstance(preparation.roi, str) else inside
+
+
 def prepare_mask(mask: np.ndarray, preparation: Preparation) -> np.ndarray:
     """Bring (H, W) bool to the map of a picture in the geometry of `windows`, by nearest pixel, as bool.
 

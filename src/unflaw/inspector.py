@@ -221,5 +221,6 @@ class Inspector(ABC):
             described=described,
             counted=laid.counted,
             size=laid.original_size,
+            crop=laid.crop,
             p_estimated=calibration.estimated_p_value(score),
         )

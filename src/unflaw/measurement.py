@@ -12,7 +12,8 @@ import numpy as np
 from scipy import ndimage
 
 from unflaw.datasets import Dataset, Sample
-from unflaw.images import Box, ImageError, Preparation, prepare_mask, read_mask
+from unflaw.datasets.samples import some
+from unflaw.images import Box, ImageError, Preparation, marked, prepare_mask, read_mask
 from unflaw.metrics import (
     Array,
     OverlapAccumulator,
@@ -39,9 +40,9 @@ class RegionTally:
         self.threshold, self.minimum_area = threshold, minimum_area
         self.touched = self.true = self.good = self.good_with = self.false = 0
 
-    def add(self, anomaly_map: Array, mask: Array | None, valid: Box) -> None:
+    def add(self, anomaly_map: Array, mask: Array | None, valid: Box, counted: Array | None = None) -> None:
         """A map (S, S) and, of a defective picture, its mask; true regions are 8-connected as well."""
-        labels, n = flagged(anomaly_map, self.threshold, valid, self.minimum_area)
+        labels, n = flagged(anomaly_map, self.threshold, valid, self.minimum_area, counted)
         if mask is None:
             self.good, self.good_with, self.false = self.good + 1, self.good_with + (n > 0), self.false + n
         else:
@@ -65,7 +66,7 @@ class Measurement:
     """Takes the test pictures of a data set one by one.
 
     Pixel metrics are taken on the prepared canvas (masks by nearest neighbour) over good pictures and those defective
-    ones that have a mask; None where no picture has one.
+    ones that have a mask, unless nothing is left of it on the canvas; None where no picture has one.
 
     Args:
         dataset: Its test part says whether there are masks.
@@ -75,6 +76,8 @@ class Measurement:
 
     Attributes:
         rows: Per picture "path label defect score" and the facts that `add` was given.
+        vanished: Masks of thin or small defects of which nothing is left on the canvas. Their pictures count for image
+            metrics only.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Measurement:
         self.preparation = preparation
         self.masks_known = any(sample.mask for sample in dataset.test)
         self.rows: list[dict[str, Any]] = []
+        self.vanished: list[str] = []
         self._pixels, self._overlap = PixelAccumulator(), OverlapAccumulator()
         self._saturated = PixelAccumulator() if any(sample.regions for sample in dataset.test) else None
         self._per_defect: dict[str, PixelAccumulator] = defaultdict(lambda: PixelAccumulator(limit=2**22))
@@ -109,13 +113,14 @@ class Measurement:
             counted: (h, w) bool, what counts of the map; None: all of `valid`.
 
         Returns:
-            The mask on the canvas, bool (h, w); None for a good picture and where there is none or it cannot be read.
+            The mask on the canvas, bool (h, w); None for a good picture and where there is none, it cannot be read or
+            nothing is left of it.
         """
         row = {"path": str(sample.path), "label": sample.label, "defect": sample.defect, "score": score}
         self.rows.append(row | facts)
         mask = self._mask(sample)
         if self._found is not None and (sample.label == 0 or mask is not None):
-            self._found.add(anomaly_map, mask, valid)
+            self._found.add(anomaly_map, mask, valid, counted)
         if self.masks_known and (sample.label == 0 or mask is not None):
             x0, y0, x1, y1 = valid
             inside = np.s_[y0:y1, x0:x1]
@@ -176,9 +181,19 @@ class Measurement:
         if not sample.label or sample.mask is None:
             return None
         try:
-            return prepare_mask(read_mask(sample.mask), self.preparation)
+            original = read_mask(sample.mask)
+            mask = prepare_mask(original, self.preparation)
         except ImageError:
             return None  # `load_dataset` reports unreadable masks
+        if not mask.any() and marked(original, self.preparation).any():
+            self.vanished.append(str(sample.mask))
+            return None
+        return mask
+
+    @property
+    def problems(self) -> list[str]:
+        """A sentence on the masks that vanished, if any did."""
+        return [f"Masks that show nothing at this size: {some(self.vanished)}."] if self.vanished else []
 
     def _regions(self, sample: Sample, inside: Any) -> Iterator[tuple[Array, float]]:
         """Masks and saturations on the canvas; what saturates is the same share of a region as on the picture."""

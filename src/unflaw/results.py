@@ -70,6 +70,8 @@ class Result:
         described: What `drift.describe` says of the picture, (D,).
         counted: (h, w) bool, what counts of the map; None where that is all of `valid`.
         size: (width, height) of the original picture; (0, 0) where it is not known, and there are no regions.
+        crop: `(x0, y0, x1, y1)`, what `valid` shows of the original picture, in its pixels: all of it, or the region of
+            interest.
         p_estimated: Where the calibration has a tail: an estimate of the share of good pictures that score higher,
             which goes below what `p_value` can reach.
     """
@@ -87,6 +89,7 @@ class Result:
     described: np.ndarray | None = field(default=None, repr=False)
     counted: np.ndarray | None = field(default=None, repr=False)
     size: tuple[int, int] = (0, 0)
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     p_estimated: float | None = None
 
     @property

@@ -29,14 +29,14 @@ def find_regions(
     """8-connected areas above the threshold, highest peak first, in pixels of the original picture.
 
     Args:
-        anomaly_map: (h, w); what lies in the padding is ignored.
+        anomaly_map: (h, w); what lies in the padding or outside of a region of interest is ignored.
         threshold: The calibrated pixel threshold.
         layout: Of the picture.
         limit: At most this many regions.
         minimum_area: Smaller areas are no regions: share of the picture, in [0, 1).
         uncertainty: (h, w), the uncertainty map, where there is one.
     """
-    labels, n = flagged(anomaly_map, threshold, layout.box, minimum_area)
+    labels, n = flagged(anomaly_map, threshold, layout.box, minimum_area, layout.counted)
     if n == 0:
         return ()
     index = np.arange(1, n + 1)
@@ -63,11 +63,18 @@ def _rounded(points: np.ndarray) -> tuple[tuple[float, float], ...]:
     return tuple(point for point, _ in groupby((round(x, 2), round(y, 2)) for x, y in points.tolist()))
 
 
-def flagged(anomaly_map: np.ndarray, threshold: float, valid: Box, minimum_area: float = 0.0) -> tuple[np.ndarray, int]:
-    """The regions of a map as labels (h, w), 0 elsewhere, and their number; see `find_regions`."""
-    x0, y0, x1, y1 = valid
-    above = np.zeros(anomaly_map.shape, dtype=bool)
-    above[y0:y1, x0:x1] = anomaly_map[y0:y1, x0:x1] > threshold
+def flagged(
+    anomaly_map: np.ndarray,
+    threshold: float,
+    valid: Box,
+    minimum_area: float = 0.0,
+    counted: np.ndarray | None = None,
+) -> tuple[np.ndarray, int]:
+    """The regions of a map as labels (h, w), 0 elsewhere, and their number; see `find_regions`.
+
+    `counted`: (h, w) bool, what counts of the map; None: all of `valid`.
+    """
+    above = (anomaly_map > threshold) & _inside(anomaly_map.shape, valid, counted)
     labels, n = ndimage.label(above, EIGHT_CONNECTED)
     least = pixels(minimum_area, valid)
     if n == 0 or least == 1:
@@ -77,22 +84,32 @@ def flagged(anomaly_map: np.ndarray, threshold: float, valid: Box, minimum_area:
     return np.where(large, np.cumsum(large), 0)[labels], int(large.sum())
 
 
-def region_level(anomaly_map: np.ndarray, valid: Box, minimum_area: float = 0.0) -> float:
+def _inside(shape: tuple[int, ...], valid: Box, counted: np.ndarray | None) -> np.ndarray:
+    if counted is not None:
+        return counted
+    inside = np.zeros(shape, bool)
+    x0, y0, x1, y1 = valid
+    inside[y0:y1, x0:x1] = True
+    return inside
+
+
+def region_level(
+    anomaly_map: np.ndarray, valid: Box, minimum_area: float = 0.0, counted: np.ndarray | None = None
+) -> float:
     """The least threshold at which a map has no region: its largest value where there is no minimum area.
 
-    Below it there is one, so the rule that calibrates image scores calibrates the pixel threshold with it.
+    Below it there is one, so the rule that calibrates image scores calibrates the pixel threshold with it. It is the
+    lowest value where less counts than the minimum area.
     """
-    x0, y0, x1, y1 = valid
-    inside = anomaly_map[y0:y1, x0:x1]
-    least = pixels(minimum_area, valid)
-    if least == 1:
-        return float(inside.max())
-    values = np.sort(inside, axis=None)
+    least, inside = pixels(minimum_area, valid), _inside(anomaly_map.shape, valid, counted)
+    values = np.sort(anomaly_map[inside])
+    if least == 1 or len(values) < least:
+        return float(values[-1 if least == 1 else 0])
     # a threshold just below values[i] has a region, one at values[i] has none: bisection, as regions only grow downward
     low, high = 0, len(values) - least  # of the candidates, at least `least` values are as high
     while low < high:
         middle = (low + high + 1) // 2
-        labels, _ = ndimage.label(inside >= values[middle], EIGHT_CONNECTED)
+        labels, _ = ndimage.label((anomaly_map >= values[middle]) & inside, EIGHT_CONNECTED)
         if np.bincount(labels.ravel())[1:].max() >= least:
             low = middle
         else:

@@ -70,6 +70,8 @@ def run_evaluation(
         with progress_bars() as progress:
             found = evaluate_all(detector, datasets, category=category, progress=progress)
         report_problems(f"skipped {reason}" for evaluation in found.values() for _, reason in evaluation.skipped)
+        for name, evaluation in found.items():  # what only measuring shows
+            report_problems(text for text in evaluation.metrics["problems"] if text not in datasets[name].problems)
         metrics = {name: evaluation.metrics for name, evaluation in found.items()}
         mean = mean_metrics(found)
         if json_file:

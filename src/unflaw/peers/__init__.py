@@ -130,7 +130,7 @@ def run_peer(
     metrics = {
         **measured.metrics(),
         "skipped": skipped,
-        "problems": list(dataset.problems),
+        "problems": [*dataset.problems, *measured.problems],
         "dataset": dataset.name,
         "timing": {
             "seconds_per_image": round(record["seconds_per_image"]["median"], 4),

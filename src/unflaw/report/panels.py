@@ -226,12 +226,13 @@ def label(result: Result) -> str:
 
 
 def _boxed(image: np.ndarray, result: Result) -> np.ndarray:
-    """Boxes the regions of a result on its picture without padding; `Region.box` counts pixels of the file."""
+    """Boxes the regions of a result, whose places are in pixels of its file, on the picture of its crop."""
+    left, top, right, bottom = result.crop
+    height, width = image.shape[:2]
+    across, down = width / max(right - left, 1), height / max(bottom - top, 1)
     for region in result.regions:
-        x0, y0, x1, y1 = (
-            round(place * side / original)
-            for place, side, original in zip(region.box, image.shape[1::-1] * 2, result.size * 2, strict=True)
-        )
+        x0, x1 = (round((x - left) * across) for x in region.box[::2])
+        y0, y1 = (round((y - top) * down) for y in region.box[1::2])
         box = np.zeros(image.shape[:2], bool)
         box[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
         image = outline(image, box, (255, 255, 255))

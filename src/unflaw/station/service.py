@@ -181,15 +181,12 @@ class Station:
         def work() -> bytes:
             if picture == "picture":
                 return _png(_fitting(read(data)))
-            x0, y0, x1, y1 = result.valid
-            valid = np.s_[y0:y1, x0:x1]
             if picture in ("heat", "overlay"):
-                draw = heat_map if picture == "heat" else veil
-                return _png(Image.fromarray(draw(result.map[valid], scale)))
-            layer = result.layers[picture][valid]
+                return _png(_placed((heat_map if picture == "heat" else veil)(result.map, scale), result))
+            layer = result.layers[picture]
             if picture == "uncertainty":  # a deviation of values in [0, 1] is at most one half
-                return _png(Image.fromarray(colour_map(layer, 0.5)))
-            return _png(Image.fromarray(layer if layer.ndim == 3 else grey_map(layer)))
+                return _png(_placed(colour_map(layer, 0.5), result))
+            return _png(_placed(layer if layer.ndim == 3 else grey_map(layer), result))
 
         return await slot.compute(self._reader, work)
 
@@ -229,6 +226,23 @@ def names(result: Result) -> list[str]:
 def _bytes(result: Result, data: bytes) -> int:
     arrays = (result.map, result.image, *result.layers.values())
     return len(data) + sum(array.nbytes for array in arrays)
+
+
+def _placed(drawn: np.ndarray, result: Result) -> Image.Image:
+    """A picture of the map's shape as it lies over the original one: transparent where that does not count."""
+    x0, y0, x1, y1 = result.valid
+    if result.counted is not None:
+        opacity = drawn[..., 3] if drawn.shape[2] == 4 else np.full(drawn.shape[:2], 255, np.uint8)
+        drawn = np.dstack([drawn[..., :3], np.where(result.counted, opacity, 0).astype(np.uint8)])
+    image = Image.fromarray(drawn[y0:y1, x0:x1])
+    if result.crop == (0, 0, *result.size):
+        return image
+    shrink = min(1, SHOWN / max(result.size))
+    width, height = (max(1, round(side * shrink)) for side in result.size)
+    whole = Image.new("RGBA", (width, height))
+    left, top, right, bottom = (round(edge * shrink) for edge in result.crop)
+    whole.paste(image.convert("RGBA").resize((max(1, right - left), max(1, bottom - top))), (left, top))
+    return whole
 
 
 def _fitting(pixels: np.ndarray) -> Image.Image:
