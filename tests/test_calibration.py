@@ -215,6 +215,23 @@ def test_evidence_is_gathered_within_the_picture():
     assert sorted(again.scores)[-2:] == [23, 99] and sorted(again.peaks)[0] == 2 and again.peaks.count(25) == 24
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.05])
+def test_kept_pictures_leave_the_pixel_rate_as_promised(rate):
+    """Also where a smaller one is asked for than they were calibrated with, of which their maps are not known."""
+    rng, n, fresh, trials = np.random.default_rng(8), 39, 200, 150
+    shown = 0.0
+    for _ in range(trials):
+        first, second, new = rng.exponential(size=(2, n)), rng.exponential(size=(2, n)), rng.exponential(size=fresh)
+        old = calibrate(*first.tolist(), 0.0, 0.1)
+        found = Evidence()
+        found.scores, found.peaks, found.medians = [*second[0]], [*second[1]], [0.0] * n
+        found.keep(old)
+        made = found.calibrate(make_config().calibration, rate=rate)
+        assert made.rate <= rate and len(made.scores) == 2 * n
+        shown += float((new > made.pixel_threshold).mean())
+    assert shown / trials < rate + 3 * math.sqrt(rate * (1 - rate) * (1 / (2 * n) + 1 / fresh) / trials)
+
+
 @pytest.mark.parametrize("minimum", [0.0, 0.02])
 def test_regions_show_on_no_more_good_pictures_than_promised(minimum):
     """Whatever the minimum area: the pixel threshold is calibrated with it."""

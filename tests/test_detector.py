@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import textured
 from unflaw import detector as module
 from unflaw import features, load
 from unflaw.cache import Cache
@@ -539,3 +541,34 @@ def test_nothing_is_learned_from_the_pictures_that_calibrate(parts, weights, tin
     made = Detector(config=tiny("lookup", **{"calibration.holdout": 0.5}), weights=weights).fit(parts)
     record = made.record_
     assert 2 <= seen[0] <= record["good_pictures"] - record["held_out"]
+
+
+def test_copies_neither_calibrate_what_was_learned_nor_count_twice(parts, weights, tiny, tmp_path):
+    """A certified rate rests on pictures that training has not seen."""
+    own = Path(shutil.copytree(parts, tmp_path / "parts"))
+    good = sorted((own / "train/good").iterdir())
+    rng = np.random.default_rng(9)
+    (own / "validation/good").mkdir(parents=True)
+    shutil.copy(good[4], own / "validation/good/copied.png")
+    for i in range(3):
+        Image.fromarray(textured(rng)).save(own / f"validation/good/{i}.png")
+    shutil.copy(good[0], own / "train/good/twin.png")
+    (own / "train/good/torn.png").write_bytes(b"no picture")
+    (own / "train/good/worn.png").write_bytes(b"no picture")
+    config = tiny("lookup", **{"training.display_steps": 0})
+    found = Detector(config=config, weights=weights).fit(own)
+    reasons = dict(found.record_["skipped"])
+    assert reasons[str(own / "validation/good/copied.png")].endswith(
+        f"is the same picture as {good[4]} and counts once"
+    )
+    assert f"is the same picture as {good[0]}" in reasons[str(own / "train/good/twin.png")]
+    assert len(reasons) == 4 and found.record_["good_pictures"] == len(good)
+    assert len(found.calibration_.scores) == 3 == found.record_["held_out"]
+    assert len(found.record_["seen"]) == len(good) + 3
+    (own / "validation/good/copied.png").unlink()
+    (own / "train/good/twin.png").unlink()
+    assert Detector(config=config, weights=weights).fit(own).calibration_ == found.calibration_
+    # where all that would calibrate are copies, some of the training part do
+    for path in (own / "validation/good").iterdir():
+        shutil.copy(good[int(path.stem) % len(good)], path)
+    assert 0 < Detector(config=config, weights=weights).fit(own).record_["held_out"] < len(good)

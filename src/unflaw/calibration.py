@@ -181,12 +181,19 @@ class Evidence:
             self.doubts.append(float(uncertainty[inside].max()))
 
     def keep(self, before: Calibration) -> None:
-        """Counts the pictures of another calibration too: their scores, and its thresholds for each of their maps."""
+        """Counts the pictures of another calibration too, after all others.
+
+        Of their maps only thresholds are known, and how many may exceed them: these count with the highest value seen.
+        So the rate of a new pixel threshold holds, unless it is smaller than that of the old one: then about.
+        """
         n = len(before.scores)
+        above = min(conformal.rank(n, before.rate), n) - 1
+        doubtful = min(conformal.rank(n, before.review_rate or before.rate), n) - 1
         self.scores += before.scores
-        self.peaks += [before.pixel_threshold] * n
+        self.peaks += _kept(before.pixel_threshold, n, above, self.peaks)
         self.medians += [before.low] * n
-        self.doubts += [before.uncertainty_threshold] * n if before.uncertainty_threshold is not None else []
+        if before.uncertainty_threshold is not None:
+            self.doubts += _kept(before.uncertainty_threshold, n, doubtful, self.doubts)
 
     def calibrate(self, options: CalibrationOptions, *, rate: float | None = None, **more: Any) -> Calibration:
         """`calibrate` as the options say, for another rate where one is given; what is more is passed on."""
@@ -202,6 +209,11 @@ class Evidence:
             tail=options.tail,
             **more,
         )
+
+
+def _kept(threshold: float, n: int, above: int, seen: Sequence[float]) -> list[float]:
+    """n values of which so many exceed a threshold."""
+    return [threshold] * (n - above) + [max([threshold, *seen])] * above
 
 
 def calibrations(metadata: Mapping[str, Any]) -> dict[str, Calibration]:

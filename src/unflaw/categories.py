@@ -12,6 +12,7 @@ from torch import Tensor
 from unflaw.cache import Cache
 from unflaw.calibration import Calibration
 from unflaw.datasets import Dataset, load_dataset
+from unflaw.datasets.samples import distinct
 from unflaw.drift import Reference
 from unflaw.errors import TrainingError
 
@@ -53,6 +54,31 @@ def gather(data: Data | Mapping[str, Data]) -> tuple[list[Path], list[Path], dic
         train += pictures
         validation += calibrating
     return train, validation, categories
+
+
+def without_copies(
+    train: Sequence[Path], validation: Sequence[Path], categories: Mapping[Path, str], contents: Mapping[Path, str]
+) -> tuple[list[Path], list[Path], list[tuple[str, str]]]:
+    """Training and validation pictures without those that another file of the category shows already.
+
+    A picture that is trained on and calibrates as well, or does so twice, would look more normal than new ones, and
+    the rate that is certified would be wrong.
+
+    Args:
+        categories, contents: Of each picture; for the latter see `samples.distinct`.
+
+    Returns:
+        What is left of both, and (path, reason) of what is not.
+    """
+    copies: dict[Path, Path] = {}
+    for name in dict.fromkeys(categories.values()):
+        own = [path for path in [*train, *validation] if categories[path] == name]
+        copies |= distinct(own, contents)[1]
+    learned = set(train)
+    copies |= {path: path for path in validation if path in learned}
+    reasons = [(str(path), f"{path}: is the same picture as {first} and counts once") for path, first in copies.items()]
+    fitting = [path for path in dict.fromkeys(train) if copies.get(path, path) == path]
+    return fitting, [path for path in dict.fromkeys(validation) if path not in copies], reasons
 
 
 def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float) -> tuple[Cache, dict[str, Cache]]:

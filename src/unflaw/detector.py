@@ -20,10 +20,10 @@ from torch import Tensor
 from unflaw import __version__, training
 from unflaw.cache import Cache, build_cache, cells, stack
 from unflaw.calibration import Calibration, Evidence, calibrations
-from unflaw.categories import Category, Data, gather, hold_out, remembered
+from unflaw.categories import Category, Data, gather, hold_out, remembered, without_copies
 from unflaw.config import Config, make_config
 from unflaw.crossfit import arrange, cross_fit, finish, gather_evidence, leave_one_out
-from unflaw.datasets.samples import SHORT, Sample, digest, sha256
+from unflaw.datasets.samples import SHORT, Sample, digest, sha256, sha256_if_readable
 from unflaw.display import DisplayDecoder, fit_display
 from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError, TrainingError
@@ -96,7 +96,8 @@ class Detector(Inspector):
 
         Args:
             data: A data set that `load_dataset` recognises, or pictures. Its validation part calibrates; where there is
-                none, a share `calibration.holdout` of the training part is kept out of training for that.
+                none, a share `calibration.holdout` of the training part is kept out of training for that. Of files
+                that are the same, byte for byte, one counts: a copy of a training picture must not calibrate.
                 Several, by name (`load_categories` finds them), make a detector of these categories: one network,
                 trained on all of them as they come, but what is normal, and the calibration, are each category's own.
             progress: Called as `progress(stage, done, total, loss)`.
@@ -110,7 +111,9 @@ class Detector(Inspector):
         """
         started = time.perf_counter()
         settings = self.config.training
-        train, validation, categories = gather(data)
+        given, calibrating, categories = gather(data)
+        contents = {path: sha256_if_readable(path) for path in categories}
+        train, validation, copies = without_copies(given, calibrating, categories, contents)
         self.categories_, self.display, self.record_ = {}, None, {}
         textures = self._textures()
         torch.manual_seed(settings.seed)
@@ -123,7 +126,7 @@ class Detector(Inspector):
             common: dict[str, Any] = {"categories": categories, "team": team}
             cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress, **common)
             held = self._cache(validation, fit=False, **common) if validation else None
-            contents = self._contents([*cache.paths, *(held.paths if held else [])])
+            contents = self._contents([*cache.paths, *(held.paths if held else [])], contents)
             cached = time.perf_counter()
             embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
         learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint, team=team)
@@ -136,7 +139,7 @@ class Detector(Inspector):
             "good_pictures": cache.count,
             "digest": digest([Sample(path, 0) for path in dict.fromkeys(cache.paths)], contents),
             "seen": sorted(content[:SHORT] for content in contents.values()),
-            "skipped": cache.skipped + (held.skipped if held else []),
+            "skipped": copies + cache.skipped + (held.skipped if held else []),
             **learned,
             "seconds": {
                 "features": round(cached - started, 2),
@@ -371,10 +374,10 @@ class Detector(Inspector):
         return training.train(network, cache, textures, rng, progress=progress, checkpoint=checkpoint, team=team)
 
     @staticmethod
-    def _contents(paths: Iterable[Path]) -> dict[Path, str]:
+    def _contents(paths: Iterable[Path], known: Mapping[Path, str]) -> dict[Path, str]:
         """SHA-256 of what is learned from, taken before the work, since files may go meanwhile."""
         try:
-            return {path: sha256(path) for path in paths}
+            return {path: known[path] or sha256(path) for path in paths}
         except OSError as error:
             raise TrainingError(
                 f"{error.filename}: has gone or changed since it was read ({error.strerror}); train on a folder that "
