@@ -394,10 +394,14 @@ def test_padding_is_not_shown(fitted, drawn, tmp_path):
     data = make_parts(tmp_path / "parts")
     wide = textured(np.random.default_rng(1))[16:48]
     Image.fromarray(wide).save(data / "test/good/wide.png")
-    detector = fitted("lookup", **{"preparation.fit": "pad"})
+    detector, given = fitted("lookup", **{"preparation.fit": "pad"}), []
+    network = detector.network
+    network.register_forward_pre_hook(lambda _, args, named: given.append(named.get("valid")), with_kwargs=True)
     ((_, tiles),) = drawn(detector, data, pictures=[Path("wide.png")])["recall"][1]
     assert {pixels.shape for pixels in tiles.values()} == {(32, 64, 3)}
     assert np.array_equal(tiles["Picture"], wide)
+    grid = network.features.grid
+    assert given[-1][0].sum() == grid * grid / 2  # nor does it take part in what is shown
 
 
 def test_what_cannot_be_shown_is_said(fitted, tiny, parts, weights, tmp_path):

@@ -12,6 +12,9 @@ Held-out pictures give it (split conformal prediction), or, so that small sets n
   would be at most 2α + (1 − K/n) / (K + 1) (Vovk 2015; Barber et al. 2021, CV+). But one network judges, that learned
   from all: nothing is proved, and that the rate is about α rests on learning from more pictures making new good ones
   look no less normal.
+
+Standardisation and principal components of features are those of all pictures in every fold; that one picture, or one
+fold, hardly moves them is taken as given too.
 """
 
 from __future__ import annotations

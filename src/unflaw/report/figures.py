@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from unflaw.cache import stack
+from unflaw.cache import cells, stack
 from unflaw.datasets import Dataset, DatasetError, Sample
 from unflaw.detector import Detector
 from unflaw.files import make_folder, write_png
@@ -145,12 +145,13 @@ def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str |
     last = {_HEAT_MAP: _pixels(outline(heat, truth)[here])}
     name = [*label(result).split("/"), f"verdict {result.verdict}", f"p {result.p_value:.2g}"]
     features, image = network.embed(stack([shown])), result.image[here]
+    inspection = network(features, valid=cells([shown.window], network.features.grid))
     return {
         figure: [
             _Line([*name, *filter(None, [line])], first | _shown(detector, stages, image) | last, shown.box)
             for line, stages in rows
         ]
-        for figure, rows in network.stages(features, network(features)).items()
+        for figure, rows in network.stages(features, inspection).items()
     }
 
 
