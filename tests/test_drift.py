@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from unflaw import load
 from unflaw.drift import KEPT, SHUFFLES, STATISTICS, Drift, Reference, describe, references
@@ -209,3 +210,19 @@ def test_calibrating_on_pictures_of_today_ends_the_alarm(parts, weights, tiny, t
     assert len(made.references[""]) == 12 and not made.references[""].test(described).alarm
     made.calibrate(today[12:], keep=True)
     assert len(made.references[""]) == 24
+
+
+def test_linear_algebra_wakes_no_threads_that_then_wait_busily(learned, monkeypatch):
+    """They would keep cores from other pictures long after this one is done."""
+    seen, solve = [], np.linalg.solve
+
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    monkeypatch.setattr(np.linalg, "solve", lambda *given: seen.append(threads()) or solve(*given))
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        learned.p_value(batch(n=1)[0])
+        assert len(seen) == 1 and before and set(before) == {2}
+        # of the libraries that were loaded when it was first asked; NumPy's is among them
+        assert 1 in seen[0] and threads() == before

@@ -7,12 +7,16 @@ means of cells; a moved camera, other light, lost focus or another product moves
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from threadpoolctl import ThreadpoolController
 
 SIDE = 256  # pictures are described at this side
 CELLS = 8  # a side, of the grid over which quantiles are taken
@@ -40,6 +44,7 @@ _WORDS = {  # where the most telling statistic is lower, and where it is higher
     "all together": ("all things together", "all things together"),
 }
 _MATTERS = [*STATISTICS.values(), "all together"]  # the distance that a test adds
+_LIMITING = Lock()  # the number of threads is the whole process's
 
 
 def describe(image: np.ndarray) -> np.ndarray:
@@ -218,6 +223,22 @@ def _largest_sums(ranks: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate(found)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Linear algebra stays in the thread that asks for it.
+
+    For matrices as small as these, further threads gain nothing; and OpenBLAS lets them wait busily for a tenth of a
+    second after each picture, on cores that have pictures to inspect.
+    """
+    with _LIMITING, _libraries().limit(limits=1, user_api="blas"):
+        yield
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
 def _distances(described: np.ndarray) -> np.ndarray:
     """Squared Mahalanobis distance of each picture to the mean of all, (n, D) → (n,), whatever the units of each."""
     centred = described - np.median(described, 0)
@@ -225,8 +246,8 @@ def _distances(described: np.ndarray) -> np.ndarray:
     scale = np.maximum(robust, 0.1 * centred.std(0))
     centred = centred / np.where(scale > 0, scale, 1)
     centred -= centred.mean(0)
-    covariance = centred.T @ centred / len(centred)
-    covariance = (1 - RIDGE) * covariance + RIDGE * max(np.trace(covariance), 1e-12) / len(covariance) * np.eye(
-        len(covariance)
-    )
-    return np.einsum("nd,nd->n", centred, np.linalg.solve(covariance, centred.T).T)
+    with _one_thread():
+        covariance = centred.T @ centred / len(centred)
+        ridge = RIDGE * max(np.trace(covariance), 1e-12) / len(covariance)
+        solved = np.linalg.solve((1 - RIDGE) * covariance + ridge * np.eye(len(covariance)), centred.T).T
+    return np.einsum("nd,nd->n", centred, solved)
