@@ -19,7 +19,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault
+settings.load_profile("unhurried")
 
 SIDE = 64
 # Everything as small as it may be and still take part. The tests hold for any numbers here.

@@ -258,11 +258,12 @@ def test_what_is_not_certified_is_said():
     scores = [float(i) for i in range(99)]
     crossed = calibrate(scores, scores, 0.0, 0.02, crossed=True)
     assert not crossed.certified
-    assert crossed.describe() == "false-alarm rate about 2.00%, from 99 good pictures by cross-fitting"
+    assert crossed.describe() == "false-alarm rate about 2.00%, from 99 good pictures judged without what they taught"
     assert "99 good pictures give about 1.00% at best" in crossed.reach()
     few = calibrate(scores, scores, 0.0, 0.001, crossed=True)
     assert few.describe() == (
-        "99 good pictures by cross-fitting give about a false-alarm rate of 1.00%, not the 0.10% asked for; 999 would"
+        "99 good pictures judged without what they taught give a false-alarm rate of about 1.00%, not the 0.10% asked "
+        "for; 999 would"
     )
 
 

@@ -249,7 +249,7 @@ cell = st.one_of(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rows=st.lists(st.lists(cell, max_size=6), max_size=6), separator=st.sampled_from(",;\t"), whole=st.booleans())
 def test_any_table_is_read_or_refused(tmp_path_factory, rows, separator, whole):
     folder = tmp_path_factory.getbasetemp() / "fuzz"

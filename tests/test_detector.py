@@ -340,7 +340,7 @@ def test_p_values_are_those_of_held_out_pictures(detector, good, bad):
 
 @pytest.mark.parametrize("method", ["lookup", "uranet"])
 def test_learning_what_calibrated_raises_no_score(tiny, method):
-    """So the certified rate holds of the extended detector, whose pictures score lower if at all otherwise."""
+    """New pictures score lower if at all otherwise; and so do those that calibrate, each without what it taught."""
     scores, thresholds = [], []
     for extend in (False, True):
         torch.manual_seed(0)
@@ -348,8 +348,10 @@ def test_learning_what_calibrated_raises_no_score(tiny, method):
         made = unfitted(tiny, method, **{"training.steps": 1, "calibration.extend": extend})
         made.learn(good_ones(20, rng), good_ones(9, rng))
         scores.append(scores_of(made, good_ones(40, rng)))
-        thresholds.append((made.calibration_.threshold, made.calibration_.pixel_threshold))
-    assert thresholds[0] == thresholds[1]
+        thresholds.append([*made.calibration_.scores, made.calibration_.pixel_threshold])
+        assert made.calibration_.crossed == extend
+    assert all(after <= before + 1e-5 for before, after in zip(*thresholds, strict=True))
+    assert thresholds[0] != thresholds[1]
     assert all(after <= before + 1e-5 for before, after in zip(*scores, strict=True)) and scores[0] != scores[1]
 
 

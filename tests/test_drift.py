@@ -59,7 +59,7 @@ def test_descriptions_of_known_pictures():
     assert found["light of cell 0, 1"] == pytest.approx(1 / 3, abs=1e-3) and found["light of cell 1, 0"] == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))))
 def test_any_picture_is_described(picture):
     described = describe(picture)

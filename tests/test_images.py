@@ -235,7 +235,7 @@ def test_uploads_can_be_named():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damage_raises_nothing_else(data):
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WebP", "GIF"]))
@@ -326,7 +326,7 @@ geometry = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**geometry, corners=st.tuples(*[st.floats(0, 1)] * 4))
 def test_boxes_come_back(width, height, size, fit, corners):
     preparation = Preparation(size=size, fit=fit)
@@ -350,7 +350,7 @@ def test_boxes_come_back(width, height, size, fit, corners):
     assert back[0] <= x0 and back[1] <= y0 and back[2] >= x1 and back[3] >= y1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(**geometry)
 def test_masks_share_the_geometry_of_pictures(width, height, size, fit):
     preparation = Preparation(size=size, fit=fit)

@@ -38,7 +38,7 @@ def picture(width: int, height: int) -> np.ndarray:
 # Geometry
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(SIDES, SIDES, PREPARATIONS)
 def test_windows_cover_every_pixel_and_stay_on_the_canvas(width, height, preparation):
     laid, size = Layout(width, height, preparation), preparation.size
@@ -53,7 +53,7 @@ def test_windows_cover_every_pixel_and_stay_on_the_canvas(width, height, prepara
         assert (steps > 0).all() and (steps <= max(laid.step, int(size * (1 - preparation.overlap)))).all(), axis
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(SIDES, SIDES, PREPARATIONS, st.data())
 def test_boxes_come_back_to_the_picture(width, height, preparation, data):
     laid = Layout(width, height, preparation)
@@ -69,7 +69,7 @@ def test_boxes_come_back_to_the_picture(width, height, preparation, data):
     assert right >= min(sx1, width) - 1e-6 and bottom >= min(sy1, height) - 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(8, 64), st.integers(0, 400), st.floats(0, 0.75), st.sampled_from([1, 2, 4]))
 def test_weights_sum_to_one(size, more, overlap, step):
     size, more = size * 4, more * 4
@@ -228,7 +228,7 @@ def test_mistakes_of_geometry_are_not_damaged_files(tmp_path, monkeypatch, tile)
 # Blending
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(30, 400), st.integers(30, 400), st.integers(20, 120), st.floats(0, 0.7), st.booleans())
 def test_what_windows_agree_on_is_blended_without_seams(width, height, tile, overlap, small):
     preparation = Preparation(size=32, tile=tile, overlap=overlap)

@@ -239,6 +239,31 @@ def test_extending_can_only_lower_the_least_distance_and_leaves_the_rest_alone()
     assert (memory.extra == memory.extra[0, 0]).all()  # fitting anew forgets them
 
 
+@pytest.mark.parametrize("windows", [1, 2])
+def test_what_a_picture_added_is_left_out_for_it(windows):
+    """All windows of it; what other held-out pictures added, and what training taught, is not."""
+    rng = torch.Generator().manual_seed(0)
+    known, held = torch.randn(8, 6, 4, 4, generator=rng), torch.randn(4, 6, 4, 4, generator=rng) + 3
+    memory, pictures = Memory(32, 6), torch.arange(4) // windows
+    memory.fit(known, rng)
+    memory.arrange(pictures, None)
+    memory.extend(held, rng)
+    rows = torch.tensor([2, 0, 3, 1])
+    mixture, distance, least = memory(held[rows], rows)
+    assert (least > memory(held[rows])[2]).any()
+    assert all(torch.equal(a, b) for a, b in zip((mixture, distance), memory(held[rows])[:2], strict=True))
+    for row, found in zip(rows.tolist(), least, strict=True):
+        own = held[pictures == pictures[row]]
+        mine = (memory.extra[:, None] == as_tokens(own)).all(-1).any(1)
+        others = torch.cat([memory.prototypes, memory.extra[~mine]])
+        expected = brute_force(as_tokens(held[row : row + 1]), others)[0]
+        torch.testing.assert_close(found.flatten(), expected, atol=5e-3, rtol=1e-4)
+    memory.arrange(torch.zeros(4, dtype=torch.long), None)
+    memory.extend(held, rng)  # all of one picture: nothing that was added is left
+    _, distance, least = memory(held, torch.arange(4))
+    assert torch.equal(least, distance)
+
+
 # Whole regions
 
 

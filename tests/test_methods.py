@@ -370,7 +370,7 @@ def test_lookup_is_the_distance_to_the_memory(tiny):
     method = create(tiny("lookup"), "random")
     features = learned(method)
     method.extend(3 * features[:4], torch.Generator().manual_seed(1))
-    everything, rows = torch.cat([features, 3 * features]).float(), torch.arange(20)  # the second ten taught nothing
+    everything, rows = torch.cat([3 * features[:4], features[:2]]).float(), torch.arange(4)[[0, 1, 2, 3, 0, 1]]
     for pictures in (None, rows):
         found = method(everything, pictures)
         recalled, distance, least = method.memory(everything, pictures)

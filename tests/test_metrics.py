@@ -76,7 +76,7 @@ def test_pixel_metrics_match_sklearn_and_brute_force(transform):
         assert result[name] == pytest.approx(brute_force_aupro(maps, masks, limit), abs=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(-5, 5), st.booleans()), min_size=2, max_size=60))
 def test_image_metrics_match_sklearn(pairs):
     scores, labels = (np.array(column) for column in zip(*pairs, strict=True))
@@ -87,7 +87,7 @@ def test_image_metrics_match_sklearn(pairs):
         assert list(result.values()) == pytest.approx(sklearn_metrics(scores / 7, labels), abs=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.sampled_from([0.01, 0.05, 0.3, 0.77, 1.0]))
 def test_aupro_matches_brute_force(seed, levels, limit):
     maps, masks = example(seed, (3, 7, 8))
@@ -153,7 +153,7 @@ def test_only_valid_pixels_count():
     assert pixels.compute() == expected.compute()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_only_the_order_of_scores_matters(seed):
     maps, masks = example(seed)
@@ -164,7 +164,7 @@ def test_only_the_order_of_scores_matters(seed):
     assert accumulate(maps[order], masks[order]).compute() == pytest.approx(result, abs=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(-9, 9), min_size=1), st.lists(st.integers(-9, 9), min_size=1))
 def test_auroc_of_negated_scores(negatives, positives):
     negatives, positives = np.array(negatives), np.array(positives)

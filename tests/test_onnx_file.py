@@ -27,7 +27,7 @@ def elsewhere(path="../../etc/passwd"):
 
 
 @given(st.dictionaries(st.text(max_size=300), st.text(max_size=300), max_size=4))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_properties_are_those_that_onnx_writes(properties):
     assert read_properties(made(properties=properties).SerializeToString()) == properties
 
@@ -95,7 +95,7 @@ def test_what_is_nested_too_deep_is_refused():
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_damage_is_an_error_or_harmless(data):
     content = bytearray(made().SerializeToString())
     for _ in range(data.draw(st.integers(1, 4))):

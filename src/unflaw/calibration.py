@@ -42,7 +42,7 @@ class Calibration(BaseModel):
         minimum_area: Smaller areas are no regions, share of the picture.
         tail: Of the scores, where rates below the smallest certified one are estimated.
         crossed: Each score was found without what was learned from its picture, but this detector has learned from all
-            of them: rates are about so, and how far they are certain is said in `crossfit`.
+            of them: rates are about so, at most twice that, as `crossfit` says.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -131,10 +131,13 @@ class Calibration(BaseModel):
                 f"{by} by {len(self.defects)} labelled defects, of which {found} are found; false-alarm rate about "
                 f"{self.rate:.2%}, from {n} good pictures"
             )
-        pictures = f"{n} good pictures " + ("by cross-fitting" if self.crossed else "outside of training")
+        pictures = f"{n} good pictures " + (
+            "judged without what they taught" if self.crossed else "outside of training"
+        )
         if self.certified:
             return f"false-alarm rate {self.rate:.2%} or less, certified by {pictures}"
-        reach = f"{pictures} {'give about' if self.crossed else 'certify'} a false-alarm rate of {self.smallest:.2%}"
+        promise = "give a false-alarm rate of about" if self.crossed else "certify a false-alarm rate of"
+        reach = f"{pictures} {promise} {self.smallest:.2%}"
         if self.estimated and self.tail is not None:
             fit = f"goodness of fit p = {self.tail.goodness:.2g}"
             return f"false-alarm rate {self.rate:.2%}, estimated from the tail of the scores ({fit}); {reach}"
@@ -261,7 +264,7 @@ def calibrate(
         minimum_area: Of a region, share of the picture: the one that `peaks` were found with.
         tail: Estimate the threshold where n pictures cannot certify the rate, down to a tenth of 1 / (n + 1). It is
             never below the highest score. Fewer than 40 pictures have no tail.
-        crossed: Scores are from cross-fitting.
+        crossed: Each score was found without what was learned from its picture.
         defects: Image scores of defective pictures.
         miss_rate: Share of defects that may be missed, in (0, 1): a defect exchangeable with those given is missed with
             at most this probability (split conformal prediction, for every number of them).

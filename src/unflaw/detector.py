@@ -124,7 +124,14 @@ class Detector(Inspector):
         share = 0.0 if spared or self.config.calibration.folds else self.config.calibration.holdout
         with team.hosting(backbone):
             common: dict[str, Any] = {"categories": categories, "team": team}
-            cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress, **common)
+            try:
+                cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress, **common)
+            except TrainingError as error:
+                if copies:
+                    raise TrainingError(
+                        f"{error}; {len(copies)} files are copies of others and do not count"
+                    ) from error
+                raise
             held = self._cache(validation, fit=False, **common) if validation else None
             contents = self._contents([*cache.paths, *(held.paths if held else [])], contents)
             cached = time.perf_counter()
@@ -190,17 +197,17 @@ class Detector(Inspector):
         for number, (name, rows) in enumerate(train.rows().items()):
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
             finish(network, train, number, rows)
-            held = calibrating.get(name)
+            held, extended = calibrating.get(name), False
             if name in crossed:
                 found = crossed[name]
             elif held is not None:
-                found = gather_evidence(network, held, Evidence(options.minimum_area))
+                arrange(network, held)
+                extended = options.extend and network.extend(held.features, rng)
+                leave = torch.arange(len(held)) if extended else None
+                found = gather_evidence(network, held, Evidence(options.minimum_area), leave)
             else:
                 found = leave_one_out(network, train, rows, options, budget)
-            calibration = found.calibrate(options, crossed=held is None)
-            if options.extend and held is not None:
-                arrange(network, held)
-                network.extend(held.features, rng)
+            calibration = found.calibrate(options, crossed=held is None or extended)
             reference = remembered(train, rows, held, self.config.training.seed)
             categories[name] = Category(calibration, network.finished_state(), reference)
         self.categories_, self._selected = categories, name

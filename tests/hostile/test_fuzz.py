@@ -31,7 +31,6 @@ def test_only_documented_errors_come_out(found, name, tmp_path):
     @settings(
         max_examples=25 if name in SLOW else 120,
         derandomize=True,
-        deadline=None,
         database=None,
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),

@@ -119,7 +119,7 @@ class Method(nn.Module):
         Args:
             features: Of any pictures.
             pictures: (N,) rows of the cache that `setup` saw, where they are training pictures: what a memory keeps of
-                them is left out, so that their evidence is that of new good pictures. Only before `extend`.
+                them is left out, so that their evidence is that of new good pictures. After `extend`, of that one's.
             valid: (N, g, g) bool, the cells that count; None: all.
         """
         raise NotImplementedError
@@ -197,11 +197,16 @@ class Method(nn.Module):
         state = self.state_dict()
         return {name: state[name].clone() for name in self.finished}
 
-    def extend(self, features: Tensor, rng: Generator) -> None:
-        """After calibration: learns from the pictures that calibrated the category in use, F (N, C, g, g, float16).
+    def extend(self, features: Tensor, rng: Generator) -> bool:
+        """After `finish`: learns from the pictures that calibrate the category in use, F (N, C, g, g, float16).
 
-        Only what can lower the evidence of a picture and never raise it, or the calibration would not hold.
+        Only what can lower the evidence of a picture and never raise it. From then on `forward` takes rows of these
+        pictures, and leaves out for each what it has taught here, so that they still calibrate (see `crossfit`).
+
+        Returns:
+            Whether anything was learned.
         """
+        return False
 
     def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Evidence → anomaly maps at canvas size, (N, S, S), and image scores (N,).

@@ -33,9 +33,10 @@ class Lookup(Method):
         self.judge.fit(features, rng, categories)
         return {}
 
-    def extend(self, features: Tensor, rng: Generator) -> None:
+    def extend(self, features: Tensor, rng: Generator) -> bool:
         self.memory.extend(features, rng)
         self.judge.extend(features, rng)
+        return True
 
     def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
         recalled, _, distance = self.memory(features, pictures)

@@ -40,6 +40,7 @@ class Memory(nn.Module):
         # while training: the picture that each prototype comes from; what each category has taught; who is of which
         self.owners: Tensor | None = None
         self._owned: Tensor | None = None  # the picture of each row of then
+        self._extended: Tensor | None = None  # the picture that each of `extra` comes from, once there are some
         self._taught: list[tuple[Tensor, Tensor, Tensor]] = []
         self._categories = torch.zeros(0, dtype=torch.long)
         self._pictures: Tensor | None = None  # of the rows to come: which picture each is of, which cells count
@@ -84,7 +85,7 @@ class Memory(nn.Module):
         self.prototypes.copy_(tokens[chosen])
         self.owners = owners[chosen] if self._pictures is None else self._pictures[owners[chosen]]
         self._owned = self._pictures
-        self.extra.fill_(FAR)
+        self._forget()
         sample = pictures[torch.randperm(n, generator=rng)[: max(2, 2**14 // side**2)]]
         self._taught, taught = [], self._taught  # of those in use, whatever there was before
         distances = self(features[sample].float(), sample)[1].clamp_min(1e-6).flatten()
@@ -104,11 +105,16 @@ class Memory(nn.Module):
         prototypes, self.owners, radius = self._taught[category]
         self.prototypes.copy_(prototypes)
         self.radius.copy_(radius)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What `extend` added."""
         self.extra.fill_(FAR)
+        self._extended = None
 
     def unit(self, pictures: Tensor | None = None) -> Tensor:
         """`radius`, (1,), or that of the category of each of the training pictures (N,): (N, 1, 1, 1)."""
-        if pictures is None or len(self._taught) < 2:
+        if pictures is None or self._extended is not None or len(self._taught) < 2:
             return self.radius
         radii = torch.stack([radius for *_, radius in self._taught])
         return radii[self._categories[pictures]].view(-1, 1, 1, 1).to(self.radius)
@@ -117,17 +123,22 @@ class Memory(nn.Module):
     def extend(self, features: Tensor, rng: Generator) -> None:
         """Adds prototypes out of held-out pictures, F (N, C, g, g), after these have calibrated (ours).
 
-        They serve the distance only, which can but fall by them, of every token. So no picture scores higher than when
-        the threshold was set, and the certified false-alarm rate holds; yet what the held-out pictures show is known.
+        They serve the distance only, which can but fall by them, of every token. From then on `forward` takes rows of
+        these pictures, and leaves out what each has added.
         """
+        self._forget()
         parts = [to_tokens(part.float()).flatten(0, 1) for part in features.split(8)]
         distance, tokens = torch.cat([self.recall(part)[2] for part in parts]), torch.cat(parts)
+        rows = torch.arange(len(features))
+        owners = (rows if self._pictures is None else self._pictures).repeat_interleave(features[0, 0].numel())
         if self.valid is not None:
-            inside = self._inside(torch.arange(len(features)), features.shape[-1])
-            distance, tokens = distance[inside], tokens[inside]
-        tokens = tokens[distance.argsort(descending=True)[: 16 * len(self.extra)]]
-        chosen = tokens[greedy_coreset(tokens, len(self.extra), rng)]
-        self.extra[: len(chosen)] = chosen
+            inside = self._inside(rows, features.shape[-1])
+            distance, tokens, owners = distance[inside], tokens[inside], owners[inside]
+        unknown = distance.argsort(descending=True)[: 16 * len(self.extra)]
+        chosen = unknown[greedy_coreset(tokens[unknown], len(self.extra), rng)]
+        self.extra[: len(chosen)] = tokens[chosen]
+        self._extended = torch.full((len(self.extra),), -1)
+        self._extended[: len(chosen)] = owners[chosen]
 
     @torch.no_grad()
     def recall_cached(self, features: Tensor, budget: float) -> dict[str, Tensor]:
@@ -159,7 +170,7 @@ class Memory(nn.Module):
             leave: (T, L) training pictures; what these taught the memory is left out for that token, unless it is all.
                 The first is the one it belongs to, whose category's prototypes are used, and are in use afterwards.
         """
-        if leave is None or len(self._taught) < 2:
+        if leave is None or self._extended is not None or len(self._taught) < 2:
             return self._recall_all(tokens, leave)
         if not len(tokens):  # asked only while training: a graph must not depend on it
             return self._recall_all(tokens, None)
@@ -180,21 +191,29 @@ class Memory(nn.Module):
             parts = [self._recall(part, keys, extra) for part in _chunks(tokens)]
         else:
             both = zip(tokens.split(CHUNK), leave.split(CHUNK), strict=True)
-            parts = [self._recall(part, keys, extra, self._closed(pictures)) for part, pictures in both]
+            parts = [self._recall(part, keys, extra, *self._closed(pictures)) for part, pictures in both]
         mixture, distance, least = (torch.cat(part) for part in zip(*parts, strict=True))
         return mixture, distance, least
 
-    def _closed(self, pictures: Tensor) -> Tensor:
-        """(T, L) pictures → (T, M) bool: the prototypes that these taught, unless that is all."""
+    def _closed(self, pictures: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(T, L) pictures → (T, M) bool: the prototypes, or what was added, that these taught, unless that is all."""
         assert self.owners is not None
+        if self._extended is not None:
+            own = pictures if self._pictures is None else self._pictures[pictures]
+            return None, (self._extended == own[..., None]).any(1)
         if self._owned is not None:
             pictures = self._owned[pictures]
         which, row = pictures.unique(dim=0, return_inverse=True)  # many tokens leave out the same
         own = (self.owners == which[..., None]).any(1)
-        return (own & ~own.all(1, keepdim=True))[row]
+        return (own & ~own.all(1, keepdim=True))[row], None
 
     def _recall(
-        self, tokens: Tensor, keys: Tensor, extra: Tensor, closed: Tensor | None = None
+        self,
+        tokens: Tensor,
+        keys: Tensor,
+        extra: Tensor,
+        closed: Tensor | None = None,
+        closed_extra: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`recall` of a chunk. What is near is found by a matrix product; distances are then those of what was found.
 
@@ -210,8 +229,14 @@ class Memory(nn.Module):
         mixture = torch.einsum("tk,tkc->tc", weights, recalled)
         least = distance = (tokens - recalled[:, 0]).norm(dim=1)
         if self.extra.shape[0]:
-            added = self.extra[largest(_closeness(tokens, extra), 1)[1][:, 0]]
-            least = torch.minimum(distance, (tokens - added).norm(dim=1))
+            closeness = _closeness(tokens, extra)
+            if closed_extra is not None:
+                closeness = closeness.masked_fill(closed_extra.to(closeness.device), -torch.inf)
+            best, place = largest(closeness, 1)
+            apart = (tokens - self.extra[place[:, 0]]).norm(dim=1)
+            if closed_extra is not None:
+                apart = apart.masked_fill(best[:, 0] == -torch.inf, torch.inf)
+            least = torch.minimum(distance, apart)
         return mixture, distance, least
 
     def forward(self, features: Tensor, pictures: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -190,10 +190,12 @@ class URANet(Method):
         terms["loss"] = sum(terms.values(), torch.zeros(()))
         return terms
 
-    def extend(self, features: Tensor, rng: Generator) -> None:
-        if self.memory is not None and self.judge is not None:
-            self.memory.extend(features, rng)
-            self.judge.extend(features, rng)
+    def extend(self, features: Tensor, rng: Generator) -> bool:
+        if self.memory is None or self.judge is None:
+            return False
+        self.memory.extend(features, rng)
+        self.judge.extend(features, rng)
+        return True
 
     def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
         if self.memory is None or self.judge is None:
