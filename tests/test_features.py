@@ -1,6 +1,7 @@
 import os
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -422,3 +423,64 @@ def test_pixels_are_features_as_they_are(images):
 def test_a_side_in_pixels_that_cannot_be_halved_is_named():
     with pytest.raises(ValueError, match=r"side of 60 pixels.*halved 3 times.*multiple of 8"):
         PixelExtractor(60, 128, 3)
+
+
+# Transformers
+
+
+WINDOWED = "swin_tiny_patch4_window7_224"  # gives (N, h, w, C), renames its tensors, and takes 224 × 224 pixels only
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A small one of that kind, with random weights in a file under the names of the whole model."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("windowed") / "swin.safetensors"
+    save_file(timm.create_model(WINDOWED, pretrained=False).state_dict(), path)
+    return path
+
+
+def test_levels_with_channels_last_are_those_of_the_whole_model(windowed):
+    config = Features(backbone=WINDOWED, levels=(1, 2), grid=14, smooth=1, components=None)
+    extractor = FeatureExtractor(config, windowed, 224)
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    raw = extractor.aggregate(images)
+    assert raw.shape == (2, 192 + 384, 14, 14)
+    whole = timm.create_model(WINDOWED, pretrained=False).eval()
+    whole.load_state_dict(load_file(windowed))
+    with torch.no_grad():
+        found = whole.forward_intermediates(
+            (images - extractor.mean) / extractor.deviation, indices=[1, 2], intermediates_only=True
+        )
+    expected = torch.cat([resize(found[0], 14), found[1]], 1)
+    torch.testing.assert_close(raw, expected, atol=1e-4, rtol=1e-4)
+    assert "state_dict" not in extractor.backbone.pretrained_cfg
+    with pytest.raises(WeightsError, match=rf"{WINDOWED} takes pictures of 224 × 224 pixels, not of 256; .*--size 224"):
+        FeatureExtractor(config, "random", 256)
+
+
+def test_a_file_that_lacks_tensors_of_a_transformer_is_refused(windowed, tmp_path):
+    state = load_file(windowed)
+    del state["layers.1.blocks.0.norm1.weight"]
+    save_file(state, tmp_path / "part.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"does not hold 1 tensors of .* \(first: layers\.1\.blocks\.0\.norm1\.weight"
+    ):
+        FeatureExtractor(Features(backbone=WINDOWED, levels=(1,)), tmp_path / "part.safetensors")
+
+
+def test_a_detector_learns_on_a_transformer(parts, tiny, tmp_path):
+    from unflaw import Detector
+
+    torch.manual_seed(3)
+    save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "vit.safetensors")
+    config = tiny("lookup", **{"features.backbone": "test_vit", "features.levels": (0, 1), "training.display_steps": 0})
+    detector = Detector(config=config, weights=tmp_path / "vit.safetensors").fit(parts)
+    detector.save(tmp_path / "d.safetensors")
+    path = next((parts / "test/square").iterdir())
+    found, expected = Detector.load(tmp_path / "d.safetensors").inspect(path), detector.inspect(path)
+    assert found.score == expected.score and np.array_equal(found.map, expected.map)
+    with pytest.raises(WeightsError, match=r"test_vit does not give the levels 0, 9"):
+        Detector(
+            config=tiny("lookup", **{"features.backbone": "test_vit", "features.levels": (0, 9)}), weights="random"
+        )

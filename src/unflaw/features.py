@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers.format import Format
 from torch import Tensor, nn
 
 from unflaw.config import Features
@@ -43,13 +45,20 @@ class FeatureExtractor(nn.Module):
         weights: A `.safetensors` or `.pth` file with the backbone's state_dict. Without it: an installed package
             (`WEIGHT_PACKAGES`), then the hub that timm uses. "random" and "later" load nothing; the first is for
             tests, the second for a detector whose file brings the weights.
+        size: Side of the canvas, where it is known already. Some transformers take pictures of one size only.
+
+    Raises:
+        WeightsError: As `create_backbone`; the backbone takes no pictures of this size.
     """
 
-    def __init__(self, config: Features, weights: str | Path | None = None) -> None:
+    def __init__(self, config: Features, weights: str | Path | None = None, size: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.grid = config.grid
         self.backbone = create_backbone(config.backbone, config.levels, weights).eval().requires_grad_(False)
+        if size is not None:
+            _check_size(self.backbone, config.backbone, size)
+        self._channels_last = getattr(self.backbone, "output_fmt", None) == Format.NHWC  # as windowed transformers do
         self.backbone.to(memory_format=torch.channels_last)
         feature_info: Any = self.backbone.feature_info
         self.level_channels: list[int] = feature_info.channels()
@@ -74,7 +83,10 @@ class FeatureExtractor(nn.Module):
         x = ((images - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
         g, k = self.config.grid, self.config.smooth
         place = next(self.backbone.parameters()).device  # in training, the backbone alone may be on another device
-        levels = [F.avg_pool2d(f, k, 1, k // 2) if k > 1 else f for f in self.backbone(x.to(place))]
+        given = self.backbone(x.to(place))
+        if self._channels_last:
+            given = [f.permute(0, 3, 1, 2) for f in given]
+        levels = [F.avg_pool2d(f, k, 1, k // 2) if k > 1 else f for f in given]
         return torch.cat([resize(f.float(), g) for f in levels], dim=1).to(images.device)
 
     @torch.no_grad()
@@ -218,12 +230,42 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | No
     state, source = (_read_state(Path(weights)), weights) if weights else (_package_state(name), _package_file(name))
     try:
         missing, _ = model.load_state_dict(state, strict=False)
+        if missing and not (missing := _absent(name, state)):  # some have other names where they give features
+            model = timm.create_model(
+                name,
+                features_only=True,
+                out_indices=levels,
+                pretrained=True,
+                pretrained_cfg_overlay={"state_dict": state},
+            )
+            cast(dict, model.pretrained_cfg).pop("state_dict")
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{source}: its tensors are not those of {name} ({reason}); name weights of it") from error
     if missing:
         raise WeightsError(f"{source}: does not hold {len(missing)} tensors of {name} (first: {missing[0]})")
     return model
+
+
+def _absent(name: str, state: Mapping[str, Tensor]) -> list[str]:
+    """Tensors that a whole model has, but for its classifier, and a weight file has not."""
+    model: Any = timm.create_model(name, pretrained=False)
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    return [key for key in model.state_dict() if key not in state and not key.startswith(classifier)]
+
+
+def _check_size(backbone: nn.Module, name: str, size: int) -> None:
+    cfg: Any = getattr(backbone, "pretrained_cfg", {})
+    if not cfg.get("fixed_input_size"):
+        return
+    try:
+        with torch.no_grad():
+            backbone(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError) as error:
+        side = cfg["input_size"][-1]
+        raise WeightsError(
+            f"{name} takes pictures of {side} × {side} pixels, not of {size}; give --size {side}"
+        ) from error
 
 
 def _levels(name: str) -> int:

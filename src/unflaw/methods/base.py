@@ -70,7 +70,7 @@ class Method(nn.Module):
 
     def extractor(self, config: Config, weights: str | None) -> Extractor:
         """What makes F of pictures; a method on pixels has its own, which uses no weights."""
-        return FeatureExtractor(config.features, weights)
+        return FeatureExtractor(config.features, weights, config.preparation.size)
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g), without gradient."""
