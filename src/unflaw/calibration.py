@@ -42,7 +42,7 @@ class Calibration(BaseModel):
         minimum_area: Smaller areas are no regions, share of the picture.
         tail: Of the scores, where rates below the smallest certified one are estimated.
         crossed: Each score was found without what was learned from its picture, but this detector has learned from all
-            of them: rates are about so, at most twice that, as `crossfit` says.
+            of them: rates are about so, and what is proved is said in `crossfit`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -102,9 +102,10 @@ def region_level(
     lowest value where less counts than the minimum area.
     """
     least, inside = pixels(minimum_area, valid), _inside(anomaly_map.shape, valid, counted)
-    values = np.sort(anomaly_map[inside])
+    values = anomaly_map[inside]
     if least == 1 or len(values) < least:
-        return float(values[-1 if least == 1 else 0])
+        return float(values.max() if least == 1 else values.min())
+    values.sort()
     # a threshold just below values[i] has a region, one at values[i] has none: bisection, as regions only grow downward
     low, high = 0, len(values) - least  # of the candidates, at least `least` values are as high
     while low < high:

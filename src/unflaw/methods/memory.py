@@ -121,7 +121,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def extend(self, features: Tensor, rng: Generator) -> None:
-        """Adds prototypes out of held-out pictures, F (N, C, g, g), after these have calibrated (ours).
+        """Adds prototypes out of held-out pictures, F (N, C, g, g), which calibrate (ours).
 
         They serve the distance only, which can but fall by them, of every token. From then on `forward` takes rows of
         these pictures, and leaves out what each has added.
