@@ -112,8 +112,8 @@ class Detector(Inspector):
         started = time.perf_counter()
         settings = self.config.training
         given, calibrating, categories = gather(data)
-        contents = {path: sha256_if_readable(path) for path in categories}
-        train, validation, copies = without_copies(given, calibrating, categories, contents)
+        known = {path: sha256_if_readable(path) for path in categories}
+        train, validation, copies = without_copies(given, calibrating, categories, known)
         self.categories_, self.display, self.record_ = {}, None, {}
         textures = self._textures()
         torch.manual_seed(settings.seed)
@@ -133,7 +133,7 @@ class Detector(Inspector):
                     ) from error
                 raise
             held = self._cache(validation, fit=False, **common) if validation else None
-            contents = self._contents([*cache.paths, *(held.paths if held else [])], contents)
+            contents = self._contents([*cache.paths, *(held.paths if held else [])])
             cached = time.perf_counter()
             embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
         learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint, team=team)
@@ -381,10 +381,10 @@ class Detector(Inspector):
         return training.train(network, cache, textures, rng, progress=progress, checkpoint=checkpoint, team=team)
 
     @staticmethod
-    def _contents(paths: Iterable[Path], known: Mapping[Path, str]) -> dict[Path, str]:
+    def _contents(paths: Iterable[Path]) -> dict[Path, str]:
         """SHA-256 of what is learned from, taken before the work, since files may go meanwhile."""
         try:
-            return {path: known[path] or sha256(path) for path in paths}
+            return {path: sha256(path) for path in paths}
         except OSError as error:
             raise TrainingError(
                 f"{error.filename}: has gone or changed since it was read ({error.strerror}); train on a folder that "

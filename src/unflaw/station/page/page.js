@@ -285,7 +285,7 @@ function showDetails(item) {
   const entry = item.entry;
   for (const part of [".details", ".controls"]) document.querySelector(part).hidden = !entry;
   if (!entry) return;
-  const share = entry.p_value < 1 ? `At most ${percent(entry.p_value)} of good parts score this high.` : "Every good part scores this high.";
+  const share = entry.p_value < 1 ? `About ${percent(entry.p_value)} of good parts score this high.` : "Every good part scores this high.";
   const estimate = entry.p_estimated == null ? "" : ` Estimated: ${percent(entry.p_estimated)}.`;
   $("measure").textContent = `Score ${number(entry.score)}, threshold ${number(entry.threshold)}. ${share}${estimate}`;
   $("decided").textContent = entry.decision ? `${WORDS[entry.decision]}, says ${entry.decided_by}, ${moment(entry.decided_at)}` : "Nobody has decided yet.";
