@@ -338,20 +338,24 @@ def test_p_values_are_those_of_held_out_pictures(detector, good, bad):
         assert (result.verdict == "defect") == (result.p_value <= detector.calibration_.rate)
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("method", ["lookup", "uranet"])
-def test_learning_what_calibrated_raises_no_score(tiny, method):
-    """New pictures score lower if at all otherwise; and so do those that calibrate, each without what it taught."""
+def test_learning_what_calibrated_raises_no_score(tiny, method, given):
+    """New pictures score lower if at all otherwise; so do held-out ones that calibrate, each without what it taught.
+
+    Those of a validation part may be alike among themselves: they calibrate before anything is learned from them.
+    """
     scores, thresholds = [], []
     for extend in (False, True):
         torch.manual_seed(0)
         rng = torch.Generator().manual_seed(2)
         made = unfitted(tiny, method, **{"training.steps": 1, "calibration.extend": extend})
-        made.learn(good_ones(20, rng), good_ones(9, rng))
+        made.learn(good_ones(29, rng), good_ones(9, rng) if given else None)
         scores.append(scores_of(made, good_ones(40, rng)))
         thresholds.append([*made.calibration_.scores, made.calibration_.pixel_threshold])
-        assert made.calibration_.crossed == extend
+        assert made.calibration_.crossed == (extend and not given)
     assert all(after <= before + 1e-5 for before, after in zip(*thresholds, strict=True))
-    assert thresholds[0] != thresholds[1]
+    assert (thresholds[0] == thresholds[1]) == given
     assert all(after <= before + 1e-5 for before, after in zip(*scores, strict=True)) and scores[0] != scores[1]
 
 

@@ -252,7 +252,7 @@ class CalibrationOptions(Settings):
     tail: bool = Field(False, description="estimate thresholds of rates that the pictures cannot certify")
     extend: bool = Field(
         True,
-        description="the memory learns them too, and each is judged without what it taught; False: certified rates",
+        description="the memory learns them too, and each is judged without what it taught; False: a certified rate",
     )
 
     @field_validator("folds")

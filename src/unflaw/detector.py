@@ -168,7 +168,9 @@ class Detector(Inspector):
     ) -> dict[str, Any]:
         """`fit` from cached features on: hold-out where there is no validation part, training, display, calibration.
 
-        With `calibration.folds`, cross-fitting takes the place of hold-out; see `crossfit`.
+        With `calibration.folds`, cross-fitting takes the place of hold-out; see `crossfit`. What a validation part
+        shows is learned once it has calibrated: its pictures may be alike among themselves, of one day or of one part,
+        and new ones are not.
 
         Returns:
             "history" of losses, the number of pictures "held_out" and, where they have names, numbers by "categories".
@@ -176,6 +178,7 @@ class Detector(Inspector):
         rng, options, network = step_rng(self.config.training.seed, 2**31), self.config.calibration, self.network
         budget, share = self.config.training.cache_gb * 2**30, 0.0 if options.folds else options.holdout
         train, calibrating = hold_out(cache, validation, share, budget)
+        given = {} if validation is None else validation.rows()
         trains = any(p.requires_grad for p in network.parameters())
         start = copy.deepcopy(network) if options.folds and trains else network
 
@@ -202,9 +205,12 @@ class Detector(Inspector):
                 found = crossed[name]
             elif held is not None:
                 arrange(network, held)
-                extended = options.extend and network.extend(held.features, rng)
+                if options.extend and name not in given:
+                    extended = network.extend(held.features, rng)
                 leave = torch.arange(len(held)) if extended else None
                 found = gather_evidence(network, held, Evidence(options.minimum_area), leave)
+                if options.extend and name in given:
+                    network.extend(held.features, rng)
             else:
                 found = leave_one_out(network, train, rows, options, budget)
             calibration = found.calibrate(options, crossed=held is None or extended)
