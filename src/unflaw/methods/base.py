@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from unflaw.config import Config, Synthesis
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.methods.layers import coarser, gaussian_blur
-from unflaw.methods.memory import Memory
+from unflaw.methods.memory import Judge, Memory
 from unflaw.methods.stages import Stages
 from unflaw.synthesis import synthesise
 from unflaw.team import WHOLE, Share
@@ -204,9 +204,12 @@ class Method(nn.Module):
         pictures, and leaves out for each what it has taught here, so that they still calibrate (see `crossfit`).
 
         Returns:
-            Whether anything was learned.
+            Whether anything was learned: whether there is a memory.
         """
-        return False
+        parts = [part for part in self.children() if isinstance(part, Memory | Judge)]
+        for part in parts:
+            part.extend(features, rng)
+        return bool(parts)
 
     def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Evidence → anomaly maps at canvas size, (N, S, S), and image scores (N,).

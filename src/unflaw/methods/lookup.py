@@ -33,11 +33,6 @@ class Lookup(Method):
         self.judge.fit(features, rng, categories)
         return {}
 
-    def extend(self, features: Tensor, rng: Generator) -> bool:
-        self.memory.extend(features, rng)
-        self.judge.extend(features, rng)
-        return True
-
     def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
         recalled, _, distance = self.memory(features, pictures)
         return Inspection(distance, coarse=self.judge(features, pictures, valid), restored=recalled)

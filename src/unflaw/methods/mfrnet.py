@@ -174,13 +174,6 @@ class MFRNet(Method):
         terms = self.compare(batch["features"], restored)
         return {name: term.mean() for name, term in terms.items()} | {"loss": self.hybrid(terms).mean()}
 
-    def extend(self, features: Tensor, rng: Generator) -> bool:
-        if self.memory is None or self.judge is None:
-            return False
-        self.memory.extend(features, rng)
-        self.judge.extend(features, rng)
-        return True
-
     def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
         """All masks of all k in one batch; maps and restored features are means over k."""
         recalled, distance, coarse = None, [], None

@@ -190,13 +190,6 @@ class URANet(Method):
         terms["loss"] = sum(terms.values(), torch.zeros(()))
         return terms
 
-    def extend(self, features: Tensor, rng: Generator) -> bool:
-        if self.memory is None or self.judge is None:
-            return False
-        self.memory.extend(features, rng)
-        self.judge.extend(features, rng)
-        return True
-
     def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
         if self.memory is None or self.judge is None:
             mean, deviation = self.perception(features)
