@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from unflaw.cache import Cache, cells
 from unflaw.calibration import Evidence
@@ -98,6 +98,30 @@ def gather_evidence(network: Method, cache: Cache, found: Evidence, leave: Tenso
         score, maps = mosaic.result()
         found.add(score, maps["map"], mosaic.layout.box, maps.get("uncertainty"), mosaic.layout.counted)
     return found
+
+
+def judge_held_out(
+    network: Method, held: Cache, options: CalibrationOptions, rng: Generator, *, random: bool
+) -> tuple[Evidence, bool]:
+    """The evidence of held-out pictures of the category in use, which with `extend` teach its memory: see above.
+
+    Args:
+        network: Finished for the category. Its memory is extended.
+        held: The pictures.
+        options: `extend` and `minimum_area`.
+        rng: What `Method.extend` draws.
+        random: They are a random part of the good pictures, and teach before they calibrate; else they calibrate first.
+
+    Returns:
+        The evidence, and whether the pictures had taught something by then.
+    """
+    arrange(network, held)
+    taught = options.extend and random and network.extend(held.features, rng)
+    leave = torch.arange(len(held)) if taught else None
+    found = gather_evidence(network, held, Evidence(options.minimum_area), leave)
+    if options.extend and not random:
+        network.extend(held.features, rng)
+    return found, taught
 
 
 def leave_one_out(

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from unflaw import __version__, training
 from unflaw.cache import Cache, build_cache, cells, stack
-from unflaw.calibration import Calibration, Evidence, calibrations
+from unflaw.calibration import Calibration, calibrations
 from unflaw.categories import Category, Data, gather, hold_out, remembered, without_copies
 from unflaw.config import Config, make_config
-from unflaw.crossfit import arrange, cross_fit, finish, gather_evidence, leave_one_out
+from unflaw.crossfit import cross_fit, finish, judge_held_out, leave_one_out
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256, sha256_if_readable
 from unflaw.display import DisplayDecoder, fit_display
 from unflaw.drift import Reference, references
@@ -168,9 +168,7 @@ class Detector(Inspector):
     ) -> dict[str, Any]:
         """`fit` from cached features on: hold-out where there is no validation part, training, display, calibration.
 
-        With `calibration.folds`, cross-fitting takes the place of hold-out; see `crossfit`. What a validation part
-        shows is learned once it has calibrated: its pictures may be alike among themselves, of one day or of one part,
-        and new ones are not.
+        With `calibration.folds`, cross-fitting takes the place of hold-out; see `crossfit`.
 
         Returns:
             "history" of losses, the number of pictures "held_out" and, where they have names, numbers by "categories".
@@ -200,20 +198,14 @@ class Detector(Inspector):
         for number, (name, rows) in enumerate(train.rows().items()):
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
             finish(network, train, number, rows)
-            held, extended = calibrating.get(name), False
+            held, taught = calibrating.get(name), True
             if name in crossed:
                 found = crossed[name]
             elif held is not None:
-                arrange(network, held)
-                if options.extend and name not in given:
-                    extended = network.extend(held.features, rng)
-                leave = torch.arange(len(held)) if extended else None
-                found = gather_evidence(network, held, Evidence(options.minimum_area), leave)
-                if options.extend and name in given:
-                    network.extend(held.features, rng)
+                found, taught = judge_held_out(network, held, options, rng, random=name not in given)
             else:
                 found = leave_one_out(network, train, rows, options, budget)
-            calibration = found.calibrate(options, crossed=held is None or extended)
+            calibration = found.calibrate(options, crossed=taught)
             reference = remembered(train, rows, held, self.config.training.seed)
             categories[name] = Category(calibration, network.finished_state(), reference)
         self.categories_, self._selected = categories, name
