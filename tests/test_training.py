@@ -9,8 +9,10 @@ from torch import Generator, Tensor, nn
 
 from unflaw.config import Training
 from unflaw.errors import TrainingError
+from unflaw.methods import create
+from unflaw.methods.layers import BayesianConv2d
 from unflaw.team import Share
-from unflaw.training import learning_rate, optimise, step_rng, uses_bfloat16
+from unflaw.training import decay_groups, learning_rate, optimise, step_rng, uses_bfloat16
 
 
 class Line(nn.Module):
@@ -220,3 +222,38 @@ def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch, capabilities, 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert uses_bfloat16(Training()) == expected
     assert uses_bfloat16(Training(precision="bfloat16")) and not uses_bfloat16(Training(precision="float32"))
+
+
+@pytest.mark.parametrize("method", ["uranet", "mfrnet", "memae"])
+def test_weights_decay_and_biases_norms_and_deviations_do_not(tiny, method):
+    """Decay of log-deviations would pull the deviations of Bayesian weights towards 1."""
+    network = create(tiny(method), "random")
+    decaying, fixed = decay_groups(network, 0.3)
+    assert (decaying["weight_decay"], fixed["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    groups = [{names[id(parameter)] for parameter in group["params"]} for group in (decaying, fixed)]
+    assert groups[0] | groups[1] == set(names.values()) and not groups[0] & groups[1]
+    deviations = {name for name in names.values() if name.endswith("log_deviation")}
+    flat = {name for name in names.values() if network.get_parameter(name).ndim == 1}
+    assert groups[1] == deviations | flat and bool(deviations) == (method == "uranet")
+    assert not [name for name in groups[0] if name.endswith(("bias", "mask_token"))]
+
+
+def test_decay_leaves_what_does_not_decay_where_it_is():
+    """Without any gradient but that of decay: weights shrink, biases and log-deviations stay."""
+
+    class Still(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bayesian, self.norm = BayesianConv2d(2, 3, 3, 2, 0.1), nn.LayerNorm(4)
+            nn.init.ones_(self.bayesian.bias)
+
+    module = Still()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+    def loss(indices, rng, share):
+        return {"loss": sum((p * 0).sum() for p in module.parameters())}
+
+    optimise(module, loss, 4, 20, Training(batch=2, learning_rate=0.1, weight_decay=0.5))
+    changed = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {"bayesian.weight"}

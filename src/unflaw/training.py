@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,21 @@ def uses_bfloat16(settings: Training, device: torch.device = ALONE.device) -> bo
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Returns the trainable parameters as two groups for an optimiser: those that decay and those that do not.
+
+    Weights of linear and convolutional layers and embeddings decay. Biases, scales of normalisation and single tokens,
+    which have one dimension, do not; nor do parameters that a module names in `no_decay`, such as the log-deviations of
+    Bayesian weights, which decay would pull towards a deviation of 1.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                groups[parameter.ndim > 1 and name not in getattr(part, "no_decay", ())].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def step_rng(seed: int, step: int) -> Generator:
@@ -88,7 +104,7 @@ def optimise(
     """
     _check_shares(module, settings, team)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+    optimiser = torch.optim.AdamW(decay_groups(module, settings.weight_decay), settings.learning_rate)
     history: list[dict[str, float]] = []
     start = 0
     if checkpoint is not None and (saved_state := team.first(lambda: _read(checkpoint, identity))):
@@ -99,7 +115,8 @@ def optimise(
         for step in range(start, steps):
             rng = step_rng(settings.seed, step)
             indices = torch.randint(n, (settings.batch,), generator=rng)
-            optimiser.param_groups[0]["lr"] = learning_rate(step, steps, settings.learning_rate)
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, steps, settings.learning_rate)
             optimiser.zero_grad(set_to_none=True)
             terms = _gradients(engine, indices, rng, settings.accumulate, team)
             if not np.isfinite(terms["loss"]):

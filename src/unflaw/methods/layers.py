@@ -28,6 +28,8 @@ class BayesianConv2d(nn.Module):
         bayesian: False gives a plain convolution: deviations are 0 and so is the KL term (ablation).
     """
 
+    no_decay = ("log_deviation",)
+
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int, draws: int, prior: float, bayesian: bool = True
     ) -> None:
