@@ -57,7 +57,7 @@ def test_the_paper_profile_changes_what_it_says_and_gives_way_to_changes():
         ("network.restoration.width", 30),
         ("network.synthesis.clean", 1.5),
         ("network.synthesis.others", -1),
-        ("network.restoration.coarse_prototypes", 0),
+        ("network.restoration.coarse_prototypes", -1),
         ("preparation.size", 1),
         ("preparation.fit", "crop"),
         ("calibration.false_alarm_rate", 0),

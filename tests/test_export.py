@@ -1,6 +1,7 @@
 """An exported detector says what the one says that it was made of."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import onnx
 import pytest
@@ -71,6 +72,10 @@ def test_categories_have_their_own_memories_in_one_graph(parts, weights, tiny, t
     for category in both.calibrations:
         agree(detector, path, square, category=category)
     assert both.inspect(square[0], category="plain").score != both.inspect(square[0], category="odd").score
+    work = [(picture, category) for picture in square for category in both.calibrations] * 3
+    expected = [both.inspect(picture, category=category).score for picture, category in work]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda asked: both.inspect(asked[0], category=asked[1]).score, work)) == expected
     with pytest.raises(DetectorError, match="needs a category"):
         both.inspect(square[0])
     owned = {name: values.numel() for name, values in detector.network.finished_state().items()}

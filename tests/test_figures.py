@@ -184,7 +184,10 @@ def test_without_masks_nothing_is_covered(fitted, drawn):
     [
         ({}, ["L2", "1 - SSIM", "1 - GMS", "Hybrid", "Distance to the memory"]),
         ({"network.ssim": 0.0}, ["L2", "1 - GMS", "Hybrid", "Distance to the memory"]),
-        ({"network.prototypes": 0, "network.pixel": 0.0}, ["1 - SSIM", "1 - GMS", "Hybrid"]),
+        (
+            {"network.prototypes": 0, "network.coarse_prototypes": 0, "network.pixel": 0.0},
+            ["1 - SSIM", "1 - GMS", "Hybrid"],
+        ),
     ],
 )
 def test_evidence_of_mfrnet_has_its_names(changes, headings, fitted, parts):
@@ -241,7 +244,8 @@ def test_m_u_leaves_out_what_is_only_ambiguous(fitted, parts):
 
 
 def test_without_a_memory_there_is_no_recall(fitted, drawn):
-    shown = drawn(fitted("uranet", **{"network.restoration.prototypes": 0}), count=1)
+    without = {"network.restoration.prototypes": 0, "network.restoration.coarse_prototypes": 0}
+    shown = drawn(fitted("uranet", **without), count=1)
     columns, _ = shown["restoration"]
     assert list(columns) == ["Picture", "Features, drawn", "Restored, drawn", "Residual", "Heat map"]
     assert list(shown) == FILES["uranet"]

@@ -78,7 +78,7 @@ def test_of_more_pictures_than_it_can_look_at_it_takes_some(monkeypatch, feature
     for seed in range(20):
         memory = filled(numbered(features), seed=seed)
         pictures = (memory.prototypes.mean(1) / 100).round()
-        assert memory.owners.tolist() == pictures.tolist()  # by their rows among all
+        assert memory.banks[0].owners.tolist() == pictures.tolist()  # by their rows among all
         seen.add(tuple(pictures.unique().tolist()))
     assert all(len(pictures) == 2 for pictures in seen)
     assert {picture for pictures in seen for picture in pictures} == {0, 1, 2, 3}
@@ -164,7 +164,7 @@ def test_a_token_can_leave_out_several_pictures_but_not_all(features):
     distance = memory.recall(tokens, leave)[1]
     for left_out in ({0, 2}, {3}, {1, 7}):
         mine = torch.tensor([set(row) == left_out for row in leave.tolist()])
-        others = memory.prototypes[torch.tensor([o not in left_out for o in memory.owners.tolist()])]
+        others = memory.prototypes[torch.tensor([o not in left_out for o in memory.banks[0].owners.tolist()])]
         torch.testing.assert_close(distance[mine], brute_force(tokens[mine], others)[0], atol=1e-3, rtol=1e-4)
     everything = torch.arange(4).expand(len(tokens), 4)
     torch.testing.assert_close(memory.recall(tokens, everything), memory.recall(tokens))
@@ -249,7 +249,7 @@ def test_what_a_picture_added_is_left_out_for_it(windows):
     memory.arrange(pictures, None)
     memory.extend(held, rng)
     rows = torch.tensor([2, 0, 3, 1])
-    mixture, distance, least = memory(held[rows], rows)
+    mixture, distance, least = memory(held[rows], held_out=rows)
     assert (least > memory(held[rows])[2]).any()
     assert all(torch.equal(a, b) for a, b in zip((mixture, distance), memory(held[rows])[:2], strict=True))
     for row, found in zip(rows.tolist(), least, strict=True):
@@ -260,8 +260,46 @@ def test_what_a_picture_added_is_left_out_for_it(windows):
         torch.testing.assert_close(found.flatten(), expected, atol=5e-3, rtol=1e-4)
     memory.arrange(torch.zeros(4, dtype=torch.long), None)
     memory.extend(held, rng)  # all of one picture: nothing that was added is left
-    _, distance, least = memory(held, torch.arange(4))
+    _, distance, least = memory(held, held_out=torch.arange(4))
     assert torch.equal(least, distance)
+
+
+def test_training_rows_mean_training_images_also_after_extending(features):
+    memory, rows = filled(features), torch.tensor([2, 0])
+    before = memory(features[rows], rows)
+    memory.extend(3 * features, rng(2))
+    after = memory(features[rows], rows)
+    assert all(torch.equal(a, b) for a, b in zip(before[:2], after[:2], strict=True))
+    assert (after[1] > memory(features[rows])[1] + 1e-3).any()  # they are still left out
+    both = memory(3 * features[rows], rows, held_out=rows)[2]
+    assert (both > memory(3 * features[rows], rows)[2] + 1e-3).any()
+
+
+def test_leave_one_out_is_refused_where_nobody_knows_what_to_leave_out(features):
+    """As after loading: silently leaving out nothing would make training images look more normal than new ones."""
+    memory, rows = filled(features), torch.arange(4)
+    with pytest.raises(RuntimeError, match="held-out images can be left out only once"):
+        memory(features, held_out=rows)
+    loaded = Memory(20, CHANNELS)
+    loaded.load_state_dict(memory.state_dict())
+    for unknowing in (Memory(20, CHANNELS), loaded):
+        with pytest.raises(RuntimeError, match="leave-one-out needs to know which training image"):
+            unknowing(features, rows)
+    torch.testing.assert_close(loaded(features), memory(features))
+    memory.end_training()
+    with pytest.raises(RuntimeError, match="leave-one-out needs"):
+        memory(features, rows)
+
+
+def test_the_search_is_in_float32_under_autocast(features):
+    """In bfloat16 a good part of the tokens would find another neighbour."""
+    memory = filled(40 + features, size=200)
+    tokens = 40 + torch.randn(2 * CHUNK, CHANNELS, generator=rng(2))
+    expected = memory.recall(tokens, torch.zeros(len(tokens), 1, dtype=torch.long))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = memory.recall(tokens, torch.zeros(len(tokens), 1, dtype=torch.long))
+    assert all(part.dtype == torch.float32 for part in found)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 # Whole regions

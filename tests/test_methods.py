@@ -5,15 +5,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from unflaw.config import Synthesis
 from unflaw.methods import base, create
 from unflaw.methods.base import Inspection, Method
 from unflaw.methods.lookup import Lookup
 from unflaw.methods.uranet import URANet
-from unflaw.synthesis import Anomalies
+from unflaw.synthesis import Anomalies, synthesise
 
 GRID = 8
 SHARES, COARSE_SHARE = (0.1, 1.0), 0.3
-ALONE = {"network.restoration.prototypes": 0}
+ALONE = {"network.restoration.prototypes": 0, "network.restoration.coarse_prototypes": 0}
 
 
 def evidence(kinds: int, n: int = 5, seed: int = 0) -> Tensor:
@@ -58,7 +59,7 @@ def test_methods_by_name(tiny):
 
 def test_kinds_of_evidence_are_counted(tiny):
     made = (create(tiny("lookup"), "random"), create(tiny(), "random"), create(tiny(**ALONE), "random"))
-    for network, kinds, perceives, judges in zip(made, (1, 2, 1), (0, 1, 0), (1, 1, 0), strict=True):
+    for network, kinds, perceives, judges in zip(made, (1, 2, 1), (0, 1, 1), (1, 1, 0), strict=True):
         assert (network.kinds, network.judges) == (kinds, judges) and network.normal.shape == (kinds + judges, 2)
         shares = len(network.config.scoring.shares)
         assert network.perceives == perceives
@@ -197,6 +198,28 @@ def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, mon
     monkeypatch.setattr(base, "synthesise", altered)
     method.finish(good.half())
     assert method.fine_say.item() == pytest.approx(say, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lookup", "uranet"])
+def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, name):
+    """With real synthesis: were the other image's cells still in the memory, altered cells would be at distance 0."""
+    method = create(tiny(name, **{"network.prototypes": 640} if name == "lookup" else {}), "random")
+    features = learned(method)
+    method.finish(features)
+    rows, moved, leaks = torch.arange(len(features)), [], []
+    rng, options = torch.Generator().manual_seed(0), Synthesis(clean=0)
+    with torch.no_grad():
+        for _ in range(base.ALTERED):
+            made = synthesise(features.float(), None, options, rng)
+            for i, row in enumerate(made.features.split(1)):
+                made_of = torch.tensor([[i, int(made.origin[i])]])
+                altered, before = method(row, made_of), method(features[i : i + 1].float(), made_of)
+                own_only = method(row, rows[i : i + 1])
+                leaks.append((altered.witnesses[:, -1] - own_only.witnesses[:, -1]).max().item())
+                fine = (method._sayings(found, None)[0] for found in (altered, before))
+                moved.append((next(fine) - next(fine)).clamp(0, 3).item())
+    assert method.fine_say.item() == pytest.approx(np.clip(np.mean(moved), 1e-3, 1), rel=1e-3)
+    assert max(leaks) > 0.5  # leaving out the own image alone would not have been enough
 
 
 def strips() -> Tensor:
@@ -371,13 +394,13 @@ def test_lookup_is_the_distance_to_the_memory(tiny):
     features = learned(method)
     method.extend(3 * features[:4], torch.Generator().manual_seed(1))
     everything, rows = torch.cat([3 * features[:4], features[:2]]).float(), torch.arange(4)[[0, 1, 2, 3, 0, 1]]
-    for pictures in (None, rows):
-        found = method(everything, pictures)
-        recalled, distance, least = method.memory(everything, pictures)
+    for held_out in (None, rows):
+        found = method(everything, held_out=held_out)
+        recalled, distance, least = method.memory(everything, held_out=held_out)
         assert torch.equal(found.witnesses, least) and torch.equal(found.restored, recalled)
-        assert torch.equal(found.coarse, method.judge(everything, pictures))
+        assert torch.equal(found.coarse, method.judge(everything, held_out=held_out))
         assert not torch.equal(least, distance)
-    assert not torch.equal(method(everything).coarse, method(everything, rows).coarse)
+    assert not torch.equal(method(everything).coarse, method(everything, held_out=rows).coarse)
     assert not list(p for p in method.parameters() if p.requires_grad)
     with pytest.raises(TypeError, match="Lookup has nothing to train"):
         method.loss({"features": features.float()}, torch.Generator())

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,8 +89,9 @@ def test_what_is_normal_and_the_calibration_are_of_each_category(multi, both):
     bolts, nuts = multi.categories_.values()
     assert (len(bolts.calibration.scores), len(nuts.calibration.scores)) == (3, 2)
     assert bolts.calibration.pixel_threshold != nuts.calibration.pixel_threshold
-    assert bolts.normal.keys() == nuts.normal.keys() == set(multi.network.finished)
-    assert not torch.equal(bolts.normal["normal"], nuts.normal["normal"])
+    states = [known.network.finished_state() for known in (bolts, nuts)]
+    assert states[0].keys() == states[1].keys() == set(multi.network.finished)
+    assert not torch.equal(states[0]["normal"], states[1]["normal"])
     path = bad(both, "nuts")[0]
     as_nut, as_bolt = (multi.inspect(path, category=name) for name in ("nuts", "bolts"))
     assert as_nut.score != as_bolt.score and not np.array_equal(as_nut.map, as_bolt.map)
@@ -136,7 +139,7 @@ def test_the_memory_of_a_category_leaves_out_the_picture_itself(tiny):
             others = tokens[[other for other in rows if other != row]].flatten(0, 1)
             found.append(torch.cdist(tokens[row], others).amin(1))
         distance = torch.cat(found)
-        mean, deviation = made.categories_[name].normal["normal"][0].tolist()
+        mean, deviation = made.network_of(name).normal[0].tolist()
         assert mean == pytest.approx(float(distance.mean()), rel=1e-3)
         assert deviation == pytest.approx(float(distance.std()), rel=1e-3)
 
@@ -213,7 +216,7 @@ def test_one_category_with_a_name_is_the_detector_without(both, weights, tiny):
 @pytest.mark.parametrize("method", ["uranet", "mfrnet", "memae"])
 def test_other_methods_learn_several_categories(both, weights, tiny, tmp_path, method):
     made = Detector(config=tiny(method, **{"training.steps": 2}), weights=weights).fit(load_categories([both]))
-    nuts, bolts = (made.categories_[name].normal for name in ("nuts", "bolts"))
+    nuts, bolts = (made.network_of(name).finished_state() for name in ("nuts", "bolts"))
     assert not torch.equal(nuts["normal"], bolts["normal"])
     assert ("perception.thresholds" in nuts) == (method == "uranet")
     path = bad(both, "nuts")[0]
@@ -293,7 +296,6 @@ def test_categories_may_be_inspected_in_turns(multi, both):
 
 def test_a_loaded_detector_knows_its_categories(multi, both, tmp_path):
     path = tmp_path / "both.safetensors"
-    multi.select("nuts")  # whichever was inspected last does not matter
     multi.save(path)
     loaded = Detector.load(path)
     assert list(loaded.categories_) == ["bolts", "nuts"]
@@ -527,13 +529,50 @@ def test_a_checkpoint_of_the_same_pictures_in_other_categories_is_refused(both, 
 
 def test_categories_have_memories_of_their_own(multi):
     """Each is of tokens of its own training pictures, and another category's do not come near."""
-    bolts, nuts = (multi.categories_[name].normal for name in ("bolts", "nuts"))
-    for name in ("memory.prototypes", "judge.memory.prototypes"):
-        assert not torch.equal(bolts[name], nuts[name])
-    multi.select("nuts")
-    assert torch.equal(multi.network.memory.prototypes, nuts["memory.prototypes"])
-    multi.select("bolts")
-    assert torch.equal(multi.network.memory.prototypes, bolts["memory.prototypes"])
+    bolts, nuts = (multi.network_of(name).state_dict() for name in ("bolts", "nuts"))
+    own = {name for name in bolts if name in multi.network.finished}
+    assert {"memory.prototypes", "judge.memory.prototypes"} <= own
+    for name, tensor in bolts.items():
+        if name in own:
+            assert tensor.data_ptr() != nuts[name].data_ptr()
+        else:
+            assert tensor.data_ptr() == nuts[name].data_ptr() or not tensor.numel()  # weights are common
+    assert not torch.equal(bolts["memory.prototypes"], nuts["memory.prototypes"])
+
+
+def test_threads_may_inspect_different_categories_at_the_same_time(multi, both, tmp_path):
+    """One is stopped in the middle of its image while another category is inspected, evaluated and saved."""
+    path = bad(both, "nuts")[0]
+    alone = {name: multi.inspect(path, category=name) for name in ("nuts", "bolts")}
+    inside, goes_on, found = threading.Event(), threading.Event(), []
+
+    def stop(*_: object) -> None:
+        if threading.current_thread() is slow:
+            inside.set()
+            assert goes_on.wait(60)
+
+    slow = threading.Thread(target=lambda: found.append(multi.inspect(path, category="nuts")))
+    hook = multi.network.features.register_forward_pre_hook(stop)
+    slow.start()
+    assert inside.wait(60)
+    try:
+        assert multi.inspect(path, category="bolts").score == alone["bolts"].score
+        assert next(iter(multi.inspect_many([path], category="bolts"))).score == alone["bolts"].score
+        evaluate(multi, load_categories([both])["bolts"], category="bolts")
+        multi.select("bolts")
+        multi.save(tmp_path / "both.safetensors")
+    finally:
+        goes_on.set()
+        slow.join()
+        hook.remove()
+    assert found[0].score == alone["nuts"].score and np.array_equal(found[0].map, alone["nuts"].map)
+
+
+def test_many_threads_find_what_one_does(multi, both):
+    work = [(path, name) for path in bad(both, "nuts")[:2] for name in ("nuts", "bolts")] * 4
+    expected = [multi.inspect(path, category=name).score for path, name in work[:4]] * 4
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda asked: multi.inspect(asked[0], category=asked[1]).score, work)) == expected
 
 
 def test_training_pictures_of_mixed_batches_are_recalled_by_their_own_category():
@@ -548,9 +587,8 @@ def test_training_pictures_of_mixed_batches_are_recalled_by_their_own_category()
     assert memory.unit(torch.arange(8)).flatten()[:2].unique().numel() == 2
     for number in (0, 1):
         rows = torch.arange(8)[number::2]
-        alone = memory(features[rows], rows)  # and their prototypes are in use from here on
+        alone = memory(features[rows], rows)
         assert all(torch.allclose(m[rows], a) for m, a in zip(mixed, alone, strict=True))
+        memory.turn_to(number)
         assert torch.allclose(memory.unit(), memory.unit(rows)[0].flatten())
-        owners = memory.owners
-        memory.use(number)
-        assert torch.equal(memory.owners, owners) and (categories[owners] == number).all()
+        assert (categories[memory.banks[number].owners] == number).all()

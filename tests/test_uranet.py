@@ -458,14 +458,58 @@ def test_restoration_learns_from_the_recall_of_what_was_there(trained, features,
     assert terms["restoration"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+PAPER_PARTS = {"network.restoration.prototypes": 0, "network.restoration.coarse_prototypes": 0}
+
+
 def test_without_prototypes_the_picture_alone_is_restored(tiny, features):
     """As in the paper: one kind of evidence, no memory, nothing to cache."""
-    network = URANet(tiny(**{"network.restoration.prototypes": 0}), "random")
+    network = URANet(tiny(**PAPER_PARTS), "random")
     assert network.memory is None and network.judge is None and network.setup(features, None, rng()) == {}
     with torch.no_grad():
         found = network(features.float())
     assert network.kinds == 1 and found.witnesses.shape == (12, 1, GRID, GRID) and found.coarse is None
     torch.testing.assert_close(found.witnesses[:, 0], (features.float() - found.restored).norm(dim=1))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_foreign_patch_that_nothing_marks_is_not_copied_to_the_restoration(tiny, features, textures, seed):
+    """Without a memory what RAM predicts is all: its residual shows the patch, several times its surroundings."""
+    torch.manual_seed(seed)
+    network = URANet(tiny(**PAPER_PARTS, **{"training.learning_rate": 3e-3, "training.seed": seed}), "random")
+    train(network, features, textures, 300)
+    network.perception.thresholds.fill_(2)  # no probability reaches that
+    changed, patch = features.float().clone(), (..., slice(3, 5), slice(3, 5))
+    changed[patch] = textures[seed][patch]
+    with torch.no_grad():
+        found, good = network(changed), network(features.float())
+    residual, inside = found.witnesses[:, 0], torch.zeros(GRID, GRID, dtype=torch.bool)
+    inside[patch] = True
+    assert not found.layers["mask"].any()
+    assert residual[:, inside].mean() > 6 * residual[:, ~inside].mean()
+    assert good.witnesses.mean() < 0.6 * features.float().norm(dim=1).mean()  # good images are restored
+
+
+SWITCHES = {
+    "network.restoration.prototypes": 0,
+    "network.restoration.coarse_prototypes": 0,
+    "network.perception.input": "features",
+    "network.perception.in_score": False,
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_of_our_additions_has_a_switch_of_its_own(tiny, features, switch):
+    """What one switches off the others keep; without a memory there is no distance for UIAPM to see."""
+    network = URANet(tiny(**{switch: SWITCHES[switch]}), "random")
+    train(network, features, None, 2)
+    with torch.no_grad():
+        found = network(features.float())
+    assert (network.memory is None) == (found.witnesses.shape[1] == 1) == (switch == "network.restoration.prototypes")
+    assert (found.coarse is None) == (switch == "network.restoration.coarse_prototypes")
+    assert (found.perceived is None) == (switch == "network.perception.in_score")
+    sees = network.perception.narrow.in_channels
+    assert sees == (CHANNELS if switch in ("network.restoration.prototypes", "network.perception.input") else 2)
+    assert network.fuse(found)[1].isfinite().all()
 
 
 def marking(tiny, features: Tensor) -> URANet:
@@ -502,6 +546,7 @@ def test_thresholds_are_those_of_the_latest_training(tiny, features):
 ABLATIONS = {
     "as it is": {},
     "no prototypes": {"network.restoration.prototypes": 0},
+    "the paper's parts alone": PAPER_PARTS,
     "no masked attention": {"network.restoration.masked": False},
     "no transformer": {"network.restoration.depth": 0},
     "no Bayesian weights": {"network.perception.bayesian": False},

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from unflaw.cache import Cache
 from unflaw.calibration import Calibration
@@ -15,6 +14,7 @@ from unflaw.datasets import Dataset, load_dataset
 from unflaw.datasets.samples import distinct
 from unflaw.drift import Reference
 from unflaw.errors import TrainingError
+from unflaw.methods import Method
 
 Data = str | Path | Dataset | Sequence[str | Path]  # what `load_dataset` recognises, or pictures
 
@@ -23,7 +23,7 @@ class Category(NamedTuple):
     """What a detector knows of one category alone; all else is common to its categories."""
 
     calibration: Calibration
-    normal: dict[str, Tensor]  # `Method.finished_state`, memories included
+    network: Method  # `Method.with_category`: what is normal is its own, the weights are common
     reference: Reference | None = None
 
 

@@ -70,6 +70,10 @@ class Perception(Settings):
     prior: float = Field(0.1, gt=0, description="standard deviation of the Gaussian prior over weights")
     kl_weight: float = Field(1.0, ge=0, description="weight of KL / N")
     bayesian: bool = Field(True, description="False: plain convolutions, no uncertainty map, M_final = M_U")
+    input: Literal["distance", "features"] = Field(
+        "distance", description="what it sees: distances of F to the memory, where there is one, or F itself"
+    )
+    in_score: bool = Field(True, description="U takes part in the image score")
     mean_threshold: float = Field(0.5, ge=0, le=1, description="τ_U: M_U = [U ≥ τ_U]")
     deviation_threshold: float = Field(0.2, ge=0, description="τ_V: M_final = M_U ∨ [V ≥ τ_V]")
 
@@ -83,10 +87,10 @@ class Restoration(Settings):
     heads: int = Field(3, ge=1, le=1024)
     masked: bool = Field(True, description="keys only where M_final marks nothing; False: plain self-attention")
     prototypes: int = Field(
-        4096, ge=0, le=10_000_000, description="memory of normal tokens across pictures; 0: the picture alone"
+        4096, ge=0, le=10_000_000, description="memory of normal tokens across images; 0: the image alone"
     )
     coarse_prototypes: int = Field(
-        16384, ge=1, le=10_000_000, description="memory of whole regions, for the image score"
+        16384, ge=0, le=10_000_000, description="memory of whole regions, for image score and map; 0: none"
     )
     sharpness: float = Field(2.0, gt=0, description="softmax(−sharpness·d²/radius²) over the nearest prototypes")
 
@@ -112,7 +116,7 @@ class LookupOptions(Settings):
     method: Literal["lookup"] = "lookup"
     prototypes: int = Field(4096, ge=1, le=10_000_000)
     coarse_prototypes: int = Field(
-        16384, ge=1, le=10_000_000, description="memory of whole regions, for the image score"
+        16384, ge=0, le=10_000_000, description="memory of whole regions, for image score and map; 0: none"
     )
 
 
@@ -144,7 +148,7 @@ class MFRNetOptions(Settings):
         4096, ge=0, le=10_000_000, description="memory of normal tokens that fills what is hidden; 0: none"
     )
     coarse_prototypes: int = Field(
-        16384, ge=1, le=10_000_000, description="memory of whole regions, for the image score"
+        16384, ge=0, le=10_000_000, description="memory of whole regions, for image score and map; 0: none"
     )
 
     @model_validator(mode="after")
@@ -304,6 +308,7 @@ PAPER: dict[str, Any] = {
     "network.restoration.heads": 12,
     "network.restoration.patch": 4,
     "network.restoration.prototypes": 0,
+    "network.restoration.coarse_prototypes": 0,
     "network.perception.width": 256,
     "network.perception.draws": 16,
 }
@@ -317,6 +322,7 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
         "features.backbone": "vgg16.tv_in1k",
         "features.levels": (2, 3, 4),
         "network.prototypes": 0,
+        "network.coarse_prototypes": 0,
         "network.widths": (512, 768),
         "network.depth": 4,
         "network.heads": 8,

@@ -48,7 +48,7 @@ def pieced(
     network: Method,
     windows: Sequence[Window],
     features: Callable[[Tensor], Tensor],
-    leave: Tensor | None = None,
+    **left_out: Tensor,
 ) -> Iterator[Mosaic]:
     """What a network finds in pictures one after the other: "map" and, where there is one, "uncertainty".
 
@@ -56,13 +56,14 @@ def pieced(
         network: With what is normal for their category in use.
         windows: Of all pictures, in order.
         features: Gives F of some of them, by rows.
-        leave: As for `gather_evidence`.
+        **left_out: As for `gather_evidence`.
     """
     size, mosaic = (network.config.preparation.size,) * 2, None
     for rows in torch.arange(len(windows)).split(8):
         shown = [windows[row] for row in rows.tolist()]
         inside = cells(shown, network.features.grid)
-        inspection = network(features(rows), None if leave is None else leave[rows], inside)
+        left = {name: numbers[rows] for name, numbers in left_out.items()}
+        inspection = network(features(rows), valid=inside, **left)
         maps, scores = network.fuse(inspection, inside)
         found = {"map": maps.numpy()}
         if (doubt := inspection.layers.get("uncertainty")) is not None:
@@ -84,17 +85,17 @@ def finish(network: Method, train: Cache, number: int, rows: Sequence[int]) -> N
 
 
 @torch.inference_mode()
-def gather_evidence(network: Method, cache: Cache, found: Evidence, leave: Tensor | None = None) -> Evidence:
+def gather_evidence(network: Method, cache: Cache, found: Evidence, **left_out: Tensor) -> Evidence:
     """Adds what a network finds in pictures to evidence, and returns it.
 
     Args:
         network: With what is normal for their category in use.
         cache: The pictures.
         found: What is added to.
-        leave: (N,) rows of the cache that `Method.setup` saw, where they are among these: what a memory keeps of each
-            is left out for it.
+        **left_out: `pictures` or `held_out`, (N,), as `Method.forward` takes them: what a memory keeps of each image is
+            left out for it.
     """
-    for mosaic in pieced(network, cache.windows, lambda rows: cache.features[rows].float(), leave):
+    for mosaic in pieced(network, cache.windows, lambda rows: cache.features[rows].float(), **left_out):
         score, maps = mosaic.result()
         found.add(score, maps["map"], mosaic.layout.box, maps.get("uncertainty"), mosaic.layout.counted)
     return found
@@ -117,8 +118,8 @@ def judge_held_out(
     """
     arrange(network, held)
     taught = options.extend and random and network.extend(held.features, rng)
-    leave = torch.arange(len(held)) if taught else None
-    found = gather_evidence(network, held, Evidence(options.minimum_area), leave)
+    left_out = {"held_out": torch.arange(len(held))} if taught else {}
+    found = gather_evidence(network, held, Evidence(options.minimum_area), **left_out)
     if options.extend and not random:
         network.extend(held.features, rng)
     return found, taught
@@ -129,7 +130,7 @@ def leave_one_out(
 ) -> Evidence:
     """The evidence of the category in use, by its rows, of a method that trains nothing: see above."""
     own = train.take(rows, budget)
-    return gather_evidence(network, own, Evidence(options.minimum_area), torch.tensor(rows))
+    return gather_evidence(network, own, Evidence(options.minimum_area), pictures=torch.tensor(rows))
 
 
 def cross_fit(

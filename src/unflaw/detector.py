@@ -69,12 +69,10 @@ class Detector(Inspector):
         config: Config | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__()
         changes = {name.replace("__", "."): value for name, value in settings.items()}
         self.config = config or make_config(method, profile, changes)
         self.weights = str(weights) if weights is not None else None
         self.categories_: dict[str, Category] = {}
-        self._selected: str | None = None
         self.record_ = {}
         self.network = create(self.config, self.weights).eval()
         self.display: DisplayDecoder | None = None
@@ -207,8 +205,8 @@ class Detector(Inspector):
                 found = leave_one_out(network, train, rows, options, budget)
             calibration = found.calibrate(options, crossed=taught)
             reference = remembered(train, rows, held, self.config.training.seed)
-            categories[name] = Category(calibration, network.finished_state(), reference)
-        self.categories_, self._selected = categories, name
+            categories[name] = Category(calibration, network.with_category(network.finished_state()), reference)
+        self.categories_ = categories
         counts = {
             name: {
                 "good_pictures": len(cache.heads(rows)),
@@ -229,10 +227,8 @@ class Detector(Inspector):
         """By category; empty before `fit`, and where the file is of an unflaw that did not remember pictures."""
         return {name: known.reference for name, known in self.categories_.items() if known.reference is not None}
 
-    def select(self, category: str | None = None) -> Calibration:
-        """Puts what is normal for a category into the network and returns the calibration.
-
-        Inspections do so themselves.
+    def network_of(self, category: str | None = None) -> Method:
+        """Returns the network of a category: all weights are common, memories and what is normal are its own.
 
         Args:
             category: None will do where there is one only.
@@ -240,11 +236,7 @@ class Detector(Inspector):
         Raises:
             DetectorError: Not fitted, or a category is missing or not known.
         """
-        name = self.category(category)
-        if name != self._selected:
-            self.network.load_state_dict(self.categories_[name].normal, strict=False)
-            self._selected = name
-        return self.categories_[name].calibration
+        return self.categories_[self.category(category)].network
 
     def calibrate(
         self,
@@ -296,12 +288,12 @@ class Detector(Inspector):
 
     def save(self, path: str | Path) -> None:
         """Writes the detector as one `.safetensors` file, backbone included; never a half-written one."""
-        self.select(next(iter(self.categories_), None))
+        self.select(next(iter(self.categories_), None))  # fails where there is none
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         if self.display is not None:
             tensors |= {f"display.{name}": tensor for name, tensor in self.display.state_dict().items()}
         for i, (name, category) in enumerate(self.categories_.items()):
-            tensors |= {f"{_place(name, i)}.{buffer}": tensor for buffer, tensor in category.normal.items()}
+            tensors |= {f"{_place(name, i)}.{buffer}": t for buffer, t in category.network.finished_state().items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(self.metadata())}))
 
@@ -348,14 +340,14 @@ class Detector(Inspector):
         try:
             if len(parts) > 3:
                 raise RuntimeError(f"unknown parts {sorted(set(parts) - {'network', 'display', 'categories'})}")
-            detector.network.load_state_dict(parts["network"])
+            detector.network.load_state_dict(parts["network"], assign=True)
             if parts["display"]:
                 detector.display = DisplayDecoder(detector.network.features.channels).eval()
                 detector.display.load_state_dict(parts["display"])
             for i, (name, calibration) in enumerate(known.items()):
                 normal = {buffer: tensors[f"{_place(name, i)}.{buffer}"] for buffer in detector.network.finished}
-                detector.categories_[name] = Category(calibration, normal, drift.get(name))
-                detector.select(name)  # fails where a shape is wrong
+                network = detector.network.with_category(normal)  # fails where a shape is wrong
+                detector.categories_[name] = Category(calibration, network, drift.get(name))
         except (RuntimeError, KeyError) as error:
             raise DetectorError(f"{path}: its tensors do not fit its configuration ({error})") from error
         detector.record_ = metadata.get("record", {})
@@ -398,9 +390,9 @@ class Detector(Inspector):
     @torch.inference_mode()
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
         """What the network finds in windows, of pictures of a category; see `Inspector.compute`."""
-        self.select(category)
-        inside = cells([picture.window for picture in pictures], self.network.features.grid)
-        found = Graph(self.network, self.display)(stack(pictures), inside)
+        network = self.network_of(category)
+        inside = cells([picture.window for picture in pictures], network.features.grid)
+        found = Graph(network, self.display)(stack(pictures), inside)
         return Outputs.of({name: values.numpy() for name, values in found.items()})
 
 

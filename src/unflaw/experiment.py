@@ -171,9 +171,9 @@ class CachedDetector(Detector):
 
     @torch.inference_mode()
     def _results(self, part: Part, category: str | None) -> list[Result]:
-        calibration, project = self.select(category), self.network.features.project
+        calibration, network = self.select(category), self.network_of(category)
         nothing, results = np.empty((0, 0, 3), np.uint8), []
-        for mosaic in pieced(self.network, part.windows, lambda rows: project(part.raw[rows])):
+        for mosaic in pieced(network, part.windows, lambda rows: network.features.project(part.raw[rows])):
             s, found = mosaic.result()
             box, counted = mosaic.layout.box, mosaic.layout.counted
             regions: tuple[Region, ...] = ()

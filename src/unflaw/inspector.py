@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,7 +43,7 @@ class Outputs:
 
 
 class Inspector(ABC):
-    """A fitted detector: subclasses say what it is calibrated with and compute.
+    """A fitted detector: subclasses say what it is calibrated with and compute. Threads may share it.
 
     Attributes:
         config: How it was made; `config.preparation` is how pictures enter.
@@ -53,9 +52,6 @@ class Inspector(ABC):
 
     config: Config
     record_: dict[str, Any]
-
-    def __init__(self) -> None:
-        self._busy = threading.RLock()  # what is normal for a category is put into the network: one picture at a time
 
     @property
     @abstractmethod
@@ -69,7 +65,7 @@ class Inspector(ABC):
 
     @abstractmethod
     def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
-        """What it finds in windows, of pictures of a category that it has."""
+        """What it finds in windows, of images of a category that it has. Threads may call it at the same time."""
 
     def category(self, wanted: str | None = None) -> str:
         """The name in `calibrations` that is meant; None will do where there is one only.
@@ -187,8 +183,7 @@ class Inspector(ABC):
                     yield self._concluded(mosaic, picture.described, path, name)
 
         for group in batched(stream(), batch):
-            with self._busy:
-                outputs = self.compute([window for _, window in group], name)
+            outputs = self.compute([window for _, window in group], name)
             for i, (mosaic, window) in enumerate(group):
                 layers = {layer: values[i] for layer, values in outputs.layers.items()}
                 mosaic.add(float(outputs.scores[i]), {"map": outputs.maps[i], "image": window.picture(), **layers})

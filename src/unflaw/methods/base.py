@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from unflaw.config import Config, Synthesis
-from unflaw.features import Extractor, FeatureExtractor
+from unflaw.features import Extractor, FeatureExtractor, PixelExtractor
 from unflaw.methods.layers import coarser, gaussian_blur
 from unflaw.methods.memory import Judge, Memory
 from unflaw.methods.stages import Stages
@@ -18,6 +20,7 @@ from unflaw.synthesis import synthesise
 from unflaw.team import WHOLE, Share
 
 Batch = dict[str, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 ALTERED = 2  # times that each of the first training pictures is altered, for the say of fine evidence
 MUTE = 1e-3  # the least say of fine evidence: where there is no other, it still decides
@@ -113,14 +116,26 @@ class Method(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} has nothing to train")
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
-        """F (N, C, g, g) → evidence on the feature grid. Deterministic.
+    def forward(
+        self,
+        features: Tensor,
+        pictures: Tensor | None = None,
+        valid: Tensor | None = None,
+        held_out: Tensor | None = None,
+    ) -> Inspection:
+        """F (N, C, g, g) → evidence on the feature grid. Deterministic, and changes nothing: threads may share it.
 
         Args:
-            features: Of any pictures.
-            pictures: (N,) rows of the cache that `setup` saw, where they are training pictures: what a memory keeps of
-                them is left out, so that their evidence is that of new good pictures. After `extend`, of that one's.
+            features: Of any images.
+            pictures: (N,) or (N, L) rows of the cache that `setup` saw, where they are training images: what a memory
+                keeps of them is left out, so that their evidence is that of new good images. The first is the image's
+                own row; further ones are of images that its features were altered with.
             valid: (N, g, g) bool, the cells that count; None: all.
+            held_out: (N,) rows of the features that `extend` saw: what a memory keeps of them is left out.
+
+        Raises:
+            RuntimeError: Rows are given to a method with a memory that no longer knows where its prototypes come from,
+                as after loading.
         """
         raise NotImplementedError
 
@@ -143,8 +158,10 @@ class Method(nn.Module):
         """After training: what evidence is like on the first training pictures of a category.
 
         Mean and deviation of each kind; and, of a method that judges, the say of fine evidence: how far artificial
-        anomalies move it, in its normal deviations (of a picture, 3 at most), at most 1. So where altered places
-        drown in what varies anyway, whole regions judge. Our own; docs/research.md, section 17.
+        anomalies move it, in its normal deviations (of an image, 3 at most), at most 1. So where altered places
+        drown in what varies anyway, whole regions judge. An altered image is compared with the same image unaltered,
+        both without what itself and the image that it was altered with taught: else altered cells would be found in
+        the memory that they come from. Our own; docs/research.md, section 17.
 
         Writes the buffers `finishes`, and no others.
 
@@ -164,12 +181,23 @@ class Method(nn.Module):
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
         self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
         if self.judges:
-            rng, anomalies = Generator().manual_seed(0), Synthesis(clean=0)
-            normal, moved = self._sayings(inspection, valid)[0], []
-            for _ in range(ALTERED):
-                altered = synthesise(features.float(), None, anomalies, rng).features
-                moved.append((self._sayings(self._inspected(altered, rows, valid), valid)[0] - normal).clamp(0, 3))
-            self.fine_say.copy_(torch.cat(moved).mean().clamp(MUTE, 1))
+            self.fine_say.copy_(self._moved(features, rows, valid, self._sayings(inspection, valid)[0]))
+
+    def _moved(self, features: Tensor, rows: Tensor, valid: Tensor | None, unaltered: Tensor) -> Tensor:
+        """How far artificial anomalies move fine evidence, (); see `finish`. `unaltered`: the evidence before, (N,)."""
+        rng, options, moved = Generator().manual_seed(0), Synthesis(clean=0), []
+
+        def fine(features: Tensor, made_of: Tensor, inside: Tensor | None) -> Tensor:
+            return self._sayings(self._inspected(features, made_of, inside), inside)[0]
+
+        for _ in range(ALTERED):
+            made, before = synthesise(features.float(), None, options, rng), unaltered.clone()
+            made_of = torch.stack([rows, rows[made.origin]], dim=1)
+            mixed = (made.origin != torch.arange(len(rows))).nonzero()[:, 0]  # with another image
+            if len(mixed):
+                before[mixed] = fine(features[mixed], made_of[mixed], None if valid is None else valid[mixed])
+            moved.append((fine(made.features, made_of, valid) - before).clamp(0, 3))
+        return torch.cat(moved).mean().clamp(MUTE, 1)
 
     def _inspected(self, features: Tensor, rows: Tensor, valid: Tensor | None) -> Inspection:
         """Evidence on training pictures, as they are or altered; `rows` and `valid` as `forward` takes them."""
@@ -181,10 +209,10 @@ class Method(nn.Module):
         return Inspection(witnesses, _joined(found, "perceived"), _joined(found, "coarse"), layers=layers)
 
     def turn_to(self, category: int) -> None:
-        """After training, before `finish`: memories use what this category, counted from 0, has taught."""
+        """After training, before `finish`: memories take the prototypes of this category, counted from 0."""
         for part in self.modules():
             if isinstance(part, Memory):
-                part.use(category)
+                part.turn_to(category)
 
     @property
     def finished(self) -> tuple[str, ...]:
@@ -193,9 +221,34 @@ class Method(nn.Module):
         return *self.finishes, *(f"{name}.{own}" for name in memories for own in ("prototypes", "extra", "radius"))
 
     def finished_state(self) -> dict[str, Tensor]:
-        """What is one category's own, to be loaded again (`load_state_dict`, not strict) when that is inspected."""
+        """What is one category's own: the buffers `finished`, as copies."""
         state = self.state_dict()
         return {name: state[name].clone() for name in self.finished}
+
+    def with_category(self, state: Mapping[str, Tensor]) -> Method:
+        """Returns this method for the inspection of one category.
+
+        All weights are shared with this one; the buffers `finished` are its own, so that several categories can be
+        inspected at the same time. It has nothing that only training needs.
+
+        Args:
+            state: As `finished_state` gives it.
+
+        Raises:
+            RuntimeError: A buffer is missing or has another shape.
+        """
+        view = _sharing(self)
+        for name in self.finished:
+            owner, _, buffer = name.rpartition(".")
+            part, tensor = view.get_submodule(owner), state.get(name)
+            if tensor is None or tensor.shape != getattr(part, buffer).shape:
+                found = "missing" if tensor is None else tuple(tensor.shape)
+                raise RuntimeError(f"{name} is {found}, not {tuple(getattr(part, buffer).shape)}")
+            setattr(part, buffer, tensor)
+        for part in view.modules():
+            if isinstance(part, Memory):
+                part.end_training()
+        return view.eval()
 
     def extend(self, features: Tensor, rng: Generator) -> bool:
         """After `finish`: learns from the pictures that calibrate the category in use, F (N, C, g, g, float16).
@@ -266,6 +319,16 @@ class Method(nn.Module):
         if coarse is not None:
             found.append(highest(coarse, (scoring.coarse_share,), None if valid is None else coarser(valid)))
         return torch.cat(found, dim=1)
+
+
+def _sharing(module: Module) -> Module:
+    """A copy of a module tree that shares every tensor, and the extractor as it is."""
+    made = copy.copy(module)
+    made.__dict__ |= {"_buffers": module._buffers.copy(), "_modules": module._modules.copy()}
+    for name, part in module.named_children():
+        if not isinstance(part, FeatureExtractor | PixelExtractor):
+            made._modules[name] = _sharing(part)
+    return made
 
 
 def _joined(found: Sequence[Inspection], name: str) -> Tensor | None:

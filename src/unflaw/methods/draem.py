@@ -96,7 +96,13 @@ class DRAEM(Method):
         }
         return terms | {"loss": sum(terms.values(), torch.zeros(()))}
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
+    def forward(
+        self,
+        features: Tensor,
+        pictures: Tensor | None = None,
+        valid: Tensor | None = None,
+        held_out: Tensor | None = None,
+    ) -> Inspection:
         """Pictures (N, 3, g, g) → the probability of an anomaly at each pixel."""
         restored, logits = self._both(features)
         return Inspection(logits.softmax(1)[:, 1:], restored=restored)

@@ -17,32 +17,40 @@ from unflaw.methods.stages import Stage, Stages
 class Lookup(Method):
     """See the module."""
 
-    judges = True
-
     def __init__(self, config: Config, weights: str | None = None) -> None:
         options = config.network
         assert isinstance(options, LookupOptions)
+        self.judges = options.coarse_prototypes > 0
         super().__init__(config, weights)
         self.memory = Memory(options.prototypes, self.features.channels)
-        self.judge = Judge(options.coarse_prototypes, self.features)
+        self.judge = Judge(options.coarse_prototypes, self.features) if self.judges else None
 
     def setup(
         self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
     ) -> Batch:
         self.memory.fit(features, rng, categories)
-        self.judge.fit(features, rng, categories)
+        if self.judge is not None:
+            self.judge.fit(features, rng, categories)
         return {}
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
-        recalled, _, distance = self.memory(features, pictures)
-        return Inspection(distance, coarse=self.judge(features, pictures, valid), restored=recalled)
+    def forward(
+        self,
+        features: Tensor,
+        pictures: Tensor | None = None,
+        valid: Tensor | None = None,
+        held_out: Tensor | None = None,
+    ) -> Inspection:
+        recalled, _, distance = self.memory(features, pictures, held_out)
+        coarse = None if self.judge is None else self.judge(features, pictures, valid, held_out)
+        return Inspection(distance, coarse=coarse, restored=recalled)
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:
-        assert inspection.restored is not None and inspection.coarse is not None
+        assert inspection.restored is not None
         tiles = {
             "Features, drawn": Stage("features", features[0]),
             "Recalled, drawn": Stage("features", inspection.restored[0]),
             "Distance to the memory": Stage("map", inspection.witnesses[0]),
-            "Coarse evidence": Stage("map", inspection.coarse[0]),
         }
+        if inspection.coarse is not None:
+            tiles["Coarse evidence"] = Stage("map", inspection.coarse[0])
         return {"recall": [("", tiles)]}

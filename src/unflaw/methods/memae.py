@@ -76,7 +76,13 @@ class MemAE(Method):
         terms = {"mse": F.mse_loss(restored, pictures), "entropy": entropy}
         return terms | {"loss": terms["mse"] + self.options.entropy * entropy}
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
+    def forward(
+        self,
+        features: Tensor,
+        pictures: Tensor | None = None,
+        valid: Tensor | None = None,
+        held_out: Tensor | None = None,
+    ) -> Inspection:
         """Pictures (N, 3, g, g) → squared error of the reconstruction at each pixel."""
         restored, _ = self._restore(features)
         return Inspection((features - restored).square().mean(1, keepdim=True), restored=restored)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,8 +18,25 @@ MOST_TOKENS = 2**20  # that prototypes are chosen among: whole pictures, drawn a
 FAR = 1e4  # where prototypes lie that are not there: no token comes near
 
 
+class Bank(NamedTuple):
+    """Prototypes of one category while training.
+
+    Attributes:
+        prototypes: (M, C).
+        owners: (M,) int64, the image that each prototype comes from; None where that is not known any more.
+        radius: (), the median distance of training tokens to the nearest prototype from another image.
+    """
+
+    prototypes: Tensor
+    owners: Tensor | None
+    radius: Tensor
+
+
 class Memory(nn.Module):
-    """M prototypes and attention to them; of several categories M each, of which one is in use.
+    """M prototypes and attention to them.
+
+    While it is fitted it keeps a `Bank` for each category; its buffers hold those of one (`turn_to`). Inspection reads
+    the buffers only and changes nothing, so that threads may share it.
 
     Args:
         size: M; fewer tokens are repeated to fill it.
@@ -37,41 +54,40 @@ class Memory(nn.Module):
         self.register_buffer("prototypes", torch.zeros(size, channels))
         self.register_buffer("extra", torch.full((size // 4, channels), FAR))
         self.register_buffer("radius", torch.ones(()))
-        # while training: the picture that each prototype comes from; what each category has taught; who is of which
-        self.owners: Tensor | None = None
-        self._owned: Tensor | None = None  # the picture of each row of then
-        self._extended: Tensor | None = None  # the picture that each of `extra` comes from, once there are some
-        self._taught: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._categories = torch.zeros(0, dtype=torch.long)
-        self._pictures: Tensor | None = None  # of the rows to come: which picture each is of, which cells count
-        self.valid: Tensor | None = None
+        self.end_training()
+
+    def end_training(self) -> None:
+        """Drops what only training needs: banks, and which image each prototype comes from."""
+        self.banks: list[Bank] = []
+        self._categories = torch.zeros(0, dtype=torch.long)  # of the rows that `fit` saw
+        self._images: Tensor | None = None  # the image that each of these rows shows a window of; None: one each
+        self._extra_owners: Tensor | None = None  # (M / 4,), the held-out image that each of `extra` comes from
+        self._extra_images: Tensor | None = None  # as `_images`, of the rows that `extend` saw
+        self._arranged: Tensor | None = None  # as `_images`, of the rows to come
+        self.valid: Tensor | None = None  # of the rows to come: which cells count
 
     def arrange(self, pictures: Tensor, valid: Tensor | None) -> None:
-        """As `Method.arrange`: what a picture taught is left out for all its windows."""
-        self._pictures, self.valid = pictures, valid
+        """As `Method.arrange`: what an image taught is left out for all its windows."""
+        self._arranged, self.valid = pictures, valid
 
     @torch.no_grad()
     def fit(self, features: Tensor, rng: Generator, categories: Tensor | None = None) -> None:
         """Chooses the prototypes among all tokens of cached features (N, C, g, g) by k-centre greedy coreset.
 
-        `radius` becomes the median distance of training tokens to the nearest prototype from another picture.
-
         Args:
-            features: Of all training pictures.
+            features: Of all training images.
             rng: What it draws.
-            categories: (N,) int64, the category of each, counted from 0; None: one. Each has prototypes of its own, and
-                the first is in use.
+            categories: (N,) int64, the category of each, counted from 0; None: one. Each has a bank of its own, and
+                the buffers hold the first.
         """
         self._categories = torch.zeros(len(features), dtype=torch.long) if categories is None else categories
-        self._taught = []
+        self._images, self.banks = self._arranged, []
         for category in self._categories.unique().tolist():
-            self._fit(features, (self._categories == category).nonzero()[:, 0], rng)
-            assert self.owners is not None
-            self._taught.append((self.prototypes.clone(), self.owners, self.radius.clone()))
-        self.use(0)
+            self.banks.append(self._fit(features, (self._categories == category).nonzero()[:, 0], rng))
+        self.turn_to(0)
 
-    def _fit(self, features: Tensor, pictures: Tensor, rng: Generator) -> None:
-        """From some of the pictures, by their rows."""
+    def _fit(self, features: Tensor, pictures: Tensor, rng: Generator) -> Bank:
+        """From some of the images, by their rows."""
         n, side = len(pictures), features.shape[-1]
         rows = pictures[torch.randperm(n, generator=rng)[: max(1, MOST_TOKENS // side**2)].sort().values]
         tokens = to_tokens(features[rows].float()).flatten(0, 1)
@@ -82,17 +98,14 @@ class Memory(nn.Module):
         size = len(self.prototypes)
         chosen = greedy_coreset(tokens, size, rng)
         chosen = chosen.repeat(-(-size // len(chosen)))[:size]
-        self.prototypes.copy_(tokens[chosen])
-        self.owners = owners[chosen] if self._pictures is None else self._pictures[owners[chosen]]
-        self._owned = self._pictures
-        self._forget()
+        owners = owners[chosen] if self._images is None else self._images[owners[chosen]]
+        bank = Bank(tokens[chosen], owners, torch.ones(()))
         sample = pictures[torch.randperm(n, generator=rng)[: max(2, 2**14 // side**2)]]
-        self._taught, taught = [], self._taught  # of those in use, whatever there was before
-        distances = self(features[sample].float(), sample)[1].clamp_min(1e-6).flatten()
+        asked, own = to_tokens(features[sample].float()).flatten(0, 1), sample.repeat_interleave(side**2)
+        distances = self._search(asked, bank, own[:, None], None)[1].clamp_min(1e-6)
         if self.valid is not None:
             distances = distances[self._inside(sample, side)]
-        self.radius.copy_(distances.median())
-        self._taught = taught
+        return bank._replace(radius=distances.median())
 
     def _inside(self, rows: Tensor, side: int) -> Tensor:
         """(T,) bool, which tokens of some rows count, on a grid of this side."""
@@ -100,49 +113,50 @@ class Memory(nn.Module):
         valid = self.valid[rows]
         return (valid if valid.shape[-1] == side else coarser(valid)).flatten()
 
-    def use(self, category: int) -> None:
-        """While training: what a category has taught comes into use, without what `extend` added."""
-        prototypes, self.owners, radius = self._taught[category]
-        self.prototypes.copy_(prototypes)
-        self.radius.copy_(radius)
+    def turn_to(self, category: int) -> None:
+        """While training: the buffers take the bank of a category, without what `extend` added."""
+        self.prototypes.copy_(self.banks[category].prototypes)
+        self.radius.copy_(self.banks[category].radius)
         self._forget()
 
     def _forget(self) -> None:
         """What `extend` added."""
         self.extra.fill_(FAR)
-        self._extended = None
+        self._extra_owners = self._extra_images = None
 
     def unit(self, pictures: Tensor | None = None) -> Tensor:
-        """`radius`, (1,), or that of the category of each of the training pictures (N,): (N, 1, 1, 1)."""
-        if pictures is None or self._extended is not None or len(self._taught) < 2:
+        """`radius`, (), or that of the category of each of the training images, (N,) or (N, L): (N, 1, 1, 1)."""
+        if pictures is None or len(self.banks) < 2:
             return self.radius
-        radii = torch.stack([radius for *_, radius in self._taught])
-        return radii[self._categories[pictures]].view(-1, 1, 1, 1).to(self.radius)
+        radii = torch.stack([bank.radius for bank in self.banks])
+        first = pictures if pictures.ndim == 1 else pictures[:, 0]
+        return radii[self._categories[first]].view(-1, 1, 1, 1).to(self.radius)
 
     @torch.no_grad()
     def extend(self, features: Tensor, rng: Generator) -> None:
-        """Adds prototypes out of held-out pictures, F (N, C, g, g), which calibrate (ours).
+        """Adds prototypes out of held-out images, F (N, C, g, g), which calibrate (ours).
 
         They serve the distance only, which can but fall by them, of every token. From then on `forward` takes rows of
-        these pictures, and leaves out what each has added.
+        these images as `held_out`, and leaves out what each has added.
         """
         self._forget()
         parts = [to_tokens(part.float()).flatten(0, 1) for part in features.split(8)]
         distance, tokens = torch.cat([self.recall(part)[2] for part in parts]), torch.cat(parts)
         rows = torch.arange(len(features))
-        owners = (rows if self._pictures is None else self._pictures).repeat_interleave(features[0, 0].numel())
+        self._extra_images = self._arranged
+        owners = (rows if self._extra_images is None else self._extra_images).repeat_interleave(features[0, 0].numel())
         if self.valid is not None:
             inside = self._inside(rows, features.shape[-1])
             distance, tokens, owners = distance[inside], tokens[inside], owners[inside]
         unknown = distance.argsort(descending=True)[: 16 * len(self.extra)]
         chosen = unknown[greedy_coreset(tokens[unknown], len(self.extra), rng)]
         self.extra[: len(chosen)] = tokens[chosen]
-        self._extended = torch.full((len(self.extra),), -1)
-        self._extended[: len(chosen)] = owners[chosen]
+        self._extra_owners = torch.full((len(self.extra),), -1)
+        self._extra_owners[: len(chosen)] = owners[chosen]
 
     @torch.no_grad()
     def recall_cached(self, features: Tensor, budget: float) -> dict[str, Tensor]:
-        """What `forward` says of cached features (N, C, g, g) that `fit` saw, each picture recalled without itself.
+        """What `forward` says of cached features (N, C, g, g) that `fit` saw, each image recalled without itself.
 
         Args:
             features: All of them.
@@ -159,61 +173,81 @@ class Memory(nn.Module):
             recalled[rows] = mixture.to(recalled.dtype)
         return {"recalled": recalled, "distance": distance, "picture": pictures}
 
-    def recall(self, tokens: Tensor, leave: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def recall(
+        self, tokens: Tensor, pictures: Tensor | None = None, held_out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(T, C) → attended mixture of prototypes (T, C), distance to the nearest one (T,), and the same with `extra`.
 
         The mixture is dot-product attention whose keys have the bias −‖p‖²: a soft nearest neighbour that needs no
-        training.
+        training. The search is made in float32 also under autocast: in bfloat16 neighbours would be others.
 
         Args:
-            tokens: Of any pictures.
-            leave: (T, L) training pictures; what these taught the memory is left out for that token, unless it is all.
-                The first is the one it belongs to, whose category's prototypes are used, and are in use afterwards.
-        """
-        if leave is None or self._extended is not None or len(self._taught) < 2:
-            return self._recall_all(tokens, leave)
-        if not len(tokens):  # asked only while training: a graph must not depend on it
-            return self._recall_all(tokens, None)
-        of = self._categories[leave[:, 0]]
-        rows = [(of == category).nonzero()[:, 0] for category in range(len(self._taught))]
-        found = []
-        for category, own in enumerate(rows):
-            if len(own):
-                self.use(category)
-                found.append(self._recall_all(tokens[own], leave[own]))
-        order = torch.cat(rows).argsort()
-        mixture, distance, least = (torch.cat(part)[order] for part in zip(*found, strict=True))
-        return mixture, distance, least
+            tokens: Of any images.
+            pictures: (T, L) rows that `fit` saw; what these images taught the memory is left out for that token, unless
+                it is all. The first is the one it belongs to, whose category's prototypes are used.
+            held_out: (T,) rows that `extend` saw; what that image added is left out.
 
-    def _recall_all(self, tokens: Tensor, leave: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        keys, extra = _keys(self.prototypes), _keys(self.extra)
-        if leave is None or self.owners is None:
-            parts = [self._recall(part, keys, extra) for part in _chunks(tokens)]
+        Raises:
+            RuntimeError: Such rows are given, but where prototypes come from is not known.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            tokens = tokens.float()
+            if pictures is None or not self.banks:
+                return self._search(tokens, Bank(self.prototypes, None, self.radius), pictures, held_out)
+            if len(self.banks) < 2 or not len(tokens):
+                return self._search(tokens, self.banks[0], pictures, held_out)
+            of = self._categories[pictures[:, 0]]
+            rows = [(of == category).nonzero()[:, 0] for category in range(len(self.banks))]
+            found = [
+                self._search(tokens[own], bank, pictures[own], None if held_out is None else held_out[own])
+                for own, bank in zip(rows, self.banks, strict=True)
+                if len(own)
+            ]
+            order = torch.cat(rows).argsort()
+            mixture, distance, least = (torch.cat(part)[order] for part in zip(*found, strict=True))
+            return mixture, distance, least
+
+    def _search(
+        self, tokens: Tensor, bank: Bank, pictures: Tensor | None, held_out: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`recall` with the prototypes of one bank."""
+        keys, extra = _keys(bank.prototypes), _keys(self.extra)
+        if pictures is None and held_out is None:
+            parts = [self._recall(part, bank, keys, extra) for part in _chunks(tokens)]
         else:
-            both = zip(tokens.split(CHUNK), leave.split(CHUNK), strict=True)
-            parts = [self._recall(part, keys, extra, *self._closed(pictures)) for part, pictures in both]
+            parts = []
+            for rows in torch.arange(len(tokens)).split(CHUNK) or (torch.arange(0),):
+                excluded = None if pictures is None else self._excluded(bank, pictures[rows])
+                own = None if held_out is None else self._excluded_extra(held_out[rows])
+                parts.append(self._recall(tokens[rows], bank, keys, extra, excluded, own))
         mixture, distance, least = (torch.cat(part) for part in zip(*parts, strict=True))
         return mixture, distance, least
 
-    def _closed(self, pictures: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(T, L) pictures → (T, M) bool: the prototypes, or what was added, that these taught, unless that is all."""
-        assert self.owners is not None
-        if self._extended is not None:
-            own = pictures if self._pictures is None else self._pictures[pictures]
-            return None, (self._extended == own[..., None]).any(1)
-        if self._owned is not None:
-            pictures = self._owned[pictures]
-        which, row = pictures.unique(dim=0, return_inverse=True)  # many tokens leave out the same
-        own = (self.owners == which[..., None]).any(1)
-        return (own & ~own.all(1, keepdim=True))[row], None
+    def _excluded(self, bank: Bank, rows: Tensor) -> Tensor:
+        """(T, L) rows → (T, M) bool: the prototypes of these images, unless that is all."""
+        if bank.owners is None:
+            raise RuntimeError(
+                "leave-one-out needs to know which training image each prototype comes from; a network knows it until "
+                "its training has ended, a loaded one never does"
+            )
+        which, row = (rows if self._images is None else self._images[rows]).unique(dim=0, return_inverse=True)
+        own = (bank.owners == which[..., None]).any(1)  # many tokens leave out the same
+        return (own & ~own.all(1, keepdim=True))[row]
+
+    def _excluded_extra(self, rows: Tensor) -> Tensor:
+        """(T,) rows → (T, M / 4) bool: what these held-out images have added."""
+        if self._extra_owners is None:
+            raise RuntimeError("held-out images can be left out only once `extend` has seen them")
+        return self._extra_owners == (rows if self._extra_images is None else self._extra_images[rows])[:, None]
 
     def _recall(
         self,
         tokens: Tensor,
+        bank: Bank,
         keys: Tensor,
         extra: Tensor,
-        closed: Tensor | None = None,
-        closed_extra: Tensor | None = None,
+        excluded: Tensor | None = None,
+        excluded_extra: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`recall` of a chunk. What is near is found by a matrix product; distances are then those of what was found.
 
@@ -221,34 +255,41 @@ class Memory(nn.Module):
         differently in every runtime.
         """
         closeness = _closeness(tokens, keys)
-        if closed is not None:
-            closeness = closeness.masked_fill(closed.to(closeness.device), -torch.inf)
+        if excluded is not None:
+            closeness = closeness.masked_fill(excluded.to(closeness.device), -torch.inf)
         closest, nearest = largest(closeness, self.neighbours)
-        weights = (closest * (self.sharpness / self.radius.square())).softmax(1)
-        recalled = self.prototypes[nearest]  # (T, k, C)
+        weights = (closest * (self.sharpness / bank.radius.square())).softmax(1)
+        recalled = bank.prototypes[nearest]  # (T, k, C)
         mixture = torch.einsum("tk,tkc->tc", weights, recalled)
         least = distance = (tokens - recalled[:, 0]).norm(dim=1)
         if self.extra.shape[0]:
             closeness = _closeness(tokens, extra)
-            if closed_extra is not None:
-                closeness = closeness.masked_fill(closed_extra.to(closeness.device), -torch.inf)
+            if excluded_extra is not None:
+                closeness = closeness.masked_fill(excluded_extra.to(closeness.device), -torch.inf)
             best, place = largest(closeness, 1)
             apart = (tokens - self.extra[place[:, 0]]).norm(dim=1)
-            if closed_extra is not None:
+            if excluded_extra is not None:
                 apart = apart.masked_fill(best[:, 0] == -torch.inf, torch.inf)
             least = torch.minimum(distance, apart)
         return mixture, distance, least
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, pictures: Tensor | None = None, held_out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """F (N, C, g, g) → what `recall` says of its tokens: (N, C, g, g) and twice (N, 1, g, g).
 
         Args:
-            features: Of any pictures.
-            pictures: (N,) rows of the cache that `fit` saw, where they are training pictures (leave one out).
+            features: Of any images.
+            pictures: (N,) or (N, L) rows that `fit` saw, to be left out; the first is the image's own.
+            held_out: (N,) rows that `extend` saw, to be left out.
         """
         tokens = to_tokens(features)
-        leave = None if pictures is None else pictures.repeat_interleave(tokens.shape[1])[:, None]
-        found = self.recall(tokens.flatten(0, 1), leave)
+        count = tokens.shape[1]
+        if pictures is not None:
+            pictures = pictures.view(len(pictures), -1).repeat_interleave(count, 0)
+        if held_out is not None:
+            held_out = held_out.repeat_interleave(count)
+        found = self.recall(tokens.flatten(0, 1), pictures, held_out)
         mixture, *distances = (part.unflatten(0, (features.shape[0], -1)) for part in found)
         distance, least = (to_grid(d[..., None]) for d in distances)
         return to_grid(mixture), distance, least
@@ -290,14 +331,20 @@ class Judge(nn.Module):
         """As `Memory.extend`."""
         self.memory.extend(self._all(features), rng)
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        pictures: Tensor | None = None,
+        valid: Tensor | None = None,
+        held_out: Tensor | None = None,
+    ) -> Tensor:
         """F (N, C, g, g) → distance to the nearest region known, (N, 1, ⌈g/2⌉, ⌈g/2⌉).
 
         Args:
-            features, pictures: As for `Memory`.
+            features, pictures, held_out: As for `Memory`.
             valid: (N, g, g) bool, the cells that count; None: all.
         """
-        return self.memory(self._regions(features, valid), pictures)[2]
+        return self.memory(self._regions(features, valid), pictures, held_out)[2]
 
     def _regions(self, features: Tensor, valid: Tensor | None) -> Tensor:
         coarse = self._coarsen(features)

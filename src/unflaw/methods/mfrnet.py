@@ -4,8 +4,9 @@
 
 The map is the hybrid loss of F and F̂. The multi-scale aggregator, the paper's first part, is `FeatureExtractor`. The
 parts are the paper's; its hyper-parameters and the inside of its blocks are not public to us, so all of these are ours.
-Ours as well, and left out with `prototypes = 0`, is a memory: what is hidden is filled with its recall, the distance to
-it is one more kind of evidence, and a second memory of whole regions (`Judge`) joins map and score (docs/research.md).
+Ours as well are a memory, left out with `prototypes = 0`: what is hidden is filled with its recall, and the distance to
+it is one more kind of evidence; and a second memory of whole regions (`Judge`), left out with `coarse_prototypes = 0`,
+which joins map and score (docs/research.md).
 """
 
 from __future__ import annotations
@@ -142,10 +143,10 @@ class MFRNet(Method):
         self.options = options
         self.terms = {name: w for name in ("pixel", "ssim", "gms") if (w := getattr(options, name))}
         self.kinds = 1 + (options.prototypes > 0)
-        self.judges = options.prototypes > 0
+        self.judges = options.coarse_prototypes > 0
         super().__init__(config, weights)
         self.memory = Memory(options.prototypes, self.features.channels) if options.prototypes else None
-        self.judge = Judge(options.coarse_prototypes, self.features) if options.prototypes else None
+        self.judge = Judge(options.coarse_prototypes, self.features) if self.judges else None
         self.restoration = RestorationNetwork(self.features.channels, self.features.grid, options)
         self.masks: Tensor
         self.scale: Tensor
@@ -159,10 +160,12 @@ class MFRNet(Method):
         self.masks.copy_(self._draw(self.options.k, rng))
         energy = torch.stack([part.float().square().sum(1).mean() for part in features.split(16)])
         self.scale.copy_(energy.mean().sqrt().clamp_min(1e-6))
-        if self.memory is None or self.judge is None:
+        if self.memory is not None:
+            self.memory.fit(features, rng, categories)
+        if self.judge is not None:
+            self.judge.fit(features, rng, categories)
+        if self.memory is None:
             return {}
-        self.memory.fit(features, rng, categories)
-        self.judge.fit(features, rng, categories)
         return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
 
     def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
@@ -174,12 +177,19 @@ class MFRNet(Method):
         terms = self.compare(batch["features"], restored)
         return {name: term.mean() for name, term in terms.items()} | {"loss": self.hybrid(terms).mean()}
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
+    def forward(
+        self,
+        features: Tensor,
+        pictures: Tensor | None = None,
+        valid: Tensor | None = None,
+        held_out: Tensor | None = None,
+    ) -> Inspection:
         """All masks of all k in one batch; maps and restored features are means over k."""
-        recalled, distance, coarse = None, [], None
-        if self.memory is not None and self.judge is not None:
-            recalled, _, least = self.memory(features, pictures)
-            distance, coarse = [least], self.judge(features, pictures, valid)
+        recalled, distance = None, []
+        if self.memory is not None:
+            recalled, _, least = self.memory(features, pictures, held_out)
+            distance = [least]
+        coarse = None if self.judge is None else self.judge(features, pictures, valid, held_out)
         restored = self.restore(features, self.masks, recalled)  # (N, K, C, g, g)
         kinds = self.masks.shape[0]
         terms = self.compare(features.repeat_interleave(kinds, 0), restored.flatten(0, 1))

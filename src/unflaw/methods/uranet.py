@@ -3,9 +3,14 @@
     F ──▶ FASM (training only) ──▶ F_a ──▶ UIAPM ──▶ U, V ──▶ M_U, M_final ──▶ RAM ──▶ F̂,   map = residual of F and F̂
 
 The parts and their names are the paper's. Its hyper-parameters are not public to us: sizes, thresholds and losses are
-our own, measured choices. Ours as well, and left out with `restoration.prototypes = 0`, is the memory of prototypes:
-RAM restores from what it recalls, UIAPM sees how far F is from it instead of F, the distance to it joins the map, and
-a second memory of whole regions (`Judge`) joins map and score. Why: docs/research.md.
+our own, measured choices. Ours as well, each with a switch of its own:
+
+* a memory of prototypes (`restoration.prototypes`): RAM restores from what it recalls, and the distance to it joins the
+  map; with `perception.input = "distance"` UIAPM sees how far F is from it instead of F;
+* a second memory of whole regions (`restoration.coarse_prototypes`), which joins map and score;
+* U in the image score (`perception.in_score`).
+
+Without the first, F̂ is what RAM's network predicts and nothing else. Why: docs/research.md.
 """
 
 from __future__ import annotations
@@ -97,15 +102,21 @@ class UIAPM(nn.Module):
 
 
 class RAM(nn.Module):
-    """Restoration attention: F̂ from what is unmarked in the picture and from the memory of normal tokens.
+    """Restoration attention: F̂ from what is unmarked in the image and from the memory of normal tokens.
 
     1. Attention to the prototypes turns each token into a mixture of normal ones (`Memory`). It is not trained; alone
        it is a soft nearest-neighbour lookup, where restoration starts. Nothing but this mixture goes on, so what is not
        normal cannot be copied through.
     2. Marked tokens become a learned mask token.
-    3. A transformer over p×p patches, keys restricted to unmarked ones, predicts the rest of F from context.
+    3. A transformer over p×p patches, keys restricted to unmarked ones, predicts from context what the mixture lacks.
 
-    Without prototypes step 1 is left out, as in the paper.
+    Without prototypes step 1 is left out, as in the paper, and step 3 predicts all of F: no cell of F is passed on as
+    it is, marked or not. A path around the network would copy every anomaly that nothing marks.
+
+    Args:
+        channels: C.
+        grid: g.
+        options: Sizes and switches.
     """
 
     def __init__(self, channels: int, grid: int, options: Restoration) -> None:
@@ -121,15 +132,15 @@ class RAM(nn.Module):
         self.blocks = nn.ModuleList(AttentionBlock(width, options.heads) for _ in range(options.depth))
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, channels * p * p)
-        nn.init.zeros_(self.widen.weight)  # training starts at the lookup and corrects it
+        nn.init.zeros_(self.widen.weight)  # training starts at the recall, or at the mean of F, and corrects it
         nn.init.zeros_(self.widen.bias)
 
-    def forward(self, recalled: Tensor, marked: Tensor) -> Tensor:
-        """Steps 2 and 3. recalled (N, C, g, g), marked (N, 1, g, g) in {0, 1} → F̂ (N, C, g, g)."""
+    def forward(self, seen: Tensor, marked: Tensor) -> Tensor:
+        """Steps 2 and 3. Recall or, without prototypes, F (N, C, g, g); marked (N, 1, g, g) in {0, 1} → F̂, as F."""
         p = self.options.patch
         hidden = F.max_pool2d(marked, p)  # (N, 1, side, side): a patch is marked if any of its cells is
         flat = hidden.flatten(1)[..., None]
-        x = self.narrow(recalled).flatten(2).transpose(1, 2)  # (N, T, width)
+        x = self.narrow(seen).flatten(2).transpose(1, 2)  # (N, T, width)
         x = x * (1 - flat) + self.mask_token * flat + self.positions
         allowed = None
         if self.options.masked:
@@ -138,8 +149,10 @@ class RAM(nn.Module):
             allowed = unmarked[:, None, None, :]
         for block in self.blocks:
             x = block(x, allowed)
-        correction = F.pixel_shuffle(to_grid(self.widen(self.norm(x))), p)
-        return recalled * (1 - F.interpolate(hidden, scale_factor=p)) + correction
+        predicted = F.pixel_shuffle(to_grid(self.widen(self.norm(x))), p)
+        if not self.options.prototypes:
+            return predicted
+        return seen * (1 - F.interpolate(hidden, scale_factor=p)) + predicted
 
 
 class URANet(Method):
@@ -151,14 +164,15 @@ class URANet(Method):
         options = config.network
         assert isinstance(options, URANetOptions)
         self.kinds = 2 if options.restoration.prototypes else 1  # residual and, with a memory, distance to it
-        self.perceives = self.judges = options.restoration.prototypes > 0
+        self.perceives, self.judges = options.perception.in_score, options.restoration.coarse_prototypes > 0
         self.uses_textures = options.synthesis.textures > 0
         super().__init__(config, weights)
         self.options = options
         channels, prototypes = self.features.channels, options.restoration.prototypes
         self.memory = Memory(prototypes, channels, options.restoration.sharpness) if prototypes else None
-        self.judge = Judge(options.restoration.coarse_prototypes, self.features) if prototypes else None
-        self.perception = UIAPM(2 if prototypes else channels, options.perception)
+        self.judge = Judge(options.restoration.coarse_prototypes, self.features) if self.judges else None
+        self.sees_distance = prototypes > 0 and options.perception.input == "distance"
+        self.perception = UIAPM(2 if self.sees_distance else channels, options.perception)
         self.restoration = RAM(channels, config.features.grid, options.restoration)
         self.textures: Tensor | None = None
         self.n_pictures = 1
@@ -169,10 +183,12 @@ class URANet(Method):
         self.textures, self.n_pictures = textures, len(features)
         for layer in self.perception.bayesian_layers():
             layer.freeze(rng)
-        if self.memory is None or self.judge is None:
+        if self.memory is not None:
+            self.memory.fit(features, rng, categories)
+        if self.judge is not None:
+            self.judge.fit(features, rng, categories)
+        if self.memory is None:
             return {}
-        self.memory.fit(features, rng, categories)
-        self.judge.fit(features, rng, categories)
         return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
 
     def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
@@ -183,33 +199,43 @@ class URANet(Method):
         batch = {name: share.take(rows) for name, rows in batch.items()}
         logits = self.perception.sample(self._altered_evidence(anomalies, batch, pictures), rng, share)
         terms = self.perception.loss(logits, anomalies.mask, self.n_pictures, share)
-        # altered cells are the marked ones, which become mask tokens: the recall of F serves for F_a
+        # altered cells are the marked ones, which become mask tokens: the recall of F serves for that of F_a
         restored = self.restoration(batch.get("recalled", anomalies.features), anomalies.mask)
         difference = (restored - batch["features"]).square().sum(1).mean()
         terms["restoration"] = difference / everything.square().sum(1).mean()
         terms["loss"] = sum(terms.values(), torch.zeros(()))
         return terms
 
-    def forward(self, features: Tensor, pictures: Tensor | None = None, valid: Tensor | None = None) -> Inspection:
-        if self.memory is None or self.judge is None:
-            mean, deviation = self.perception(features)
-            final = self.perception.masks(mean, deviation)[1]
-            restored = self.restoration(features, final)
-            witnesses, perceived, coarse = length(features - restored), None, None
-        else:
-            recalled, distance, least = self.memory(features, pictures)
-            departure = length(features - recalled)
-            logits = self.perception.draws(self._evidence(distance, departure, pictures))
-            mean, deviation = self.perception.moments(logits)
-            final = self.perception.masks(mean, deviation)[1]
-            restored = self.restoration(recalled, final)
-            # what the memory learned after calibration may speak for a picture, never against it
-            calmed = self.perception.draws(self._evidence(least, departure, pictures))
-            witnesses = torch.cat([length(features - restored), least], dim=1)
-            perceived = torch.minimum(mean_logit(logits), mean_logit(calmed))
-            coarse = self.judge(features, pictures, valid)
+    def forward(
+        self,
+        features: Tensor,
+        pictures: Tensor | None = None,
+        valid: Tensor | None = None,
+        held_out: Tensor | None = None,
+    ) -> Inspection:
+        seen, distances, evidence = features, [], [features]
+        if self.memory is not None:
+            seen, distance, least = self.memory(features, pictures, held_out)
+            distances = [least]
+            if self.sees_distance:
+                departure = length(features - seen)
+                # prototypes added after calibration may lower the evidence of an image, never raise it
+                evidence = [self._evidence(d, departure, pictures) for d in (distance, least)]
+        logits = self.perception.draws(evidence[0])
+        mean, deviation = self.perception.moments(logits)
+        final = self.perception.masks(mean, deviation)[1]
+        restored = self.restoration(seen, final)
+        perceived = None
+        if self.perceives:
+            perceived = mean_logit(logits)
+            for calmed in evidence[1:]:
+                perceived = torch.minimum(perceived, mean_logit(self.perception.draws(calmed)))
         return Inspection(
-            witnesses, perceived, coarse, restored, {"mean": mean, "uncertainty": deviation, "mask": final}
+            torch.cat([length(features - restored), *distances], dim=1),
+            perceived,
+            None if self.judge is None else self.judge(features, pictures, valid, held_out),
+            restored,
+            {"mean": mean, "uncertainty": deviation, "mask": final},
         )
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:
@@ -227,8 +253,9 @@ class URANet(Method):
             restoration["Recalled, drawn"] = Stage("features", self.memory(features)[0][0])
         restoration["Restored, drawn"] = Stage("features", inspection.restored[0])
         restoration["Residual"] = Stage("map", inspection.witnesses[0, :1])
-        if inspection.coarse is not None:
+        if self.memory is not None:
             restoration["Distance to the memory"] = Stage("map", inspection.witnesses[0, 1:])
+        if inspection.coarse is not None:
             restoration["Coarse evidence"] = Stage("map", inspection.coarse[0])
         return {"perception": [("", perception)], "restoration": [("", restoration)]}
 
@@ -280,7 +307,7 @@ class URANet(Method):
             batch: What is cached of the share.
             pictures: (B,) those of the whole batch, rows of the cache; None: the share is all of it.
         """
-        if self.memory is None:
+        if self.memory is None or not self.sees_distance:
             return anomalies.features
         own = batch["picture"].long().cpu()
         seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]), own)

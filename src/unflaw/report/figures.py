@@ -85,7 +85,7 @@ def write_figures(
         progress("figures", i + 1, len(samples) + 1, None)
     good = [s for s in dataset.test if not s.label] or list(dataset.train)
     if good:
-        lines |= _exercises(detector, _drawn_from(good, EXERCISES, seed), seed)
+        lines |= _exercises(detector, _drawn_from(good, EXERCISES, seed), seed, category)
     written = []
     for figure, found in lines.items():
         written.append(out / f"{figure}.png")
@@ -132,7 +132,7 @@ def _drawn_from(samples: Sequence[Sample], count: int, seed: int) -> list[Sample
 
 def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str | None) -> dict[str, list[_Line]]:
     """The rows of one test picture, by figure: the picture, the method's stages, the heat map."""
-    network, preparation = detector.network, detector.config.preparation
+    network, preparation = detector.network_of(category), detector.config.preparation
     result = detector.inspect(sample.path, category=category)
     truth = np.zeros(result.map.shape, bool)
     if sample.label and sample.mask is not None:
@@ -161,9 +161,11 @@ def _on_map(window: Prepared) -> tuple[slice, slice]:
     return slice(y // step, (y + size) // step), slice(x // step, (x + size) // step)
 
 
-def _exercises(detector: Detector, samples: Sequence[Sample], seed: int) -> dict[str, list[_Line]]:
+def _exercises(
+    detector: Detector, samples: Sequence[Sample], seed: int, category: str | None
+) -> dict[str, list[_Line]]:
     """The rows of figures about training."""
-    network, preparation = detector.network, detector.config.preparation
+    network, preparation = detector.network_of(category), detector.config.preparation
     textures = None
     if network.uses_textures:
         textures = torch.from_numpy(np.stack(texture_pictures(detector.config.training.textures, preparation)))

@@ -37,13 +37,13 @@ class Stage:
 
 
 @contextmanager
-def pieces(detector: Inspector) -> Iterator[Mapping[str, list[float]]]:
+def pieces(detector: Inspector, category: str | None = None) -> Iterator[Mapping[str, list[float]]]:
     """Seconds (clock, processor) that pass in backbone and method of a trained detector, added up; else nothing."""
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    network: Any = getattr(detector, "network", None)
-    if network is None:
+    if not hasattr(detector, "network_of"):
         yield spent
         return
+    network = detector.network_of(category)
     handles = []
     for name, module in (("backbone", network.features), ("method", network)):
         started: list[tuple[float, float]] = []
@@ -79,7 +79,7 @@ def measure(
         found: dict[str, tuple[float, float]] = {}
         images, found["decode"] = _timed(list, map(read, chosen))
         pictures, found["prepare"] = _timed(list, (prepare(image, preparation) for image in images))
-        with pieces(detector) as spent:
+        with pieces(detector, name) as spent:
             _, found["compute"] = _timed(detector.compute, pictures, name)
         for piece, (clock, processor) in spent.items():
             found[piece] = clock, processor

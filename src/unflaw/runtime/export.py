@@ -84,7 +84,7 @@ def export(
     path = Path(path)
     if precision == "int8" and not pictures:
         raise ValueError("8 bits need good pictures that say which range they have to cover; give --data")
-    detector.select(next(iter(detector.calibrations), None))
+    detector.select(next(iter(detector.calibrations), None))  # fails where there is none
     model = to_onnx(detector)
     if precision == "int8":
         from unflaw.runtime.quantisation import quantise
@@ -106,13 +106,13 @@ def export(
 
 def to_onnx(detector: Detector) -> ModelProto:
     """The graph of a fitted detector in float32, without metadata. The number of pictures, N, is open."""
-    graph: Graph | ByCategory = Graph(detector.network, detector.display)
+    networks = [category.network for category in detector.categories_.values()]
+    graph: Graph | ByCategory = Graph(networks[0], detector.display)
     size = detector.config.preparation.size
     batch = torch.export.Dim("N", min=1)
     arguments: dict[str, tuple[Tensor, Any]] = {"pictures": (torch.rand(2, 3, size, size), {0: batch})}
-    if len(detector.categories_) > 1:
-        owned = [category.normal for category in detector.categories_.values()]
-        graph = ByCategory(Graph(detector.network, detector.display), owned)
+    if len(networks) > 1:
+        graph = ByCategory(Graph(networks[0], detector.display), [network.finished_state() for network in networks])
         arguments["category"] = (torch.tensor(0), None)
     if not detector.config.preparation.covers:
         grid = detector.network.features.grid

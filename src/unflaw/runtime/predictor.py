@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ class ExportedDetector(Inspector):
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
-        super().__init__()
         metadata = read_metadata(path)
         try:
             self._calibrations, self._references = calibrations(metadata), references(metadata)
@@ -120,10 +120,12 @@ def _open_openvino(path: Path, threads: int | None) -> tuple[list[str], list[str
     except RuntimeError as error:
         raise DetectorError(f"{path}: OpenVINO refuses it ({_first(error)}); export it again") from error
     outputs = [output.any_name for output in compiled.outputs]
+    busy = threading.Lock()  # a compiled model has one request, and its results are views of that
 
     def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = compiled(feeds)
-        return {name: np.array(found[i]) for i, name in enumerate(outputs)}
+        with busy:
+            found = compiled(feeds)
+            return {name: np.array(found[i]) for i, name in enumerate(outputs)}
 
     return [node.any_name for node in compiled.inputs], outputs, run
 
