@@ -1,5 +1,6 @@
 import io
 import os
+import struct
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from unflaw.detector import Detector
+from unflaw.errors import TrainingError
 from unflaw.images import ImageError, Preparation, image_size, list_images, prepare, prepare_mask, read, read_mask
 
 RNG = np.random.default_rng(0)
@@ -71,6 +74,85 @@ def test_transparency_is_put_on_black():
     palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     palette.putpalette([250, 0, 0, 0, 250, 0])
     np.testing.assert_array_equal(read(encoded(palette, transparency=0)), [[[0, 0, 0], [0, 250, 0]]])
+
+
+def bmp(rgba: np.ndarray) -> bytes:
+    """A BMP of 32 bits whose header has a mask for alpha; Pillow writes none."""
+    height, width = rgba.shape[:2]
+    body = rgba[::-1, :, [2, 1, 0, 3]].tobytes()
+    info = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(body), 2835, 2835, 0, 0)
+    info += struct.pack("<IIII4s48x", 0xFF0000, 0xFF00, 0xFF, 0xFF000000, b"BGRs")
+    return b"BM" + struct.pack("<IHHI", 122 + len(body), 0, 0, 122) + info + body
+
+
+def with_alpha(alpha: np.ndarray, folder: Path) -> dict[str, bytes | np.ndarray]:
+    """The same colours, grey and RGB, under an alpha channel (H, W) uint8, in files and arrays that have one."""
+    rgba, grey = np.dstack([COLOUR, alpha]), np.dstack([GREY, alpha])
+    found: dict[str, bytes | np.ndarray] = {
+        "png": encoded(rgba),
+        "png grey": encoded(grey),
+        "webp": encoded(rgba, "WebP", lossless=True, exact=True),
+        "bmp": bmp(rgba),
+        "tiff": encoded(rgba, "TIFF"),
+        "tiff lzw": encoded(rgba, "TIFF", compression="tiff_lzw"),
+        "tiff grey": encoded(grey, "TIFF"),
+        "array": rgba,
+        "array grey": grey,
+        "array 16": rgba * np.uint16(257),
+        "array float": rgba / 255,
+    }
+    for extra in ("unassalpha",):
+        for name, pixels in {"colour": rgba, "grey": grey}.items():
+            for bits, stored in {8: pixels, 16: pixels * np.uint16(257)}.items():
+                kind = "rgb" if name == "colour" else "minisblack"
+                path = tiff(folder / "x.tif", stored, photometric=kind, extrasamples=[extra])
+                found[f"tiff {name} {bits} {extra}"] = path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_an_image_that_is_transparent_everywhere_is_refused(tmp_path, value):
+    """Of grabbers that never fill the alpha channel; or fill it with 1 of 255: black, all the same."""
+    for name, source in with_alpha(np.full((7, 5), value, np.uint8), tmp_path).items():
+        with pytest.raises(ImageError, match=r"^part 7: is transparent everywhere.*; save it without"):
+            print(f"{name}: read as {read(source, name='part 7').max()}")
+    palette = Image.new("P", (4, 4), 3)
+    with pytest.raises(ImageError, match="transparent everywhere"):
+        read(encoded(palette, "GIF", transparency=3))
+    (tmp_path / "mask.png").write_bytes(encoded(np.dstack([GREY, GREY * 0])))
+    with pytest.raises(ImageError, match=r"mask\.png: is transparent everywhere"):
+        read_mask(tmp_path / "mask.png")
+
+
+def test_one_pixel_that_is_not_transparent_is_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr("unflaw.decoding.AT_ONCE", 5)  # a row at once
+    alpha = np.zeros((7, 5), np.uint8)
+    alpha[5, 2] = 255
+    for name, source in with_alpha(alpha, tmp_path).items():
+        pixels = read(source)
+        expected = GREY[5, 2] if "grey" in name else COLOUR[5, 2]
+        np.testing.assert_allclose(pixels[5, 2] / (255 if pixels.dtype == np.uint8 else 1), expected / 255, atol=1e-6)
+        assert "assoc" in name or pixels.sum() == pixels[5, 2].sum(), name
+
+
+def test_transparent_files_are_named_in_training_and_in_prediction(parts, weights, tiny, tmp_path):
+    good = sorted((parts / "train/good").iterdir())
+    for path in good:
+        Image.open(path).convert("RGBA").save(tmp_path / path.name)
+        image = Image.open(tmp_path / path.name)
+        image.putalpha(0)
+        image.save(tmp_path / path.name)
+    clear = sorted(tmp_path.iterdir())
+    untrained = Detector(config=tiny("lookup", **{"training.display_steps": 0}), weights=weights)
+    with pytest.raises(TrainingError, match=r"12 could not be read, first: .*\.png: is transparent everywhere"):
+        untrained.fit(tmp_path)
+    trained = untrained.fit([*good, clear[0]])
+    assert trained.record_["good_pictures"] == 12
+    ((path, reason),) = trained.record_["skipped"]
+    assert path == str(clear[0]) and reason.startswith(f"{clear[0]}: is transparent everywhere")
+    found = list(trained.inspect_many([good[0], *clear[:2]]))
+    assert found[0].path == str(good[0]) and [path for path, _ in found[1:]] == list(map(str, clear[:2]))
+    assert all(str(error).startswith(f"{path}: is transparent everywhere") for path, error in found[1:])
 
 
 def test_16_bits_keep_their_depth(tmp_path):

@@ -30,6 +30,7 @@ _DECODERS: dict[bytes, Any] = {
 }
 _ORIENTATION = 0x0112  # the tag in EXIF and in TIFF
 SIDEWAYS = (5, 6, 7, 8)
+TRANSPARENT = "is transparent everywhere: its alpha channel is 0, as if never filled; save it without an alpha channel"
 
 
 class Readable(Protocol):
@@ -63,34 +64,44 @@ def read(
 
     Raises:
         ImageError: Missing, unreadable, empty, damaged, no picture of a supported format, several frames or pages, too
-            large, or values outside the ranges above.
+            large, transparent everywhere, or values outside the ranges above.
     """
     with _named(name or name_of(source)):
         decoded = _decode(source, max_pixels)
         if isinstance(decoded, np.ndarray):
-            return _rgb(decoded)
-        width, height = decoded.size
-        rows = max(1, AT_ONCE // max(width, 1))
-        parts = (_rgb(_pixels(decoded.crop((0, y, width, min(y + rows, height))))) for y in range(0, height, rows))
-        if rows >= height:
-            return next(parts)
-        first = next(parts)
-        whole = np.empty((height, width, 3), first.dtype)  # a large picture in strips: no second copy is ever held
-        for y, part in zip(range(0, height, rows), chain([first], parts), strict=True):
-            whole[y : y + rows] = part
+            whole, seen = _rgb(decoded)
+        else:
+            width, height = decoded.size
+            rows = max(1, AT_ONCE // max(width, 1))
+            parts = (_rgb(_pixels(decoded.crop((0, y, width, min(y + rows, height))))) for y in range(0, height, rows))
+            whole, seen = first = next(parts)
+            if rows < height:  # a large picture in strips: no second copy is ever held
+                whole = np.empty((height, width, 3), whole.dtype)
+                for y, (part, visible_part) in zip(range(0, height, rows), chain([first], parts), strict=True):
+                    whole[y : y + rows] = part
+                    seen |= visible_part
+        if not seen:
+            raise ImageError(TRANSPARENT)
         return whole
 
 
-def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 1 to 4) of any accepted type → what `read` returns."""
-    pixels = _unit(pixels)
+def visible(alpha: np.ndarray) -> bool:
+    """Whether an alpha channel, of uint8, uint16 or floats in [0, 1], is more than 1/255 anywhere."""
+    full = 1 if np.issubdtype(alpha.dtype, np.floating) else np.iinfo(alpha.dtype).max
+    return not alpha.max() <= 1.5 / 255 * full  # so written, NaN is left to the check of values
+
+
+def _rgb(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
+    """(H, W) or (H, W, 1 to 4) of any accepted type → what `read` returns, and whether anything of it is `visible`."""
+    pixels, seen = _unit(pixels), True
     if pixels.shape[2] in (2, 4):
         pixels, alpha = pixels[..., :-1], pixels[..., -1:]
+        seen = visible(alpha)
         if pixels.dtype == np.uint8:
             pixels = ((pixels.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
         else:
             pixels = pixels * alpha
-    return np.ascontiguousarray(pixels) if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
+    return np.ascontiguousarray(pixels) if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2), seen
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
