@@ -101,7 +101,7 @@ def with_alpha(alpha: np.ndarray, folder: Path) -> dict[str, bytes | np.ndarray]
         "array 16": rgba * np.uint16(257),
         "array float": rgba / 255,
     }
-    for extra in ("unassalpha",):
+    for extra in "unassalpha", "assocalpha":
         for name, pixels in {"colour": rgba, "grey": grey}.items():
             for bits, stored in {8: pixels, 16: pixels * np.uint16(257)}.items():
                 kind = "rgb" if name == "colour" else "minisblack"
@@ -236,6 +236,174 @@ def test_arrays():
     assert half.dtype == np.float32 and (half == 0.5).all()
 
 
+# TIFF headers
+
+LIGHT = np.tile([0, 0.25, 0.8, 1], (3, 1))  # what a viewer shows: black at 0, white at 1
+
+
+def retagged(path: Path, **values: object) -> Path:
+    """A TIFF with other values in its header, or without some tags (None)."""
+    with tifffile.TiffFile(path, mode="r+") as file:
+        tags = file.pages[0].tags
+        for name, value in values.items():
+            if value is not None:
+                tags[name].overwrite(value)
+            else:  # under a number that nobody knows
+                order = "little" if file.byteorder == "<" else "big"
+                file.filehandle.seek(tags[name].offset)
+                file.filehandle.write((tags[name].code - 1).to_bytes(2, order))
+    return path
+
+
+def packed(path: Path, numbers: np.ndarray, bits: int, **options) -> Path:
+    """A TIFF of (H, W) or (H, W, 3) numbers of so many bits without gaps; rows begin with a byte."""
+    places = np.arange(bits - 1, -1, -1)
+    rows = np.packbits((numbers.reshape(len(numbers), -1, 1) >> places & 1).reshape(len(numbers), -1), axis=1)
+    values = {"ImageWidth": numbers.shape[1], "BitsPerSample": bits}
+    if numbers.ndim == 3:
+        values |= {"BitsPerSample": (bits,) * 3, "SamplesPerPixel": 3, "PhotometricInterpretation": 2}
+    return retagged(tiff(path, rows.astype(np.uint8), **options), **values)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("zero", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("kind", ["u1", "u2", "i1", "i2", "f2", "f4", "f8"])
+def test_grey_tiff_is_as_light_as_its_header_says(tmp_path, kind, zero, order, compression):
+    most = np.iinfo(kind).max if kind[0] in "ui" else 1
+    stored = ((LIGHT if zero == "minisblack" else 1 - LIGHT) * most).astype(kind)
+    options = {"byteorder": order, "compression": compression}
+    path = tiff(tmp_path / "x.tif", stored, photometric=zero, **options)
+    pixels = read(path)
+    assert pixels.dtype == (np.uint8 if kind == "u1" else np.float32) and image_size(path) == (4, 3)
+    np.testing.assert_allclose(pixels / (255 if kind == "u1" else 1), triple(LIGHT), atol=1 / 127)
+    mask = np.array([[0, 0, 1], [1, 0, 0]], bool)
+    stored = np.where(mask == (zero == "minisblack"), most, 0).astype(kind)
+    np.testing.assert_array_equal(read_mask(tiff(tmp_path / "m.tif", stored, photometric=zero, **options)), mask)
+
+
+@pytest.mark.parametrize("predictor", [False, True])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize(("kind", "most"), [("u1", 255), ("u2", 65535), ("i2", 32767)])
+def test_planar_and_predicted_big_endian_colour(tmp_path, kind, most, planar, predictor):
+    colours = np.stack([LIGHT, LIGHT[:, ::-1], LIGHT**2], axis=2)
+    stored = (colours * most).astype(kind)
+    if planar == "separate":
+        stored = np.moveaxis(stored, 2, 0)
+    options = {"compression": "zlib", "predictor": True} if predictor else {}
+    pixels = read(tiff(tmp_path / "x.tif", stored, photometric="rgb", planarconfig=planar, byteorder=">", **options))
+    np.testing.assert_allclose(pixels / (255 if kind == "u1" else 1), colours, atol=1 / 255)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("bits", [6, 10, 12, 14])
+def test_packed_bits_have_the_white_of_their_depth(tmp_path, bits, compression):
+    most = 2**bits - 1
+    numbers = RNG.integers(0, most + 1, (7, 5), dtype=np.uint16)
+    numbers[0, :2] = 0, most
+    expected, tolerance = triple(numbers / most), 1 / 500 if bits < 8 else 1e-6
+    options = {"compression": compression, "rowsperstrip": 3}
+    for number, (photometric, order) in enumerate([("minisblack", "<"), ("minisblack", ">"), ("miniswhite", "<")]):
+        path = packed(tmp_path / f"{number}.tif", numbers, bits, photometric=photometric, byteorder=order, **options)
+        pixels = read(path) / (255 if bits < 8 else 1)
+        shown = 1 - expected if photometric == "miniswhite" else expected
+        np.testing.assert_allclose(pixels, shown, atol=tolerance)
+        np.testing.assert_array_equal(read_mask(path), shown[..., 0] > 0)
+    colours = RNG.integers(0, most + 1, (7, 5, 3), dtype=np.uint16)
+    pixels = read(packed(tmp_path / "colour.tif", colours, bits, photometric="minisblack", **options))
+    np.testing.assert_allclose(pixels / (255 if bits < 8 else 1), colours / most, atol=tolerance)
+
+
+def test_12_bits_in_16_are_numbers_of_16_bits_whatever_the_largest(tmp_path):
+    """TIFF 6.0: MaxSampleValue is not to be used for display."""
+    numbers = np.array([[0, 4095]], np.uint16)
+    for options in {}, {"extratags": [(281, "H", 1, 4095, True)]}:
+        pixels = read(tiff(tmp_path / "x.tif", numbers, **options))
+        np.testing.assert_allclose(pixels[0, :, 0], [0, 4095 / 65535], atol=1e-6)
+    with pytest.raises(ImageError, match="stores 16 bits per value where its header says 12"):
+        read(retagged(tiff(tmp_path / "y.tif", numbers), BitsPerSample=12))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "F"])
+def test_white_is_zero_where_only_pillow_decompresses(tmp_path, mode):
+    light = np.array([[0, 0.25, 1]])
+    stored = light.astype(np.float32) if mode == "F" else (light * 65535).astype("<u2" if mode == "I;16" else ">u2")
+    image = Image.frombytes(mode, (3, 1), stored.tobytes())
+    image.save(tmp_path / "x.tif", "TIFF", compression="tiff_lzw")
+    for zero, expected in ((1, light), (0, 1 - light)):
+        pixels = read(retagged(tmp_path / "x.tif", PhotometricInterpretation=zero))
+        np.testing.assert_allclose(pixels, triple(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize(("bits", "kind"), [(8, np.uint8), (16, np.uint16)])
+@pytest.mark.parametrize(("extra", "factor"), [("unassalpha", 128 / 255), ("assocalpha", 1), ("unspecified", 1)])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite", "rgb"])
+def test_further_channels_are_what_the_header_calls_them(tmp_path, photometric, extra, factor, bits, kind, planar):
+    colours, most = 3 if photometric == "rgb" else 1, 2**bits - 1
+    value = np.full((2, 3, colours), 100 * most // 255, kind)
+    stored = np.dstack([value, np.full((2, 3), 128 * most // 255, kind)])
+    if planar == "separate":
+        stored = np.moveaxis(stored, 2, 0)
+    path = tiff(tmp_path / "x.tif", stored, photometric=photometric, planarconfig=planar, extrasamples=[extra])
+    if (photometric, extra) == ("miniswhite", "assocalpha"):
+        with pytest.raises(ImageError, match="without alpha"):
+            read(path)
+        return
+    expected = (155 if photometric == "miniswhite" else 100) / 255 * factor
+    np.testing.assert_allclose(read(path) / (255 if bits == 8 else 1), expected, atol=1 / 255)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize(("colours", "photometric"), [(3, "rgb"), (1, "minisblack")])
+def test_a_channel_that_the_header_does_not_explain_is_refused(tmp_path, colours, photometric, kind):
+    path = tiff(tmp_path / "x.tif", np.ones((4, 5, colours + 1), kind), photometric=photometric, planarconfig="contig")
+    assert read(retagged(path, ExtraSamples=0)).shape == (4, 5, 3)
+    with pytest.raises(ImageError, match=rf"x\.tif: has {colours + 1} channels, .*no ExtraSamples.*; save it without"):
+        read(retagged(path, ExtraSamples=None))
+
+
+def test_palettes_of_8_bits_are_not_black(tmp_path):
+    colours = np.zeros((3, 256), np.uint16)
+    colours[:, 1], colours[:, 2] = (250, 120, 1), (0, 0, 9)
+    for scale in 1, 257:
+        path = tiff(
+            tmp_path / "x.tif", np.array([[0, 1, 2]], np.uint8), photometric="palette", colormap=colours * scale
+        )
+        np.testing.assert_array_equal(read(path), [[[0, 0, 0], [250, 120, 1], [0, 0, 9]]])
+        np.testing.assert_array_equal(read_mask(path), [[False, True, True]])
+
+
+REFUSED = {
+    "negative": ("i2", {}, {}, "negative numbers"),
+    "large": ("u4", {}, {}, "whole numbers outside 0 to 65535"),
+    "large64": ("u8", {}, {}, "whole numbers outside 0 to 65535"),
+    "white32": ("u4", {"photometric": "miniswhite"}, {}, "has 0 as white"),
+    "complex": ("c8", {}, {}, "complex numbers"),
+    "unmeant": ("u1", {}, {"PhotometricInterpretation": None}, "no PhotometricInterpretation"),
+    "raw": ("u1", {}, {"PhotometricInterpretation": 32803}, "8-bit CFA TIFF"),
+    "lzw": ("f8", {}, {"Compression": 5}, "compressed by LZW, which is not read in 64 bits"),
+    "jpeg2000": ("u1", {}, {"Compression": 34712}, "compressed by JPEG2000"),
+    "twenty": ("u4", {}, {"BitsPerSample": 20}, "unsigned numbers of 20 bits"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tiff_that_is_not_read_is_refused_with_the_reason(tmp_path, monkeypatch, case):
+    monkeypatch.setattr("unflaw.tiff.find_spec", lambda _: None)
+    kind, options, tags, reason = REFUSED[case]
+    stored = np.full((4, 5), -5 if kind == "i2" else 70_000 if kind in ("u4", "u8") else 1, kind)
+    path = retagged(tiff(tmp_path / "x.tif", stored, **options), **tags)
+    for reader in read, read_mask:
+        with pytest.raises(ImageError, match=rf"x\.tif: .*{reason}.*; save it"):
+            reader(path)
+
+
+def test_grey_png_of_16_bits_with_a_transparent_value():
+    image = Image.fromarray(np.array([[0, 30000, 65535]], np.uint16))
+    np.testing.assert_allclose(read(encoded(image, transparency=65535))[0, :, 0], [0, 30000 / 65535, 0], atol=1e-6)
+
+
 # What is refused
 
 
@@ -255,7 +423,7 @@ DAMAGED = {
        for kind in ("PNG", "JPEG", "BMP", "TIFF", "WebP", "GIF")},
     "animation": (encoded(Image.fromarray(GREY), "GIF", save_all=True, append_images=[Image.fromarray(~GREY)]), "sev"),
     "pages": (encoded(Image.fromarray(GREY), "TIFF", save_all=True, append_images=[Image.fromarray(GREY)]), "several"),
-    "signed": (encoded(Image.fromarray(np.full((3, 3), -5, np.int32)), "TIFF"), "whole numbers"),
+    "signed": (encoded(Image.fromarray(np.full((3, 3), -5, np.int32)), "TIFF"), "negative numbers"),
 }  # fmt: skip
 
 

@@ -58,9 +58,10 @@ def read(
         name: What messages call the picture; by default its path.
 
     Returns:
-        (H, W, 3), contiguous: uint8, or float32 in [0, 1] for 16-bit sources (65535 is 1) and floats. Upright, as EXIF
-        says; grey is repeated. What is transparent is put on black, since the colours stored under it are arbitrary.
-        Colour PNG of 16 bits comes in 8, as Pillow decodes it: TIFF keeps 16. An array may come back as itself.
+        (H, W, 3), contiguous: uint8, or float32 in [0, 1] for sources of more than 8 bits (of n bits, 2^n - 1 is 1)
+        and floats. Upright, as EXIF says; grey is repeated. What is transparent is put on black, since the colours
+        stored under it are arbitrary. Colour PNG of 16 bits comes in 8, as Pillow decodes it: TIFF keeps 16, and is
+        read as its header says (see `tiff.decode_tiff`). An array may come back as itself.
 
     Raises:
         ImageError: Missing, unreadable, empty, damaged, no picture of a supported format, several frames or pages, too
@@ -199,11 +200,11 @@ def _decode(source: Any, max_pixels: int) -> np.ndarray | Image.Image:
     if not given:
         data = _bytes(source, max_pixels)
         if data[:4] in _TIFF:
-            from unflaw.tiff import decode_deep
+            from unflaw.tiff import decode_tiff
 
             _refuse(containers.crowded(data))
-            if (deep := decode_deep(data, max_pixels)) is not None:
-                return deep
+            if (decoded := decode_tiff(data, max_pixels)) is not None:
+                return decoded
         source = _open(data)
     check(source.size, getattr(source, "is_animated", False), max_pixels)  # n_frames would look at all of them
     _refuse(containers.slow(data, source.size))
@@ -227,7 +228,12 @@ def _pixels(image: Image.Image) -> np.ndarray:
         wide = np.asarray(image)
         if wide.min() < 0 or wide.max() > 65535:
             raise ImageError("holds whole numbers outside 0 to 65535; save it in 8 or 16 bits without sign")
-        return wide.astype(np.uint16)
+        wide = wide.astype(np.uint16)
+        if (clear := image.info.get("transparency")) is None:
+            return wide
+        return np.dstack([wide, np.where(wide == clear, 0, 65535).astype(np.uint16)])
+    if image.mode == "La":  # Pillow converts it to nothing else
+        image = image.convert("LA")
     if image.mode != "F":
         grey = image.mode in ("1", "L")
         image = image.convert("RGBA" if image.has_transparency_data else "L" if grey else "RGB")

@@ -1,49 +1,95 @@
-"""Colour TIFF of more than 8 bits, of which Pillow would keep 8."""
+"""TIFF files whose header Pillow follows only in part: depth, sign, byte order, zero as white, extra channels."""
 
 from __future__ import annotations
 
 import io
 import zlib
 from importlib.util import find_spec
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
+from PIL import ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from unflaw.containers import paged
-from unflaw.decoding import SIDEWAYS, ImageError, check
+from unflaw.decoding import AT_ONCE, SIDEWAYS, TRANSPARENT, ImageError, check, visible
 
 SAMPLES = 16  # of a pixel at most
 SPARE = 2**22  # pixels by which strips and tiles may be larger than the picture
-_ORIENTATION = 0x0112
+_ORIENTATION, _PHOTOMETRIC = 0x0112, 0x0106
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE = range(4)
+_COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, 5: 4, 6: 3, 8: 3}  # CMYK, YCbCr, CIELAB
+_UNSIGNED, _SIGNED, _FLOAT, _UNDEFINED = range(1, 5)  # SampleFormat; the last is read as the first, as libtiff does
+_KNOWN = {_UNSIGNED: (*range(1, 17), 32, 64), _SIGNED: (8, 16, 32, 64), _FLOAT: (16, 32, 64)}  # bits
+_KNOWN[_UNDEFINED] = _KNOWN[_UNSIGNED]
+_TYPES = {_UNSIGNED: "unsigned", _SIGNED: "signed", _FLOAT: "floating-point", _UNDEFINED: "unsigned"}
+_ASSOCIATED, _ALPHA = 1, (2, 999)  # ExtraSamples; Corel Draw writes 999
+_JPEG, _LZW, _DEFLATE, _PACKBITS, _OLD_DEFLATE = (6, 7), 5, 8, 32773, 32946  # Compression
 
 
-def decode_deep(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """(H, W, channels), upright; None where Pillow reads as much.
+def decode_tiff(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """Decode a TIFF file as its header says.
+
+    White is 2^n - 1 for integers of n bits, 2^(n-1) - 1 for signed ones, 1 for floats. Integers of 32 and 64 bits count
+    as 16 bits, because programs use these types to store 16-bit images. MinSampleValue and MaxSampleValue are ignored:
+    TIFF 6.0 excludes them from display. Channels that the header calls unspecified are left out.
+
+    Args:
+        data: The file.
+        max_pixels: Largest number of pixels, as for `images.read`.
+
+    Returns:
+        (H, W, 1 to 4 channels) uint8, uint16, or floats with black at 0 and white at 1, upright; the last of 2 or 4
+        channels is alpha. None for a file that Pillow decodes as its header says.
 
     Raises:
-        ImageError: As `images.read`.
+        ImageError: A header that leaves open what the values mean, a kind that is not read, or as `images.read`.
     """
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page: Any = tiff.pages[0]
-        if page.bitspersample <= 8 or page.samplesperpixel == 1:
-            return None
         check((page.imagewidth, page.imagelength), paged(data), max_pixels)
-        if fault := _swollen(page, data, max_pixels):
+        if fault := _unexplained(page):
             raise ImageError(fault)
-        if page.photometric.name not in ("RGB", "MINISBLACK"):
-            raise ImageError(f"is a {page.photometric.name} TIFF of more than 8 bits; save it as RGB or grey")
-        pixels = page.asarray()
-        if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
-            pixels = np.moveaxis(pixels, 0, -1)
-        if page.extrasamples != (tifffile.EXTRASAMPLE.UNASSALPHA,):  # on black already, or no transparency at all
-            pixels = pixels[..., : page.samplesperpixel - len(page.extrasamples)]
-        orientation = page.tags.valueof(_ORIENTATION, 1)
-    if orientation in SIDEWAYS:
-        pixels = pixels.swapaxes(0, 1)
-    return pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
+        if page.photometric == _PALETTE and page.samplesperpixel == 1 and page.colormap.max() < 256:
+            # colours of 8 bits instead of 16: Pillow would show black, libtiff reads them so
+            return page.colormap.T.astype(np.uint8)[_by_pillow(data)]
+        if _is_plain(page, data):
+            return None
+        if fault := _swollen(page, data, max_pixels) or _unreadable(page) or _undecodable(page):
+            raise ImageError(fault)
+        return _converted(_stored(page, data), page)
+
+
+def _unexplained(page: Any) -> str:
+    """Say what the header leaves open about the meaning of values; empty if nothing."""
+    if _PHOTOMETRIC not in page.tags and page.compression not in _JPEG:
+        return "does not say whether 0 is black or white (no PhotometricInterpretation); save it again as PNG"
+    samples = page.samplesperpixel
+    colours = _COLOURS.get(page.photometric, samples)
+    if samples - colours > len(page.extrasamples):
+        return (
+            f"has {samples} channels, and its header does not say what is in those after the first {colours} "
+            "(no ExtraSamples): alpha or something else; save it without them, or with ExtraSamples"
+        )
+    return ""
+
+
+def _is_plain(page: Any, data: bytes) -> bool:
+    """Return True if Pillow decodes the page as its header says."""
+    bits = page.bitspersample
+    deep = bits == 16 and page.samplesperpixel == 1 and page.photometric == _BLACK_IS_ZERO
+    if page.sampleformat != _UNSIGNED or not (deep or bits in (1, 2, 4, 8)):
+        return False
+    if page.planarconfig == 2 and page.extrasamples and page.compression == 1:
+        return False
+    try:
+        TiffImageFile(io.BytesIO(data))
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _swollen(page: Any, data: bytes, max_pixels: int) -> str:
@@ -55,19 +101,140 @@ def _swollen(page: Any, data: bytes, max_pixels: int) -> str:
         max_pixels: As for `images.read`.
     """
     samples, pixels = page.samplesperpixel, page.imagewidth * page.imagelength
+    bits = max(page.bitspersample) if isinstance(page.bitspersample, tuple) else page.bitspersample
     if max(page.imagedepth, page.tiledepth) > 1:
         return f"is {page.imagedepth} pictures deep; save the one that counts as a picture of its own"
-    if samples > SAMPLES or samples * page.bitspersample * pixels > 128 * max_pixels:
-        return f"has {samples} channels of {page.bitspersample} bits; save it as RGB or grey in 8 or 16 bits"
+    if samples > SAMPLES or samples * bits * pixels > 128 * max_pixels:
+        return f"has {samples} channels of {bits} bits; save it as RGB or grey in 8 or 16 bits"
     if prod(page.chunks) > (pixels + SPARE) * samples or len(page.dataoffsets) > pixels * samples + 1:
         return "is cut into strips or tiles that do not go with its size; save it again"
-    unpacked = (1, 8, 32773, 32946, *((5,) if find_spec("imagecodecs") else ()))
-    if page.compression not in unpacked:
-        return f"is compressed by {page.compression!r} in more than 8 bits; save it with Deflate or uncompressed"
-    if page.compression in (8, 32946):
-        most = prod(page.chunks) * page.bitspersample // 8 + 1
+    if page.compression in (_DEFLATE, _OLD_DEFLATE):
+        most = prod(page.chunks) * ceil(bits / 8) + 1
         for start, length in zip(page.dataoffsets, page.databytecounts, strict=False):
             inflate = zlib.decompressobj()
             if len(inflate.decompress(data[start : start + length], most)) >= most:
                 return "holds strips or tiles that are more than its size once decompressed; save it again"
     return ""
+
+
+def _unreadable(page: Any) -> str:
+    """Say why the kind of image is not read; empty if it is."""
+    kind, bits, samples = page.sampleformat, page.bitspersample, page.samplesperpixel
+    if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
+        return f"is a {bits}-bit {_name(page.photometric)} TIFF; save it as RGB or grey in 8 or 16 bits"
+    if samples < _COLOURS[page.photometric]:
+        return f"has {samples} of the 3 channels of colour; save it as RGB or grey"
+    if bits not in _KNOWN.get(kind, ()):
+        return f"holds {_TYPES.get(kind, 'complex')} numbers of {bits} bits; save it in 8 or 16 bits"
+    if page.photometric == _WHITE_IS_ZERO and _ASSOCIATED in page.extrasamples:
+        return "has 0 as white and values multiplied by alpha, which do not go together; save it without alpha"
+    if page.photometric == _WHITE_IS_ZERO and kind != _FLOAT and bits > 16:
+        return f"has 0 as white, and which of its {bits}-bit numbers is black is not known; save it in 16 bits"
+    return ""
+
+
+def _undecodable(page: Any) -> str:
+    """Say why the values of the page cannot be unpacked; empty if they can."""
+    bits = page.bitspersample
+    if bits % 8 and (page.is_tiled or page.fillorder != 1 or page.predictor != 1):
+        return f"holds {bits} bits per value in tiles, with a predictor or in reverse order; save it in 16 bits"
+    if not (_is_unpacked(page) or _is_left_to_pillow(page)):
+        predictor = "" if page.predictor == 1 else f" with predictor {_name(page.predictor)}"
+        how = f"{_name(page.compression)}{predictor}"
+        return f"is compressed by {how}, which is not read in {bits} bits; save it with Deflate or uncompressed"
+    return ""
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "name", str(value))
+
+
+def _is_unpacked(page: Any) -> bool:
+    """Return True if tifffile decompresses the page; without imagecodecs it knows few compressions."""
+    more = find_spec("imagecodecs") is not None and page.bitspersample % 8 == 0
+    known = (1, _DEFLATE, _PACKBITS, _OLD_DEFLATE, *((_LZW,) if more else ()))
+    return page.compression in known and page.predictor in (1, 2, *((3,) if more else ()))
+
+
+def _is_left_to_pillow(page: Any) -> bool:
+    """Return True if Pillow decompresses the page right; it swaps the bytes of big-endian signed and float numbers."""
+    kind, little = (page.sampleformat, page.bitspersample), page.parent.byteorder == "<"
+    known = kind == (_UNSIGNED, 16) or (little and kind in ((_SIGNED, 16), (_SIGNED, 32), (_FLOAT, 32)))
+    return known and page.samplesperpixel == 1 and page.tags[_PHOTOMETRIC].dtype == 3
+
+
+def _stored(page: Any, data: bytes) -> np.ndarray:
+    """Decompress the page to (H, W, channels) with the numbers as stored, upright."""
+    if not _is_unpacked(page):
+        place = page.tags[_PHOTOMETRIC].valueoffset  # called black, zero is a kind that Pillow knows in all depths
+        black = _BLACK_IS_ZERO.to_bytes(2, "little" if page.parent.byteorder == "<" else "big")
+        return _by_pillow(data[:place] + black + data[place + 2 :])[..., None]
+    height, width, samples = page.imagelength, page.imagewidth, page.samplesperpixel
+    pixels = _unpacked(page, data) if page.bitspersample % 8 else page.asarray()
+    if page.planarconfig == 2:
+        pixels = np.moveaxis(pixels.reshape(samples, height, width), 0, -1)
+    pixels = pixels.reshape(height, width, samples)
+    orientation = page.tags.valueof(_ORIENTATION, 1)
+    if orientation in SIDEWAYS:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
+
+
+def _by_pillow(data: bytes) -> np.ndarray:
+    """Decode a file with Pillow to (H, W), upright, without a palette."""
+    image = TiffImageFile(io.BytesIO(data))
+    ImageOps.exif_transpose(image, in_place=True)
+    return np.asarray(image)
+
+
+def _unpacked(page: Any, data: bytes) -> np.ndarray:
+    """Unpack numbers of up to 15 bits, stored without gaps within a row, to (planes × H, numbers of a row) uint16."""
+    import tifffile
+
+    bits, planes = page.bitspersample, page.samplesperpixel if page.planarconfig == 2 else 1
+    count = page.imagewidth * (page.samplesperpixel // planes)  # numbers of a row
+    stride = ceil(count * bits / 8)
+    decompress = bytes if page.compression == 1 else tifffile.TIFF.DECOMPRESSORS[page.compression]
+    at = np.arange(count) * bits
+    first, shift = at // 8, (24 - bits - at % 8).astype(np.uint32)
+    found = np.empty((planes * page.imagelength, count), np.uint16)
+    row = 0
+    for start, length in zip(page.dataoffsets, page.databytecounts, strict=True):
+        rows = min(page.rowsperstrip, page.imagelength - row % page.imagelength)
+        strip = np.frombuffer(decompress(data[start : start + length]), np.uint8)
+        if bits > 8 and len(strip) >= 2 * rows * count:
+            raise ImageError(f"stores 16 bits per value where its header says {bits}; save it in 16 bits")
+        strip = strip[: rows * stride].reshape(rows, stride)  # fails where it is cut off
+        for y in range(0, rows, step := max(1, AT_ONCE // count)):
+            wide = np.pad(strip[y : y + step], ((0, 0), (0, 2))).astype(np.uint32)
+            three = wide[:, first] << 16 | wide[:, first + 1] << 8 | wide[:, first + 2]  # bytes from where each begins
+            found[row + y : row + min(y + step, rows)] = three >> shift & 2**bits - 1
+        row += rows
+    if row < len(found):
+        raise ImageError(f"holds {row} of {len(found)} rows; save it again")
+    return found
+
+
+def _converted(pixels: np.ndarray, page: Any) -> np.ndarray:
+    """Convert the numbers of the file to what `decode_tiff` returns."""
+    bits, colours, extra = page.bitspersample, _COLOURS[page.photometric], list(page.extrasamples)
+    if pixels.dtype.kind == "i" and pixels.min() < 0:
+        raise ImageError("holds negative numbers, and which is black is not known; save it in 16 bits without sign")
+    if page.sampleformat == _FLOAT:
+        pixels, white = pixels.astype(np.float32, copy=False), 1
+    elif bits > 16:
+        if pixels.max() > 65535:
+            raise ImageError("holds whole numbers outside 0 to 65535; save it in 8 or 16 bits without sign")
+        pixels, white = pixels.astype(np.uint16), 65535
+    elif page.sampleformat == _SIGNED or 8 < bits < 16:
+        pixels, white = pixels.astype(np.float32) / (2 ** (bits - (page.sampleformat == _SIGNED)) - 1), 1
+    elif bits < 8:
+        pixels, white = (pixels * (255 / (2**bits - 1))).round().astype(np.uint8), 255
+    else:
+        white = 2**bits - 1
+    if page.photometric == _WHITE_IS_ZERO:
+        pixels = np.concatenate([white - pixels[..., :1], pixels[..., 1:]], axis=2)
+    if _ASSOCIATED in extra and not visible(pixels[..., colours + extra.index(_ASSOCIATED)]):
+        raise ImageError(TRANSPARENT)
+    kept = [*range(colours), *(colours + place for place, kind in enumerate(extra) if kind in _ALPHA)][: colours + 1]
+    return pixels if len(kept) == pixels.shape[2] else pixels[..., kept]

@@ -96,6 +96,11 @@ def rgb16(width: int, height: int, body: bytes, **more: tuple[int, tuple[int, ..
     return tiff(tags | extra, body)
 
 
+def twelve(width: int, height: int, body: bytes, **more: tuple[int, tuple[int, ...]]) -> bytes:
+    """A grey TIFF of 12 bits in one strip, compressed with Deflate."""
+    return rgb16(width, height, body, **({"t258": (3, (12,)), "t262": (3, (1,)), "t277": (3, (1,))} | more))
+
+
 def strips(side: int, rows: int) -> bytes:
     """A grey TIFF whose strips are all the same few compressed bytes: every pixel is there."""
     strip, count = zlib.compress(bytes(side * rows), 9), side // rows
@@ -265,8 +270,10 @@ def cases() -> list[Case]:
         Case("sixteen.png", lambda: saved("PNG", "I;16"), READ),
         Case("float.tif", lambda: written(REAL), READ),
         Case("float-colour.tif", lambda: written(np.repeat(REAL[..., None], 3, 2), photometric="rgb"), READ),
-        Case("double.tif", lambda: written(REAL.astype(np.float64)), "damaged"),
-        Case("half.tif", lambda: written(REAL.astype(np.float16)), "damaged"),
+        Case("double.tif", lambda: written(REAL.astype(np.float64)), READ),
+        Case("half.tif", lambda: written(REAL.astype(np.float16)), READ),
+        Case("white-is-zero.tif", lambda: written(REAL, photometric="miniswhite"), READ),
+        Case("cut-double.tif", lambda: written(REAL.astype(np.float64))[:-5000], "damaged"),
         Case("nan.tif", lambda: written(_with(np.nan)), "not finite"),
         Case("inf.tif", lambda: written(_with(np.inf)), "not finite"),
         Case("huge.tif", lambda: written(_with(1e30)), "outside 0 to 1"),
@@ -275,9 +282,17 @@ def cases() -> list[Case]:
             lambda: written(np.repeat(_with(np.nan)[..., None], 3, 2), photometric="rgb"),
             "not finite",
         ),
-        Case("complex.tif", lambda: written(REAL.astype(np.complex64)), ""),
-        Case("wide-numbers.tif", lambda: written((REAL * 1e9).astype(np.uint32)), ""),
-        Case("signed.tif", lambda: written((REAL * -9).astype(np.int16)), ""),
+        Case("complex.tif", lambda: written(REAL.astype(np.complex64)), "complex"),
+        Case("wide-numbers.tif", lambda: written((REAL * 1e9).astype(np.uint32)), "outside 0 to 65535"),
+        Case("signed.tif", lambda: written((REAL * -9).astype(np.int16)), "negative"),
+        Case("twelve.tif", lambda: twelve(40, 40, zlib.compress(bytes(2400))), READ),
+        Case("cut-twelve.tif", lambda: twelve(40, 40, zlib.compress(bytes(2000))), "damaged"),
+        Case("cut-deflate-twelve.tif", lambda: twelve(40, 40, zlib.compress(bytes(2400), 0)[:-900]), "damaged"),
+        Case("bomb-twelve.tif", lambda: twelve(40, 40, deflated(2**24)), "more than its size"),
+        Case("half-twelve.tif", lambda: twelve(40, 40, zlib.compress(bytes(1200)), t278=(4, (20,))), "20 of 40 rows"),
+        Case("claims-twelve.tif", lambda: twelve(BOMB, BOMB, b""), "over the limit"),
+        Case("claims-most-twelve.tif", lambda: twelve(14_000, 14_000, zlib.compress(b"")), "damaged"),
+        Case("no-strips-twelve.tif", lambda: twelve(40, 40, b"", t273=(4, ()), t279=(4, ())), ""),
         Case("five-channels.tif", lambda: written(np.zeros((40, 40, 5), np.uint16), photometric="rgb"), READ),
         # notes
         Case("notes.png", lambda: noted("PNG", 3_000_000), "too large"),  # Pillow takes a megabyte
