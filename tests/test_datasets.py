@@ -77,7 +77,11 @@ def test_missing_mask(bolt):
     [
         (lambda path: picture(path, 0), "mask is empty"),
         (lambda path: picture(path, 255, (4, 6)), "another size"),
-        (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read (it is damaged"),
+        (
+            lambda path: Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(path),
+            "cannot be read (it is transparent everywhere",
+        ),
     ],
 )
 def test_masks_of_no_use_are_left_out(bolt, damage, message):

@@ -201,8 +201,9 @@ def _mask_problem(sample: Sample, any_masks: bool) -> str:
             return "The mask is empty and was left out"
         same = image_size(sample.path) == mask.shape[::-1]
         return "" if same else "The mask has another size than the picture and was left out"
-    except ImageError:
-        return "The mask, or the picture itself, cannot be read; the mask was left out"
+    except ImageError as error:
+        reason = str(error).removeprefix(f"{sample.mask}: ").removeprefix(f"{sample.path}: ")
+        return f"The mask, or the picture itself, cannot be read (it {reason}); the mask was left out"
 
 
 def _size(path: Path) -> int:
