@@ -1,7 +1,9 @@
 import builtins
 import re
+import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageFont
 
-from unflaw.report import heat_map, outline, overlay, panel, views, write_report
+from unflaw.report import heat_map, outline, overlay, panel, text, views, write_report
+from unflaw.report.text import Typeface
 from unflaw.results import Evaluation, Inspected, Region, Result, Scale
 
 SIZE = 48
@@ -242,3 +246,52 @@ def test_panel_size(valid: tuple[int, int, int, int]) -> None:
     height, width = valid[3] - valid[1], valid[2] - valid[0]
     assert sheet.height == 58 + round(96 * height / max(height, width)) + 22 + 12
     assert panel(make_result(False, None, valid=valid), SCALE).width >= 260
+
+
+def heading(name: str) -> bytes:
+    """The pixels of the first line of a panel."""
+    return panel(make_result(False, name), SCALE).crop((0, 0, 260, 30)).tobytes()
+
+
+def test_names_are_legible_in_panels() -> None:
+    assert len({heading(f"Kratzer/gr{letter}e.png") for letter in "üßäöéñçøåšžłőЖλ"}) == 15  # boxes would be the same
+    assert heading(unicodedata.normalize("NFD", "größe_Ä.png")) == heading("größe_Ä.png")
+
+
+def test_every_character_is_drawn_or_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(text: str) -> bytes:
+        image = Image.new("L", (200, 30))
+        Typeface(14).draw(ImageDraw.Draw(image), (0, 0), text, "white")
+        assert Typeface(14).getlength(text) > 0
+        return image.tobytes()
+
+    monkeypatch.setattr("unflaw.report.text.SYSTEM_FONTS", ())
+    blocks = [*range(0xA1, 0xAD), *range(0xAE, 0x180), *range(0x3B1, 0x3CA), *range(0x410, 0x450)]
+    own = {chr(code): drawn(chr(code)) for code in blocks}
+    assert not [letter for letter in own if own[letter] == drawn(letter.encode("unicode_escape").decode())]
+    assert len(set(own.values())) > len(own) - 20  # boxes would all be the same; a few letters of two scripts are
+    for name, spelled in {"漢字_ü": r"\u6f22\u5b57_ü", "a\nb\x1b": r"a\nb\x1b", "caf\udce9": r"caf\udce9"}.items():
+        assert drawn(name) == drawn(spelled)
+    assert heading("test/漢\nü\udce9.png") == heading(r"test/漢\nü\udce9.png")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere fonts of the system lie in fixed folders")
+def test_other_scripts_are_drawn_in_a_font_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own font has no ü: here it stands for ours, and ours for a font of the system."""
+    narrow, system = tmp_path / "narrow.otf", tmp_path / "fonts/other.ttf"
+    narrow.write_bytes(ImageFont.load_default(23).path.getvalue())  # type: ignore[union-attr]
+    system.parent.mkdir()
+    shutil.copy(text.FONT, system)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    own, other = (ImageFont.truetype(path, 23) for path in (narrow, text.FONT))
+    monkeypatch.setattr(text, "FONT", narrow)
+    fallback = own.getlength("ab") + other.getlength("ü")
+    for name, expected in {"absent.ttf": own.getlength(r"a\xfcb"), "other.ttf": fallback}.items():
+        monkeypatch.setattr(text, "SYSTEM_FONTS", ("gone.ttf", name))
+        for cache in text._own, text._system, text._piece:
+            cache.cache_clear()
+        try:
+            assert Typeface(23).getlength("aüb") == pytest.approx(expected, abs=1)
+        finally:
+            for cache in text._own, text._system, text._piece:
+                cache.cache_clear()

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from unflaw.report.text import Typeface
 from unflaw.results import Result, Scale
 
 # Cold up to the pixel threshold, which the scale puts at 0.5, and warm above it: nothing on a good part looks alarming.
@@ -125,14 +125,13 @@ def panel(result: Result, scale: Scale, mask: np.ndarray | None = None, tile: in
     width, height = _fitted(shown["Picture"].shape, tile)
     step = max(width, 90) + _MARGIN  # a narrow picture still leaves room for its caption
     row = Image.new("RGB", (max(260, _MARGIN + step * len(shown)), _HEADER + height + _CAPTION + _MARGIN), "white")
-    draw, small = ImageDraw.Draw(row), ImageFont.load_default(13)
-    large = ImageFont.load_default(16)
-    draw.text((_MARGIN, 8), _shortened(label(result), large, row.width - 2 * _MARGIN), "black", large)
+    draw, small, large = ImageDraw.Draw(row), Typeface(12), Typeface(15)
+    large.draw(draw, (_MARGIN, 8), _shortened(label(result), large, row.width - 2 * _MARGIN), "black")
     verdict = f"{result.verdict}   score {result.score:.4g}   p {result.p_value:.3g}"
-    draw.text((_MARGIN, 32), verdict, _VERDICTS[result.verdict], small)
+    small.draw(draw, (_MARGIN, 32), verdict, _VERDICTS[result.verdict])
     for x, (caption, pixels) in zip(range(_MARGIN, row.width, step), shown.items(), strict=False):
         row.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS), (x, _HEADER))
-        draw.text((x, _HEADER + height + 4), caption, "#444444", small)
+        small.draw(draw, (x, _HEADER + height + 4), caption, "#444444")
     return row
 
 
@@ -160,7 +159,7 @@ def sheet(
         notes: Lines of text.
         width: At most this many pixels; tiles are 24 to 240 pixels wide.
     """
-    small, tiny = ImageFont.load_default(13), ImageFont.load_default(11)
+    small, tiny = Typeface(12), Typeface(10)
     margin = _MARGIN + max((math.ceil(small.getlength(line)) for lines, _ in rows for line in lines), default=0)
     margin = min(margin, width // 6)
     tile = max(24, min(240, (width - margin - _MARGIN) // len(columns) - _GAP))
@@ -176,7 +175,7 @@ def sheet(
     for i, (column, heading) in enumerate(zip(columns, headings, strict=True)):
         x, y = margin + _MARGIN + i * (tile + _GAP), top
         for j, line in enumerate(heading):
-            draw.text((x, top - 4 - 17 * (len(heading) - j)), line, "#222222", small)
+            small.draw(draw, (x, top - 4 - 17 * (len(heading) - j)), line, "#222222")
         for (_, pictures), (w, h), height in zip(rows, sizes, heights, strict=True):
             if column.heading in pictures:
                 picture = Image.fromarray(pictures[column.heading]).resize((w, h), Image.Resampling.LANCZOS)
@@ -185,14 +184,14 @@ def sheet(
         if column.bar is not None:
             drawn.paste(Image.fromarray(column.bar).resize((tile, 8)), (x, bottom))
             for place, text in column.marks.items():
-                draw.text((x + place * (tile - tiny.getlength(text)), bottom + 10), text, "#444444", tiny)
+                tiny.draw(draw, (x + place * (tile - tiny.getlength(text)), bottom + 10), text, "#444444")
     y = top
     for (lines, _), height in zip(rows, heights, strict=True):
         for j, line in enumerate(lines):
-            draw.text((_MARGIN, y + 17 * j), _shortened(line, small, margin - _MARGIN), "#222222", small)
+            small.draw(draw, (_MARGIN, y + 17 * j), _shortened(line, small, margin - _MARGIN), "#222222")
         y += height + _GAP
     for j, note in enumerate(notes):
-        draw.text((_MARGIN, bottom + scaled + 17 * j), note, "#444444", small)
+        small.draw(draw, (_MARGIN, bottom + scaled + 17 * j), note, "#444444")
     return drawn
 
 
@@ -202,7 +201,7 @@ def _fitted(shape: Sequence[int], tile: int) -> tuple[int, int]:
     return width, height
 
 
-def _wrapped(text: str, font: Any, width: float) -> list[str]:
+def _wrapped(text: str, font: Typeface, width: float) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -213,7 +212,7 @@ def _wrapped(text: str, font: Any, width: float) -> list[str]:
     return [_shortened(line, font, width) for line in lines]
 
 
-def _shortened(text: str, font: Any, width: float) -> str:
+def _shortened(text: str, font: Typeface, width: float) -> str:
     """The end of a text that is too long."""
     while len(text) > 1 and font.getlength(text) > width:
         text = "…" + text[2:]
