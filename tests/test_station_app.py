@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
@@ -98,6 +100,46 @@ def test_a_form_does_as_well_as_raw_bytes(client, bad):
     ).json()
     assert [raw["name"], form["name"], named["name"]] == ["picture", "new/0001.png", "mine"]
     assert raw["score"] == form["score"] == named["score"]
+
+
+@pytest.mark.parametrize("kind", ["Multipart/Form-Data; Boundary=x", "MULTIPART/FORM-DATA ;BOUNDARY=x"])
+def test_types_and_names_of_parameters_have_any_case(client, bad, kind):
+    body = b'--x\r\nCONTENT-disposition: Form-Data; Name="picture"; FileName="a.png"\r\n\r\n' + bad + b"\r\n--x--\r\n"
+    told = client.post("/inspect", content=body, headers={"content-type": kind}).json()
+    assert (told["name"], told["digest"]) == ("a.png", sha256(bad))
+    assert client.post("/inspect", content=bad, headers={"content-type": "IMAGE/PNG"}).json()["digest"] == sha256(bad)
+    decided = client.put(
+        f"/inspections/{told['id']}/review",
+        content='{"decision": "good", "by": "Ada"}',
+        headers={"content-type": "Application/JSON"},
+    )
+    assert decided.status_code == 200 and decided.json()["decision"] == "good"
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ("filename*=UTF-8''%C3%A4%20%E2%82%AC.png", "ä €.png"),
+        ("filename*=utf-8'de'%c3%a4.png", "ä.png"),
+        ("FileName* = iso-8859-1'en'%E4.png", "ä.png"),
+        ("""filename="a.png"; filename*=UTF-8''%C3%A4.png""", "ä.png"),
+        ("""filename*=UTF-8''%C3%A4.png; filename="a.png\"""", "ä.png"),
+        ('filename="ä.png"', "ä.png"),
+        ("""filename="a.png"; filename*=UTF-8''%E4.png""", "a.png"),  # what cannot be decoded does not count
+        ("""filename="a.png"; filename*=punycode''%C3%A4.png""", "a.png"),
+        ('filename="a.png"; filename*=%C3%A4.png', "a.png"),
+        ("filename*=UTF-8''%FF", "picture"),
+        ("filename*=", "picture"),
+        ("""filename="a; filename*=UTF-8''b.png\"""", "a; filename*=UTF-8''b.png"),  # is part of the name
+        ("filename*=UTF-8''%0D%0Aa%00.png", "\ufffd\ufffda\ufffd.png"),
+    ],
+)
+def test_names_of_files_may_be_percent_encoded(client, bad, given, name):
+    head = f'--x\r\nContent-Disposition: form-data; name="picture"; {given}\r\nContent-Type: image/png\r\n\r\n'
+    body = head.encode() + bad + b"\r\n--x--\r\n"
+    answer = client.post("/inspect", content=body, headers={"content-type": "multipart/form-data; boundary=x"})
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["name"], answer.json()["digest"]) == (name, sha256(bad))
 
 
 def test_several_detectors_need_a_name(saved, bad, tmp_path):
@@ -519,6 +561,121 @@ def test_without_a_token_other_sites_cannot_use_the_browser(client, bad):
     assert complaint(client.post("/inspect", content=bad, headers={"origin": "http://["}), 403)
     for host in ("127.0.0.1:8000", "[::1]:8000", "localhost"):
         assert client.get("/inspections", headers={"host": host}).status_code == 200
+
+
+@contextmanager
+def wired(client):
+    """`ask(request)` sends bytes to the station over a socket; the answer's head and body."""
+    server = uvicorn.Server(uvicorn.Config(client.app, port=0, log_level="error", lifespan="off"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+
+    def ask(request: bytes) -> tuple[str, bytes]:
+        with socket.create_connection(listening.getsockname(), timeout=30) as connection:
+            connection.sendall(request)
+            head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+        return head.decode().lower(), body
+
+    try:
+        yield ask
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+def test_head_is_answered_as_get_without_a_body(client, bad):
+    number = client.post("/inspect", content=bad).json()["id"]
+    documented = client.get("/openapi.json").json()["paths"]
+    readable = [path for path, operations in documented.items() if "get" in operations]
+    assert len(readable) > 6
+    places = [path.format(id=number, picture="heat") for path in readable]
+    places += ["/", "/page/page.js", "/openapi.json", "/nope", "/inspections/99", "/inspect", "/inspections/x"]
+    with wired(client) as ask:
+        for path in places:
+            line = f"{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            heads, bodies = zip(*(ask(f"{method} {line}".encode()) for method in ("GET", "HEAD")), strict=True)
+            first, second = (set(head.splitlines()) for head in heads)
+            changing = ("date: ", "content-length: ") if path == "/metrics" else ("date: ",)
+            assert all(line.startswith(changing) for line in first ^ second), path
+            assert bodies[0] and not bodies[1] and "content-length: " in heads[1], path
+    assert client.head("/health").status_code == 200 and client.head("/inspect").headers["allow"] == "POST"
+    assert client.post("/health").headers["allow"] == "GET, HEAD"
+    assert 'unflaw_answers_total{method="HEAD",path="/health",status="200"} 2.0' in client.get("/metrics").text
+
+
+def test_head_needs_the_token_that_get_needs(saved, tmp_path):
+    with running(tmp_path, [saved], token=TOKEN) as client:
+        assert client.head("/inspections").status_code == 200
+        del client.headers["authorization"]
+        assert client.head("/inspections").status_code == client.head("/metrics").status_code == 401
+        assert client.head("/health").status_code == client.head("/").status_code == 200
+
+
+def test_a_request_without_a_host_line_gets_what_is_open_and_no_data(saved, bad, tmp_path):
+    """Old monitors ask so, by HTTP/1.0; but a proxy that drops the line could pass on what a browser sends."""
+    post = f"POST /inspect HTTP/1.0\r\nContent-Length: {len(bad)}\r\n".encode()
+    private = ("/inspections", "/station", "/metrics", "/openapi.json", "/inspections/1/pictures/heat", "/nope")
+    private += ("//health", "/health/../inspections", "http://evil.example/health")
+    with running(tmp_path, [saved]) as client, wired(client) as ask:
+        for line in ("GET /health", "HEAD /health", "GET /", "HEAD /", "GET /page/page.js"):
+            assert ask(f"{line} HTTP/1.0\r\n\r\n".encode())[0].startswith("http/1.1 200")
+            for host in ("evil.example", "", "localhost.evil.example"):  # as strict as ever where the line is there
+                assert ask(f"{line} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())[0].startswith("http/1.1 403")
+            assert ask(f"{line} HTTP/1.1\r\n\r\n".encode())[0].startswith("http/1.1 400")  # there it must be
+        for path in private:
+            head, body = ask(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            assert head.startswith("http/1.1 403") and b"Host: localhost" in body, path
+        assert ask(post + b"\r\n" + bad)[0].startswith("http/1.1 403")
+        assert client.station.log.count(Filter()) == 0
+    with running(tmp_path, [saved], token=TOKEN) as client, wired(client) as ask:
+        assert ask(b"GET /health HTTP/1.0\r\n\r\n")[0].startswith("http/1.1 200")
+        for path in private:
+            assert ask(f"GET {path} HTTP/1.0\r\n\r\n".encode())[0].startswith("http/1.1 401")
+        assert ask(post + b"\r\n" + bad)[0].startswith("http/1.1 401")
+        assert ask(post + f"Authorization: Bearer {TOKEN}\r\n\r\n".encode() + bad)[0].startswith("http/1.1 200")
+
+
+@pytest.mark.parametrize("removed", [True, False], ids=["removed", "left"])
+def test_a_prefix_may_be_removed_by_the_proxy_or_left(saved, bad, tmp_path, removed):
+    at = "" if removed else "/plant/line3"
+    with running(tmp_path, [saved], token=TOKEN, root_path="/plant/line3/") as client:
+        number = client.post(f"{at}/inspect", content=bad).json()["id"]
+        for path in ("/", "/health", "/station", "/page/page.js", f"/inspections/{number}/pictures/heat"):
+            assert client.get(at + path).status_code == 200
+        assert client.get(f"{at}/page/page.js").headers["cache-control"] == "no-cache"
+        assert client.get(f"{at}/openapi.json").json()["servers"] == [{"url": "/plant/line3"}]
+        client.get(f"{at}/inspections/{number}")
+        counted = 'unflaw_answers_total{method="GET",path="/inspections/{id}",status="200"} 1.0'
+        assert counted in client.get(f"{at}/metrics").text
+        moved = client.get("/plant/line3", follow_redirects=False)
+        assert moved.headers["location"] == "http://localhost:8000/plant/line3/"
+        del client.headers["authorization"]
+        for path in ("/", "/health", "/page/page.js"):
+            assert client.get(at + path).status_code == 200
+        for path in ("/station", "/inspections", "/metrics", "/page"):
+            assert complaint(client.get(at + path), 401)
+        assert complaint(client.get("/plant/line3/plant/line3/health"), 401)  # a prefix is taken off once
+
+
+@pytest.mark.parametrize(
+    "root_path, named",
+    [
+        ("line3", "such as /line3"),
+        ("/line 3", "such as /line3"),
+        ("//evil.example", "such as /line3"),
+        ("/a/../b", "such as /line3"),
+        ("/ä", "such as /line3"),
+        ("/page", "/page of its own"),
+        ("/station", "/station of its own"),
+        ("/inspections/line3/", "/inspections of its own"),
+        ("/openapi.json", "of its own"),
+    ],
+)
+def test_a_prefix_that_cannot_be_told_apart_is_refused(client, root_path, named):
+    with pytest.raises(ValueError, match=named):
+        create_app(client.station, root_path=root_path)
 
 
 def test_cors_is_off_unless_asked_for(saved, tmp_path):

@@ -7,6 +7,9 @@ import shutil
 import socket
 import threading
 import time
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +44,17 @@ def browser():
 class Site:
     """A station that can be stopped and started again at the same address."""
 
-    def __init__(self, folder: Path, models: list[object], token: str | None = None, keep: bool = True, **limits):
+    def __init__(
+        self,
+        folder: Path,
+        models: list[object],
+        token: str | None = None,
+        keep: bool = True,
+        root_path: str = "",
+        **limits,
+    ):
         self._folder, self._models, self._token, self._keep, self._limits = folder, models, token, keep, limits
+        self._root_path = root_path
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -52,7 +64,7 @@ class Site:
     def start(self) -> None:
         log = Log(f"sqlite:///{self._folder / 'log.db'}", self._folder / "pictures" if self._keep else None)
         self.station = Station(load_all([str(model) for model in self._models]), log, Limits(**self._limits))
-        app = create_app(self.station, token=self._token)
+        app = create_app(self.station, token=self._token, root_path=self._root_path)
         self._server = uvicorn.Server(
             uvicorn.Config(app, port=self.port, log_level="error", timeout_graceful_shutdown=1)
         )
@@ -82,19 +94,68 @@ def site(saved, tmp_path):
         one.stop()
 
 
+@dataclass
+class Published:
+    """A station as a web server publishes it, under a path."""
+
+    url: str
+
+
+@pytest.fixture
+def publish():
+    """`publish(a=site, b=other)` starts a web server that passes /a/… and /b/… on; `prefix=True` leaves that in."""
+    servers = []
+
+    def start(prefix: bool = False, **sites: Site) -> list[Published]:
+        class Proxy(BaseHTTPRequestHandler):
+            def pass_on(self) -> None:
+                name, _, rest = self.path[1:].partition("/")
+                if name not in sites:
+                    return self.send_error(404)
+                body = self.rfile.read(int(self.headers.get("content-length") or 0))
+                connection = HTTPConnection("127.0.0.1", sites[name].port, timeout=30)
+                try:
+                    path = self.path if prefix else f"/{rest}"
+                    connection.request(self.command, path, body or None, dict(self.headers))
+                    answer = connection.getresponse()
+                except OSError:
+                    return self.send_error(502)
+                data = answer.read()
+                self.send_response(answer.status)
+                for header in answer.getheaders():
+                    self.send_header(*header)
+                self.end_headers()
+                self.wfile.write(data)
+                connection.close()
+
+            do_GET = do_POST = do_PUT = pass_on
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Proxy))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return [Published(f"http://127.0.0.1:{servers[-1].server_port}/{name}/") for name in sites]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture
 def visit(browser):
     """`visit(site)` opens its page. At the end nothing must have been refused by the browser or thrown."""
     faults, contexts = [], []
 
-    def open_page(site: Site, **options):
+    def open_page(site: Site | Published, path: str = "", **options):
         contexts.append(browser.new_context(**({"viewport": {"width": 1024, "height": 768}} | options)))
         page = contexts[-1].new_page()
         page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda m: faults.append(m.text) if "Content Security Policy" in m.text else None)
         page.on("request", lambda r: faults.append(r.url) if not r.url.startswith((site.url, "blob:")) else None)
-        page.goto(site.url)
+        page.goto(site.url + path)
         return page
 
     yield open_page
@@ -418,6 +479,52 @@ def test_the_token_is_asked_for_and_remembered(site, visit, bad):
     expect(page.locator("#verdict")).to_have_class("defect")
     expect(page.locator("#over")).to_be_visible()
     page.reload()
+    expect(page.locator("#detector option")).to_have_count(1)
+    expect(page.locator("#login")).to_be_hidden()
+
+
+# Behind a web server
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["path removed", "path left"])
+def test_a_station_may_be_published_under_a_path(site, visit, publish, bad, prefix):
+    station = site(sample=1.0, root_path="/line3" if prefix else "")
+    (published,) = publish(line3=station, prefix=prefix)
+    page = visit(published)  # which sees to it that nothing outside that path is asked for
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgba(0, 0, 0, 0)"
+    assert page.evaluate("document.querySelector('.brand img').naturalWidth") > 0
+    choose(page, bad)
+    expect(page.locator("#verdict")).to_have_class("defect")
+    expect(page.locator("#over")).to_have_attribute("src", re.compile("^blob:"))
+    page.get_by_role("button", name="Review").click()
+    page.get_by_label("Your name").fill("Ada")
+    page.get_by_role("button", name="Defect D").click()
+    expect(page.locator("#idle")).to_be_visible()
+    page.get_by_role("button", name="History").click()
+    expect(page.locator("#rows tr")).to_have_count(1)
+    page.get_by_role("button", name="Detectors").click()
+    page.locator(".card").get_by_role("button", name="Set the threshold anew").click()
+    expect(page.locator(".card .wrong")).to_contain_text("decide some first")
+    station.stop()
+    page.get_by_role("button", name="History").click()
+    expect(page.locator("#lost")).to_be_visible()
+    station.start()
+    expect(page.locator("#lost")).to_be_hidden()
+
+
+def test_a_token_goes_to_the_station_that_it_is_for(site, visit, publish, bad):
+    """Stations under one web server are one site to a browser."""
+    first, second = publish(line3=site(token=TOKEN), line4=site(token=f"{TOKEN}-of-line-4"))
+    page = visit(Published(first.url.removesuffix("line3/")), path="line3/")
+    page.locator("#token").fill(TOKEN)
+    page.keyboard.press("Enter")
+    expect(page.locator("#detector option")).to_have_count(1)
+    asked = []
+    page.on("request", lambda request: asked.append(request.headers.get("authorization", "")))
+    page.goto(second.url)
+    expect(page.locator("#login")).to_be_visible()
+    assert asked and not any(asked)
+    page.goto(first.url)
     expect(page.locator("#detector option")).to_have_count(1)
     expect(page.locator("#login")).to_be_hidden()
 

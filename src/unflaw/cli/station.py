@@ -55,6 +55,9 @@ def serve(
         int, typer.Option(min=1, help="Requests worked on or waiting; further ones get 429 and come back.")
     ] = 16,
     cors: Annotated[list[str] | None, typer.Option(help="Another site whose pages may ask; may be repeated.")] = None,
+    root_path: Annotated[
+        str, typer.Option(help="Path under which a reverse proxy publishes the station, such as /line3.")
+    ] = "",
     retain_days: Annotated[float | None, typer.Option(min=0, max=_DAYS, help="Records older than this go.")] = None,
     retain_gigabytes: Annotated[
         float | None, typer.Option(min=0, max=1e9, help="The oldest pictures go until the rest takes no more.")
@@ -99,6 +102,7 @@ def serve(
             station,
             token=token,
             origins=cors or (),
+            root_path=root_path,
             days=retain_days,
             picture_bytes=_bytes(retain_gigabytes),
         )
@@ -108,7 +112,8 @@ def serve(
         except OSError as error:
             raise OSError(f"cannot listen on {host}, port {port} ({error.strerror}); choose another --port") from error
         scheme = "https" if tls_certificate else "http"
-        typer.echo(f"{', '.join(station.detectors)} on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+        address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{root_path}"
+        typer.echo(f"{', '.join(station.detectors)} on {address}")
         server = uvicorn.Server(
             uvicorn.Config(
                 served,

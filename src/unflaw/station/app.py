@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
@@ -29,6 +30,7 @@ from unflaw.errors import DetectorError, WriteError
 from unflaw.images import ImageError
 from unflaw.station import schemas
 from unflaw.station.detectors import Served
+from unflaw.station.forms import read_form
 from unflaw.station.guard import Guard
 from unflaw.station.log import Entry, Filter, legible
 from unflaw.station.service import Busy, Missing, Slot, Station, names
@@ -99,6 +101,7 @@ def create_app(
     *,
     token: str | None = None,
     origins: Sequence[str] = (),
+    root_path: str = "",
     days: float | None = None,
     picture_bytes: int | None = None,
     every: float = 3600.0,
@@ -108,8 +111,16 @@ def create_app(
     Args:
         token: What requests must carry; None: only requests to this machine by its own name are answered.
         origins: Other sites whose pages may use the station.
+        root_path: Path under which a proxy publishes the station, such as `/line3`. The proxy may remove it from
+            requests, or leave it. The page needs it only in the latter case; the OpenAPI document names it.
         days, picture_bytes: Retention, as for `Log.prune`, now and `every` so many seconds.
+
+    Raises:
+        ValueError: `root_path` is not a path, or begins like a path of the station's own.
     """
+    root_path = root_path.rstrip("/")
+    if not re.fullmatch(r"(/[\w.~-]+)*", root_path, re.ASCII) or {".", ".."} & set(root_path.split("/")):
+        raise ValueError(f"--root-path {root_path}: is not a path; give one such as /line3")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -118,7 +129,7 @@ def create_app(
         keeping.cancel()
         await asyncio.to_thread(station.close)
 
-    guard = Middleware(Guard, metrics=station.metrics, max_bytes=station.limits.bytes, token=token)
+    guard = Middleware(Guard, metrics=station.metrics, max_bytes=station.limits.bytes, token=token, root_path=root_path)
     cors = Middleware(
         CORSMiddleware,
         allow_origins=origins,
@@ -145,6 +156,9 @@ def create_app(
     _add_state(api, station)
     app.include_router(api)
     _add_page(app, station)
+    first = root_path[1:].partition("/")[0]
+    if first and first in {"page", "openapi.json", *(path.split("/")[1] for path in app.openapi()["paths"])}:
+        raise ValueError(f"--root-path {root_path}: the station has a path /{first} of its own; choose another prefix")
     return app
 
 
@@ -294,10 +308,11 @@ def _add_page(app: FastAPI, station: Station) -> None:
 
 async def _picture(request: Request, asked: Asked, limit: int) -> tuple[bytes, Asked]:
     """The picture in a request and what is asked with it; fields of a form go before the query."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
         data = await request.body()
     else:
-        async with request.form(max_files=1, max_fields=8) as form:
+        async with read_form(request, max_files=1, max_fields=8) as form:
             file = form.get("picture")
             if not isinstance(file, UploadFile):
                 raise HTTPException(422, "the form has no file called picture; put the picture there")

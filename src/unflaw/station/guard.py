@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-from collections.abc import MutableMapping
-from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unflaw.station.metrics import Metrics
 
-_OPEN = ("/", "/health")  # without a token: the page holds no data, and balancers ask for health
+_OPEN = ("", "/", "/health")  # without a token: the page holds no data, and balancers ask for health
 _PAGE = "/page/"
 _METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT")
 _FRAMING = 64 * 2**10  # bytes of a multipart form around the picture
@@ -43,14 +41,20 @@ class Guard:
     """Refuses what may not come in, and puts headers on what goes out.
 
     With a token, requests must carry it as `Authorization: Bearer …`. Without, only this machine can reach the station;
-    then what a browser sends on behalf of other sites is refused, by the names in `Host` and `Origin`.
+    then what a browser sends on behalf of other sites is refused, by the names in `Host` and `Origin`. A request
+    without `Host` gets only what needs no token either.
+
+    HEAD is answered as GET is, without the body.
 
     Args:
         max_bytes: Of a body, besides the framing of a form.
+        root_path: Prefix under which a proxy publishes the station; paths may have or lack it.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_bytes: int, token: str | None) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, max_bytes: int, token: str | None, root_path: str = ""
+    ) -> None:
+        self._app, self._metrics, self._root_path = app, metrics, root_path
         self._token = None if token is None else token.encode()
         self._max_bytes = max_bytes + _FRAMING
 
@@ -59,6 +63,11 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        root, path, asked = self._root_path, scope["path"], scope["method"]
+        if path == root or path.startswith(f"{root}/"):
+            path = path[len(root) :]
+        # ASGI wants the prefix in the path; and a HEAD is a GET of which only the head is sent
+        scope = {**scope, "root_path": root, "path": root + path, "method": "GET" if asked == "HEAD" else asked}
         read, more = 0, True
 
         async def limited() -> Message:
@@ -80,24 +89,32 @@ class Guard:
                 for name, value in HEADERS.items():
                     out.setdefault(name, value)
                 # the page is looked up anew after an update, and no proxy keeps what the API says
-                out.setdefault("cache-control", "no-cache" if scope["path"].startswith(_PAGE) else "no-store")
-                path = getattr(scope.get("route"), "path", "other")
-                method = scope["method"] if scope["method"] in _METHODS else "other"
-                self._metrics.answers.labels(method, path, message["status"]).inc()
+                out.setdefault("cache-control", "no-cache" if path.startswith(_PAGE) else "no-store")
+                if "GET" in (allowed := out.get("allow", "").split(", ")) and "HEAD" not in allowed:
+                    out["allow"] = ", ".join([*allowed, "HEAD"])
+                route = getattr(scope.get("route"), "path", "other")
+                method = asked if asked in _METHODS else "other"
+                self._metrics.answers.labels(method, route, message["status"]).inc()
+            elif asked == "HEAD" and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
-        refusal = self._refuse(scope, headers)
+        refusal = self._refuse(scope["method"], path, headers)
         await (refusal or self._app)(scope, limited, finish)
 
-    def _refuse(self, scope: MutableMapping[str, Any], headers: Headers) -> JSONResponse | None:
-        path = scope["path"]
-        if self._token is None:
-            if not is_loopback(_split(f"//{headers.get('host', '')}").hostname or ""):
+    def _refuse(self, method: str, path: str, headers: Headers) -> JSONResponse | None:
+        is_open = path in _OPEN or path.startswith(_PAGE)
+        if self._token is None and "host" not in headers:
+            # No browser sends that, but a proxy may that leaves the line out of what a browser sent: no data, then.
+            if not is_open:
+                return _problem(403, "a request without a Host line gets page and health only; send Host: localhost")
+        elif self._token is None:
+            if not is_loopback(_split(f"//{headers['host']}").hostname or ""):
                 return _problem(403, "without a token the station only answers to localhost; start it with a token")
             origin = headers.get("origin")
-            if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin and not self._own(origin, headers):
+            if method not in ("GET", "OPTIONS") and origin and not self._own(origin, headers):
                 return _problem(403, f"{origin} may not use this station; start it with --cors {origin} and a token")
-        elif path not in _OPEN and not path.startswith(_PAGE):
+        elif not is_open:
             kind, _, given = headers.get("authorization", "").partition(" ")
             # compared in bytes: text with other letters than ASCII cannot be compared in constant time
             if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):

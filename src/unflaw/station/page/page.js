@@ -59,9 +59,11 @@ class Problem extends Error {
   }
 }
 
-let token = sessionStorage.getItem("unflaw.token");
+const TOKEN = `unflaw.token${location.pathname}`; // of this station: others may share the host, each under its own path
+let token = sessionStorage.getItem(TOKEN);
 let login = null;
 
+// Addresses are relative to the page: a proxy may publish the station under any path.
 async function ask(path, options = {}) {
   const used = token;
   const headers = new Headers(options.headers);
@@ -70,6 +72,9 @@ async function ask(path, options = {}) {
   try {
     answer = await fetch(path, { ...options, headers });
   } catch {
+    answer = null;
+  }
+  if (!answer || answer.status === 502 || answer.status === 504) { // a proxy says of a station that is gone
     lost();
     throw new Problem("The station does not answer.", 0);
   }
@@ -91,7 +96,7 @@ function needToken(wrong) {
     $("login").addEventListener("close", () => {
       token = $("token").value.trim();
       $("token").value = "";
-      sessionStorage.setItem("unflaw.token", token);
+      sessionStorage.setItem(TOKEN, token);
       login = null;
       resolve();
     }, { once: true });
@@ -105,7 +110,7 @@ let away = null;
 function lost() {
   $("lost").hidden = false;
   away ??= setInterval(async () => {
-    if (!(await fetch("/health").then((answer) => answer.ok, () => false))) return;
+    if (!(await fetch("health").then((answer) => answer.ok, () => false))) return;
     clearInterval(away);
     away = null;
     $("lost").hidden = true;
@@ -134,7 +139,7 @@ const guarded = (work) => async (...given) => {
 // The station: detectors, limits, how many wait
 
 async function refresh() {
-  state.station = await json("/station");
+  state.station = await json("station");
   $("waiting").hidden = !state.station.waiting;
   $("waiting").textContent = state.station.waiting;
   const names = state.station.detectors.map((detector) => detector.name);
@@ -203,7 +208,7 @@ async function upload(item) {
   const query = new URLSearchParams({ name: item.name.slice(-200), detector: item.detector, category: item.category });
   for (let attempt = 0; ; attempt += 1) {
     try {
-      item.entry = await json(`/inspect?${query}`, { method: "POST", body: item.file, headers: { "Content-Type": item.file.type || "application/octet-stream" } });
+      item.entry = await json(`inspect?${query}`, { method: "POST", body: item.file, headers: { "Content-Type": item.file.type || "application/octet-stream" } });
       item.verdict = item.entry.verdict;
       if (item.verdict !== "good" || item.entry.sampled) guarded(refresh)();
       return;
@@ -249,7 +254,7 @@ function show(view) {
 }
 
 async function loadReview() {
-  const found = await json("/inspections?waiting=true&limit=200");
+  const found = await json("inspections?waiting=true&limit=200");
   state.lists.review = found.items.map(asItem);
   if (state.view === "review") select("review", 0);
 }
@@ -354,7 +359,7 @@ async function showPictures(item) {
     $("base").alt = `${WORDS[entry.verdict]}: ${entry.name}`;
     outline(entry);
     try {
-      const found = await patiently(() => json(`/inspections/${entry.id}/pictures`));
+      const found = await patiently(() => json(`inspections/${entry.id}/pictures`));
       if (shown.id !== entry.id) return;
       Object.assign(state, found);
       shown.ready = true;
@@ -387,7 +392,7 @@ async function showPictures(item) {
 
 function picture(id, name) {
   if (!shown.urls.has(name)) {
-    const fetched = patiently(() => ask(`/inspections/${id}/pictures/${name}`)).then((answer) => answer.blob()).then(URL.createObjectURL);
+    const fetched = patiently(() => ask(`inspections/${id}/pictures/${name}`)).then((answer) => answer.blob()).then(URL.createObjectURL);
     fetched.catch(() => shown.urls.delete(name));
     shown.urls.set(name, fetched);
   }
@@ -469,7 +474,7 @@ async function decide(decision) {
   store("reviewer", by);
   $("notices").replaceChildren();
   const view = state.view;
-  item.entry = await send(`/inspections/${item.entry.id}/review`, "PUT", { decision, by });
+  item.entry = await send(`inspections/${item.entry.id}/review`, "PUT", { decision, by });
   if (view === "review" && state.view === view && decision && current() === item) {
     const after = list().findIndex((other, i) => i > state.index.review && !other.entry.decision);
     const next = after >= 0 ? after : list().findIndex((other) => !other.entry.decision);
@@ -494,7 +499,7 @@ async function loadHistory(more = false) {
   const mine = ++asked;
   const query = filters();
   if (more) query.set("before", state.next);
-  const found = await json(`/inspections?${query}`);
+  const found = await json(`inspections?${query}`);
   if (mine !== asked) return; // the filters have changed since
   const before = more ? state.lists.history : [];
   state.lists.history = [...before, ...found.items.map(asItem)];
@@ -561,7 +566,7 @@ function card(title, name, category) {
     outcome.replaceChildren(el("p", { class: "dim" }, "Inspecting the decided pictures …"));
     try {
       const wanted = { category, keep: keep.checked, sampled: sampled.checked, ...(miss.value ? { miss_rate: Number(miss.value) / 100 } : {}) };
-      const done = await send(`/detectors/${encodeURIComponent(name)}/calibrate`, "POST", wanted);
+      const done = await send(`detectors/${encodeURIComponent(name)}/calibrate`, "POST", wanted);
       const left = [done.seen && `${done.seen} left out that it has learned from`, done.counted && `${done.counted} count already`, done.lost && `${done.lost} no longer kept`].filter(Boolean);
       const by = `by ${done.good} good and ${done.defects} defective pictures${left.length ? ` (${left.join(", ")})` : ""}`;
       outcome.replaceChildren(el("p", { class: "done" }, `Threshold ${number(done.before.threshold)} → ${number(done.after.threshold)}, ${by}. Saved.`));
