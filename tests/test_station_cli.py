@@ -60,10 +60,10 @@ def test_the_log_becomes_a_table(store, tmp_path):
     out = tmp_path / "tables/log.csv"
     assert "3 inspections" in unflaw("log", "export", "--store", store, "--out", out).stdout
     done = unflaw("log", "export", "--store", store, "--out", out, "--since", "2026-01-01", "--verdict", "defect")
-    assert done.exit_code == 0 and "1 inspections" in done.stdout
+    assert done.exit_code == 0 and done.stdout.endswith(": 1 inspection\n")
     with out.open(newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["defect.png"]
-    assert "1 inspections" in unflaw("log", "export", "--store", store, "--out", out, "--until", "2026-01-01").stdout
+    assert ": 1 inspection\n" in unflaw("log", "export", "--store", store, "--out", out, "--until", "2026-01-01").stdout
     assert "3 inspections" in unflaw("log", "export", "--store", store, "--out", out, "--undecided").stdout
     url = f"sqlite:///{store / 'log.db'}"
     assert "3 inspections" in unflaw("log", "export", "--out", out, UNFLAW_DATABASE=url).stdout
@@ -76,9 +76,9 @@ def test_a_port_that_is_taken(saved, tmp_path):
 
 
 def test_the_log_is_pruned(store):
-    assert "removed 1 records and 0 pictures" in unflaw("log", "prune", "--store", store, "--days", 2000).stdout
+    assert "removed 1 record and 0 images" in unflaw("log", "prune", "--store", store, "--days", 2000).stdout
     done = unflaw("log", "prune", "--store", store, "--gigabytes", 0)
-    assert "removed 0 records and 1 pictures" in done.stdout
+    assert "removed 0 records and 1 image (" in done.stdout
     assert Log(f"sqlite:///{store / 'log.db'}").count(Filter()) == 2
 
 
@@ -152,13 +152,20 @@ def test_a_folder_is_watched_until_nothing_is_left(saved, parts, tmp_path):
         (camera / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
     options = ["--store", tmp_path / "station", "--settle", 0, "--patience", 0, "--every", 0.01, "--once"]
     (camera / "broken.png").write_bytes(b"no picture")
+    (camera / "\x1b[2Jescape.png").write_bytes((camera / "square-000.png").read_bytes())
+    Path(os.fsdecode(bytes(camera) + b"/not \xff UTF-8.png")).write_bytes((camera / "square-000.png").read_bytes())
+    (camera / "IMG_1.HEIC").write_bytes(b"a kind that is not read")
     done = unflaw("watch", camera, "--model", saved, "--out", tmp_path / "sorted", *options)
     assert done.exit_code == 0, (done.output, done.exception)
     assert "square-000.png: defect, score" in done.stdout and "broken.png" in done.stderr
-    assert not list(camera.iterdir())
-    assert len(list((tmp_path / "sorted").rglob("*.png"))) == 9
+    assert "\\x1b[2Jescape.png: defect" in done.stdout and "not \\udcff UTF-8.png: defect" in done.stdout
+    first, *_, last = done.stdout.splitlines()
+    assert f"{camera}: watched every 0.01 s until no image is waited for, with {saved}; images are moved to" in first
+    assert "10 images inspected (" in last and last.endswith("1 file unreadable, 1 file passed over")
+    assert "IMG_1.HEIC is passed over" in done.stderr and [path.name for path in camera.iterdir()] == ["IMG_1.HEIC"]
+    assert len(list((tmp_path / "sorted").rglob("*.png"))) == 11
     assert (tmp_path / "sorted/error/broken.png").is_file() and (tmp_path / "sorted/defect/square-000.png").is_file()
-    assert Log(f"sqlite:///{tmp_path / 'station/log.db'}").count(Filter()) == 8
+    assert Log(f"sqlite:///{tmp_path / 'station/log.db'}").count(Filter()) == 10
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "deploy").iterdir()))

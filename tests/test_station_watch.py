@@ -1,6 +1,7 @@
 """Watching a folder: complete files only, once each, filed by verdict."""
 
 import errno
+import re
 import shutil
 import threading
 import time
@@ -213,7 +214,8 @@ def test_it_ends_when_told_and_finishes_what_it_has_begun(place, good, bad):
     for i, data in enumerate((good, bad)):
         (place.folder / f"{i}.png").write_bytes(data)
     stop = threading.Event()
-    watcher = place.watcher(report=lambda _: stop.set())  # told so while the first is inspected
+    # told so while the first is inspected
+    watcher = place.watcher(report=lambda line: stop.set() if line.startswith("0.png") else None)
     watcher.run(stop, every=0.01)
     assert place.filed() == ["good/0.png"] and place.logged() == ["0.png"] and (place.folder / "1.png").exists()
     place.watcher().run(threading.Event(), every=0.01, once=True)
@@ -241,3 +243,169 @@ def test_a_target_that_is_no_folder_is_said_before_the_first_inspection(place, g
     with pytest.raises(ValueError, match=f"--out {place.out}: cannot hold"):
         place.watcher()
     assert place.logged() == [] and (place.folder / "a.png").exists()
+
+
+def test_first_is_said_what_is_watched_and_last_what_was_done(place, served, good, bad):
+    (place.folder / "before.png").write_bytes(good)
+    place.watcher().look()
+    place.said.clear()
+    for name, data in (("before", good), ("a", good), ("b", bad), ("c", bad), ("broken", b"no picture")):
+        (place.folder / f"{name}.png").write_bytes(data)
+    (place.folder / "notes.txt").write_text("no picture")
+    place.watcher().run(threading.Event(), every=0.01, once=True)
+    first, *lines, last = place.said
+    assert first == (
+        f"{place.folder}: watched every 0.01 s until no image is waited for, with {served.path}; images are moved to "
+        f"good, defect, review and error in {place.out}"
+    )
+    assert len(lines) == 6
+    assert last == (
+        f"{place.folder}: 3 images inspected (1 good, 2 defect, 0 for review), 1 image inspected before, "
+        "1 file unreadable, 1 file passed over"
+    )
+    place.said.clear()
+    (place.folder / "d.png").write_bytes(good)
+    stop = threading.Event()
+    stop.set()
+    place.watcher(copy=True).run(stop)
+    assert "images are copied to" in place.said[0] and "0 images inspected (0 good" in place.said[-1]
+    place.said.clear()
+    watcher = place.watcher(settle=60, report=lambda line: (place.said.append(line), watcher.look(), stop.set()))
+    stop.clear()
+    watcher.run(stop)
+    assert place.said[-1].endswith("1 file passed over, 1 image still waiting")
+
+
+def test_an_image_that_was_inspected_before_does_not_go_without_a_word(place, good, bad):
+    when = r"\d{4}-\d\d-\d\d \d\d:\d\d UTC by parts"
+    for data, verdict in ((good, "good"), (bad, "defect")):
+        for _ in range(2):
+            place.said.clear()
+            (place.folder / "a.png").write_bytes(data)
+            place.watcher().look()
+        (line,) = place.said
+        target = re.escape(str(place.out / verdict / "a.png"))
+        assert re.fullmatch(
+            rf"a.png: {verdict}, inspected before, {when}; removed here, since it is in {target} already", line
+        )
+    (place.out / "good/a.png").unlink()  # somebody took it away
+    (place.folder / "a.png").write_bytes(good)
+    place.said.clear()
+    place.watcher().look()
+    assert re.fullmatch(
+        rf"a.png: good, inspected before, {when}; moved to {re.escape(str(place.out))}/good/a.png", *place.said
+    )
+    assert place.filed() == ["defect/a.png", "good/a.png"] and len(place.logged()) == 2
+
+
+def test_copies_that_are_there_already_take_one_line(place, good):
+    for i in range(8):
+        (place.folder / f"{i}.png").write_bytes(good)
+    place.watcher(copy=True).look()
+    place.said.clear()
+    watcher = place.watcher(copy=True)
+    watcher.look(), watcher.look()
+    named = "0.png, 1.png, 2.png, 3.png, 4.png and 3 others"
+    assert place.said == [f"{place.folder}: {named} were inspected before, with copies in {place.out}"]
+
+
+def test_an_unreadable_file_is_named_with_the_place_that_it_went_to(place):
+    (place.folder / "a.png").write_bytes(b"no picture")
+    place.watcher().look()
+    (line,) = place.said
+    assert line.startswith(f"note: {place.folder / 'a.png'}: is not a picture of a kind that is read; save it as PNG")
+    assert line.endswith(f"; moved to {place.out / 'error/a.png'}")
+
+
+def test_files_of_kinds_that_are_not_read_are_named_once(place, good):
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "a.mov", "scan.pdf", "README", ".hidden", "a.png"):
+        (place.folder / name).write_bytes(good)
+    watcher = place.watcher()
+    watcher.look()
+    (place.folder / "scan.pdf").write_bytes(b"it grows")
+    watcher.look()
+    for line, (names, kind, what) in zip(
+        [line for line in place.said if line.startswith("note: ")],
+        [
+            ("README is passed over and stays", "files without a suffix", "images"),
+            ("IMG_1.HEIC and IMG_2.heic are passed over and stay", ".heic files", "images"),
+            ("a.mov is passed over and stays", ".mov files", "the frames to inspect"),
+            ("scan.pdf is passed over and stays", ".pdf files", "images"),
+        ],
+        strict=True,
+    ):
+        expected = f"{names} there, since {kind} are not read; save {what} as PNG, JPEG, BMP, TIFF, WebP or GIF"
+        assert line == f"note: {place.folder}: {expected}"
+    assert len(list(place.folder.iterdir())) == 6 and place.filed() == ["good/a.png"]
+    (place.folder / "later.pdf").write_bytes(b"")
+    watcher.look()
+    assert "later.pdf is passed over" in place.said[-1]
+
+
+def test_a_file_that_is_passed_over_is_not_waited_for_but_named_at_the_end(place):
+    (place.folder / "camera.log").write_text("it grows for ever")
+    watcher = place.watcher(settle=60)
+    assert watcher.look() == 0 and place.said == []  # it may be a picture that has its name only when it is whole
+    watcher.run(threading.Event(), every=0.01, once=True)
+    assert [".log files" in line for line in place.said] == [False, True, False]
+    assert place.said[-1].endswith("1 file passed over")
+
+
+@pytest.mark.parametrize("letter", ["n", "ä", "日"])
+def test_a_name_as_long_as_names_may_be_is_filed_however_often_it_comes(place, parts, letter):
+    pictures = [path.read_bytes() for path in sorted((parts / "test/square").iterdir())[:3]]
+    name = letter * (250 // len(letter.encode())) + ".png"
+    for data in pictures:
+        (place.folder / name).write_bytes(data)
+        assert place.watcher().look() == 0
+    assert not list(place.folder.iterdir()) and len(place.logged()) == 3
+    filed = {path.name: path.read_bytes() for path in place.out.rglob("*") if path.is_file()}
+    assert sorted(filed.values()) == sorted(pictures) and filed[name] == pictures[0]
+    assert {f"{sha256(data)[:16]}.png" for data in pictures[1:]} == {other[-20:] for other in set(filed) - {name}}
+    assert all(other.startswith(letter * 70) for other in filed)
+    assert any(f"moved to {place.out}" in line and "cannot keep its name" in line for line in place.said)
+    (place.folder / name).write_bytes(b"no picture")
+    (place.out / "error" / name).write_bytes(b"another one")
+    assert place.watcher().look() == 0 and len(place.filed()) == 5 and not list(place.folder.iterdir())
+
+
+def test_nothing_is_removed_that_is_not_filed(place, good):
+    """Whatever stands where an image should go."""
+    (place.out / "good/a.png").mkdir(parents=True)
+    (place.folder / "a.png").write_bytes(good)
+    assert place.watcher().look() == 0 and place.filed() == [f"good/a-{sha256(good)[:16]}.png"]
+    (place.out / place.filed()[0]).write_bytes(b"changed by hand")
+    (place.folder / "a.png").write_bytes(good)
+    assert place.watcher().look() == 0
+    assert (place.out / f"good/a-{sha256(good)}.png").read_bytes() == good
+    (place.out / f"good/a-{sha256(good)}.png").write_bytes(b"this, too")
+    (place.folder / "a.png").write_bytes(good)
+    assert place.watcher().look() == 1 and (place.folder / "a.png").read_bytes() == good
+    assert "the names that it could have there are taken; rename it" in place.said[-1]
+
+
+def test_of_a_link_the_image_is_filed(place, good, tmp_path):
+    (tmp_path / "elsewhere.png").write_bytes(good)
+    (place.folder / "a.png").symlink_to("../elsewhere.png")
+    place.watcher().look()
+    assert (place.out / "good/a.png").read_bytes() == good and not (place.out / "good/a.png").is_symlink()
+    assert not list(place.folder.iterdir()) and (tmp_path / "elsewhere.png").read_bytes() == good
+
+
+def test_what_waits_to_be_filed_is_inspected_counted_and_told_once(place, good, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (place.folder / "a.png").write_bytes(good)
+    (place.folder / "b.png").write_bytes(b"no picture")
+    watcher = place.watcher()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", full)
+        assert watcher.look() == watcher.look() == watcher.look() == 2
+        patched.setattr(Log, "of_source", full)
+        assert watcher.look() == 2
+    assert len(place.said) == 3 and sum("No space left" in line for line in place.said) == 2
+    place.said.clear()
+    watcher.run(threading.Event(), once=True)
+    assert place.filed() == ["error/b.png", "good/a.png"] and len(place.said) == 3
+    assert "1 image inspected (1 good" in place.said[-1] and "0 images inspected before, 1 file unr" in place.said[-1]

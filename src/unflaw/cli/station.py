@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-from unflaw.cli.common import Category, app, errors
+from unflaw.cli.common import Category, app, errors, said
+from unflaw.words import count
 
 if TYPE_CHECKING:
     from unflaw.station.log import Log
@@ -168,7 +169,7 @@ def watch(
             settle=settle,
             patience=patience,
             sample=sample,
-            report=lambda line: typer.echo(line, err=line.startswith("note: ")),
+            report=lambda line: typer.echo(said(line), err=line.startswith("note: ")),
         )
         watcher.run(stop, every=every, once=once)
 
@@ -208,8 +209,8 @@ def export_log(
         writable(out)
         since, until = (moment and moment.replace(tzinfo=moment.tzinfo or timezone.utc) for moment in (since, until))
         wanted = Filter(verdict=verdict, detector=detector, since=since, until=until, decided=decided)
-        count = export(_existing(store, database), out, wanted)
-        typer.echo(f"{out}: {count} inspections")
+        written = export(_existing(store, database), out, wanted)
+        typer.echo(f"{out}: {count(written, 'inspection')}")
 
 
 @log_app.command("prune")
@@ -229,7 +230,8 @@ def prune_log(
         if days is None and gigabytes is None:
             raise ValueError("say what may stay: --days or --gigabytes")
         done = _existing(store, database).prune(days=days, picture_bytes=_bytes(gigabytes))
-        typer.echo(f"removed {done.records} records and {done.pictures} pictures ({done.bytes / 1e6:.1f} MB)")
+        records, images = count(done.records, "record"), count(done.pictures, "image")
+        typer.echo(f"removed {records} and {images} ({done.bytes / 1e6:.1f} MB)")
 
 
 def _log(store: Path, database: str | None, keep: bool) -> Log:

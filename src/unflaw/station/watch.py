@@ -6,8 +6,10 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,8 +18,21 @@ from unflaw.files import write_atomically
 from unflaw.images import SUFFIXES, ImageError, visible_files
 from unflaw.station.detectors import Served
 from unflaw.station.log import Log, legible, sha256
+from unflaw.words import count
 
 Mark = tuple[int, int]  # bytes and time of change, ns
+_NAMED = 5  # files that a line of several names; the others are counted
+_VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv"})
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is known of an image before it is filed."""
+
+    digest: str
+    verdict: str  # or "error"
+    fault: str = ""  # why it could not be read
+    before: str = ""  # when and by which detector, if it was inspected before
 
 
 @dataclass
@@ -27,6 +42,7 @@ class _Seen:
     mark: Mark
     since: float  # monotonic seconds; unchanged from then on
     done: bool = False
+    found: _Found | None = None
 
 
 class Watcher:
@@ -44,7 +60,7 @@ class Watcher:
         patience: Seconds after which a file that still cannot be read will not be finished any more: an error.
         sample: Share of pictures that are drawn at random for review.
         max_pixels: As for `images.read`.
-        report: Is told what happens, a line each.
+        report: Gets a line for what is watched, for each image and each file passed over, and for the sum of it.
 
     Raises:
         DetectorError: As `Inspector.category`. ImageError: There is no such folder. ValueError: `out` is or holds
@@ -88,13 +104,29 @@ class Watcher:
         self._sample, self._max_pixels = sample, max_pixels
         self._seen: dict[Path, _Seen] = {}
         self._faults: dict[Path, str] = {}
+        self._counts: Counter[str] = Counter()  # images by verdict, "error", "before"; files "passed" over
 
     def run(self, stop: threading.Event, *, every: float = 1.0, once: bool = False) -> None:
-        """Looks until told to stop, or, with `once`, until no file is waited for. What has begun is finished.
+        """Looks until told to stop, or, with `once`, until no image is waited for. What has begun is finished.
+
+        It reports first what is watched, and last what was done.
 
         Raises:
             OSError: With `once`, where the folder is away, or files still cannot be filed or logged after `patience`.
         """
+        category = f", category {self._category}" if self._category else ""
+        self._report(
+            f"{self._folder}: watched every {every:g} s{' until no image is waited for' * once}, with "
+            f"{self._served.path}{category}; images are {'copied' if self._copy else 'moved'} to good, defect, review "
+            f"and error in {self._out}"
+        )
+        try:
+            self._run(stop, every, once)
+        finally:
+            self._pass_over([path for path, seen in self._seen.items() if not (seen.done or _is_image(path))])
+            self._report(self._summary())
+
+    def _run(self, stop: threading.Event, every: float, once: bool) -> None:
         while not stop.is_set():
             waiting = self.look(stop)
             if once and not waiting:
@@ -104,10 +136,9 @@ class Watcher:
             faulty = (path for path, seen in self._seen.items() if not seen.done and path in self._faults)
             stuck = [path for path in faulty if self._age(path) >= self._patience]
             if once and len(stuck) == waiting:
-                raise OSError(
-                    f"{stuck[0]}: {self._faults[stuck[0]]}; of {waiting} pictures that wait this is the first, and "
-                    "they stay where they are: mend that, the same command goes on"
-                )
+                several = f"{count(waiting, 'image')} wait, this one first, and they stay where they are"
+                stay = several if waiting > 1 else "it stays where it is"
+                raise OSError(f"{stuck[0]}: {self._faults[stuck[0]]}; {stay}: mend that, the same command goes on")
             stop.wait(every)
 
     def _age(self, path: Path) -> float:
@@ -115,18 +146,28 @@ class Watcher:
         return time.monotonic() - self._seen[path].since - self._settle
 
     def look(self, stop: threading.Event | None = None) -> int:
-        """Inspects and files what is complete; returns how many files are still waited for."""
-        seen, waiting = {}, 0
+        """Inspects and files what is complete; returns how many images are still waited for."""
+        seen: dict[Path, _Seen] = {}
+        passed, copied, waiting = list[Path](), list[Path](), 0
         for path, mark in self._marked():
-            known = self._seen.get(path)
-            if known is None or known.mark != mark:
+            known, is_image = self._seen.get(path), _is_image(path)
+            # a file that is passed over is named once, however often it changes
+            if known is None or (known.mark != mark and (is_image or not known.done)):
                 known = _Seen(mark, time.monotonic())
             seen[path] = known
             stopped = stop is not None and stop.is_set()
             if not known.done and not stopped and time.monotonic() - known.since >= self._settle:
-                known.done = self._take(path, known)
-            waiting += not known.done
+                if not is_image:
+                    passed.append(path)
+                known.done = not is_image or self._take(path, known, copied)
+            waiting += is_image and not known.done
+        if self._folder in self._faults:  # what was seen in it is remembered until it is back
+            return 0
         self._seen = seen
+        self._pass_over(passed)
+        if copied:
+            were = "was" if len(copied) == 1 else "were"
+            self._report(f"{self._folder}: {self._named(copied)} {were} inspected before, with copies in {self._out}")
         self._faults = {path: fault for path, fault in self._faults.items() if path in seen or path == self._folder}
         return waiting
 
@@ -138,29 +179,44 @@ class Watcher:
             self._complain(self._folder, str(error))
             return
         for path in files:
-            if path.suffix.lower() in SUFFIXES and not path.resolve().is_relative_to(self._filed):
+            if not path.resolve().is_relative_to(self._filed):
                 try:
                     yield path, _mark(path)
                 except FileNotFoundError:
                     continue
 
-    def _take(self, path: Path, known: _Seen) -> bool:
-        """Inspects and files one picture; False if it must be looked at again."""
+    def _take(self, path: Path, known: _Seen, copied: list[Path]) -> bool:
+        """Inspects and files one image; False if it must be looked at again.
+
+        Args:
+            copied: Gets the image if it was inspected and copied before, so that nothing is done.
+        """
         try:
             data = path.read_bytes()
-            if _mark(path) != known.mark or (verdict := self._verdict(path, data, known)) is None:
+            if _mark(path) != known.mark:
                 return False
-            return self._file(path, known.mark, data, verdict)
-        except FileNotFoundError:
+            digest = sha256(data)
+            if known.found is None or known.found.digest != digest:  # else only filing is left to do
+                known.found = self._find(path, data, digest, known)
+            if known.found is None:
+                return False
+            target, there = self._target(path, known.found)
+            if not self._file(path, known.mark, data, None if there else target):
+                return False
+            self._tell(path, known.found, target, there, copied)
             return True
         except (OSError, SQLAlchemyError) as error:
+            if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
+                return True
             self._complain(path, str(getattr(error, "orig", None) or error))
             return False
 
-    def _verdict(self, path: Path, data: bytes, known: _Seen) -> str | None:
-        source, digest = legible(str(path)), sha256(data)
+    def _find(self, path: Path, data: bytes, digest: str, known: _Seen) -> _Found | None:
+        """Inspects an image unless the log knows it; None if it must be looked at again."""
+        source = legible(str(path))
         if (logged := self._log.of_source(source, digest)) is not None:
-            return logged.verdict
+            self._counts["before"] += 1
+            return _Found(digest, logged.verdict, before=f"{logged.time:%Y-%m-%d %H:%M} UTC by {logged.detector}")
         name = path.relative_to(self._folder).as_posix()
         try:
             entry, _ = self._served.inspect(
@@ -174,33 +230,108 @@ class Watcher:
         except ImageError as error:
             if time.monotonic() - known.since < self._patience:  # perhaps it is still being written
                 return None
-            self._complain(path, str(error))
-            return "error"
+            self._counts["error"] += 1
+            return _Found(digest, "error", fault=str(error).removeprefix(f"{name}: "))
         if self._log.add(entry, data) is None:  # another watcher was faster
             return None
+        self._counts[entry.verdict] += 1
         self._report(f"{name}: {entry.verdict}, score {entry.score:.4g}, p {entry.p_value:.3g}")
-        return entry.verdict
+        return _Found(digest, entry.verdict)
 
-    def _file(self, path: Path, mark: Mark, data: bytes, verdict: str) -> bool:
-        """Moves or copies a picture; done once or twice, the outcome is the same."""
-        target, digest = self._out / verdict / path.relative_to(self._folder), sha256(data)
-        if target.exists() and sha256(target.read_bytes()) != digest:  # another picture of this name came before
-            target = target.with_name(f"{target.stem}-{digest[:16]}{target.suffix}")
-        there = target.exists()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if _mark(path) != mark:  # a new picture under the old name: its turn comes
+    def _target(self, path: Path, found: _Found) -> tuple[Path, bool]:
+        """Where an image is filed, and whether its content is there already."""
+        plain = self._out / found.verdict / path.relative_to(self._folder)
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        longest = _longest_name(plain.parent)
+        for added in ("", f"-{found.digest[:16]}", f"-{found.digest}"):
+            stem, suffix = plain.stem, added + plain.suffix
+            if not added and len(os.fsencode(plain.name)) > longest:
+                continue
+            while stem and len(os.fsencode(stem + suffix)) > longest:
+                stem = stem[:-1]
+            target = plain.with_name(stem + suffix)
+            if not os.path.lexists(target):
+                return target, False
+            if target.is_file() and sha256(target.read_bytes()) == found.digest:
+                return target, True
+        raise FileExistsError(errno.EEXIST, "the names that it could have there are taken; rename it", str(target))
+
+    def _file(self, path: Path, mark: Mark, data: bytes, target: Path | None) -> bool:
+        """Moves or copies an image; done once or twice, the outcome is the same. None: it is there already."""
+        if _mark(path) != mark:  # a new image under the old name: its turn comes
             return False
-        if not there and (self._copy or not _renamed(path, target)):
+        # a link may be relative, so that it would lead nowhere from another folder
+        if target is not None and (self._copy or path.is_symlink() or not _renamed(path, target)):
             write_atomically(target, lambda file: file.write_bytes(data))
             os.utime(target, ns=(mark[1], mark[1]))
         if not self._copy:
             path.unlink(missing_ok=True)
         return True
 
+    def _tell(self, path: Path, found: _Found, target: Path, there: bool, copied: list[Path]) -> None:
+        """Reports where an image went, but for one that has just been inspected and keeps its name."""
+        name = path.relative_to(self._folder).as_posix()
+        where = f"{'copied' if self._copy else 'moved'} to {target}"
+        if found.fault:
+            self._complain(path, f"{found.fault}; {where}")
+        elif found.before and there and self._copy:
+            copied.append(path)
+        elif found.before:
+            where = f"removed here, since it is in {target} already" if there else where
+            self._report(f"{name}: {found.verdict}, inspected before, {found.before}; {where}")
+        elif target.name != path.name:
+            self._report(f"{name}: {where}, since it cannot keep its name there")
+
+    def _pass_over(self, paths: Sequence[Path]) -> None:
+        """Names files that are not images of a kind that is read, a line for each kind."""
+        self._counts["passed"] += len(paths)
+        for suffix, group in groupby(sorted(paths, key=_suffix), _suffix):
+            found = list(group)
+            stay = "is passed over and stays" if len(found) == 1 else "are passed over and stay"
+            kind = f"{suffix} files" if suffix else "files without a suffix"
+            what = "the frames to inspect" if suffix in _VIDEOS else "images"
+            self._report(
+                f"note: {self._folder}: {self._named(found)} {stay} there, since {kind} are not read; save {what} as "
+                "PNG, JPEG, BMP, TIFF, WebP or GIF"
+            )
+
+    def _named(self, paths: Sequence[Path]) -> str:
+        names = [path.relative_to(self._folder).as_posix() for path in paths]
+        names[_NAMED:] = [count(len(names) - _NAMED, "other")] if len(names) > _NAMED else []
+        return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+    def _summary(self) -> str:
+        good, defect, review = (self._counts[verdict] for verdict in ("good", "defect", "review"))
+        waiting = sum(_is_image(path) and not seen.done for path, seen in self._seen.items())
+        parts = [
+            f"{count(good + defect + review, 'image')} inspected ({good} good, {defect} defect, {review} for review)",
+            f"{count(self._counts['before'], 'image')} inspected before",
+            f"{count(self._counts['error'], 'file')} unreadable",
+            f"{count(self._counts['passed'], 'file')} passed over",
+            *([f"{count(waiting, 'image')} still waiting"] if waiting else []),
+        ]
+        return f"{self._folder}: {', '.join(parts)}"
+
     def _complain(self, path: Path, fault: str) -> None:
         if self._faults.get(path) != fault:
             self._faults[path] = fault
             self._report(f"note: {path}: {fault}")
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
+
+
+def _is_image(path: Path) -> bool:
+    return _suffix(path) in SUFFIXES
+
+
+def _longest_name(folder: Path) -> int:
+    """Bytes that a name in a folder may have."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, ValueError, OSError):  # Windows, and some network shares
+        return 255
 
 
 def _mark(path: Path) -> Mark:
