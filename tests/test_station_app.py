@@ -311,6 +311,8 @@ def test_only_the_sampled_do_not_bend_the_threshold(saved, tmp_path):
             client.put(f"/inspections/{answer['id']}/review", json={"decision": "good", "by": "Ada"})
         done = client.post("/detectors/parts/calibrate", json={"keep": False, "sampled": True}).json()
         assert done["good"] == 1 and done["after"]["threshold"] == pytest.approx(told[0]["score"], rel=1e-4)
+        again = client.post("/detectors/parts/calibrate", json={"sampled": True})
+        assert "1 that counts already and 0 not kept" in complaint(again, 409)
 
 
 def test_what_it_has_learned_from_does_not_calibrate_it(saved, parts, tmp_path):

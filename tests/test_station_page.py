@@ -354,7 +354,7 @@ def test_decisions_become_a_new_threshold(site, visit, bad):
     expect(card.get_by_label("only those drawn at random")).to_be_checked()
     card.get_by_label("Also count").uncheck()
     card.get_by_role("button", name="Set the threshold anew").click()
-    expect(card.locator(".done")).to_contain_text("by 9 good")
+    expect(card.locator(".done")).to_contain_text("by 9 good images and 0 defective images")
     page.evaluate("document.activeElement.blur()")
     page.get_by_role("button", name="Detectors").click()  # asks anew, and what was said stays
     expect(card).to_contain_text("9 good pictures outside of training")

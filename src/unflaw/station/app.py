@@ -167,9 +167,10 @@ def _add_inspections(api: APIRouter, station: Station) -> None:
         try:
             return await asyncio.wait_for(work, station.limits.seconds)
         except asyncio.TimeoutError as error:
+            seconds = station.limits.seconds
             raise HTTPException(
                 503,
-                f"it took longer than {station.limits.seconds:g} seconds and was given up; unless it is in the "
+                f"it took longer than {seconds:g} second{'s' * (seconds != 1)} and was given up; unless it is in the "
                 "history nothing is logged",
                 {"Retry-After": "1"},
             ) from error

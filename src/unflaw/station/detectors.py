@@ -20,6 +20,7 @@ from unflaw.images import read
 from unflaw.inspector import Inspector
 from unflaw.results import Result
 from unflaw.station.log import Entry, Filter, Log, legible, sha256
+from unflaw.words import count
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,10 @@ class Served:
         }
         if not paths[0]:
             why = "drawn at random and " * sampled + "decided to be good"
+            already = count(left["counted"], "that counts already", "that count already")
             raise TrainingError(
                 f"there are no pictures of {self.name} that were {why}, but for {left['seen']} that it has learned "
-                f"from, {left['counted']} that count already and {left['lost']} not kept; decide some first"
+                f"from, {already} and {left['lost']} not kept; decide some first"
             )
         after = fresh.calibrate(
             paths[0], paths[1], rate=rate, miss_rate=miss_rate, category=category or None, keep=keep

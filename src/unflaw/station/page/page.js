@@ -48,6 +48,7 @@ function el(tag, attributes = {}, ...children) {
 const number = (value, digits = 4) => Number(value.toPrecision(digits)).toString().replace("-", "−");
 const percent = (share) => `${number(share * 100, 2)} %`;
 const moment = (time) => new Date(time).toLocaleString([], { dateStyle: "short", timeStyle: "medium" });
+const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 const bytes = (count) => (count < 1e6 ? `${Math.ceil(count / 1e3)} kB` : `${number(count / 1e6, 3)} MB`);
 
 // Asking the station
@@ -567,8 +568,8 @@ function card(title, name, category) {
     try {
       const wanted = { category, keep: keep.checked, sampled: sampled.checked, ...(miss.value ? { miss_rate: Number(miss.value) / 100 } : {}) };
       const done = await send(`detectors/${encodeURIComponent(name)}/calibrate`, "POST", wanted);
-      const left = [done.seen && `${done.seen} left out that it has learned from`, done.counted && `${done.counted} count already`, done.lost && `${done.lost} no longer kept`].filter(Boolean);
-      const by = `by ${done.good} good and ${done.defects} defective pictures${left.length ? ` (${left.join(", ")})` : ""}`;
+      const left = [done.seen && `${done.seen} left out that it has learned from`, done.counted && `${done.counted} counted already`, done.lost && `${done.lost} no longer kept`].filter(Boolean);
+      const by = `by ${counted(done.good, "good image")} and ${counted(done.defects, "defective image")}${left.length ? ` (${left.join(", ")})` : ""}`;
       outcome.replaceChildren(el("p", { class: "done" }, `Threshold ${number(done.before.threshold)} → ${number(done.after.threshold)}, ${by}. Saved.`));
       await refresh();
     } catch (error) {
