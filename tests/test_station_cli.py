@@ -98,6 +98,8 @@ def test_the_log_is_pruned(store):
         (["serve", "MODEL", "--cors", "line.example"], "https://line.example"),
         (["serve", "MODEL", "--cors", "https://line.example/page"], "https://line.example:8080"),
         (["serve", "MODEL", "--store", "short"], "names a folder"),
+        (["serve", "MODEL", "--root-path", "line3"], "give one such as /line3"),
+        (["serve", "MODEL", "--root-path", "/station"], "choose another prefix"),
         (["log", "export", "--store", "STORE", "--out", "log.csv", "--verdict", "bad"], "good, review, defect"),
         (["serve", "nowhere.safetensors"], "nowhere.safetensors"),
         (["serve", "MODEL", "MODEL"], "two detectors"),

@@ -384,6 +384,14 @@ def test_nothing_is_removed_that_is_not_filed(place, good):
     assert "the names that it could have there are taken; rename it" in place.said[-1]
 
 
+def test_an_image_is_not_removed_for_a_link_to_itself(place, good):
+    (place.folder / "a.png").write_bytes(good)
+    (place.out / "good").mkdir(parents=True)
+    (place.out / "good/a.png").symlink_to(place.folder / "a.png")
+    place.watcher().look()
+    assert (place.out / f"good/a-{sha256(good)[:16]}.png").read_bytes() == good
+
+
 def test_of_a_link_the_image_is_filed(place, good, tmp_path):
     (tmp_path / "elsewhere.png").write_bytes(good)
     (place.folder / "a.png").symlink_to("../elsewhere.png")

@@ -252,7 +252,8 @@ class Watcher:
             target = plain.with_name(stem + suffix)
             if not os.path.lexists(target):
                 return target, False
-            if target.is_file() and sha256(target.read_bytes()) == found.digest:
+            # a link there may lead to the image itself
+            if target.is_file() and not target.is_symlink() and sha256(target.read_bytes()) == found.digest:
                 return target, True
         raise FileExistsError(errno.EEXIST, "the names that it could have there are taken; rename it", str(target))
 
@@ -297,8 +298,9 @@ class Watcher:
 
     def _named(self, paths: Sequence[Path]) -> str:
         names = [path.relative_to(self._folder).as_posix() for path in paths]
-        names[_NAMED:] = [count(len(names) - _NAMED, "other")] if len(names) > _NAMED else []
-        return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        if len(names) > _NAMED:
+            names[_NAMED:] = [count(len(names) - _NAMED, "other")]
+        return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
     def _summary(self) -> str:
         good, defect, review = (self._counts[verdict] for verdict in ("good", "defect", "review"))
