@@ -343,9 +343,9 @@ def test_aitex_says_what_is_odd(tmp_path):
 def test_files_that_are_nothing_in_magnetic_tile(tmp_path):
     root = magnetic_tile(tmp_path / "tiles")
     (root / "MT_Crack/Imgs/exp1_num_0.png").unlink()
-    (root / "MT_Fray/Imgs/Thumbs.db").touch()
+    (root / "MT_Fray/Imgs/notes.txt").touch()
     unused, without = load_dataset(root).problems
-    assert "MT_Fray/Imgs/Thumbs.db (1 in all)" in unused and "MT_Crack/Imgs/exp1_num_0.jpg (1 in all)" in without
+    assert "MT_Fray/Imgs/notes.txt (1 in all)" in unused and "MT_Crack/Imgs/exp1_num_0.jpg (1 in all)" in without
 
 
 # Splits of our own

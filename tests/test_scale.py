@@ -16,7 +16,7 @@ from pyarrow import dataset
 from typer.testing import CliRunner
 
 from unflaw.cli import app
-from unflaw.images import ImageError
+from unflaw.images import ImageError, list_images
 from unflaw.scale import partitions, plan, store, worker
 from unflaw.scale.sources import Columns, Item, listed, pictures
 from unflaw.scale.store import OWN, Store, StoreError
@@ -78,7 +78,44 @@ def test_a_folder_is_its_pictures_as_plain_predict_names_them(parts, test_pictur
     (tmp_path / "link.png").symlink_to(tmp_path / "a.jpg")
     monkeypatch.chdir(tmp_path)
     assert [name for name, *_ in opened(["."])] == ["a.jpg", "deep/b.PNG", "link.png"]
-    assert [name for name, *_ in opened(["deep/*.PNG", "a.jpg", "deep", "./a.jpg"])] == ["deep/b.PNG", "a.jpg"]
+    found = opened(["deep/*.PNG", "a.jpg", "deep", "./a.jpg"])  # by whatever way, a file is there once
+    assert [name for name, *_ in found] == ["deep/b.PNG", "a.jpg", "deep/loop/link.png"]
+
+
+def test_links_to_folders_are_followed_as_plain_predict_does(tmp_path, monkeypatch):
+    for name in ("in/m/1.png", "in/m/n/2.png", "other/3.png", "in/z.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "in/a").symlink_to(tmp_path / "in/m")
+    (tmp_path / "in/b").symlink_to(tmp_path / "other")
+    (tmp_path / "other/up").symlink_to(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    names = [name for name, *_ in opened(["in"])]
+    assert names == ["in/m/1.png", "in/m/n/2.png", "in/z.png", "in/b/3.png"]
+    assert sorted(names) == [str(path) for path in list_images("in")]
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_system_folders_are_passed_over_and_counted(tmp_path, memory, where):
+    fs, root = fsspec.filesystem("memory"), "/bucket/in"
+    if where == "disk":
+        fs, root = fsspec.filesystem("file"), str(tmp_path / "in")
+    said = tmp_path / "in" if where == "disk" else f"{memory}/in"
+    there = ["a.png", "b/c.png"]
+    for name in (*there, "@eaDir/a.png/t.jpg", "b/#recycle/d.png", "b/._c.png", "b/Thumbs.db", ".x/notes.txt"):
+        fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(f"{root}/{name}", b"x")
+    notes: list[str] = []
+    assert [item.name for item in listed([str(said)], notes=notes)] == [f"{said}/{name}" for name in there]
+    assert notes == [
+        f"Hidden files and folders of the system are passed over, 3 files in all: {said}/@eaDir (1), {said}/b (1), "
+        f"{said}/b/#recycle (1)."
+    ]
+    notes.clear()
+    assert len(list(listed([f"{said}/**/*.png", f"{said}/a.png"], notes=notes))) == 2 and "2 files in all" in notes[0]
+    assert len(list(listed([f"{said}/b/#recycle", f"{said}/@*/*/*.jpg", f"{said}/b/._*.png"]))) == 3  # asked for
+    with pytest.raises(ValueError, match=r"no pictures, .* passed over, 1 file in all"):
+        list(listed([f"{said}/*/*/t.jpg"]))
 
 
 def test_pictures_by_url(memory, test_pictures):
@@ -296,6 +333,10 @@ def test_a_plan_is_kept_and_other_ones_are_refused(url, parts, tmp_path, monkeyp
     (pictures / odd).write_bytes(b"x")
     inputs = [str(pictures)]
     first = plan.prepare(made, inputs, "digest", size=3)
+    (pictures / "@eaDir").mkdir()
+    (pictures / "@eaDir/0.png").write_bytes(b"x")
+    notes: list[str] = []
+    assert plan.prepare(made, inputs, "digest", size=3, notes=notes) == first and "1 file in all" in notes[0]
     assert (first.pictures, first.partitions) == (8, 3) and plan.prepare(made, inputs, "digest", size=3) == first
     names = [item.name for i in range(3) for item in plan.items_of(made, i)]
     assert names == [str(pictures / name) for name in [*(f"{i}.png" for i in range(7)), odd]]

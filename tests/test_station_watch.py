@@ -194,6 +194,30 @@ def test_the_sorted_pictures_may_lie_within(place, good):
     assert place.filed() == ["good/a.png"] and place.logged() == ["a.png"]
 
 
+def test_system_folders_are_left_alone_which_is_said_once(place, good, bad):
+    (place.folder / "$RECYCLE.BIN").mkdir()
+    (place.folder / "$RECYCLE.BIN/$R1.png").write_bytes(bad)
+    (place.folder / "a.png").write_bytes(good)
+    watcher = place.watcher()
+    watcher.look(), watcher.look()
+    assert place.filed() == ["good/a.png"] and (place.folder / "$RECYCLE.BIN/$R1.png").exists()
+    (place.folder / "line/@eaDir").mkdir(parents=True)
+    (place.folder / "line/@eaDir/t.jpg").write_bytes(good)
+    watcher.look(), watcher.look()
+    told = [line for line in place.said if "passed over" in line]
+    assert [line.rpartition("/camera/")[2] for line in told] == ["$RECYCLE.BIN (1).", "line/@eaDir (1)."]
+
+
+def test_linked_folders_are_watched_and_loops_end(place, good, bad, tmp_path):
+    (tmp_path / "line").mkdir()
+    (tmp_path / "line/a.png").write_bytes(good)
+    (tmp_path / "line/loop").symlink_to(place.folder)
+    (place.folder / "one").symlink_to(tmp_path / "line")
+    (place.folder / "two").symlink_to(tmp_path / "line")
+    place.watcher().look()
+    assert place.filed() == ["good/one/a.png"] and place.logged() == ["one/a.png"]
+
+
 def test_the_sorted_pictures_are_known_by_whatever_way_they_are_reached(place, good, tmp_path):
     (place.folder / "a.png").write_bytes(good)
     (tmp_path / "link").symlink_to(place.folder)

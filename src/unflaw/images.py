@@ -4,9 +4,7 @@ Training, evaluation, prediction, the HTTP service and exported models all enter
 of them can resize differently.
 """
 
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -18,11 +16,21 @@ from PIL import Image
 from unflaw.decoding import ImageError, Readable, image_size, name_of, read
 from unflaw.drift import describe
 from unflaw.layout import Box, Layout, Preparation, Window, layout
+from unflaw.listing import SUFFIXES, list_images, visible_files
 
-__all__ = ["Box", "ImageError", "Preparation", "Readable", "image_size", "read"]
+__all__ = [
+    "SUFFIXES",
+    "Box",
+    "ImageError",
+    "Preparation",
+    "Readable",
+    "image_size",
+    "list_images",
+    "read",
+    "visible_files",
+]
 
 AT_ONCE = 2**24  # pixels of a picture that are resized at once: above, in strips
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -43,27 +51,6 @@ def read_mask(path: str | Path) -> np.ndarray:
     red, green, blue = np.moveaxis(read(path), 2, 0)
     over = 127 if Path(path).suffix.lower() in {".jpg", ".jpeg"} else 0
     return (red > over) | (green > over) | (blue > over)
-
-
-def visible_files(folder: str | Path) -> list[Path]:
-    """All files under a folder, sorted, but for those that are hidden or lie in a hidden folder."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ImageError(f"{folder}: there is no such folder; check the path")
-    found, waiting = [], [folder]
-    while waiting:  # Path.rglob calls itself for each level, and ends in a RecursionError
-        with suppress(PermissionError, FileNotFoundError), os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                    waiting.append(Path(entry))
-                elif not entry.name.startswith(".") and Path(entry).is_file():
-                    found.append(Path(entry))
-    return sorted(found, key=lambda f: f.as_posix())
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """The `visible_files` under a folder whose suffix is that of a picture."""
-    return [f for f in visible_files(folder) if f.suffix.lower() in SUFFIXES]
 
 
 @dataclass(frozen=True)

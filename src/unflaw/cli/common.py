@@ -96,9 +96,11 @@ def detector_file(path: Path) -> None:
 
 
 def pictures_in(inputs: list[Path]) -> list[Path]:
-    from unflaw.images import list_images
+    from unflaw.listing import Entry, counted, list_images, note
 
-    paths = [p for item in inputs for p in (list_images(item) if item.is_dir() else [item])]
+    passed_over: list[Entry] = []
+    paths = [p for item in inputs for p in (list_images(item, passed_over) if item.is_dir() else [item])]
+    report_problems(note(counted(passed_over)))
     if not paths:
         raise ValueError(f"{', '.join(map(str, inputs))}: there are no pictures to inspect")
     return paths

@@ -101,6 +101,7 @@ def predict(
             retry=retry,
             progress=progress,
         )
+    report_problems(totals.notes)
     counts, missing = totals.counts, totals.partitions - totals.finished
     before = f", {totals.before} found finished" if totals.before else ""
     typer.echo(

@@ -28,6 +28,7 @@ class Totals:
         finished: Of these, those that have their file now.
         before: Of these, found finished.
         errors: Why partitions have no file, by their numbers.
+        notes: What is to be said of the inputs, a sentence each.
     """
 
     partitions: int
@@ -35,6 +36,7 @@ class Totals:
     finished: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     errors: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def predict(
@@ -92,6 +94,7 @@ def predict(
     _apart(inputs, store)
     with store.lock():
         store.sweep()
+        notes: list[str] = []
         plan = plans.prepare(
             store,
             inputs,
@@ -100,12 +103,13 @@ def predict(
             category=category,
             column=column,
             retry=retry,
+            notes=notes,
         )
         there = files.finished(store)
         known = files.counts(store, there)
         left = sorted(set(range(plan.partitions)) - known.keys())
         again = [number for number in there if retry and known[number]["failed"]]
-        totals = Totals(plan.partitions, len(there))
+        totals = Totals(plan.partitions, len(there), notes=notes)
         for number in again:
             del known[number]
         if left or again:

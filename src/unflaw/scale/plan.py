@@ -60,10 +60,12 @@ def prepare(
     category: str | None = None,
     column: str | None = None,
     retry: bool = False,
+    notes: list[str] | None = None,
 ) -> Plan:
     """The plan of a run: a new one, written to the store, or the one that is there, if it is the same.
 
-    With `retry` files may have changed, for so have those that were mended; then that is the plan from now on.
+    With `retry` files may have changed, for so have those that were mended; then that is the plan from now on. `notes`
+    gets what is to be said of the inputs, see `sources.listed`.
 
     Raises:
         StoreError: Another plan is there, or results without one. ValueError: As `sources.listed`.
@@ -78,7 +80,7 @@ def prepare(
 
     def counted() -> Iterator[list[Item]]:
         nonlocal partitions, count, shards
-        for items in partitioned(listed(inputs, column), size):
+        for items in partitioned(listed(inputs, column, notes), size):
             partitions += 1
             for item in items:
                 listing.update(json.dumps(item[:-2]).encode() + b"\n")

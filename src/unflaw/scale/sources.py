@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unflaw.images import SUFFIXES, ImageError
+from unflaw.images import ImageError
+from unflaw.listing import Entry, Scan, counted, is_image, is_passed_over, note, walk
 from unflaw.scale.store import is_local, opened
 
 TABLES = (".parquet",)
@@ -84,27 +87,36 @@ class Later:
             raise ImageError(f"could not be read ({error}); try again with --retry") from error
 
 
-def listed(inputs: Sequence[str], column: str | None = None) -> Iterator[Item]:
+def listed(inputs: Sequence[str], column: str | None = None, notes: list[str] | None = None) -> Iterator[Item]:
     """All items of some inputs: folders, pictures, .parquet files, .tar shards, patterns of these, or URLs.
 
     A folder is taken for the one kind that it holds. The order is that of the inputs, and by name within each; a file
-    that is named twice is there once. Hidden files are passed over.
+    that is named twice is there once. What is passed over in folders and patterns, and where links lead, `listing`
+    says. Members of shards are all taken.
+
+    Args:
+        inputs: Paths, patterns and URLs.
+        column: Of tables, what holds the pictures.
+        notes: Gets a sentence on the files that were passed over, if there were any, once all are listed.
 
     Raises:
         ValueError: Nothing is there, or a folder holds several kinds. ImportError: As `store.opened`.
     """
     seen: set[str] = set()
+    passed_over: dict[str, int] = {}
     for given in inputs:
         some = False
-        for entry, name in _files(given):
+        for entry, name in _files(given, passed_over):
             some = True
-            path = entry["path"]
-            if path in seen:
+            if entry["file"] in seen:
                 continue
-            seen.add(path)
-            yield from _items(entry, path, name, column)
+            seen.add(entry["file"])
+            yield from _items(entry, entry["path"], name, column)
         if not some:
-            raise ValueError(f"{given}: there are no pictures, Parquet files or tar shards; check the path")
+            text = f"{given}: there are no pictures, Parquet files or tar shards; check the path"
+            raise ValueError(". ".join([text, *note(passed_over, "file")]))
+    if notes is not None:
+        notes += note(passed_over, "file")
 
 
 def _kind(name: str) -> str | None:
@@ -113,56 +125,92 @@ def _kind(name: str) -> str | None:
         return "rows"
     if lower.endswith(SHARDS):
         return "shard"
-    return "picture" if os.path.splitext(lower)[1] in SUFFIXES else None  # noqa: PTH122 - a URL is no Path
+    return "picture" if is_image(lower) else None
 
 
-def _files(given: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """What an input stands for: what the file system says of each file, with its full "path", and its name."""
+def _files(given: str, passed_over: dict[str, int]) -> Iterator[tuple[dict[str, Any], str]]:
+    """What an input stands for: what the file system says of each file, with its full "path", and its name.
+
+    "file" is the path by which it is the same, whatever links to folders lead to it.
+    `passed_over` gets how many files are left out, by folder.
+    """
     fs, root = opened(given)
     root = root.rstrip("/") or "/"
     fs.invalidate_cache()
+    local, left = is_local(fs), list[Entry]()
+    identify = lru_cache(256)(_identify(fs))
+
+    def name_of(path: str) -> str:
+        if not local:
+            return str(fs.unstrip_protocol(path))
+        # as `unflaw predict` calls it
+        return path if "://" in given or Path(given).is_absolute() else os.path.relpath(path)
+
     if any(sign in given for sign in "*?[") and not fs.exists(root):
-        entries = [fs.info(path) for path in sorted(fs.glob(root))]
-        found: Any = (entry for entry in entries if entry["type"] != "directory")
+        found = _matching(fs, root, left)
     else:
         try:
             entry = fs.info(root)
         except FileNotFoundError:
             raise ValueError(f"{given}: there is no such file or folder; check the path") from None
-        found = [entry] if entry["type"] != "directory" else _in_folder(fs, root, given)
+        found = iter([entry]) if entry["type"] != "directory" else _in_folder(fs, root, given, left)
     for entry in found:
-        path = entry["name"]
-        if not is_local(fs):
-            yield entry | {"path": fs.unstrip_protocol(path)}, fs.unstrip_protocol(path)
-        elif "://" in given or Path(given).is_absolute():
-            yield entry | {"path": path}, path
-        else:  # as `unflaw predict` calls it
-            yield entry | {"path": path}, os.path.relpath(path)
+        path = entry["name"] if local else fs.unstrip_protocol(entry["name"])
+        folder, _, last = path.rpartition("/")
+        yield entry | {"path": path, "file": f"{identify(folder)}/{last}"}, name_of(entry["name"])
+    for place, number in counted(left, _scan(fs), _identify(fs), lambda path: _kind(path) is not None).items():
+        passed_over[name_of(place)] = number
 
 
-def _in_folder(fs: Any, root: str, given: str) -> Iterator[dict[str, Any]]:
+def _matching(fs: Any, pattern: str, passed_over: list[Entry]) -> Iterator[dict[str, Any]]:
+    """The files that a pattern matches, but for those that only its wildcards find in what is passed over."""
+    parts = pattern.split("/")
+    fixed = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    asked = [part for part in parts[fixed:] if part[:1] not in "*?["]
+    for path in sorted(fs.glob(pattern)):
+        entry = fs.info(path)
+        if entry["type"] == "directory":
+            continue
+        below = path.split("/")[fixed:]
+        if any(is_passed_over(part) and not any(fnmatchcase(part, p) for p in asked) for part in below):
+            passed_over.append(Entry(path, False, False))
+        else:
+            yield entry
+
+
+def _in_folder(fs: Any, root: str, given: str, passed_over: list[Entry]) -> Iterator[dict[str, Any]]:
     """The files of the one kind that a folder holds. It is gone through twice rather than remembered."""
     kinds = set()
-    for entry in _walk(fs, root):
+    for entry in _walk(fs, root, passed_over):
         kinds.add(_kind(entry["name"]))
         if len(kinds) > 1:
             called = {"picture": "pictures", "rows": "Parquet files", "shard": "tar shards"}
             names = " and ".join(called[str(kind)] for kind in sorted(map(str, kinds)))
             raise ValueError(f"{given}: holds {names}; name those that are meant, such as {given.rstrip('/')}/*.tar")
-    yield from _walk(fs, root)
+    yield from _walk(fs, root, [])
 
 
-def _walk(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Files of a known kind below a folder, in the order of their names; links to folders are not followed."""
-    for entry in sorted(fs.ls(folder, detail=True), key=lambda entry: entry["name"]):
-        path = entry["name"].rstrip("/")
-        last = path.rpartition("/")[2]
-        if last.startswith(".") or path == folder:
-            continue
-        if entry["type"] == "directory":
-            yield from _walk(fs, path)
-        elif _kind(last) and (entry["type"] == "file" or (entry.get("islink") and fs.isfile(path))):
-            yield entry
+def _walk(fs: Any, folder: str, passed_over: list[Entry]) -> Iterator[dict[str, Any]]:
+    """Files of a known kind below a folder, in the order of their names, then those behind links to folders."""
+    for entry in walk(folder, _scan(fs), _identify(fs), passed_over):
+        if _kind(entry.path):
+            yield fs.info(entry.path) if entry.link else entry.info
+
+
+def _scan(fs: Any) -> Scan:
+    def scan(folder: str) -> Iterator[Entry]:
+        for info in fs.ls(folder, detail=True):
+            path, kind, link = info["name"].rstrip("/"), info["type"], bool(info.get("islink"))
+            is_folder = fs.isdir(path) if link else kind == "directory"
+            is_file = fs.isfile(path) if link else kind == "file"
+            if path != folder and (is_folder or is_file):  # a store may list the folder in itself
+                yield Entry(path, is_folder, link, info)
+
+    return scan
+
+
+def _identify(fs: Any) -> Callable[[str], str]:
+    return os.path.realpath if is_local(fs) else str
 
 
 def _items(entry: dict[str, Any], path: str, name: str, column: str | None) -> Iterator[Item]:

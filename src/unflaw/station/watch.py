@@ -15,7 +15,8 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from unflaw.files import write_atomically
-from unflaw.images import SUFFIXES, ImageError, visible_files
+from unflaw.images import ImageError
+from unflaw.listing import Entry, counted, is_image, note, visible_files
 from unflaw.station.detectors import Served
 from unflaw.station.log import Log, legible, sha256
 from unflaw.words import count
@@ -105,6 +106,7 @@ class Watcher:
         self._seen: dict[Path, _Seen] = {}
         self._faults: dict[Path, str] = {}
         self._counts: Counter[str] = Counter()  # images by verdict, "error", "before"; files "passed" over
+        self._passed_over: set[str] = set()  # folders of which that was said
 
     def run(self, stop: threading.Event, *, every: float = 1.0, once: bool = False) -> None:
         """Looks until told to stop, or, with `once`, until no image is waited for. What has begun is finished.
@@ -123,7 +125,7 @@ class Watcher:
         try:
             self._run(stop, every, once)
         finally:
-            self._pass_over([path for path, seen in self._seen.items() if not (seen.done or _is_image(path))])
+            self._pass_over([path for path, seen in self._seen.items() if not (seen.done or is_image(path))])
             self._report(self._summary())
 
     def _run(self, stop: threading.Event, every: float, once: bool) -> None:
@@ -150,17 +152,17 @@ class Watcher:
         seen: dict[Path, _Seen] = {}
         passed, copied, waiting = list[Path](), list[Path](), 0
         for path, mark in self._marked():
-            known, is_image = self._seen.get(path), _is_image(path)
+            known, readable = self._seen.get(path), is_image(path)
             # a file that is passed over is named once, however often it changes
-            if known is None or (known.mark != mark and (is_image or not known.done)):
+            if known is None or (known.mark != mark and (readable or not known.done)):
                 known = _Seen(mark, time.monotonic())
             seen[path] = known
             stopped = stop is not None and stop.is_set()
             if not known.done and not stopped and time.monotonic() - known.since >= self._settle:
-                if not is_image:
+                if not readable:
                     passed.append(path)
-                known.done = not is_image or self._take(path, known, copied)
-            waiting += is_image and not known.done
+                known.done = not readable or self._take(path, known, copied)
+            waiting += readable and not known.done
         if self._folder in self._faults:  # what was seen in it is remembered until it is back
             return 0
         self._seen = seen
@@ -173,17 +175,27 @@ class Watcher:
 
     def _marked(self) -> Iterator[tuple[Path, Mark]]:
         try:
-            files = visible_files(self._folder)
+            passed_over: list[Entry] = []
+            files = visible_files(self._folder, passed_over)
             self._faults.pop(self._folder, None)
         except (ImageError, OSError) as error:  # a share that is away for a while
             self._complain(self._folder, str(error))
             return
+        self._say_passed_over(passed_over)
         for path in files:
             if not path.resolve().is_relative_to(self._filed):
                 try:
                     yield path, _mark(path)
                 except FileNotFoundError:
                     continue
+
+    def _say_passed_over(self, passed_over: list[Entry]) -> None:
+        """Once for each folder, which is not looked into again."""
+        numbers = counted(entry for entry in passed_over if entry.path not in self._passed_over)
+        new = {place: number for place, number in numbers.items() if place not in self._passed_over}
+        self._passed_over |= new.keys()
+        for text in note(new):
+            self._report(f"note: {text}")
 
     def _take(self, path: Path, known: _Seen, copied: list[Path]) -> bool:
         """Inspects and files one image; False if it must be looked at again.
@@ -304,7 +316,7 @@ class Watcher:
 
     def _summary(self) -> str:
         good, defect, review = (self._counts[verdict] for verdict in ("good", "defect", "review"))
-        waiting = sum(_is_image(path) and not seen.done for path, seen in self._seen.items())
+        waiting = sum(is_image(path) and not seen.done for path, seen in self._seen.items())
         parts = [
             f"{count(good + defect + review, 'image')} inspected ({good} good, {defect} defect, {review} for review)",
             f"{count(self._counts['before'], 'image')} inspected before",
@@ -322,10 +334,6 @@ class Watcher:
 
 def _suffix(path: Path) -> str:
     return path.suffix.lower()
-
-
-def _is_image(path: Path) -> bool:
-    return _suffix(path) in SUFFIXES
 
 
 def _longest_name(folder: Path) -> int:
