@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unflaw.datasets import Dataset, DatasetError, Sample, digest, load_dataset
 
@@ -13,6 +13,15 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 def picture(path: Path, value: int = 0, size: tuple[int, int] = (6, 4)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, value).save(path)
+    return path
+
+
+def mask(path: Path, marked: tuple[int, int, int, int] = (1, 1, 3, 3), size: tuple[int, int] = (6, 4)) -> Path:
+    """A mask that marks a box: left, top, right, bottom."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("L", size)
+    image.paste(255, marked)
+    image.save(path)
     return path
 
 
@@ -26,8 +35,8 @@ def bolt(tmp_path):
         picture(root / f"test/good/{i}.png", 10 + i)
         picture(root / f"test/crack/{i}.png", 20 + i)
         picture(root / f"test/dent/{i}.png", 30 + i)
-        picture(root / f"ground_truth/crack/{i}_mask.png", 255)
-        picture(root / f"ground_truth/dent/{i}.bmp", 255)
+        mask(root / f"ground_truth/crack/{i}_mask.png")
+        mask(root / f"ground_truth/dent/{i}.bmp")
     (root / "license.txt").write_text("not under train or test: nobody's business")
     return root
 
@@ -76,7 +85,7 @@ def test_missing_mask(bolt):
     ("damage", "message"),
     [
         (lambda path: picture(path, 0), "mask is empty"),
-        (lambda path: picture(path, 255, (4, 6)), "another size"),
+        (lambda path: mask(path, size=(4, 6)), "another size"),
         (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read (it is damaged"),
         (
             lambda path: Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(path),
@@ -89,6 +98,118 @@ def test_masks_of_no_use_are_left_out(bolt, damage, message):
     problem = only_problem(bolt)
     assert message in problem and "left out: test/crack/1.png" in problem
     assert [sample.mask is None for sample in load_dataset(bolt).test if sample.label] == [False, True, False, False]
+
+
+def renamed(folder: Path, name: str) -> None:
+    for path in list(folder.glob("*_mask.png")):
+        path.rename(path.with_name(name.format(path.stem.removesuffix("_mask")) + ".png"))
+
+
+@pytest.mark.parametrize("name", ["{}_gt", "{}-mask", "{}_label", "mask_{}"])
+def test_masks_that_fit_no_picture_are_named(bolt, name):
+    renamed(bolt / "ground_truth/crack", name)
+    assert load_dataset(bolt).problems == (
+        f"Mask files that fit no image: ground_truth/crack/{name.format(0)}.png, "
+        f"ground_truth/crack/{name.format(1)}.png (2 in all). The mask of test/crack/0.png would be "
+        "ground_truth/crack/0_mask.* or ground_truth/crack/0.*.",
+        "Defective, but without a mask: test/crack/0.png, test/crack/1.png (2 in all).",
+    )
+    renamed(bolt / "ground_truth/dent", name)
+    for path in (bolt / "ground_truth/dent").iterdir():
+        path.rename(path.with_name(name.format(path.stem) + ".png"))
+    problem = only_problem(bolt)
+    assert "… (4 in all). The mask of test/crack/0.png would be" in problem
+    assert problem.endswith("So no image has a mask, and there are no pixel metrics.")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("ground_truth/crack", "ground_truth/cracks"), ("ground_truth", "masks"), ("ground_truth", "Ground Truths")],
+)
+def test_folders_of_masks_that_fit_no_kind_are_named(bolt, old, new):
+    (bolt / old).rename(bolt / new)
+    problem = load_dataset(bolt).problems[0]
+    assert problem.startswith(f"Mask files that fit no image: {new}/")
+    assert "The mask of test/crack/0.png would be ground_truth/crack/0_mask.* or ground_truth/crack/0.*." in problem
+
+
+def test_one_mask_too_many_is_named(bolt):
+    mask(bolt / "ground_truth/crack/7_mask.png")
+    mask(bolt / "ground_truth/dent/1_mask.png")  # as well as 1.bmp
+    assert only_problem(bolt) == (
+        "Mask files that fit no image: ground_truth/crack/7_mask.png, ground_truth/dent/1.bmp (2 in all)."
+    )
+
+
+def test_folders_that_are_not_used_are_named(bolt):
+    picture(bolt / "valid/good/0.png")
+    mask(bolt / "masks/crack/0.png")
+    (bolt / "docs").mkdir()
+    (bolt / "docs/readme.txt").touch()
+    assert only_problem(bolt) == (
+        "Folders with images that were not used: masks, valid (2 in all); used are train, validation, test, "
+        "ground_truth."
+    )
+
+
+def inverted(path: Path) -> None:
+    ImageOps.invert(Image.open(path)).save(path)
+
+
+def test_inverted_masks_are_named_and_used_as_they_are(bolt):
+    for path in (bolt / "ground_truth/dent").iterdir():
+        inverted(path)
+    assert only_problem(bolt) == (
+        "Masks that mark more than half of the image or nearly all of its border, and so may be inverted: dent (2 of 2 "
+        "masks, such as ground_truth/dent/0.bmp). They are used as they are: 0 means good, all else defective. If that "
+        "is wrong, invert the files."
+    )
+    assert all(sample.mask for sample in load_dataset(bolt).test if sample.label)
+    inverted(bolt / "ground_truth/crack/0_mask.png")  # one of two may be a large defect
+    assert "crack" not in only_problem(bolt)
+    inverted(bolt / "ground_truth/crack/1_mask.png")
+    assert "crack (2 of 2 masks, such as ground_truth/crack/0_mask.png), dent (2 of 2" in only_problem(bolt)
+
+
+def test_masks_that_mark_the_border_are_named(bolt):
+    size = (60, 40)
+    for i in range(2):
+        picture(bolt / f"test/dent/{i}.png", 30 + i, size)
+        path = mask(bolt / f"ground_truth/dent/{i}.bmp", (0, 0, *size), size)
+        frame = Image.open(path)
+        frame.paste(0, (4, 4, 56, 36))  # 35 % are left
+        frame.save(path)
+    assert "dent (2 of 2 masks, such as" in only_problem(bolt)
+    for i in range(2):
+        mask(bolt / f"ground_truth/dent/{i}.bmp", (0, 0, 60, 19), size)  # a defect at the edge, under one half
+    assert load_dataset(bolt).problems == ()
+
+
+def test_masks_of_good_pictures_may_mark_nothing(bolt):
+    picture(bolt / "ground_truth/good/0_mask.png", 0)
+    assert load_dataset(bolt).problems == () and load_dataset(bolt).test[4].mask is None
+    mask(bolt / "ground_truth/good/1_mask.png")
+    assert only_problem(bolt) == "Good, and counted as good, but the mask marks something: test/good/1.png (1 in all)."
+
+
+def test_masks_beside_their_pictures_are_no_pictures(bolt):
+    mask(bolt / "test/crack/0_mask.png")
+    assert "Images that are called like masks, yet count as images: test/crack/0_mask.png (1 in all)." in str(
+        load_dataset(bolt).problems
+    )
+    (bolt / "test/crack/0_mask.png").rename(bolt / "test/crack/face mask.png")  # a product, it may be
+    assert "called like masks" not in str(load_dataset(bolt).problems)
+    mask(bolt / "test/ground_truth/0.png", (0, 0, 2, 2))
+    assert "count as images: test/ground_truth/0.png (1 in all)" in str(load_dataset(bolt).problems)
+
+
+def test_the_same_file_as_good_and_defective(bolt):
+    (bolt / "test/good/7.png").write_bytes((bolt / "test/crack/0.png").read_bytes())
+    (bolt / "train/good/7.png").write_bytes((bolt / "test/dent/1.png").read_bytes())
+    assert only_problem(bolt) == (
+        "The same file is both good and defective, and one of the two is wrong: test/dent/1.png = train/good/7.png, "
+        "test/good/7.png = test/crack/0.png (2 in all)."
+    )
 
 
 def test_pictures_in_both_training_and_test(bolt):
@@ -117,6 +238,58 @@ def test_nothing_to_train_on(bolt):
     (bolt / "train").rename(bolt.parent / "elsewhere")
     dataset = load_dataset(bolt)
     assert dataset.layout == "mvtec" and not dataset.train and "evaluate" in only_problem(bolt)
+
+
+# The case of names
+
+
+def test_names_of_folders_are_known_whatever_their_case(bolt):
+    plain = load_dataset(bolt)
+    for old, new in (
+        *(("train/good", "train/Good"), ("train", "Train"), ("test/good", "test/GOOD"), ("test", "TEST")),
+        *(("ground_truth/crack", "ground_truth/Crack"), ("ground_truth", "Ground_Truth")),
+    ):
+        (bolt / old).rename(bolt / new)
+    renamed(bolt / "Ground_Truth/Crack", "{}_MASK")
+    dataset = load_dataset(bolt)
+    assert (dataset.layout, dataset.problems) == ("mvtec", ())
+    assert [sample.path.parts[-2:] for sample in dataset.train] == [("Good", f"{i}.png") for i in range(4)]
+    found = {sample.path.name + sample.defect: sample for sample in dataset.test}
+    for sample in plain.test:
+        twin = found[sample.path.name + sample.defect]
+        assert twin.label == sample.label and (twin.mask is None) == (sample.mask is None)
+    assert found["1.pngcrack"].mask == bolt / "Ground_Truth/Crack/1_MASK.png"
+
+
+@pytest.fixture
+def cases(tmp_path):
+    (tmp_path / "Case").touch()
+    if (tmp_path / "case").exists():
+        pytest.skip("this file system takes names that differ by case only for one")
+
+
+def test_of_folders_that_differ_by_case_only_one_is_read(bolt, cases):
+    picture(bolt / "Train/good/9.png", 90)
+    picture(bolt / "train/GOOD/8.png", 91)
+    dataset = load_dataset(bolt)
+    assert names(dataset.train) == ["0", "1", "2", "3"]
+    assert dataset.problems == (
+        "Files that were not used: train/GOOD/8.png (1 in all).",
+        "Folders whose names differ by case only: train is read, and not Train; train/good is read, and not GOOD.",
+    )
+
+
+def test_kinds_that_differ_by_case_only_keep_their_masks(bolt, cases):
+    for i in range(2):
+        picture(bolt / f"test/Crack/{i}.png", 60 + i)
+    assert [sample.mask is None for sample in load_dataset(bolt).test if sample.defect == "Crack"] == [True, True]
+    mask(bolt / "ground_truth/Crack/0_mask.png")
+    masks = {s.path.relative_to(bolt).as_posix(): s.mask for s in load_dataset(bolt).test if s.label}
+    assert masks["test/Crack/0.png"] == bolt / "ground_truth/Crack/0_mask.png" and masks["test/Crack/1.png"] is None
+    assert masks["test/crack/1.png"] == bolt / "ground_truth/crack/1_mask.png"
+    assert load_dataset(bolt).problems[0] == (
+        "Kinds of defect whose names differ by case only, and count as several: test/Crack, test/crack (2 in all)."
+    )
 
 
 # A folder
@@ -165,7 +338,7 @@ def table(folder: Path, text: str, encoding: str = "utf-8") -> Dataset:
 def shelf(tmp_path):
     for i in range(12):
         picture(tmp_path / f"p{i}.png", i)
-    picture(tmp_path / "m.png", 255)
+    mask(tmp_path / "m.png")
     return tmp_path
 
 
@@ -231,7 +404,7 @@ def test_bad_rows_are_reported_by_line(shelf):
 def test_missing_mask_of_a_row(shelf):
     dataset = table(shelf, "path,label,mask\np0.png,0,\np1.png,1,m.png\np2.png,1,gone.png\n")
     assert [sample.mask is None for sample in dataset.test] == [False, True]
-    assert "p2.png" in dataset.problems[0]
+    assert dataset.problems[0] == "There is no such mask: gone.png of p2.png (1 in all)."
 
 
 def test_tables_of_no_use(shelf):

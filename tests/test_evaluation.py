@@ -1,12 +1,15 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from typer.testing import CliRunner
 
 from unflaw import evaluation as module
+from unflaw.cli import app
 from unflaw.datasets import Dataset, Sample, load_dataset
 from unflaw.detector import Detector
 from unflaw.evaluation import evaluate
@@ -180,6 +183,28 @@ def test_padding_takes_no_part(parts, weights, tiny, tmp_path):
     masks = [read_mask(s.mask) if s.mask else np.zeros((32, 64), bool) for s in flat_dataset.test]
     expected = roc_auc_score(np.stack(masks).ravel(), np.stack(maps).ravel())
     assert found.metrics["pixel_auroc"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_masks_that_fit_nothing_or_are_inverted_are_said_before_the_figures(parts, saved, tmp_path):
+    root = tmp_path / "parts"
+    shutil.copytree(parts, root)
+    asked = ["evaluate", str(saved), "--data", str(root)]
+    whole = CliRunner().invoke(app, asked)
+    for path in (root / "ground_truth/square").iterdir():
+        ImageOps.invert(Image.open(path)).save(path)
+    wrong = CliRunner().invoke(app, asked)
+    for path in (root / "ground_truth/square").iterdir():
+        path.rename(path.with_name(path.name.replace("_mask", "_gt")))
+    none = CliRunner().invoke(app, asked)
+    assert "note" not in whole.output and "pixel_auroc –" not in whole.output
+    note, _, figures = wrong.output.partition("image_auroc")
+    assert note.startswith("note: Masks that mark more than half") and "square (4 of 4 masks, such as" in note
+    assert "pixel_auroc –" not in figures and "note" not in figures  # measured as they are
+    note, _, figures = none.output.partition("image_auroc")
+    assert (
+        note.startswith("note: Mask files that fit no image: ground_truth/square/000_gt.png, ") and "(4 in all)" in note
+    )
+    assert "ground_truth/square/000_mask.* or ground_truth/square/000.*" in note and "pixel_auroc –" in figures
 
 
 @pytest.mark.parametrize("label", [0, 1])

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from conftest import make_parts
 from unflaw.cli import app
+from unflaw.datasets import DatasetError, load_dataset
 from unflaw.listing import counted, is_passed_over, list_images, note, visible_files, walk
 from unflaw.words import count
 
@@ -108,11 +109,57 @@ def nas(tmp_path) -> Path:
     return root
 
 
+def test_system_folders_are_not_learned_from(nas):
+    dataset = load_dataset(nas)
+    assert (len(dataset.train), len(dataset.test)) == (12, 8)
+    assert {sample.defect for sample in dataset.test} == {"good", "square"}  # @eaDir is no kind of defect
+    assert dataset.problems == (
+        "Hidden files and folders of the system are passed over, 4 images in all: test/@eaDir (1), "
+        "test/good/@eaDir (1), train/good/#recycle (1), …",
+    )
+    good = load_dataset(nas / "train/good")  # a plain folder, which may not hold folders of pictures of the user's
+    assert len(good.train) == 12 and "2 images in all: #recycle (1), @eaDir (1)." in good.problems[0]
+    empty = nas.parent / "empty"
+    (nas / "train/good").rename(empty)
+    for path in empty.glob("*.png"):
+        path.unlink()
+    with pytest.raises(DatasetError, match=r"(?s)holds no pictures.*passed over, 2 images in all"):
+        load_dataset(empty)
+
+
 def test_predict_passes_them_over_and_says_so(nas, saved, tmp_path):
     asked = ["predict", str(saved), str(nas / "test/good"), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0 and len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 4
     assert f"note: Hidden files and folders of the system are passed over, 1 image in all: {nas}" in done.stderr
+
+
+def test_linked_folders_in_data_sets(tmp_path):
+    root = make_parts(tmp_path / "parts")
+    (root / "train/good").rename(tmp_path / "good")
+    (root / "train/good").symlink_to(tmp_path / "good")
+    (root / "test/square").rename(tmp_path / "square")
+    (root / "test/square").symlink_to(tmp_path / "square")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "good/011.png").rename(tmp_path / "more/011.png")
+    (tmp_path / "good/more").symlink_to(tmp_path / "more")
+    (tmp_path / "good/loop").symlink_to(root)  # ends, yet everything would train: so that is said
+    dataset = load_dataset(root)
+    trained = {sample.path.relative_to(root).as_posix() for sample in dataset.train}
+    assert {"train/good/more/011.png", "train/good/000.png"} <= trained
+    assert any("both good and defective" in problem for problem in dataset.problems)
+    (tmp_path / "good/loop").unlink()
+    assert [len(part) for part in (load_dataset(root).train, load_dataset(root).test)] == [12, 8]
+    assert load_dataset(root).problems == ()
+    with pytest.raises(DatasetError, match=r"more/ with 1 picture, 11 pictures beside it"):
+        load_dataset(tmp_path / "good")
+
+
+def test_numbers_never_are_negative(tmp_path):
+    touch(tmp_path, "a/1.png", "a/2.png", "x.png")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(DatasetError, match=r"a/ with 2 pictures, b/ with 0 pictures, 1 picture beside them"):
+        load_dataset(tmp_path)
 
 
 def test_nouns_agree_with_their_numbers():

@@ -32,6 +32,15 @@ def picture(path: Path, *, value: int | None = None, size: tuple[int, int] = (6,
     return path
 
 
+def mask(path: Path, size: tuple[int, int] = (6, 4)) -> Path:
+    """Marks the left third."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    marked = np.zeros(size[::-1], np.uint8)
+    marked[:, : size[0] // 3] = 255
+    Image.fromarray(marked).save(path)
+    return path
+
+
 def fill(root: Path, pictures: dict[str, int], masks: dict[str, int] | None = None) -> Path:
     """Numbered pictures and masks, such as {"train/good/{}.png": 4}."""
     for pattern, count in pictures.items():
@@ -39,7 +48,7 @@ def fill(root: Path, pictures: dict[str, int], masks: dict[str, int] | None = No
             picture(root / pattern.format(f"{i:03d}"))
     for pattern, count in (masks or {}).items():
         for i in range(count):
-            picture(root / pattern.format(f"{i:03d}"), value=255)
+            mask(root / pattern.format(f"{i:03d}"))
     return root
 
 
@@ -58,7 +67,11 @@ def loco(root: Path) -> Path:
             path = root / f"ground_truth/logical_anomalies/{number:03d}/{region:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask).save(path)
-    picture(root / "ground_truth/structural_anomalies/000/000.png", value=253)
+    marked = np.zeros((4, 6), np.uint8)
+    marked[1, 1] = 253
+    path = root / "ground_truth/structural_anomalies/000/000.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(marked).save(path)
     thresholds = [(255, 1.0, True), (254, 40, False), (253, 0.5, True)]
     kinds = [
         {"defect_name": f"d{value}", "pixel_value": value, "saturation_threshold": t, "relative_saturation": relative}
@@ -98,7 +111,8 @@ def kolektor(root: Path) -> Path:
     for part, good, bad in (("train", 4, 2), ("test", 2, 3)):
         for i in range(good + bad):
             picture(root / part / f"{i:05d}.png")
-            picture(root / part / f"{i:05d}_GT.png", value=0 if i < good else 255)
+            truth = root / part / f"{i:05d}_GT.png"
+            picture(truth, value=0) if i < good else mask(truth)
     return root
 
 
@@ -107,7 +121,8 @@ def magnetic_tile(root: Path) -> Path:
     for kind, count in names.items():
         for i in range(count):
             picture(root / f"MT_{kind}/Imgs/exp1_num_{i}.jpg", size=(16, 16))
-            picture(root / f"MT_{kind}/Imgs/exp1_num_{i}.png", value=0 if kind == "Free" else 255, size=(16, 16))
+            truth = root / f"MT_{kind}/Imgs/exp1_num_{i}.png"
+            picture(truth, value=0, size=(16, 16)) if kind == "Free" else mask(truth, (16, 16))
     (root / "README.md").touch()
     return root
 
@@ -118,7 +133,7 @@ def aitex(root: Path) -> Path:
     for name in ("0001_002_00", "0044_019_04", "0100_025_08"):
         picture(root / f"Defect_images/{name}.png")
     for name in ("0001_002_00_mask", "0044_019_04_mask1", "0044_019_04_mask2"):
-        picture(root / f"Mask_images/{name}.png", value=255)
+        mask(root / f"Mask_images/{name}.png")
     return root
 
 
@@ -128,7 +143,7 @@ def dagm(root: Path) -> Path:
         for i in range(good + bad):
             picture(root / f"{part}/{i:04d}.PNG")
             if i >= good:
-                picture(root / f"{part}/Label/{i:04d}_label.PNG", value=255)
+                mask(root / f"{part}/Label/{i:04d}_label.PNG")
             lines.append(f"{i}\t{int(i >= good)}\t{i:04d}.PNG\t0\t{f'{i:04d}_label.PNG' if i >= good else 0}")
         (root / part / "Label/Labels.txt").write_text("\r\n".join(lines) + "\r\n")
     return root
@@ -222,6 +237,62 @@ def test_a_folder_of_categories_stands_for_all(
     assert list(find([root.parent])) == [found]
 
 
+def summed_up(dataset: Dataset) -> tuple:
+    parts = [[sample.path.name for sample in part] for part in (dataset.train, dataset.validation)]
+    kinds = Counter((sample.defect.casefold(), bool(sample.mask)) for sample in dataset.test)
+    return dataset.layout, parts, kinds, len(dataset.problems)
+
+
+@each
+@pytest.mark.parametrize("change", [str.upper, str.lower, str.title])
+def test_every_layout_is_known_whatever_the_case_of_its_folders(
+    tmp_path, change, at, make, name, category, layout, train, validation, good, kinds, masks
+):
+    root = make(tmp_path / at)
+    plain = summed_up(load_dataset(root))
+    for folder in sorted((path for path in root.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts)):
+        folder.rename(folder.with_name(change(folder.name)))
+    assert summed_up(load_dataset(root)) == plain
+    copy = recognise(root)
+    assert copy is not None and copy.collection.name == name
+
+
+def mask_files(dataset: Dataset) -> list[Path]:
+    paths = [sample.mask for sample in dataset.test if sample.mask]
+    return [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+
+
+@each
+def test_inverted_masks_of_every_layout_are_named(
+    tmp_path, at, make, name, category, layout, train, validation, good, kinds, masks
+):
+    if not masks:
+        pytest.skip("has no masks")
+    root = make(tmp_path / at)
+    dataset = load_dataset(root)
+    for file in mask_files(dataset):
+        Image.fromarray(np.where(np.asarray(Image.open(file)) > 0, 0, 253).astype(np.uint8)).save(file)
+    after = load_dataset(root)
+    (problem,) = set(after.problems) - set(dataset.problems)
+    assert "may be inverted" in problem and any(f"{kind} (" in problem for kind in kinds)
+    assert [sample.mask for sample in after.test] == [sample.mask for sample in dataset.test]
+
+
+@each
+def test_masks_that_fit_no_picture_of_every_layout_are_named(
+    tmp_path, at, make, name, category, layout, train, validation, good, kinds, masks
+):
+    if not masks:
+        pytest.skip("has no masks")
+    root = make(tmp_path / at)
+    dataset = load_dataset(root)
+    for sample in dataset.test:
+        if sample.mask:
+            sample.mask.rename(sample.mask.with_name(f"odd-{sample.mask.name}"))
+    said = " ".join(load_dataset(root).problems)
+    assert "odd-" in said and any(word in said for word in ("fit no image", "not used", "yet not there"))
+
+
 # Masks and regions of MVTec LOCO AD
 
 
@@ -242,7 +313,9 @@ def test_damaged_regions(tmp_path):
     root = loco(tmp_path / "pushpins")
     before = fingerprint(load_dataset(root))
     truth = root / "ground_truth/logical_anomalies"
-    picture(truth / "001/001.png", value=7)
+    marked = np.zeros((4, 6), np.uint8)
+    marked[1, 1] = 7
+    Image.fromarray(marked).save(truth / "001/001.png")
     shutil.rmtree(truth / "000")
     dataset = load_dataset(root)
     assert [len(sample.regions) for sample in dataset.test if sample.label] == [0, 1, 1]
@@ -344,8 +417,12 @@ def test_files_that_are_nothing_in_magnetic_tile(tmp_path):
     root = magnetic_tile(tmp_path / "tiles")
     (root / "MT_Crack/Imgs/exp1_num_0.png").unlink()
     (root / "MT_Fray/Imgs/notes.txt").touch()
+    mask(root / "MT_Fray/Imgs/exp1_num_9.png", (16, 16))
     unused, without = load_dataset(root).problems
-    assert "MT_Fray/Imgs/notes.txt (1 in all)" in unused and "MT_Crack/Imgs/exp1_num_0.jpg (1 in all)" in without
+    assert (
+        "MT_Fray/Imgs/exp1_num_9.png, MT_Fray/Imgs/notes.txt (2 in all)" in unused
+        and "MT_Crack/Imgs/exp1_num_0.jpg (1 in all)" in without
+    )
 
 
 # Splits of our own
@@ -520,4 +597,5 @@ def test_the_real_one_is_as_published(shared):
         pytest.skip("needs MVTec AD's screw beside the checkout")
     result = check(root / "screw")
     assert result.wrong == result.notes == [] and result.found["screw"] == Counts(320, 41, 119, normal=361)
-    assert len(check(root).wrong) == sum(not (root / name).is_dir() for name in BY_NAME["MVTec AD"].counts)
+    missing = [name for name in BY_NAME["MVTec AD"].counts if not (root / name).is_dir()]
+    assert [w for w in check(root).wrong if w.endswith("is missing")] == [f"{name} is missing" for name in missing]

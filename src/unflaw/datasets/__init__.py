@@ -2,11 +2,11 @@
 
 import csv
 import os
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from unflaw.datasets.checks import check_copies, check_masks, check_names
 from unflaw.datasets.layouts import categories, layout_of
 from unflaw.datasets.samples import (
     Dataset,
@@ -14,16 +14,13 @@ from unflaw.datasets.samples import (
     Found,
     Sample,
     Saturated,
+    Tree,
     digest,
     fingerprint,
-    pictures,
-    relative,
-    sha256_if_readable,
-    some,
     subfolders,
-    unused,
 )
-from unflaw.images import SUFFIXES, ImageError, image_size, read_mask
+from unflaw.images import SUFFIXES
+from unflaw.words import count
 
 __all__ = [
     "DEFECT_LABELS",
@@ -55,8 +52,12 @@ def load_dataset(path: str | Path) -> Dataset:
 
     Layouts: that of MVTec AD (a mask is `<name>_mask.*`, `<name>.*`, or a folder `<name>` of masks; without
     ground_truth there are image labels only), those of other public benchmarks (`layouts`), a plain folder of
-    good pictures, or a table, for which see `_table`. Masks that are unreadable, empty, or of another size than their
-    picture are left out and reported. The pixels of the pictures are not looked at.
+    good pictures, or a table, for which see `_table`. Names of folders are known whatever their case. Links
+    to folders are followed; hidden files and folders of the system are passed over (`unflaw.listing`).
+
+    Masks that are unreadable, empty, or of another size than their picture are left out and reported; so are files that
+    were not used, masks that fit no picture, and masks that may be inverted. The pixels of the pictures are not looked
+    at.
 
     Raises:
         DatasetError: Nothing there, no pictures, no known layout, several categories at once, or a benchmark without
@@ -65,18 +66,21 @@ def load_dataset(path: str | Path) -> Dataset:
     path = Path(path)
     root = path if path.is_dir() else path.parent
     known = layout_of(path) if path.is_dir() else None
+    tree = Tree(root)
     if path.is_file():
         name, layout, (train, validation, test, problems) = path.stem, "table", _table(path)
     elif not path.is_dir():
         raise DatasetError(f"{path}: there is no such folder or table; check the path")
     elif known:
-        name, layout, (train, validation, test, problems) = path.resolve().name, known.name, known.read(path)
+        name, layout, (train, validation, test, problems) = path.resolve().name, known.name, known.read(tree)
     else:
-        name, layout, (train, validation, test, problems) = path.resolve().name, "folder", _folder(path)
+        name, layout, (train, validation, test, problems) = path.resolve().name, "folder", _folder(tree)
+    problems += tree.notes()
     if not train and not test:
         raise DatasetError("\n".join([f"{path}: holds no pictures that can be used.", *problems, _LAYOUTS]))
-    test, mask_problems = _check_masks(test, root)
-    problems += mask_problems + _check_overlap([*train, *validation], test, root)
+    test, mask_problems = check_masks(test, root)
+    learned = [*train, *validation]
+    problems += mask_problems + check_names([*learned, *test], root) + check_copies(learned, test, root)
     if not train:
         problems.append("There are no pictures to train on: this can only be used to evaluate.")
     if len({sample.label for sample in test}) == 1:
@@ -106,18 +110,20 @@ def load_categories(paths: Iterable[str | Path]) -> dict[str, Dataset]:
     return datasets
 
 
-def _folder(root: Path) -> Found:
-    counts = {folder.name: len(pictures(folder)) for folder in subfolders(root)}
+def _folder(tree: Tree) -> Found:
+    root = tree.root
     if several := categories(root):
         remedy = f"name one, as in {several[0]}, or train one detector for all with --multi-class"
         raise DatasetError(f"{root}: holds categories; {remedy}: {', '.join(path.name for path in several)}")
-    images = pictures(root)
-    if any(counts.values()):
-        found = [f"{name}/ with {count} pictures" for name, count in counts.items()]
-        found.append(f"{len(images) - sum(counts.values())} pictures beside them")
+    images = tree.pictures(root)
+    beside = [path for path in images if path.parent == root]
+    if len(beside) < len(images):
+        within = [path.relative_to(root).parts[0] for path in images if path.parent != root]
+        found = [f"{folder.name}/ with {count(within.count(folder.name), 'picture')}" for folder in subfolders(root)]
+        found.append(f"{count(len(beside), 'picture')} beside {'it' if len(found) == 1 else 'them'}")
         raise DatasetError(f"{root}: this layout is not known: {', '.join(found)}.\n{_LAYOUTS}")
     train = [Sample(path, 0) for path in images]
-    return train, [], [], unused([root], train, root)
+    return train, [], [], tree.unused([root], images)
 
 
 def _table(path: Path) -> Found:
@@ -177,55 +183,3 @@ def _row(row: dict[str, str], folder: Path) -> tuple[Sample, str]:
     if label in GOOD_LABELS:
         return Sample(path, 0), split
     return Sample(path, 1, folder / mask if mask else None, defect or "defect"), split
-
-
-def _check_masks(samples: list[Sample], root: Path) -> tuple[list[Sample], list[str]]:
-    """The samples without the masks that cannot be used, and what was wrong."""
-    wrong: dict[str, list[str]] = defaultdict(list)
-    any_masks = any(sample.mask for sample in samples)
-    checked = []
-    for sample in samples:
-        reason = _mask_problem(sample, any_masks)
-        if reason:
-            wrong[reason].append(relative(sample.path, root))
-        checked.append(replace(sample, mask=None, regions=()) if reason else sample)
-    return checked, [f"{reason}: {some(names)}." for reason, names in wrong.items()]
-
-
-def _mask_problem(sample: Sample, any_masks: bool) -> str:
-    if not sample.mask:
-        return "Defective, but without a mask" if sample.label and any_masks else ""
-    try:
-        mask = read_mask(sample.mask)
-        if not mask.any():
-            return "The mask is empty and was left out"
-        same = image_size(sample.path) == mask.shape[::-1]
-        return "" if same else "The mask has another size than the picture and was left out"
-    except ImageError as error:
-        reason = str(error).removeprefix(f"{sample.mask}: ").removeprefix(f"{sample.path}: ")
-        return f"The mask, or the picture itself, cannot be read (it {reason}); the mask was left out"
-
-
-def _size(path: Path) -> int:
-    """Bytes; -1 of a file that has gone since it was listed."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _check_overlap(train: list[Sample], test: list[Sample], root: Path) -> list[str]:
-    """Pictures that are byte for byte in both; only files of equal size are opened."""
-    by_size: dict[int, list[Path]] = defaultdict(list)
-    for sample in train:
-        by_size[_size(sample.path)].append(sample.path)
-    digests: dict[int, dict[str, Path]] = {}
-    same = []
-    for sample in test:
-        size = _size(sample.path)
-        if size in by_size:
-            if size not in digests:
-                digests[size] = {sha256_if_readable(path): path for path in by_size[size]}
-            if (content := sha256_if_readable(sample.path)) and (twin := digests[size].get(content)):
-                same.append(f"{relative(sample.path, root)} = {relative(twin, root)}")
-    return [f"Test pictures that are also training pictures, which flatters the results: {some(same)}."] if same else []

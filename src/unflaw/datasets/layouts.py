@@ -1,15 +1,16 @@
 """Layouts: how pictures, labels and masks lie in the folders of public benchmarks, as their archives unpack.
 
-A layout is a recogniser, which looks at names only, and a reader, which gives paths. What a benchmark is, whose, and
-how many pictures it should have, `unflaw.datasets.public` knows.
+A layout is a recogniser, which looks at names only, and a reader, which gives paths. Names are known whatever their
+case. What a benchmark is, whose, and how many pictures it should have, `unflaw.datasets.public` knows.
 """
 
 import csv
 import hashlib
 import json
 import os
+import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,14 +19,14 @@ from unflaw.datasets.samples import (
     Found,
     Sample,
     Saturated,
-    pictures,
+    Tree,
     relative,
     some,
     stem,
     subfolders,
-    unused,
 )
 from unflaw.images import ImageError, list_images, read, read_mask
+from unflaw.listing import is_image, walk
 
 TEST_EVERY = 5  # where a benchmark has no official split, one good picture in so many is for testing
 
@@ -36,14 +37,15 @@ class Layout:
 
     name: str
     sketch: str  # the paths, for people
-    fits: Callable[[Path], bool]
-    read: Callable[[Path], Found]
+    fits: Callable[[Tree], bool]
+    read: Callable[[Tree], Found]
     group: str = ""  # folders of one group beside each other are categories; "": such a data set stands alone
 
 
 def layout_of(root: Path) -> Layout | None:
     """The layout of a data set, or None: a folder of categories, of pictures, or of anything else."""
-    return next((layout for layout in LAYOUTS if layout.fits(root)), None)
+    tree = Tree(root)
+    return next((layout for layout in LAYOUTS if layout.fits(tree)), None)
 
 
 def categories(root: Path) -> list[Path]:
@@ -61,47 +63,96 @@ def held_out(name: str) -> bool:
     return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % TEST_EVERY == 0
 
 
+def _paired(names: Iterable[str], masks: Mapping[str, Path], *forms: str) -> dict[str, Path]:
+    """The masks of pictures by the names of these; first those spelled alike, then, of the others, whatever the case.
+
+    Args:
+        names: Of the pictures, without suffix.
+        masks: By their names without suffix.
+        forms: What a mask may be called, such as "{}_mask".
+    """
+    names = list(names)
+    wanted = [(name, form.format(name)) for form in reversed(forms) for name in names]
+    found = {name: masks[called] for name, called in wanted if called in masks}
+    taken = set(found.values())
+    left = {called.casefold(): path for called, path in masks.items() if path not in taken}
+    return {name: left[called.casefold()] for name, called in wanted if called.casefold() in left} | found
+
+
 # MVTec AD and its kin
 
-
-def _is_mvtec(root: Path) -> bool:
-    return (root / "train/good").is_dir() or (not (root / "train").exists() and (root / "test/good").is_dir())
+_MASK_FOLDERS = r"(ground[-_ ]?)?truths?|gts?|masks?|labels?|annotations?|segmentations?"
 
 
-def _mvtec(root: Path, good: str = "good") -> Found:
-    train, validation = ([Sample(path, 0) for path in pictures(root / part / good)] for part in ("train", "validation"))
-    test, problems = _tested(root, good)
-    folders = [root / part for part in ("train", "validation", "test")]
-    return train, validation, test, problems + unused(folders, [*train, *validation, *test], root)
+def _is_mvtec(tree: Tree) -> bool:
+    return _has("train/good")(tree) or (not tree.path("train").exists() and _has("test/good")(tree))
 
 
-def _tested(root: Path, good: str) -> tuple[list[Sample], list[str]]:
+def _mvtec(tree: Tree, good: str = "good") -> Found:
+    train, validation = (
+        [Sample(path, 0) for path in tree.pictures(tree.path(f"{part}/{good}"))] for part in ("train", "validation")
+    )
+    test, problems = _tested(tree, good)
+    used = [sample.path for sample in [*train, *validation, *test]]
+    problems += tree.unused([tree.path(part) for part in ("train", "validation", "test")], used)
+    parts = ("train", "validation", "test", "ground_truth")
+    others = [folder for folder in subfolders(tree.root) if folder.name.casefold() not in parts]
+    others = [folder for folder in others if folder not in _truths(tree) and _holds_images(folder)]
+    if others:
+        named = some([relative(folder, tree.root) for folder in others])
+        problems.append(f"Folders with images that were not used: {named}; used are {', '.join(parts)}.")
+    return train, validation, test, problems
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(is_image(entry.path) for entry in walk(os.fspath(folder)))
+
+
+def _truths(tree: Tree) -> list[Path]:
+    """The folder of masks, ground_truth; where there is none, those that are called in a similar way."""
+    truth = tree.path("ground_truth")
+    others = [folder for folder in subfolders(tree.root) if re.fullmatch(_MASK_FOLDERS, folder.name, re.I)]
+    return [truth] if truth.is_dir() else others
+
+
+def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
     """The pictures in test/<kind>, with their masks in ground_truth/<kind>: a file each, or a folder of regions."""
     test, problems = [], []
-    for folder in subfolders(root / "test"):
-        images = pictures(folder)
+    tested, truth, fine = tree.path("test"), tree.path("ground_truth"), tree.path(f"test/{good}")
+    kinds = [
+        folder for folder in subfolders(tested) if folder == fine or folder.name.casefold() != good.casefold()
+    ]  # what differs from `good` by case only is reported by the tree
+    folded = [folder.name.casefold() for folder in kinds]
+    if alike := [folder for folder in kinds if folded.count(folder.name.casefold()) > 1]:
+        names = some([relative(folder, tree.root) for folder in alike])
+        problems.append(f"Kinds of defect whose names differ by case only, and count as several: {names}.")
+    for folder in kinds:
+        images = tree.pictures(folder)
         if not images:
-            problems.append(f"test/{folder.name} holds no pictures.")
-        truth = root / "ground_truth" / folder.name
-        if folder.name == good:
-            test += [Sample(path, 0) for path in images]
-            continue
-        masks = {path.name: path for path in subfolders(truth)}
-        masks |= {stem(path, truth): path for path in pictures(truth)}
-        for path in images:
-            name = stem(path, folder)
-            test.append(Sample(path, 1, masks.get(name + "_mask") or masks.get(name), folder.name))
-    return test, problems
+            problems.append(f"{relative(folder, tree.root)} holds no pictures.")
+        of_kind = truth / folder.name if folder in alike else tree.path(folder.name, truth)
+        masks = {path.name: path for path in subfolders(of_kind)}
+        masks |= {stem(path, of_kind): path for path in tree.pictures(of_kind)}
+        of = _paired((stem(path, folder) for path in images), masks, "{}_mask", "{}")
+        label, kind = (0, "good") if folder == fine else (1, folder.name)
+        test += [Sample(path, label, of.get(stem(path, folder)), kind) for path in images]
+
+    def name(sample: Sample) -> str:
+        below = sample.path.relative_to(tested).with_suffix("").as_posix()
+        return f"{truth.name}/{below}_mask.* or {truth.name}/{below}.*"
+
+    files = [path for folder in _truths(tree) for path in tree.pictures(folder)]
+    return test, problems + tree.unfitting(files, test, name)
 
 
-def _loco(root: Path) -> Found:
+def _loco(tree: Tree) -> Found:
     """As MVTec AD; what a pixel of a mask is worth says which defect it is, and defects_config.json how that saturates.
 
     Raises:
         DatasetError: That file cannot be read.
     """
-    train, validation, test, problems = _mvtec(root)
-    config = root / "defects_config.json"
+    train, validation, test, problems = _mvtec(tree)
+    config = tree.path("defects_config.json", file=True)
     try:
         defects = json.loads(config.read_text("utf-8"))
         kinds = {
@@ -121,17 +172,19 @@ def _loco(root: Path) -> Found:
             if kind:
                 regions.append(Saturated(mask, *kind))
             else:
-                unknown.append(relative(mask, root))
+                unknown.append(relative(mask, tree.root))
         whole.append(replace(sample, regions=tuple(regions)))
     if unknown:
         problems.append(f"Masks whose pixel value is not in {config.name}, left out of the regions: {some(unknown)}.")
     return train, validation, whole, problems
 
 
-def _oct2017(root: Path) -> Found:
-    train = [Sample(path, 0) for path in pictures(root / "train/NORMAL")]
-    test, problems = _tested(root, "NORMAL")
-    return train, [], test, problems + unused([root / "train/NORMAL", root / "test"], [*train, *test], root)
+def _oct2017(tree: Tree) -> Found:
+    folder = tree.path("train/NORMAL")
+    train = [Sample(path, 0) for path in tree.pictures(folder)]
+    test, problems = _tested(tree, "NORMAL")
+    used = [sample.path for sample in [*train, *test]]
+    return train, [], test, problems + tree.unused([folder, tree.path("test")], used)
 
 
 # BMAD: each of its archives has ways of its own to lay out pictures and masks
@@ -144,80 +197,94 @@ _BMAD = (  # {s} is a split, {S} capitalised, {l} a label
 )
 
 
-def _bmad_folders(root: Path, split: str, label: str) -> tuple[Path, Path] | None:
+def _bmad_folders(tree: Tree, split: str, label: str) -> tuple[Path, Path] | None:
     """Where the pictures of a split and label lie, and where their masks would."""
-    for name in (label, label.lower()):
-        for images, masks in _BMAD:
-            names = {"s": split, "S": split.title(), "l": name}
-            if (folder := root / images.format(**names)).is_dir():
-                return folder, root / masks.format(**names)
+    for images, masks in _BMAD:
+        names = {"s": split, "S": split.title(), "l": label}
+        if (folder := tree.path(images.format(**names))).is_dir():
+            return folder, tree.path(masks.format(**names))
     return None
 
 
-def _bmad_home(root: Path) -> Path | None:
+def _bmad_home(root: Path) -> Tree | None:
     """The folder itself, or the only one in it, as in Brain_AD/BraTS2021_slice."""
     inner = subfolders(root) if root.name.lower().endswith(("_ad", "-ad")) else []
-    homes = [root, *inner] if len(inner) == 1 else [root]
+    homes = [Tree(home) for home in ([root, *inner] if len(inner) == 1 else [root])]
     splits = ("train", "good"), ("test", "Ungood")
     return next((home for home in homes if all(_bmad_folders(home, *split) for split in splits)), None)
 
 
-def _bmad(root: Path) -> Found:
-    home = _bmad_home(root) or root
+def _bmad(tree: Tree) -> Found:
+    home = _bmad_home(tree.root) or tree
     found: dict[tuple[str, str], list[Sample]] = {}
+    folders, truths = [], []
     for split, label in (("train", "good"), ("test", "good"), ("test", "Ungood")):
-        folder, truth = _bmad_folders(home, split, label) or (root, root)
-        masks = {stem(path, truth): path for path in pictures(truth)} if label == "Ungood" else {}
-        images = pictures(folder) if folder != root else []
-        found[split, label] = [
-            Sample(path, 1, masks.get(stem(path, folder)), label) if label == "Ungood" else Sample(path, 0)
-            for path in images
-        ]
-    return found["train", "good"], [], found["test", "Ungood"] + found["test", "good"], []
+        if (where := _bmad_folders(home, split, label)) is None:
+            found[split, label] = []
+            continue
+        folder, truth = where
+        images, masks = home.pictures(folder), home.pictures(truth) if split == "test" else []
+        of = _paired((stem(path, folder) for path in images), {stem(path, truth): path for path in masks}, "{}")
+        bad, kind = (1, label) if label == "Ungood" else (0, "good")
+        found[split, label] = [Sample(path, bad, of.get(stem(path, folder)), kind) for path in images]
+        folders.append(folder)
+        truths += masks
+    train, test = found["train", "good"], found["test", "Ungood"] + found["test", "good"]
+    truth = (_bmad_folders(home, "test", "Ungood") or (home.root, home.root))[1]
+    problems = home.unfitting(truths, test, lambda s: f"{relative(truth, home.root)}/{s.path.stem}.*")
+    return train, [], test, problems + home.unused(folders, [s.path for s in train + test]) + home.notes()
 
 
 # Others
 
 
-def _visa(root: Path) -> Found:
+def _visa(tree: Tree) -> Found:
     """The official split of one category, from the table beside it.
 
     Raises:
         DatasetError: The table is not there, cannot be read, or does not know the category.
     """
-    category = root.absolute()
-    table = category.parent / "split_csv" / "1cls.csv"
+    category = tree.root.absolute()
+    table = Tree(category.parent).path("split_csv/1cls.csv", file=True)
     if not table.is_file():
         raise DatasetError(f"{table}: is missing, and it says which pictures train; copy it there from the archive")
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["object"] == category.name]
+            rows = [row for row in csv.DictReader(file) if row["object"].casefold() == category.name.casefold()]
         if not rows:
             raise DatasetError(
                 f"{table}: lists no {category.name!r}; give the folder the name that it has in the archive"
             )
         train, test, missing = [], [], []
+        listed = {}
         for row in rows:
-            path, bad = _below(root, row["image"]), row["label"] != "normal"
+            path, bad = _below(tree, row["image"]), row["label"] != "normal"
             if not path.is_file():
                 missing.append(row["image"])
             elif row["split"] == "test":
-                mask = _below(root, row["mask"]) if row["mask"] else None
-                test.append(Sample(path, 1, mask, "anomaly") if bad else Sample(path, 0))
+                listed[path] = row["mask"]
+                mask = _below(tree, row["mask"]) if row["mask"] else None
+                mask = mask if mask and mask.is_file() else None
+                test.append(Sample(path, 1, mask, "anomaly") if bad else Sample(path, 0, mask))
             elif not bad:
                 train.append(Sample(path, 0))
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{table}: cannot be read ({error!r}); copy it again from the archive") from error
     problems = [f"Listed in {table.name}, yet not there: {some(missing)}."] if missing else []
-    return train, [], test, problems + unused([root / "Data/Images"], [*train, *test], root)
+    masks = tree.pictures(tree.path("Data/Masks"))
+    problems += tree.unfitting(
+        masks, test, lambda sample: listed[sample.path] or f"what {table.name} says, if anything"
+    )
+    used = [sample.path for sample in [*train, *test]]
+    return train, [], test, problems + tree.unused([tree.path("Data/Images")], used)
 
 
-def _below(root: Path, path: str) -> Path:
+def _below(tree: Tree, path: str) -> Path:
     """A path that begins with the name of the category, from its folder on."""
-    return root.joinpath(*Path(path).parts[1:])
+    return tree.path("/".join(Path(path).parts[1:]), file=True)
 
 
-def _dagm(root: Path) -> Found:
+def _dagm(tree: Tree) -> Found:
     """Train and Test hold both kinds; what Label/Labels.txt says is defective is so, and what has a mask.
 
     Raises:
@@ -226,18 +293,24 @@ def _dagm(root: Path) -> Found:
     found: dict[str, list[Sample]] = {}
     problems = []
     for part in ("Train", "Test"):
-        folder, labels = root / part, root / part / "Label"
+        folder, labels = tree.path(part), tree.path(f"{part}/Label")
         if not labels.is_dir():
             raise DatasetError(f"{labels}: is missing, and it says what is defective; unpack the archive again")
-        masks = {path.stem.removesuffix("_label"): path for path in pictures(labels)}
-        defective = set(masks) | _dagm_defective(labels / "Labels.txt")
-        images = [path for path in pictures(folder) if path.parent == folder]
+        table = tree.path("Labels.txt", labels, file=True)
+        masks = {re.sub("_label$", "", path.stem, flags=re.I): path for path in tree.pictures(labels)}
+        images = [path for path in tree.pictures(folder) if path.parent == folder]
+        of = _paired((path.stem for path in images), masks, "{}")
+        labelled = _dagm_defective(table)
+        defective = {name.casefold() for name in [*of, *labelled]}
         found[part] = [
-            Sample(path, 1, masks.get(path.stem), "defect") if path.stem in defective else Sample(path, 0)
+            Sample(path, 1, of.get(path.stem), "defect") if path.stem.casefold() in defective else Sample(path, 0)
             for path in images
         ]
-        if alone := sorted(defective - {path.stem for path in images}):
-            problems.append(f"Labelled in {part}/Label, yet not there: {some(alone)}.")
+        there = {path.stem.casefold() for path in images}
+        if alone := sorted(name for name in {*masks, *labelled} if name.casefold() not in there):
+            hint = "" if labelled.issuperset(alone) else " A mask is called <name>_label.*."
+            problems.append(f"Labelled in {relative(labels, tree.root)}, yet not there: {some(alone)}.{hint}")
+        problems += tree.unused([folder], [*images, *tree.pictures(labels), table])
     return [sample for sample in found["Train"] if not sample.label], [], found["Test"], problems
 
 
@@ -252,43 +325,55 @@ def _dagm_defective(table: Path) -> set[str]:
         raise DatasetError(f"{table}: cannot be read ({error}); unpack the archive again") from error
 
 
-def _kolektor(root: Path) -> Found:
+def _is_kolektor(tree: Tree) -> bool:
+    names = (Path(name) for part in ("train", "test") for name in tree.names(tree.path(part)))  # in lower case
+    return any(name.stem.endswith("_gt") and is_image(name) for name in names)
+
+
+def _kolektor(tree: Tree) -> Found:
     """Every picture has a mask <name>_GT.png, black where it is good: only by opening all of them are labels known."""
     found: dict[str, list[Sample]] = {}
-    lacking = []
+    lacking, used = [], []
     for part in ("train", "test"):
-        images = {path.stem: path for path in pictures(root / part)}
+        images = {path.stem: path for path in tree.pictures(tree.path(part))}
+        truths = {name: images.pop(name) for name in list(images) if name.casefold().endswith("_gt")}
+        of = _paired(images, truths, "{}_GT")
+        used += [*images.values(), *of.values()]
         found[part] = []
         for name, path in images.items():
-            if name.endswith("_GT"):
-                continue
-            mask = images.get(f"{name}_GT")
+            mask = of.get(name)
             try:
                 bad = read_mask(mask).any() if mask else None
             except ImageError:
                 bad = None
             if bad is None:
-                lacking.append(relative(path, root))
+                lacking.append(relative(path, tree.root))
             else:
                 found[part].append(Sample(path, 1, mask, "defect") if bad else Sample(path, 0))
     problems = [f"Left out, for want of a mask (_GT) that can be read: {some(lacking)}."] if lacking else []
+    problems += tree.unused([tree.path(part) for part in ("train", "test")], used)
     return [sample for sample in found["train"] if not sample.label], [], found["test"], problems
 
 
-def _magnetic_tile(root: Path) -> Found:
-    folders = [folder / "Imgs" for folder in subfolders(root) if folder.name.startswith("MT_")]
+def _magnetic_tile(tree: Tree) -> Found:
+    folders = [
+        tree.path("Imgs", folder) for folder in subfolders(tree.root) if folder.name.casefold().startswith("mt_")
+    ]
     train: list[Sample] = []
     test: list[Sample] = []
-    masks: list[Sample] = []
+    masks: list[Path] = []
     for folder in folders:
-        kind = folder.parent.name.removeprefix("MT_").lower()
-        truths = {path.stem: path for path in pictures(folder) if path.suffix.lower() == ".png"}
-        masks += [Sample(path, 0) for path in truths.values()]
-        for path in pictures(folder):
-            if path.suffix.lower() in (".jpg", ".jpeg"):
-                sample = Sample(path, 0) if kind == "free" else Sample(path, 1, truths.get(path.stem), kind)
-                (test if sample.label or held_out(path.name) else train).append(sample)
-    return train, [], test, unused(folders, [*train, *test, *masks], root)
+        kind = folder.parent.name[len("MT_") :].lower()
+        images = tree.pictures(folder)
+        truths = {path.stem: path for path in images if path.suffix.lower() == ".png"}
+        images = [path for path in images if path.suffix.lower() in (".jpg", ".jpeg")]
+        of = _paired((path.stem for path in images), truths, "{}")
+        masks += of.values()
+        for path in images:
+            sample = Sample(path, 0) if kind == "free" else Sample(path, 1, of.get(path.stem), kind)
+            (test if sample.label or held_out(path.name) else train).append(sample)
+    used = [sample.path for sample in [*train, *test]]
+    return train, [], test, tree.unused(folders, used + masks)
 
 
 _AITEX = {
@@ -298,28 +383,32 @@ _AITEX = {
 }
 
 
-def _aitex(root: Path) -> Found:
+def _aitex(tree: Tree) -> Found:
     """Names are <number>_<code of the defect>_<code of the fabric>, masks <name>_mask.png."""
     train: list[Sample] = []
     test: list[Sample] = []
-    for path in pictures(root / "NODefect_images"):
+    fine, broken, truth = (tree.path(name) for name in ("NODefect_images", "Defect_images", "Mask_images"))
+    for path in tree.pictures(fine):
         (test if held_out(path.name) else train).append(Sample(path, 0))
-    truth = root / "Mask_images"
-    masks = {path.stem: path for path in pictures(truth)}
-    several = []
-    for path in pictures(root / "Defect_images"):
+    images, masks = tree.pictures(broken), {path.stem: path for path in tree.pictures(truth)}
+    of = _paired((path.stem for path in images), masks, "{}_mask")
+    parts = {path: re.sub(r"_mask\d+$", "", path.stem, flags=re.I) for path in masks.values()}
+    several = [path for path in images if path.stem in parts.values()]
+    for path in images:
         code = path.stem.split("_")[1] if path.stem.count("_") > 1 else ""
-        if f"{path.stem}_mask1" in masks:
-            several.append(relative(path, root))
-        test.append(Sample(path, 1, masks.get(f"{path.stem}_mask"), _AITEX.get(code, code or "defect")))
+        test.append(Sample(path, 1, of.get(path.stem), _AITEX.get(code, code or "defect")))
     problems = [] if truth.is_dir() else [f"{truth.name} is missing; unpack it beside Defect_images."]
     if several:
-        problems.append(f"Several masks (_mask1, …) of one picture; make one <name>_mask.png of them: {some(several)}.")
-    return train, [], test, problems
+        names = some([relative(path, tree.root) for path in several])
+        problems.append(f"Several masks (_mask1, …) of one picture; make one <name>_mask.png of them: {names}.")
+    known = {path.stem for path in several}
+    left = [path for path, name in parts.items() if name not in known]
+    problems += tree.unfitting(left, test, lambda sample: f"{truth.name}/{sample.path.stem}_mask.*")
+    return train, [], test, problems + tree.unused([fine, broken], [sample.path for sample in [*train, *test]])
 
 
-def _has(*folders: str) -> Callable[[Path], bool]:
-    return lambda root: all((root / folder).is_dir() for folder in folders)
+def _has(*folders: str) -> Callable[[Tree], bool]:
+    return lambda tree: all(tree.path(folder).is_dir() for folder in folders)
 
 
 LAYOUTS = (  # the first that fits
@@ -327,7 +416,7 @@ LAYOUTS = (  # the first that fits
         "bmad",
         "train/good/*, test/good/*, test/Ungood/*; with masks test/Ungood/img/* and test/Ungood/label/*, or as the "
         "archives Liver_AD and Retina_RESC_AD have them",
-        lambda root: _bmad_home(root) is not None,
+        lambda tree: _bmad_home(tree.root) is not None,
         _bmad,
         "mvtec",
     ),
@@ -335,7 +424,7 @@ LAYOUTS = (  # the first that fits
         "mvtec_loco",
         "train/good/*, validation/good/*, test/<kind>/*, ground_truth/<kind>/<name>/*.png a region each, "
         "defects_config.json",
-        lambda root: _is_mvtec(root) and (root / "defects_config.json").is_file(),
+        lambda tree: _is_mvtec(tree) and tree.path("defects_config.json", file=True).is_file(),
         _loco,
         "mvtec",
     ),
@@ -350,7 +439,7 @@ LAYOUTS = (  # the first that fits
         "btad",
         "train/ok/*, test/ok/*, test/ko/*, ground_truth/ko/<name>.*",
         _has("train/ok", "test"),
-        lambda root: _mvtec(root, "ok"),
+        lambda tree: _mvtec(tree, "ok"),
         "btad",
     ),
     Layout(
@@ -363,7 +452,7 @@ LAYOUTS = (  # the first that fits
     Layout(
         "dagm",
         "Train/*, Train/Label/<name>_label.*, Train/Label/Labels.txt, and Test likewise",
-        lambda root: _has("Train/Label")(root) or _has("Test/Label")(root),
+        lambda tree: _has("Train/Label")(tree) or _has("Test/Label")(tree),
         _dagm,
         "dagm",
     ),
@@ -371,7 +460,7 @@ LAYOUTS = (  # the first that fits
     Layout(
         "kolektorsdd2",
         "train/<name>.png, train/<name>_GT.png, and test likewise",
-        lambda root: any(any((root / part).glob("*_GT.png")) for part in ("train", "test")),
+        _is_kolektor,
         _kolektor,
     ),
     Layout(

@@ -2,11 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from unflaw.images import list_images, visible_files
+from unflaw.listing import Entry, counted, is_passed_over, list_images, note, visible_files
 
 SHORT = 16  # digits of a SHA-256 that are enough to know a picture again
 
@@ -102,15 +103,98 @@ def distinct(paths: Sequence[Path], contents: Mapping[Path, str]) -> tuple[list[
     return list(first.values()), [(path, other) for path, other in own.items() if path != other]
 
 
+class Tree:
+    """The folders and files of one data set, found whatever the case of their names.
+
+    Of names that differ by case only, one is taken: that which is spelled as asked for, else the first.
+
+    Args:
+        root: The folder of the data set.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._names: dict[Path, dict[str, list[str]]] = {}
+        self._passed_over: list[Entry] = []
+        self._taken: dict[Path, list[str]] = {}  # folders, and what else they could have been
+
+    def names(self, folder: Path) -> dict[str, list[str]]:
+        """The names in a folder by what they are in lower case; none where it cannot be read."""
+        if folder not in self._names:
+            found = self._names[folder] = {}
+            with suppress(OSError):
+                for name in sorted(entry.name for entry in folder.iterdir()):
+                    found.setdefault(name.casefold(), []).append(name)
+        return self._names[folder]
+
+    def path(self, path: str, folder: Path | None = None, file: bool = False) -> Path:
+        """A folder below the root or another folder, such as "train/good", as it is spelled on the disk.
+
+        Where there is none, the path that was asked for. `file`: the last name is that of a file.
+        """
+        found = folder or self.root
+        parts = path.split("/")
+        for number, part in enumerate(parts, 1):
+            is_there = Path.is_file if file and number == len(parts) else Path.is_dir
+            names = [name for name in self.names(found).get(part.casefold(), []) if is_there(found / name)]
+            chosen = part if part in names or not names else names[0]
+            self._taken[found / chosen] = [name for name in names if name != chosen]
+            found /= chosen
+        return found
+
+    def pictures(self, folder: Path) -> list[Path]:
+        """All pictures under a folder, sorted; none where there is no such folder."""
+        return list_images(folder, self._passed_over) if folder.is_dir() else []
+
+    def unused(self, folders: Iterable[Path], used: Iterable[Path]) -> list[str]:
+        """A sentence on the files in these folders that are not used, or none."""
+        known = set(used)
+        there = [path for folder in folders if folder.is_dir() for path in visible_files(folder, self._passed_over)]
+        files = [relative(path, self.root) for path in there if path not in known]
+        return [f"Files that were not used: {some(files)}."] if files else []
+
+    def unfitting(self, masks: Iterable[Path], samples: Sequence[Sample], name: Callable[[Sample], str]) -> list[str]:
+        """A sentence on masks that fit no picture, or none.
+
+        Args:
+            masks: All files that should be masks.
+            samples: The pictures to test on.
+            name: How the mask of a picture would have to be called.
+        """
+        used = {sample.mask for sample in samples}
+        left = [path for path in masks if path not in used and used.isdisjoint(path.parents)]
+        if not left:
+            return []
+        text = f"Mask files that fit no image: {some([relative(path, self.root) for path in left])}."
+        if lacking := [sample for sample in samples if sample.label and not sample.mask]:
+            first = left[0].stem.casefold()
+            near = max(lacking, key=lambda s: (s.path.stem.casefold() in first) * len(s.path.stem))
+            text += f" The mask of {relative(near.path, self.root)} would be {name(near)}."
+        if not any(sample.mask for sample in samples if sample.label):
+            text += " So no image has a mask, and there are no pixel metrics."
+        return [text]
+
+    def notes(self) -> list[str]:
+        """A sentence on folders that differ by case only, and one on what was passed over, where there are any."""
+        same = [
+            f"{relative(path, self.root)} is read, and not {' or '.join(names)}"
+            for path, names in self._taken.items()
+            if names
+        ]
+        doubles = [f"Folders whose names differ by case only: {'; '.join(same)}."] if same else []
+        numbers = counted(self._passed_over)
+        return doubles + note({relative(Path(path), self.root): n for path, n in numbers.items()})
+
+
 def pictures(folder: Path) -> list[Path]:
     """All pictures under a folder, sorted; none where there is no such folder."""
-    return list_images(folder) if folder.is_dir() else []
+    return Tree(folder).pictures(folder)
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The visible folders in a folder, sorted; none where there is no such folder."""
+    """The folders in a folder, and links to folders, sorted, but for those passed over; none where there is none."""
     visible = folder.iterdir() if folder.is_dir() else ()
-    return sorted(entry for entry in visible if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in visible if entry.is_dir() and not is_passed_over(entry.name))
 
 
 def stem(path: Path, folder: Path) -> str:
@@ -126,13 +210,6 @@ def relative(path: Path, root: Path) -> str:
 def some(names: Sequence[str], limit: int = 3) -> str:
     """The first names and how many there are."""
     return f"{', '.join(names[:limit])}{', …' if len(names) > limit else ''} ({len(names)} in all)"
-
-
-def unused(folders: Iterable[Path], samples: Iterable[Sample], root: Path) -> list[str]:
-    """A sentence on the files in these folders that no sample uses, or none."""
-    used = {sample.path for sample in samples}
-    files = [path for folder in folders if folder.is_dir() for path in visible_files(folder) if path not in used]
-    return [f"Files that were not used: {some([relative(path, root) for path in files])}."] if files else []
 
 
 def _content(mask: Path) -> str:
