@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from unflaw.datasets import Dataset, DatasetError, Sample, digest, load_dataset
+from unflaw.datasets import DEFECT_LABELS, GOOD_LABELS, Dataset, DatasetError, Sample, digest, load_dataset
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -378,27 +378,108 @@ def test_dialects(shelf, separator, encoding):
     assert names(dataset.train) == ["p0"] and names(dataset.test) == ["p1"]
 
 
-def test_bad_rows_are_reported_by_line(shelf):
+def test_bad_rows_are_reported_by_kind_and_line(shelf):
     (shelf / "notes.txt").touch()
     dataset = table(
         shelf,
         "path,label,split\np0.png,good\ngone.png,good\np1.png,fine\n\np1.png,0,val\np1.png,1,train\nnotes.txt,0\n"
-        f"p1.png,0,test,extra\n{'x' * 5000}.png,0\n,0\n",
+        f"p1.png,0,test,extra\n{'x' * 5000}.png,0\n,0\np1.png,\n",
     )
     assert names(dataset.train) == ["p0"]
-    lines = [problem.split(":")[0] for problem in dataset.problems]
-    assert lines == [f"list.csv, line {n}" for n in (3, 4, 6, 7, 8, 9, 10, 11)]
-    reasons = [
-        "no file",
-        "'fine'",
-        "none of train, validation, test",
-        "neither train nor calibrate",
-        "suffix",
-        "more cells",
-        "no file",
-        "suffix",
+    long = f"{'x' * 40}…{'x' * 35}.png"
+    assert [problem.partition(";")[0] for problem in dataset.problems] == [
+        f"list.csv: 2 rows were left out (no such file): line 3 'gone.png', line 10 '{long}'",
+        "list.csv: 1 row was left out (unknown label): line 4 'fine'",
+        "list.csv: 1 row was left out (unknown split): line 6 'val'",
+        "list.csv: 1 row was left out (defective, in the split train): line 7 'p1.png'",
+        "list.csv: 1 row was left out (not a picture by its suffix): line 8 'notes.txt'",
+        "list.csv: 1 row was left out (more cells than the first line): line 9 'p1.png'",
+        "list.csv: 1 row was left out (no path): line 11 '0'",
+        "list.csv: 1 row was left out (no label): line 12 'p1.png'",
     ]
-    assert all(reason in problem for reason, problem in zip(reasons, dataset.problems, strict=True))
+    assert dataset.problems[1].endswith("; labels are " + ", ".join(GOOD_LABELS + DEFECT_LABELS) + ".")
+
+
+def test_what_is_wrong_with_many_rows_fits_on_a_screen(shelf):
+    text = "path,label\n" + "".join(f"pictures/{i:05}.png,{'ok' if i % 2 else 'odd'}\n" for i in range(3000))
+    with pytest.raises(DatasetError) as error:
+        table(shelf, text)
+    lines = str(error.value).splitlines()
+    assert len(lines) < 12 and max(map(len, lines)) < 400
+    assert "list.csv: 1500 rows were left out (unknown label): line 2 'odd', line 4 'odd', line 6 'odd', …;" in lines[1]
+    gone = "(no such file): line 3 'pictures/00001.png', line 5 'pictures/00003.png', line 7 'pictures/00005.png', …;"
+    assert gone in lines[2]
+
+
+def test_tables_as_excel_on_windows_saves_them(shelf):
+    (shelf / "sub").mkdir()
+    (shelf / "p1.png").rename(shelf / "sub/p1.png")
+    mask(shelf / "sub/m1.png")
+    text = (
+        "path;label;mask;;\n.\\p0.png;ok;;;\nsub\\p1.png;NOK;sub\\m1.png\n"
+        + ";;;;\n" * 300
+        + " ; \n;;;;;;;;\np2.png;ok;;;;\n"
+    )
+    dataset = table(shelf, text.replace("\n", "\r\n"), "utf-8-sig")
+    (problem,) = dataset.problems  # rows of separators alone, and separators at the end of a row, mean nothing
+    assert problem.startswith("All test pictures are defective")
+    assert dataset.train == (Sample(shelf / "p0.png", 0), Sample(shelf / "p2.png", 0))
+    assert dataset.test == (Sample(shelf / "sub/p1.png", 1, shelf / "sub/m1.png", "defect"),)
+
+
+def test_a_backslash_may_be_part_of_a_name(shelf):
+    if "\\" in str(shelf):
+        pytest.skip("Windows parts folders by it")
+    picture(shelf / "a\\b.png")
+    assert table(shelf, "path,label\na\\b.png,0\n").train[0].path == shelf / "a\\b.png"
+
+
+@pytest.mark.parametrize("label", ["Good", " OK ", "i.O.", "I. O.", "io", "0", "0.0", "False", "PASS", "nominal"])
+def test_labels_of_good_pictures(shelf, label):
+    assert [s.label for s in table(shelf, f"path,label\np0.png,{label}\n").train] == [0]
+
+
+@pytest.mark.parametrize(
+    "label", ["NOK", "n.i.O.", "N. i. O.", "nio", "NiO", "not ok", "Not-OK", "NG", "1", "1.0", "True", "fail", "defect"]
+)
+def test_labels_of_defective_pictures(shelf, label):
+    assert [s.label for s in table(shelf, f"path,label\np0.png,{label}\n").test] == [1]
+
+
+@pytest.mark.parametrize("label", ["-1", "10", "0.5", "2", "n", "i", ".", "goods", "true?"])
+def test_labels_that_are_not_guessed(shelf, label):
+    with pytest.raises(DatasetError, match=r"1 row was left out \(unknown label\)"):
+        table(shelf, f"path,label\np0.png,{label}\n")
+
+
+def test_what_true_and_false_mean_is_said(shelf):
+    dataset = table(shelf, "path,label\np0.png,False\np1.png,True\n")
+    assert names(dataset.train) == ["p0"] and names(dataset.test) == ["p1"]
+    assert dataset.problems[0] == (
+        "list.csv: of the labels, True is taken for defective, as 1 is, and False for good, as 0 is."
+    )
+    assert "True" not in str(table(shelf, "path,label\np0.png,0\np1.png,1\n").problems)
+
+
+def test_a_file_that_is_good_and_defective_is_left_out_and_named(shelf):
+    rows = "".join(f"p{i}.png,ok\n" for i in range(6)) + "p6.png,ng\n"
+    plain = table(shelf, f"path,label\n{rows}")
+    (shelf / "link.png").symlink_to(shelf / "p2.png")
+    dataset = table(shelf, f"path,label\n{rows}./p0.png,NG\nlink.png,ng\n")
+    assert dataset.problems[0] == (
+        "list.csv: 2 files are listed both as good and as defective: p0.png (lines 2, 9), p2.png (lines 4, 10); the "
+        "rows are left out; keep those that are right."
+    )
+    assert names(plain.train) == ["p0", "p1", "p2", "p3", "p5"] and names(dataset.train) == ["p1", "p3", "p5"]
+    assert names(dataset.test) == names(plain.test) == ["p4", "p6"]  # no row changes sides
+
+
+def test_rows_that_are_there_twice_count_once(shelf):
+    mask(shelf / "n.png")
+    text = "path,label,mask\np0.png,1,m.png\np0.png,1,m.png\np1.png,1,m.png\np1.png,1,n.png\np2.png,ok,\n"
+    dataset = table(shelf, text)
+    assert names(dataset.test) == ["p0", "p1", "p1"]
+    assert "2 files are listed more than once: p0.png (lines 2, 3), p1.png (lines 4, 5); equal" in dataset.problems[0]
 
 
 def test_missing_mask_of_a_row(shelf):

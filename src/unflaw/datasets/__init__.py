@@ -1,7 +1,5 @@
 """Data sets in: recognise how pictures are laid out on disk and list them as samples, which carry paths, not pixels."""
 
-import csv
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from unflaw.datasets.samples import (
     fingerprint,
     subfolders,
 )
-from unflaw.images import SUFFIXES
+from unflaw.datasets.table import DEFECT_LABELS, GOOD_LABELS, TableError, read_table
 from unflaw.words import count
 
 __all__ = [
@@ -35,10 +33,6 @@ __all__ = [
     "load_dataset",
 ]
 
-GOOD_LABELS = ("good", "normal", "nominal", "ok", "0")
-DEFECT_LABELS = ("defect", "defective", "anomaly", "anomalous", "abnormal", "bad", "ng", "1")
-_TEST_EVERY = 5  # of the good rows of a table that have no split
-
 _LAYOUTS = """Read are:
   - the layout of MVTec AD: train/good/*, test/good/*, test/<defect>/*, and ground_truth/<defect>/<name>_mask.*;
     good pictures in validation/good/*, where there are any, calibrate
@@ -52,7 +46,7 @@ def load_dataset(path: str | Path) -> Dataset:
 
     Layouts: that of MVTec AD (a mask is `<name>_mask.*`, `<name>.*`, or a folder `<name>` of masks; without
     ground_truth there are image labels only), those of other public benchmarks (`layouts`), a plain folder of
-    good pictures, or a table, for which see `_table`. Names of folders are known whatever their case. Links
+    good pictures, or a table, for which see `table.read_table`. Names of folders are known whatever their case. Links
     to folders are followed; hidden files and folders of the system are passed over (`unflaw.listing`).
 
     Masks that are unreadable, empty, or of another size than their picture are left out and reported; so are files that
@@ -68,7 +62,10 @@ def load_dataset(path: str | Path) -> Dataset:
     known = layout_of(path) if path.is_dir() else None
     tree = Tree(root)
     if path.is_file():
-        name, layout, (train, validation, test, problems) = path.stem, "table", _table(path)
+        try:
+            name, layout, (train, validation, test, problems) = path.stem, "table", read_table(path)
+        except TableError as error:
+            raise DatasetError(f"{error}\n{_LAYOUTS}") from error
     elif not path.is_dir():
         raise DatasetError(f"{path}: there is no such folder or table; check the path")
     elif known:
@@ -124,62 +121,3 @@ def _folder(tree: Tree) -> Found:
         raise DatasetError(f"{root}: this layout is not known: {', '.join(found)}.\n{_LAYOUTS}")
     train = [Sample(path, 0) for path in images]
     return train, [], [], tree.unused([root], images)
-
-
-def _table(path: Path) -> Found:
-    """A table with the columns path, label[, mask][, defect][, split], parted by commas, semicolons or tabs; UTF-8.
-
-    Paths are absolute or relative to the table, labels are GOOD_LABELS or DEFECT_LABELS, splits are `train`,
-    `validation` or `test`.
-    A row without a split is for testing if it is defective; of the good ones every fifth is, counted down the table, if
-    the table has defective rows at all. So no row changes sides when rows are appended to a table that has
-    defective ones. Mask and defect of good rows are not looked at.
-    """
-    if path.suffix.lower() not in {".csv", ".tsv", ".txt"}:
-        raise DatasetError(f"{path}: is neither a folder nor a table.\n{_LAYOUTS}")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline().lower()
-            delimiter = max(",;\t", key=header.count)
-            columns = [column.strip() for column in next(csv.reader([header], delimiter=delimiter), [])]
-            reader = csv.DictReader(file, columns, delimiter=delimiter, restval="")
-            rows = [(reader.line_num + 1, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path}: cannot be read as a table ({error}); save it as CSV in UTF-8") from error
-    if missing := [column for column in ("path", "label") if column not in columns]:
-        raise DatasetError(f"{path}: the first line lacks {' and '.join(missing)}.\n{_LAYOUTS}")
-    placed, problems = [], []
-    for line, row in rows:
-        try:
-            placed.append(_row(row, path.parent))
-        except ValueError as error:
-            problems.append(f"{path.name}, line {line}: {error}; the row is left out.")
-    has_defects = any(sample.label for sample, _ in placed)
-    sides: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
-    open_rows = 0
-    for sample, split in placed:
-        open_rows += not split and not sample.label
-        for_test = sample.label or (has_defects and open_rows % _TEST_EVERY == 0)
-        sides[split or ("test" if for_test else "train")].append(sample)
-    return sides["train"], sides["validation"], sides["test"], problems
-
-
-def _row(row: dict[str, str], folder: Path) -> tuple[Sample, str]:
-    """The sample and the split ("train", "test", or "") of a row of a table; ValueError says what is wrong with it."""
-    if None in row:
-        raise ValueError("more cells than the first line has; quote paths that contain the separator")
-    name, label, split, mask, defect = (row.get(c, "").strip() for c in ("path", "label", "split", "mask", "defect"))
-    label, split, path = label.lower(), split.lower(), folder / name
-    if label not in GOOD_LABELS + DEFECT_LABELS:
-        raise ValueError(f"label {label!r} is none of {', '.join(GOOD_LABELS + DEFECT_LABELS)}")
-    if split not in ("", "train", "validation", "test"):
-        raise ValueError(f"split {split!r} is none of train, validation, test")
-    if split in ("train", "validation") and label in DEFECT_LABELS:
-        raise ValueError("a defective picture can neither train nor calibrate")
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{name!r} is not a picture by its suffix ({', '.join(sorted(SUFFIXES))})")
-    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long
-        raise ValueError(f"there is no file {name!r} beside the table")
-    if label in GOOD_LABELS:
-        return Sample(path, 0), split
-    return Sample(path, 1, folder / mask if mask else None, defect or "defect"), split
