@@ -15,6 +15,7 @@ from unflaw.detector import Detector
 from unflaw.evaluation import evaluate
 from unflaw.images import Preparation, prepare_mask, read_mask
 from unflaw.results import Evaluation
+from unflaw.tables import lines
 from unflaw.training import TrainingError
 
 IMAGE = ("image_auroc", "image_ap", "image_f1_max")
@@ -205,6 +206,19 @@ def test_masks_that_fit_nothing_or_are_inverted_are_said_before_the_figures(part
         note.startswith("note: Mask files that fit no image: ground_truth/square/000_gt.png, ") and "(4 in all)" in note
     )
     assert "ground_truth/square/000_mask.* or ground_truth/square/000.*" in note and "pixel_auroc –" in figures
+
+
+def test_nouns_agree_with_their_numbers(evaluated):
+    ones = dict.fromkeys(("n_images", "n_good", "false_alarms", "missed", "review_good", "review_defective"), 1)
+    ones |= {"regions_found": 1, "regions_true": 1, "region_recall": 1.0, "n_images": 2}
+    text = lines(evaluated.metrics | ones)
+    assert (
+        "2 pictures: 1 false alarm among 1 good one, 1 missed of 1 defective one, for review 1 good and 1 def" in text
+    )
+    assert "1 of 1 true region is touched by one" in text
+    assert "2 of 3 true regions are touched by one" in lines(
+        evaluated.metrics | {"regions_found": 2, "regions_true": 3}
+    )
 
 
 @pytest.mark.parametrize("label", [0, 1])

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from unflaw.datasets import load_dataset
 from unflaw.datasets.layouts import LAYOUTS, TEST_EVERY, categories, layout_of
 from unflaw.datasets.samples import Dataset, DatasetError, subfolders
+from unflaw.words import count
 
 Masks = Literal["all", "some", "none"]  # of the defective pictures; "some": at least one
 _COLUMNS = {
@@ -168,7 +169,9 @@ def _differences(found: Counts, masks: int, published: Counts) -> list[str]:
             how = f"{abs(here - there)} {'missing' if here < there else 'superfluous'}"
             wrong.append(f"{title}: {here}, published are {there}, {how}")
     if published.masks == "all" and found.masks != "all":
-        wrong.append(f"{(found.defective or 0) - masks} defective pictures lack a mask that can be used")
+        lacking = (found.defective or 0) - masks
+        lack = "lacks" if lacking == 1 else "lack"
+        wrong.append(f"{count(lacking, 'defective picture')} {lack} a mask that can be used")
     elif published.masks == "some" and not masks:
         wrong.append("there are no masks that can be used")
     return wrong
