@@ -48,19 +48,21 @@ def _looked_at(sample: Sample, any_masks: bool) -> tuple[str, np.ndarray | None]
         return ("Defective, but without a mask" if sample.label and any_masks else ""), None
     if not os.path.exists(sample.mask):  # noqa: PTH110 - Path.exists raises where a name is too long
         return (_GONE if sample.label else ""), None
+    reason = ""
     try:
         mask = read_mask(sample.mask)
         if not sample.label:
-            return ("Good, and counted as good, but the mask marks something" if mask.any() else ""), mask
-        if not mask.any():
-            return "The mask is empty and was left out", mask
-        same = image_size(sample.path) == mask.shape[::-1]
-        return ("" if same else "The mask has another size than the picture and was left out"), mask
+            reason = "Good, and counted as good, but the mask marks something" if mask.any() else ""
+        elif not mask.any():
+            reason = "The mask is empty and was left out"
+        elif image_size(sample.path) != mask.shape[::-1]:
+            reason = "The mask has another size than the picture and was left out"
     except ImageError as error:
-        if not sample.label:
-            return "", None
-        reason = str(error).removeprefix(f"{sample.mask}: ").removeprefix(f"{sample.path}: ")
-        return f"The mask, or the picture itself, cannot be read (it {reason}); the mask was left out", None
+        if sample.label:
+            why = str(error).removeprefix(f"{sample.mask}: ").removeprefix(f"{sample.path}: ")
+            reason = f"The mask, or the picture itself, cannot be read (it {why}); the mask was left out"
+        return reason, None
+    return reason, mask
 
 
 def _is_implausible(mask: np.ndarray) -> bool:
