@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from unflaw._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from unflaw.inspector import Inspector
     from unflaw.results import Result
 
-__version__ = "0.1.0"
 __all__ = ["Config", "Detector", "Result", "evaluate", "load", "load_categories", "load_dataset", "make_config"]
 
 _HOMES = {

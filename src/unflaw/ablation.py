@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from unflaw import __version__
+from unflaw._version import __version__
 from unflaw.config import Config
 from unflaw.datasets import Dataset
 from unflaw.runs import Finished, Log

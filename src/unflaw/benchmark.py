@@ -217,7 +217,7 @@ def _measure_ours(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _measure_peer(run: Run, progress: Progress) -> dict[str, Any]:
-    from unflaw import __version__
+    from unflaw._version import __version__
     from unflaw.peers import run_peer
 
     assert run.peer is not None

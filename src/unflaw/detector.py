@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unflaw import __version__, training
+from unflaw import training
+from unflaw._version import __version__
 from unflaw.cache import Cache, build_cache, cells, stack
 from unflaw.calibration import Calibration, calibrations
 from unflaw.categories import Category, Data, gather, hold_out, remembered, without_copies

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from unflaw import __version__
+from unflaw._version import __version__
 from unflaw.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
 from unflaw.config import Config
 from unflaw.crossfit import pieced

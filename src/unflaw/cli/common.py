@@ -33,7 +33,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from unflaw import __version__
+        from unflaw._version import __version__
 
         typer.echo(f"unflaw {__version__}")
         raise typer.Exit

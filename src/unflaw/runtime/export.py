@@ -18,7 +18,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from unflaw import __version__
+from unflaw._version import __version__
 from unflaw.config import URANetOptions
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, WriteError

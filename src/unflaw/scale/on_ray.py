@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from unflaw import __version__
+from unflaw._version import __version__
 from unflaw.scale.plan import Plan
 from unflaw.scale.store import Store
 from unflaw.scale.worker import Done, Worker

@@ -24,7 +24,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from unflaw import __version__
+from unflaw._version import __version__
 from unflaw.calibration import Calibration
 from unflaw.errors import DetectorError, WriteError
 from unflaw.images import ImageError

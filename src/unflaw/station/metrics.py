@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -10,20 +10,24 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 if TYPE_CHECKING:
+    from unflaw.station.detectors import Served
     from unflaw.station.log import Entry
-    from unflaw.station.service import Station
 
 
 class Metrics:
     """Counters of one station.
+
+    Args:
+        working: Returns the number of requests worked on or waiting for it.
+        detectors: Those served, by name; read whenever metrics are asked for.
 
     Attributes:
         seconds: How long inspections take in their thread, by detector.
         answers: HTTP answers by method, path and status.
     """
 
-    def __init__(self, station: Station) -> None:
-        self._station = station
+    def __init__(self, working: Callable[[], int], detectors: Mapping[str, Served]) -> None:
+        self._working, self._detectors = working, detectors
         self.registry = CollectorRegistry()
         self._inspections = Counter(
             "unflaw_inspections", "Inspections logged.", ("detector", "category", "verdict"), registry=self.registry
@@ -52,9 +56,9 @@ class Metrics:
 
     def collect(self) -> Iterable[Metric]:
         """What is read off when asked, not counted."""
-        yield GaugeMetricFamily("unflaw_working", "Requests worked on or waiting for it.", self._station.working)
+        yield GaugeMetricFamily("unflaw_working", "Requests worked on or waiting for it.", self._working())
         thresholds = GaugeMetricFamily("unflaw_threshold", "Score above which.", labels=("detector", "category"))
-        for served in self._station.detectors.values():
+        for served in self._detectors.values():
             for category, calibration in served.detector.calibrations.items():
                 thresholds.add_metric((served.name, category), calibration.threshold)
         yield thresholds

@@ -81,7 +81,7 @@ class Station:
 
     def __init__(self, detectors: Mapping[str, Served], log: Log, limits: Limits) -> None:
         self.detectors, self.log, self.limits = detectors, log, limits
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(lambda: self.working, detectors)
         self.working = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="log")  # writers of SQLite wait for each other anyway
         self._reader = ThreadPoolExecutor(2, thread_name_prefix="read")

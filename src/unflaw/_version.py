@@ -1,0 +1,3 @@
+"""Version of unflaw."""
+
+__version__ = "0.1.0"
