@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import shutil
@@ -6,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
@@ -13,7 +16,9 @@ from test_report import make_result
 from unflaw.batch import Discoveries, Parts, part_of
 from unflaw.calibration import calibrate
 from unflaw.cli import app
+from unflaw.conformal import COMBINATIONS
 from unflaw.images import ImageError
+from unflaw.words import count
 
 N = 39
 SCORES = [float(i) for i in range(N)]
@@ -22,7 +27,8 @@ CALIBRATION = calibrate(SCORES, SCORES, 0.0, 0.05, review_rate=0.2)
 
 def inspected(score: float, path: Path, calibration=CALIBRATION):
     p_value, estimated = calibration.p_value(score), calibration.estimated_p_value(score)
-    return make_result(False, str(path), score=score, p_value=p_value, p_estimated=estimated)
+    verdict = calibration.verdict(score)
+    return make_result(False, str(path), score=score, p_value=p_value, p_estimated=estimated, verdict=verdict)
 
 
 def test_the_part_is_a_folder_or_what_a_pattern_says():
@@ -39,6 +45,10 @@ def test_the_part_is_a_folder_or_what_a_pattern_says():
             part_of(path, rule)
 
 
+def missing_of(said: str) -> int:
+    return int(re.search(r"; (\d+) more good calibration images? would allow a verdict$", said)[1])
+
+
 def parts_of(tmp_path, scores: dict[str, list[float | None]], calibration=CALIBRATION, method="bonferroni") -> dict:
     paths = {Path(part) / f"{i}.png": score for part, own in scores.items() for i, score in enumerate(own)}
     sink = Parts(tmp_path / "parts.jsonl", paths, "folder", calibration, method)
@@ -46,22 +56,75 @@ def parts_of(tmp_path, scores: dict[str, list[float | None]], calibration=CALIBR
         sink.add(path, ImageError("broken") if score is None else inspected(score, path, calibration))
     said = sink.close()
     lines = [json.loads(line) for line in (tmp_path / "parts.jsonl").read_text().splitlines()]
-    assert said.startswith(f"{tmp_path / 'parts.jsonl'}: of {len(lines)} parts ")
+    assert said.startswith(f"{tmp_path / 'parts.jsonl'}: of {count(len(lines), 'part')} ")
+    for line in lines:
+        assert line["verdict"] != "defect" or line["p_value"] <= line["rate"] + 1e-12
+        assert ("missing" in line) == ("reason" in line) == (line["verdict"] is None)
+        assert line["verdict"] is not None or line["reason"] in said or line["missing"] < missing_of(said)
     return {line.pop("part"): line for line in lines}
 
 
 def test_a_verdict_for_each_part(tmp_path):
     found = parts_of(
-        tmp_path, {"a": [1, 50, 2], "b": [1, 2, 3], "c": [37.5, 0], "d": [50], "e": [None, 1], "f": [None]}
+        tmp_path, {"a": [50, 2], "b": [1, 2], "c": [37.5, 0], "d": [50], "e": [None, 1], "f": [None], "g": [37.5]}
     )
     a = found["a"]
-    assert a["pictures"] == ["a/0.png", "a/1.png", "a/2.png"] and a["combination"] == "bonferroni"
-    assert a["p_value"] == pytest.approx(3 / 40) == a["rate"] and a["verdict"] == "defect"  # no three certify 5 %
+    assert a["pictures"] == ["a/0.png", "a/1.png"] and a["combination"] == "bonferroni"
+    assert a["p_value"] == pytest.approx(2 / 40) and a["rate"] == 0.05 and a["verdict"] == "defect"
     assert found["b"]["verdict"] == "good" and found["b"]["p_value"] == 1
     assert found["c"]["p_value"] == pytest.approx(4 / 40) and found["c"]["verdict"] == "review"
     assert found["d"]["rate"] == 0.05 and found["d"]["verdict"] == "defect"
     assert found["e"]["unread"] == 1 and found["e"]["verdict"] == "review" and found["e"]["p_value"] == 0.975
     assert found["f"] == {"pictures": ["f/0.png"], "unread": 1, "verdict": "review"}
+    assert found["g"]["p_value"] == found["g"]["rate"] and found["g"]["verdict"] == "defect"
+
+
+@pytest.mark.parametrize("score", [0.0, 100.0])
+def test_a_p_value_that_cannot_reach_the_rate_is_no_verdict(tmp_path, score):
+    """Ten good calibration images and ten images of a part: the smallest combined p-value is 0.91."""
+    few = calibrate(SCORES[:10], SCORES[:10], 0.0, 0.01, review_rate=0.2)
+    found = parts_of(tmp_path, {"a": [score] * 10, "b": [score]}, few)
+    a = found["a"]
+    assert a["p_value"] == pytest.approx(10 / 11 if score else 1.0) and a["rate"] == 1 / 11
+    assert a["verdict"] is None and a["missing"] == 989
+    assert a["reason"] == (
+        "with 10 good calibration images the p-value of 10 images together cannot be below 0.9091, and the false-alarm "
+        "rate is 0.09091; 989 more good calibration images would allow a verdict"
+    )
+    assert found["b"]["verdict"] == ("defect" if score else "good")
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 60),
+    st.integers(2, 12),
+    st.sampled_from(COMBINATIONS),
+    st.sampled_from([0.3, 0.1, 0.05, 0.011]),
+    st.booleans(),
+)
+def test_as_many_images_as_are_missing_allow_a_verdict(tmp_path_factory, n, k, method, rate, tail):
+    def judged(n: int):
+        made = calibrate([math.sqrt(i) for i in range(n)], [0.0] * n, 0.0, rate, tail=tail)
+        return parts_of(tmp_path_factory.getbasetemp(), {"a": [1e6] * k}, made, method)["a"]
+
+    found = judged(n)
+    if found["verdict"] is None:
+        enough = judged(n + found["missing"])
+        assert enough["verdict"] == "defect", (found, enough)
+        assert found["missing"] == 1 or judged(n + found["missing"] - 1)["verdict"] is None
+    else:
+        assert found["verdict"] == "defect" and found["p_value"] <= found["rate"] + 1e-12
+
+
+def test_a_part_of_one_image_is_judged_as_the_image_is(tmp_path):
+    """Also where labelled defects set the threshold, which then lies between or above the scores of good images."""
+    by_defects = calibrate(SCORES, SCORES, 0.0, 0.05, review_rate=0.2, defects=[60.0, 70.0], cost_ratio=1.0)
+    for calibration in (CALIBRATION, by_defects):
+        scores = {str(score): [score] for score in (0.0, 33.5, 37.5, 45.0, 65.0)}
+        found = parts_of(tmp_path, scores, calibration)
+        assert {part: line["verdict"] for part, line in found.items()} == {
+            part: calibration.verdict(own[0]) for part, own in scores.items()
+        }
 
 
 def test_good_parts_raise_no_more_alarms_than_their_rate(tmp_path):
@@ -82,9 +145,11 @@ def test_good_parts_raise_no_more_alarms_than_their_rate(tmp_path):
 def test_an_estimated_calibration_gives_estimated_parts(tmp_path):
     rng = np.random.default_rng(1)
     calibration = calibrate(rng.gumbel(size=99).tolist(), [0.0] * 99, 0.0, 0.002, tail=True)
-    found = parts_of(tmp_path, {"a": [30.0, 0.0], "b": [0.0, 0.0]}, calibration)
-    assert found["a"]["estimated"] and found["a"]["rate"] == 0.002 and found["a"]["p_value"] < 1e-3
-    assert [found[part]["verdict"] for part in "ab"] == ["defect", "good"]
+    found = parts_of(tmp_path, {"a": [30.0, 0.0], "b": [0.0, 0.0], "c": [1e9, 0.0], "d": [1e9, 0.0, 0.0]}, calibration)
+    assert found["a"]["estimated"] and found["a"]["rate"] == 0.002 and found["a"]["p_value"] == pytest.approx(0.002)
+    assert found["c"]["p_value"] == found["a"]["p_value"]  # a tail is not trusted further
+    assert [found[part]["verdict"] for part in "abcd"] == ["defect", "good", "defect", None]
+    assert found["d"]["missing"] == 50  # 3 / (10 · 150) = 0.002
 
 
 def test_discoveries_are_marked_in_the_results(tmp_path):
@@ -105,11 +170,26 @@ def test_discoveries_are_marked_in_the_results(tmp_path):
     assert [line.get("discovery") for line in marked] == [True, None, False, True, True, False]
     assert [{k: v for k, v in line.items() if k != "discovery"} for line in marked] == lines
     assert said == (
-        "3 of 5 pictures are discoveries at a false discovery rate of 10.00%; with this calibration at least 2 must "
-        "lie beyond all its pictures"
+        "3 discoveries among 5 images at a false discovery rate of 10.00%; with this calibration there are none, or at "
+        "least 2"
     )
     with pytest.raises(ValueError, match="must lie between"):
         Discoveries(1.5, CALIBRATION)
+
+
+def test_discoveries_that_there_cannot_be_are_told():
+    few = calibrate(SCORES[:8], SCORES[:8], 0.0, 0.05, crossed=True)
+    sink = Discoveries(0.1, few)
+    for i in range(3):
+        sink.add(Path(f"{i}.png"), inspected(1e6, Path(f"{i}.png"), few))
+    assert sink.close() == (
+        "0 discoveries among 3 images at a false discovery rate of about 10.00%; there can be none, whatever the "
+        "images show: with 8 good calibration images no p-value is below 0.1111; 1 more would allow some"
+    )
+    enough = calibrate(SCORES[:9], SCORES[:9], 0.0, 0.05)
+    sink = Discoveries(0.1, enough)
+    sink.add(Path("0.png"), inspected(1e6, Path("0.png"), enough))
+    assert sink.close() == "1 discovery among 1 image at a false discovery rate of 10.00%"
 
 
 # The command

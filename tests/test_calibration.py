@@ -280,6 +280,7 @@ def test_a_tail_estimates_only_what_pictures_cannot_certify(scores, rate):
     assert made.pixel_threshold == plain.pixel_threshold  # regions stay certified
     for score in (min(scores), *sorted(scores)[-3:], max(scores) + 1.0, made.threshold):
         assert made.estimated_p_value(score) <= made.p_value(score)
+    assert made.estimated_p_value(max(scores) + 1e300) == pytest.approx(0.1 / (n + 1))  # as far as a tail is trusted
     if made.threshold > max(scores):
         assert made.estimated_p_value(made.threshold) == pytest.approx(made.rate, rel=1e-3)
 

@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from unflaw.conformal import COMBINATIONS, certifiable, combine, discoveries, fit_tail, needed, p_value, rank
+from unflaw.conformal import (
+    COMBINATIONS,
+    certifiable,
+    combination_factor,
+    combine,
+    discoveries,
+    fit_tail,
+    least_discoveries,
+    needed,
+    p_value,
+    rank,
+)
 
 probabilities = st.lists(st.floats(1e-6, 1), min_size=1, max_size=12)
 
@@ -122,6 +133,25 @@ def test_combined_p_values_are_some_and_grow_with_each(p, method, data):
     assert combine(p[:1], method) == p[0]
 
 
+@given(probabilities, st.sampled_from(COMBINATIONS))
+def test_no_combined_p_value_lies_below_the_smallest_one(p, method):
+    """Which images reach that all have the smallest p-value there is."""
+    k, least = len(p), min(p)
+    factor = combination_factor(k, method)
+    assert factor >= 1
+    assert combine(p, method) >= min(1, factor * least) * (1 - 1e-9)
+    assert combine([least] * k, method) == pytest.approx(min(1, factor * least))
+
+
+@given(st.floats(0.002, 0.5), st.integers(1, 12), st.sampled_from(COMBINATIONS))
+def test_as_many_as_needed_certify_a_rate_of_several_images_and_one_fewer_do_not(rate, k, method):
+    def certifies(n: int) -> bool:
+        return combination_factor(k, method) <= math.floor(rate * (n + 1) + 1e-9) + 1e-9
+
+    n = needed(rate, k, method)
+    assert certifies(n) and not certifies(n - 1)
+
+
 @pytest.mark.parametrize("method", COMBINATIONS)
 def test_good_parts_raise_no_more_alarms_than_asked_for_however_pictures_depend(method):
     """Equal, opposite, independent, and in pairs: of a good part, P(p ≤ α) ≤ α."""
@@ -161,14 +191,27 @@ def test_discoveries_are_those_of_the_step_up_rule(p, rate):
     assert discoveries(p, rate) == [value <= limit for value in p]
 
 
-def test_the_false_discovery_rate_of_conformal_p_values_is_kept():
-    """Bates et al. 2023: at most the share of good parts times the rate, over calibrations and batches."""
+@pytest.mark.parametrize("step", [0.0, 0.5])
+def test_the_false_discovery_rate_of_conformal_p_values_is_kept(step):
+    """Bates et al. 2023: at most the share of good parts times the rate, over calibrations and batches; ties count as
+    higher scores, so it holds for scores in steps as well."""
     rng, false, found = np.random.default_rng(4), [], []
     for _ in range(400):
-        calibrating = np.sort(rng.normal(size=199))
-        scores = [*rng.normal(size=60), *rng.normal(4, 1, 20)]
+        calibrating, scores = rng.normal(size=199), np.append(rng.normal(size=60), rng.normal(4, 1, 20))
+        if step:
+            calibrating, scores = (np.round(values / step) * step for values in (calibrating, scores))
+        calibrating = np.sort(calibrating)
         chosen = np.array(discoveries([p_value(calibrating, score) for score in scores], 0.2))
         false.append(chosen[:60].sum() / max(chosen.sum(), 1))
         found.append(chosen[60:].mean())
-    assert np.mean(false) <= 0.15 + 3 * np.std(false) / math.sqrt(400) and np.mean(false) > 0.05
+    assert np.mean(false) <= 0.15 + 3 * np.std(false) / math.sqrt(400) and np.mean(false) > (0.0 if step else 0.05)
     assert np.mean(found) > 0.8
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.sampled_from([0.05, 0.1, 0.3]), st.data())
+def test_there_are_no_discoveries_or_as_many_as_said(m, n, rate, data):
+    p = [(1 + data.draw(st.integers(0, min(n, 3)))) / (n + 1) for _ in range(m)]
+    least = least_discoveries(m, 1 / (n + 1), rate)
+    assert sum(discoveries(p, rate)) in {0, *range(least, m + 1)}
+    if least <= m:  # reached
+        assert sum(discoveries([1 / (n + 1)] * least + [1.0] * (m - least), rate)) == least

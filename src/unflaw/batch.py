@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from unflaw import conformal
 from unflaw.calibration import Calibration
 from unflaw.files import write_atomically
 from unflaw.images import ImageError
 from unflaw.results import Result, Verdict
+from unflaw.words import count
+
+SEVERITY: tuple[Verdict, ...] = ("good", "review", "defect")
+ROUNDING = 1e-12  # by which a p-value that equals a rate may differ from it
 
 
 class Sink(Protocol):
@@ -57,12 +62,25 @@ def part_of(path: Path, rule: str) -> str:
     return part
 
 
+class _Image(NamedTuple):
+    """One image of a part, and the decision on it where it could be read."""
+
+    path: Path
+    p_value: float | None = None
+    verdict: Verdict | None = None
+
+
 class Parts:
     """Several pictures of one part: a combined p-value and a verdict for each part, in a file of JSON lines.
 
-    A part is defective at the calibration's rate, or at the least one that its pictures can certify together: with
-    Bonferroni, k times that of one picture. It is for review up to the rate of review, and where it would be good but a
-    picture could not be read.
+    A part is defective where its combined p-value is at most the calibration's rate, and for review up to the rate of
+    review. Its verdict is never more severe than the worst one of its images. A part that would be good is for review
+    where an image could not be read.
+
+    A combined p-value has a smallest value (`conformal.combination_factor`), which grows with the number of images in
+    most combinations. Where it lies above the rate, no observation could make the part defective: then it has no
+    verdict (None). Its line gives the "reason", and under "missing" how many more good calibration images there have to
+    be.
 
     Args:
         file: To be written.
@@ -85,42 +103,69 @@ class Parts:
     ) -> None:
         self.file, self.calibration, self.method = file, calibration, method
         self._parts = {path: part_of(path, rule) for path in paths}
-        self._found: dict[str, list[tuple[Path, float | None]]] = {}
+        self._found: dict[str, list[_Image]] = {}
 
     def add(self, path: Path, outcome: Result | ImageError) -> None:
-        p_value = None
+        image = _Image(path)
         if isinstance(outcome, Result):
             p_value = outcome.p_estimated if self.calibration.estimated else outcome.p_value
-        self._found.setdefault(self._parts[path], []).append((path, p_value))
+            image = _Image(path, p_value, outcome.verdict)
+        self._found.setdefault(self._parts[path], []).append(image)
 
     def close(self) -> str:
         lines = [self._line(part, found) for part, found in self._found.items()]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(self.file, lambda file: file.write_text(text, "utf-8", "backslashreplace"))
         counts = Counter(line["verdict"] for line in lines)
-        return (
-            f"{self.file}: of {len(lines)} parts {counts['good']} good, {counts['review']} for review, "
+        told = (
+            f"{self.file}: of {count(len(lines), 'part')} {counts['good']} good, {counts['review']} for review, "
             f"{counts['defect']} defective"
         )
+        if not counts[None]:
+            return told
+        most = max((line for line in lines if "missing" in line), key=lambda line: line["missing"])
+        return f"{told}, {counts[None]} without a verdict: {most['reason']}"
 
-    def _line(self, part: str, found: list[tuple[Path, float | None]]) -> dict[str, Any]:
-        known = [p_value for _, p_value in found if p_value is not None]
-        line: dict[str, Any] = {"part": part, "pictures": [str(path) for path, _ in found]}
-        verdict: Verdict = "good"
+    def _line(self, part: str, found: list[_Image]) -> dict[str, Any]:
+        known = [image.p_value for image in found if image.p_value is not None]
+        line: dict[str, Any] = {"part": part, "pictures": [str(image.path) for image in found]}
+        verdict: Verdict | None = "good"
         if known:
             p_value, calibration = conformal.combine(known, self.method), self.calibration
-            rate = calibration.rate
-            if not calibration.estimated:
-                rate = max(rate, conformal.combine([calibration.smallest] * len(known), self.method))
-            if p_value <= rate + 1e-12:
-                verdict = "defect"
-            elif calibration.review_rate is not None and p_value <= calibration.review_rate:
+            line |= {
+                "p_value": p_value,
+                "combination": self.method,
+                "rate": calibration.rate,
+                "estimated": calibration.estimated,
+            }
+            why = self._unreachable(len(known))
+            if why:
+                line, verdict = line | why, None
+            elif p_value <= calibration.rate + ROUNDING:
+                verdict = max((image.verdict for image in found if image.verdict is not None), key=SEVERITY.index)
+            elif calibration.review_rate is not None and p_value <= calibration.review_rate + ROUNDING:
                 verdict = "review"
-            line |= {"p_value": p_value, "combination": self.method, "rate": rate, "estimated": calibration.estimated}
         if len(known) < len(found):
             line["unread"] = len(found) - len(known)
             verdict = "review" if verdict == "good" else verdict
         return line | {"verdict": verdict}
+
+    def _unreachable(self, k: int) -> dict[str, Any]:
+        """Says why k images together can have no verdict; empty where they can."""
+        calibration = self.calibration
+        n, asked, factor = len(calibration.scores), calibration.asked_rate, conformal.combination_factor(k, self.method)
+        least = min(1.0, factor * calibration.smallest_p_value)
+        if least <= calibration.rate + ROUNDING:
+            return {}
+        need = conformal.needed(asked, k, self.method)
+        if calibration.estimated and factor < conformal.REACH:  # while a tail serves, which reaches further
+            need = math.ceil(factor / (conformal.REACH * asked) - ROUNDING) - 1
+        reason = (
+            f"with {count(n, 'good calibration image')} the p-value of {count(k, 'image')} together cannot be below "
+            f"{least:.4g}, and the false-alarm rate is {calibration.rate:.4g}; "
+            f"{count(need - n, 'more good calibration image')} would allow a verdict"
+        )
+        return {"missing": need - n, "reason": reason}
 
 
 class Unread:
@@ -150,7 +195,7 @@ class Discoveries:
 
     def __init__(self, rate: float, calibration: Calibration) -> None:
         conformal.discoveries([], rate)  # refuses a wrong rate before the work
-        self.rate, self.smallest = rate, calibration.smallest
+        self.rate, self.calibration = rate, calibration
         self._p_values: list[float] = []
 
     def add(self, path: Path, outcome: Result | ImageError) -> None:
@@ -170,9 +215,17 @@ class Discoveries:
         write_atomically(file, write)
 
     def close(self) -> str:
-        found, n = conformal.discoveries(self._p_values, self.rate), len(self._p_values)
-        least = conformal.least_discoveries(n, self.smallest, self.rate)
+        found, m = sum(conformal.discoveries(self._p_values, self.rate)), len(self._p_values)
+        about = "about " if self.calibration.crossed else ""
+        told = (
+            f"{count(found, 'discovery', 'discoveries')} among {count(m, 'image')} at a false discovery rate of "
+            f"{about}{self.rate:.2%}"
+        )
+        n, smallest = len(self.calibration.scores), self.calibration.smallest
+        least = conformal.least_discoveries(m, smallest, self.rate)
+        if least <= m or not m:
+            return told if least == 1 else f"{told}; with this calibration there are none, or at least {least}"
         return (
-            f"{sum(found)} of {n} pictures are discoveries at a false discovery rate of {self.rate:.2%}; with this "
-            f"calibration at least {least} must lie beyond all its pictures"
+            f"{told}; there can be none, whatever the images show: with {count(n, 'good calibration image')} no "
+            f"p-value is below {smallest:.4g}; {conformal.needed(self.rate) - n} more would allow some"
         )

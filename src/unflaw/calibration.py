@@ -84,12 +84,22 @@ class Calibration(BaseModel):
         """(1 + number of calibration scores ≥ score) / (n + 1), in [1 / (n + 1), 1]."""
         return conformal.p_value(self.scores, score)
 
+    @property
+    def smallest_p_value(self) -> float:
+        """The smallest p-value that an image can have: `smallest`, or as far below it as the tail is trusted."""
+        return self.smallest / conformal.REACH if self.estimated else self.smallest
+
     def estimated_p_value(self, score: float) -> float | None:
-        """What the tail says of a score beyond all calibration scores; elsewhere the p-value. None without a tail."""
+        """The tail's p-value of a score beyond all calibration scores; elsewhere `p_value`. None without a tail.
+
+        It is at least `smallest` / `conformal.REACH`: the tail is not trusted further.
+        """
         if self.tail is None:
             return None
         found = self.p_value(score)
-        return found if found > self.smallest else min(found, self.tail.p_value(score))
+        if found > self.smallest:
+            return found
+        return min(found, max(self.tail.p_value(score), self.smallest / conformal.REACH))
 
     def verdict(self, score: float, regions: Sequence[Region] = ()) -> Verdict:
         """ "good" up to `review_threshold`, "defect" above `threshold`, and "review" between.

@@ -67,9 +67,12 @@ def certifiable(n: int, rate: float = 0.0) -> Certificate:
     return Certificate(n, k / (n + 1), float(stats.beta.ppf(0.95, k, n + 1 - k)))
 
 
-def needed(rate: float) -> int:
-    """The least number of good pictures that certifies a rate in (0, 1)."""
-    return math.ceil(1 / rate - 1e-9) - 1
+def needed(rate: float, k: int = 1, method: Combination = "bonferroni") -> int:
+    """The least number of good pictures that certifies a rate in (0, 1): for k > 1, of k images together (`combine`).
+
+    A rate is certified in steps of 1 / (n + 1), so the factor of a combination counts rounded up.
+    """
+    return math.ceil(math.ceil(combination_factor(k, method) - 1e-9) / rate - 1e-9) - 1
 
 
 class Tail(BaseModel):
@@ -170,13 +173,25 @@ def combine(p_values: Sequence[float], method: Combination = "bonferroni") -> fl
         raise ValueError("p-values to combine must lie in (0, 1], one at least")
     if p.size == 1:
         return float(p[0])
-    means: dict[Combination, Callable[[], float]] = {
-        "bonferroni": lambda: p.size * p.min(),
-        "harmonic": lambda: _harmonic_factor(p.size) * stats.hmean(p),
-        "geometric": lambda: math.e * stats.gmean(p),
-        "mean": lambda: 2 * p.mean(),
+    means: dict[Combination, Callable[[np.ndarray], float]] = {
+        "bonferroni": np.min,
+        "harmonic": stats.hmean,
+        "geometric": stats.gmean,
+        "mean": np.mean,
     }
-    return float(min(1.0, means[method]()))
+    return float(min(1.0, combination_factor(p.size, method) * means[method](p)))
+
+
+def combination_factor(k: int, method: Combination = "bonferroni") -> float:
+    """The smallest p-value that `combine` can give for k images, as a multiple of the smallest one of a single image.
+
+    With n calibration images that is 1 / (n + 1), so no observation brings the combined p-value of k images below
+    `combination_factor(k, method) / (n + 1)`.
+    """
+    if k == 1:
+        return 1.0
+    factors = {"bonferroni": k, "harmonic": _harmonic_factor(k), "geometric": math.e, "mean": 2}
+    return float(factors[method])
 
 
 @lru_cache
@@ -207,5 +222,8 @@ def discoveries(p_values: Sequence[float], rate: float) -> list[bool]:
 
 
 def least_discoveries(m: int, smallest: float, rate: float) -> int:
-    """How many of m pictures must have the smallest p-value there is so that any can be discovered."""
+    """How many discoveries there are at least among m images, if there are any; above m, there can be none.
+
+    r discoveries have p-values up to rate · r / m, and no p-value lies below `smallest`.
+    """
     return max(1, math.ceil(m * smallest / rate - 1e-9))
