@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,6 +198,23 @@ def test_an_uncertain_region_sends_a_defect_to_review_and_nothing_else():
     )
     assert calibration.verdict(99) == "defect" and calibration.verdict(0, [doubtful]) == "good"
     assert calibrate(scores, scores, 0.0, 0.05, doubts=doubts).verdict(99, [doubtful]) == "defect"
+
+
+def test_without_review_the_false_alarm_rate_says_what_is_uncertain():
+    """A review rate of 0 sends no image to review by its p-value, and is no rate for the uncertainty."""
+    scores, doubts = [float(i) for i in range(39)], [i / 100 for i in range(39)]
+    options: dict[str, Any] = {"doubts": doubts, "review_uncertain": True}
+    made = calibrate(scores, scores, 0.0, 0.1, review_rate=0.0, **options)
+    assert made.uncertainty_threshold == 0.35 != max(doubts)  # the fourth: one tenth of 40
+    assert {made.verdict(score) for score in range(-1, 41)} == {"good", "defect"}
+    doubtful = Region((0, 0, 1, 1), 1, 9.0, 0.36)
+    assert made.verdict(99, [doubtful]) == "review"
+    by_cost = calibrate(scores, scores, 0.0, 0.05, defects=[2.0], cost_ratio=100.0, **options)
+    assert by_cost.rate > 0.9 and by_cost.uncertainty_threshold == 0.37  # of the rate asked for, not of what follows
+    again = Evidence()
+    again.doubts = [0.9]
+    again.keep(made)
+    assert sorted(again.doubts) == [0.35] * 36 + [0.9] * 4  # three of 39 exceed it, nobody knows how far
 
 
 def test_evidence_is_gathered_within_the_picture():

@@ -37,7 +37,8 @@ class Calibration(BaseModel):
         review_rate: The share of good pictures, certified, that are called anything but good; None: no review.
         review_threshold: Pictures that score above it, and not above `threshold`, are for review.
         uncertainty_threshold: A region is dominated by uncertainty where that is higher on average. At most the share
-            of good pictures that review was asked for (else that of alarms) has any such value. None: there is no map.
+            of good pictures that review was asked for has any such value; where no review was asked for (a rate of 0),
+            at most the false-alarm rate asked for. None: there is no map.
         review_uncertain: Defects whose first region is so are for review.
         minimum_area: Smaller areas are no regions, share of the picture.
         tail: Of the scores, where rates below the smallest certified one are estimated.
@@ -68,7 +69,11 @@ class Calibration(BaseModel):
 
     @property
     def certified(self) -> bool:
-        return self.rate <= self.asked_rate and not (self.estimated or self.crossed)
+        """True where the good images prove the false-alarm rate that was asked for.
+
+        A threshold that labelled defects set follows from them: its false-alarm rate is measured, not certified.
+        """
+        return self.rate <= self.asked_rate and not (self.estimated or self.crossed or self.defects)
 
     @property
     def estimated(self) -> bool:
@@ -303,6 +308,7 @@ def calibrate(
         threshold = max(threshold, found.threshold(certified))
     reviewed = conformal.rank(n, review_rate)
     band = reviewed > k and good[-reviewed] < threshold
+    doubtful = reviewed if review_rate else min(k, conformal.rank(n, rate))
     return Calibration(
         scores=tuple(good),
         asked_rate=asked,
@@ -314,7 +320,7 @@ def calibrate(
         miss_rate=promised,
         review_rate=reviewed / (n + 1) if band else None,
         review_threshold=good[-reviewed] if band else None,
-        uncertainty_threshold=sorted(doubts)[-min(reviewed, len(doubts))] if doubts else None,
+        uncertainty_threshold=sorted(doubts)[-min(doubtful, len(doubts))] if doubts else None,
         review_uncertain=review_uncertain,
         minimum_area=minimum_area,
         tail=found,
