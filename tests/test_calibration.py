@@ -148,6 +148,39 @@ def test_what_defects_set_is_said():
             calibrate([1, 2, 3], [1, 2, 3], 0.0, **wrong)
 
 
+def test_a_threshold_that_defects_set_certifies_no_false_alarm_rate():
+    scores = [float(i) for i in range(99)]
+    for asked in ({"cost_ratio": 2.0}, {"miss_rate": 0.5}):
+        made = calibrate(scores, scores, 0.0, 0.01, defects=[200.0, 300.0], **asked)
+        numbers = made.numbers()
+        assert made.rate == 0.01 and not made.certified and numbers["certified"] is False
+        assert numbers["asked_rate"] is None and numbers["n_defects"] == 2
+        assert numbers["miss_rate"] == (1 / 3 if "miss_rate" in asked else None)
+        assert "false-alarm rate about 1.00%" in made.describe() and "could certify 1.00% at best" in made.reach()
+        assert "certified" not in made.describe().replace("miss rate 33.33% or less, certified by 2 labelled", "")
+
+
+def test_the_numbers_say_what_the_sentence_does():
+    scores = [float(i) for i in range(99)]
+    made = calibrate(scores, scores, 0.0, 0.02, review_rate=0.05)
+    assert made.numbers() == {
+        "asked_rate": 0.02,
+        "rate": 0.02,
+        "n": 99,
+        "certified": True,
+        "smallest_rate": 0.01,
+        "estimated": False,
+        "crossed": False,
+        "review_rate": 0.05,
+        "miss_rate": None,
+        "n_defects": 0,
+    }
+    few = calibrate(scores[:5], scores[:5], 0.0, 0.01, crossed=True).numbers()
+    assert (few["asked_rate"], few["rate"], few["n"], few["certified"], few["crossed"]) == (0.01, 1 / 6, 5, False, True)
+    tail = calibrate(scores, scores, 0.0, 0.002, tail=True).numbers()
+    assert (tail["rate"], tail["smallest_rate"], tail["certified"], tail["estimated"]) == (0.002, 0.01, False, True)
+
+
 # Review
 
 

@@ -50,7 +50,12 @@ def test_the_record_has_every_metric_and_is_json(evaluated, detector):
     assert (metrics["n_images"], metrics["n_good"], metrics["dataset"]) == (8, 4, "parts")
     assert metrics["config"] == detector.config.model_dump(mode="json")
     assert metrics["timing"]["seconds_per_image"] > 0
-    assert metrics["threshold"] == detector.calibration_.threshold
+    calibration = detector.calibration_
+    assert metrics["threshold"] == calibration.threshold
+    assert metrics["calibration"] == calibration.describe()
+    numbers = metrics["calibration_numbers"]
+    assert (numbers["asked_rate"], numbers["rate"]) == (0.01, 1 / (len(calibration.scores) + 1))
+    assert (numbers["n"], numbers["certified"]) == (len(calibration.scores), False)
     for name in (*IMAGE, *PIXEL):
         assert 0 <= metrics[name] <= 1
 

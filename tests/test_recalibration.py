@@ -147,7 +147,9 @@ def test_the_command_replaces_the_file_or_writes_another(saved, today, tmp_path)
     assert second.exit_code == 0 and "threshold of least cost, set by 6 labelled defects" in second.output
     shown = CliRunner().invoke(app, ["info", str(model)])
     assert "threshold of least cost" in shown.output
-    assert json.loads(shown.output[shown.output.index("{") :])["record"]["calibrations"][0]["defects"] == 6
+    assert "certif" not in shown.output[: shown.output.index("{")].replace("9 good pictures could certify", "")
+    (entry,) = json.loads(shown.output[shown.output.index("{") :])["record"]["calibrations"]
+    assert entry["defects"] == 6 and (entry["numbers"]["certified"], entry["numbers"]["asked_rate"]) == (False, None)
     for arguments, message in (
         (("--defect", bad), "--defect needs --miss-rate or --cost-ratio"),
         (("--rate", 0.1, "--miss-rate", 0.1), "give one of them"),

@@ -123,10 +123,38 @@ class Calibration(BaseModel):
         review = "" if self.review_rate is None else f"; with those for review {self.review_rate:.2%}"
         return self._promise() + review
 
+    def numbers(self) -> dict[str, Any]:
+        """The numbers behind `describe`, for JSON.
+
+        Returns:
+            "asked_rate": the false-alarm rate asked for; None where labelled defects set the threshold.
+            "rate": the false-alarm rate of the threshold.
+            "n": how many good images these rates come from.
+            "certified": whether the good images prove the rate asked for.
+            "smallest_rate": 1 / (n + 1), the smallest rate that n good images can certify.
+            "estimated", "crossed": why a rate may not be certified: it is estimated from a tail of the scores, or the
+                good images have taught the detector as well.
+            "review_rate": the share of good images called anything but good; None: no review.
+            "miss_rate": the share of defects missed, certified by `n_defects` labelled ones; None: not asked for.
+            "n_defects": how many labelled defects set the threshold.
+        """
+        return {
+            "asked_rate": None if self.defects else self.asked_rate,
+            "rate": self.rate,
+            "n": len(self.scores),
+            "certified": self.certified,
+            "smallest_rate": self.smallest,
+            "estimated": self.estimated,
+            "crossed": self.crossed,
+            "review_rate": self.review_rate,
+            "miss_rate": self.miss_rate,
+            "n_defects": len(self.defects),
+        }
+
     def reach(self) -> str:
         """One sentence on what so many pictures can certify."""
         found = conformal.certifiable(len(self.scores))
-        words = "give about" if self.crossed else "certify"
+        words = "give about" if self.crossed else "could certify" if self.defects else "certify"
         more = ", ".join(f"{rate:.2%} takes {conformal.needed(rate)}" for rate in (0.01, 0.001) if rate < found.rate)
         return (
             f"{found.n} good pictures {words} {found.rate:.2%} at best, on average over calibrations; 95 of 100 "

@@ -98,7 +98,7 @@ def evaluate(
     if category:
         metrics["category"] = category
     metrics["threshold"], metrics["review_threshold"] = calibration.threshold, calibration.review_threshold
-    metrics["calibration"] = calibration.describe()
+    metrics["calibration"], metrics["calibration_numbers"] = calibration.describe(), calibration.numbers()
     metrics["timing"] = {
         "seconds": round(elapsed, 2),
         "seconds_per_image": round(elapsed / len(rows), 4),

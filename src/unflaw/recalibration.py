@@ -91,6 +91,7 @@ def recalibrate(
         "pictures": sorted(short for short, path in digests.items() if str(path) not in left_out),
         "threshold": after.threshold,
         "described": after.describe(),
+        "numbers": after.numbers(),
     }
     history = list(detector.record_.get("calibrations", []))
     if history and history[-1] | {"when": ""} == entry | {"when": ""}:  # the same command again, say after a power cut
