@@ -95,6 +95,21 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(loaded, today, tmp_
     assert Path(path).name == "broken.png" and "broken.png" in why and entry["good"] == 9 == len(entry["pictures"])
 
 
+def test_a_defective_image_among_the_good_ones_is_named(saved, today, tmp_path):
+    """It alone sets the threshold of nine good images."""
+    model, good = tmp_path / "m.safetensors", tmp_path / "good"
+    shutil.copytree(today[0], good)
+    plain = CliRunner().invoke(app, ["calibrate", str(saved), "--good", str(good), "--out", str(model)])
+    assert "look at" not in plain.output
+    shutil.copy(sorted(today[1].iterdir())[0], good / "odd.png")
+    done = CliRunner().invoke(app, ["calibrate", str(saved), "--good", str(good), "--out", str(model)])
+    told = "note: look at 1 image far apart from the other good images; remove what is defective, and calibrate again:"
+    assert told in done.output
+    assert f"\n  {good / 'odd.png'} (" in done.output
+    (entry,) = Detector.load(model).record_["calibrations"]
+    assert [Path(each["path"]).name for each in entry["strangest"]] == ["odd.png"]
+
+
 def test_a_copy_does_not_count_and_is_named(loaded, today, tmp_path):
     """Ten copies of one picture certify no more than it alone does."""
     good = sorted(today[0].iterdir())

@@ -197,6 +197,7 @@ class Evidence:
 
     Attributes:
         scores: Of the pictures.
+        paths: Of the pictures, as far as they are known.
         peaks: The `region_level` of their maps.
         medians: Of their maps.
         doubts: The largest values of their uncertainty maps, where there are some.
@@ -205,6 +206,7 @@ class Evidence:
     def __init__(self, minimum_area: float = 0.0) -> None:
         self.minimum_area = minimum_area
         self.scores: list[float] = []
+        self.paths: list[str] = []
         self.peaks: list[float] = []
         self.medians: list[float] = []
         self.doubts: list[float] = []

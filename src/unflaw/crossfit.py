@@ -22,7 +22,9 @@ fold, hardly moves them is taken as given too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,10 @@ from unflaw.config import CalibrationOptions
 from unflaw.errors import TrainingError
 from unflaw.layout import Window
 from unflaw.methods import Method
+from unflaw.methods.base import highest
+from unflaw.methods.memory import Memory
 from unflaw.mosaic import Mosaic
+from unflaw.outliers import MOST, outliers
 
 FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
 
@@ -95,10 +100,68 @@ def gather_evidence(network: Method, cache: Cache, found: Evidence, **left_out: 
         **left_out: `pictures` or `held_out`, (N,), as `Method.forward` takes them: what a memory keeps of each image is
             left out for it.
     """
+    found.paths += [str(cache.paths[row]) for row in cache.heads()]
     for mosaic in pieced(network, cache.windows, lambda rows: cache.features[rows].float(), **left_out):
         score, maps = mosaic.result()
         found.add(score, maps["map"], mosaic.layout.box, maps.get("uncertainty"), mosaic.layout.counted)
     return found
+
+
+@torch.inference_mode()
+def memory_distances(network: Method, cache: Cache, rows: Sequence[int], *, leave: bool) -> dict[str, float]:
+    """How far images lie from the memory of the category in use: a score for each path.
+
+    It is made of the largest distances of an image as the image score is (`scoring.shares`), at every second cell in
+    both directions: a quarter of the time of all cells, and hardly less is found. No trained part of the network takes
+    part, so images that were trained on and others have comparable scores.
+
+    Args:
+        network: Finished for the category, its memory not extended.
+        cache: Holds the images.
+        rows: Of the images, with all their windows.
+        leave: The cache is the one that `Method.setup` saw: what each image taught the memory is left out for it.
+
+    Returns:
+        Nothing where the method has no memory; images of which no such cell counts are left out.
+    """
+    memory = next((part for part in network.children() if isinstance(part, Memory)), None)
+    found: dict[str, float] = {}
+    if memory is None:
+        return found
+    for part in torch.tensor(rows).split(8):
+        chosen = part.tolist()
+        distance = memory(cache.features[part][..., ::2, ::2].float(), part if leave else None)[1][:, 0]
+        inside = cache.cells(network.features.grid, chosen)
+        inside = None if inside is None else inside[..., ::2, ::2]
+        scores = highest(distance, network.config.scoring.shares, inside, network.window).mean(1)
+        for row, score in zip(chosen, scores.tolist(), strict=True):  # an image scores as its highest window does
+            if math.isfinite(score):
+                path = str(cache.paths[row])
+                found[path] = max(score, found.get(path, score))
+    return found
+
+
+def find_outliers(
+    network: Method, train: Cache, rows: Sequence[int], held: Cache | None, *, random: bool
+) -> list[dict[str, Any]] | None:
+    """Good images of the category in use that lie far from its memory, as `outliers.outliers` gives them.
+
+    Args:
+        network: As for `memory_distances`.
+        train: What the memory has learned from.
+        rows: Of the category in it.
+        held: The images that calibrate, if any.
+        random: They are a random part of the good images; else they are compared among themselves only.
+
+    Returns:
+        The furthest first; None where the method has no memory.
+    """
+    trained = memory_distances(network, train, rows, leave=True)
+    others = {} if held is None else memory_distances(network, held, range(len(held)), leave=False)
+    if not trained:
+        return None
+    found = outliers(trained | others) if random else outliers(trained) + outliers(others)
+    return sorted(found, key=lambda entry: -entry["deviations"])[:MOST]
 
 
 def judge_held_out(

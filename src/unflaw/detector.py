@@ -23,7 +23,7 @@ from unflaw.cache import Cache, build_cache, cells, stack
 from unflaw.calibration import Calibration, calibrations
 from unflaw.categories import Category, Data, gather, hold_out, remembered, without_copies
 from unflaw.config import Config, make_config
-from unflaw.crossfit import cross_fit, finish, judge_held_out, leave_one_out
+from unflaw.crossfit import cross_fit, find_outliers, finish, judge_held_out, leave_one_out
 from unflaw.datasets.samples import SHORT, Sample, digest, sha256, sha256_if_readable
 from unflaw.display import DisplayDecoder, fit_display
 from unflaw.drift import Reference, references
@@ -34,6 +34,7 @@ from unflaw.graph import Graph
 from unflaw.images import Prepared
 from unflaw.inspector import Inspector, Outputs
 from unflaw.methods import Method, create
+from unflaw.outliers import ALL, HELD_OUT, outliers
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.team import ALONE, Team
@@ -171,6 +172,8 @@ class Detector(Inspector):
 
         Returns:
             "history" of losses, the number of pictures "held_out" and, where they have names, numbers by "categories".
+            "strangest": good images that stand out, as `outliers.outliers` gives them, with their category where it has
+            a name; "strangest_among": all good images, or those held out, where the method has no memory.
         """
         rng, options, network = step_rng(self.config.training.seed, 2**31), self.config.calibration, self.network
         budget, share = self.config.training.cache_gb * 2**30, 0.0 if options.folds else options.holdout
@@ -193,17 +196,22 @@ class Detector(Inspector):
         crossed = {}
         if trains and len(calibrating) < len(train.rows()):
             crossed = cross_fit(fold, train, options, calibrating.keys(), budget)
-        categories = {}
+        categories, strangest, among = {}, list[dict[str, Any]](), ALL
         for number, (name, rows) in enumerate(train.rows().items()):
             # from training pictures: what is learned from those that calibrate would make them unlike new pictures
             finish(network, train, number, rows)
             held, taught = calibrating.get(name), True
+            far = find_outliers(network, train, rows, held, random=name not in given)
             if name in crossed:
                 found = crossed[name]
             elif held is not None:
                 found, taught = judge_held_out(network, held, options, rng, random=name not in given)
             else:
                 found = leave_one_out(network, train, rows, options, budget)
+            if far is None:
+                far = outliers(dict(zip(found.paths, found.scores, strict=True)))
+                among = among if name in crossed else HELD_OUT
+            strangest += [entry | ({"category": name} if name else {}) for entry in far]
             calibration = found.calibrate(options, crossed=taught)
             reference = remembered(train, rows, held, self.config.training.seed)
             categories[name] = Category(calibration, network.with_category(network.finished_state()), reference)
@@ -215,7 +223,12 @@ class Detector(Inspector):
             }
             for name, rows in cache.rows().items()
         }
-        learned = {"history": history, "held_out": sum(held.count for held in calibrating.values())}
+        learned = {
+            "history": history,
+            "held_out": sum(held.count for held in calibrating.values()),
+            "strangest": strangest,
+            "strangest_among": among,
+        }
         return learned if "" in counts else learned | {"categories": counts}
 
     @property
@@ -255,7 +268,7 @@ class Detector(Inspector):
         """Sets thresholds and p-values anew, without training, from pictures of today.
 
         What the network has learned stays, and so does what evidence it holds normal. `record_["calibrations"]` gets an
-        entry: when, on how many pictures, and what came of it.
+        entry: when, on how many pictures, what came of it, and which good images stand out among those given.
 
         Args:
             good: Good pictures that it has not learned from. Of pictures that are the same, byte for byte, one counts.

@@ -15,6 +15,7 @@ from unflaw.datasets.samples import SHORT, Sample, digest, distinct, sha256_if_r
 from unflaw.detector import Detector
 from unflaw.drift import Reference
 from unflaw.errors import TrainingError
+from unflaw.outliers import ALL, outliers
 from unflaw.results import Result
 from unflaw.streams import Progress
 
@@ -64,12 +65,14 @@ def recalibrate(
                 skipped.append([outcome[0], str(outcome[1])])
             elif kind == 0:
                 found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty, outcome.counted)
+                found.paths.append(str(outcome.path))
                 described += [] if outcome.described is None else [outcome.described]
             else:
                 missable.append(outcome.score)
             progress("calibrating", len(found.scores) + len(missable) + len(skipped), total, None)
     if not found.scores:
         raise TrainingError("; ".join(["there are no good pictures to calibrate with", *(why for _, why in skipped)]))
+    strangest = outliers(dict(zip(found.paths, found.scores, strict=True)))
     if keep:
         found.keep(before)
     by_defects: dict[str, Any] = {"defects": missable, "miss_rate": miss_rate, "cost_ratio": cost_ratio}
@@ -92,6 +95,8 @@ def recalibrate(
         "threshold": after.threshold,
         "described": after.describe(),
         "numbers": after.numbers(),
+        "strangest": strangest,
+        "strangest_among": ALL,
     }
     history = list(detector.record_.get("calibrations", []))
     if history and history[-1] | {"when": ""} == entry | {"when": ""}:  # the same command again, say after a power cut

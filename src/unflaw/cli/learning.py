@@ -87,6 +87,7 @@ def train(
         detector_file(out)
         from unflaw.datasets import load_categories, load_dataset
         from unflaw.detector import Detector
+        from unflaw.outliers import describe_outliers
         from unflaw.team import ALONE
 
         if len(data) > 1 and not multi_class:
@@ -118,6 +119,7 @@ def train(
         detector.save(out)
         checkpoint.unlink(missing_ok=True)  # not before: where the disk is full, --resume needs it
         report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
+        report_problems(describe_outliers(detector.record_))
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}
         certified = described.get("") or "".join(f"\n{name}: {promise}" for name, promise in described.items())
         typer.echo(f"{out}: trained in {detector.record_['seconds']['total']:.0f} s; {certified}")
@@ -223,6 +225,8 @@ def calibrate(
             raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
         if not defect and (miss_rate is not None or cost_ratio is not None):
             raise ValueError("a miss rate and a cost ratio need labelled defects; name them with --defect")
+        from unflaw.outliers import describe_outliers
+
         writable(model) if out is None else detector_file(out)
         detector = load_trained(model)
         asked = {"review_rate": review_rate, "minimum_area": minimum_area, "tail": tail or None}
@@ -239,7 +243,9 @@ def calibrate(
                 **{name: value for name, value in asked.items() if value is not None},
             )
         detector.save(out or model)
-        report_problems(f"skipped {reason}" for _, reason in detector.record_["calibrations"][-1]["skipped"])
+        done = detector.record_["calibrations"][-1]
+        report_problems(f"skipped {reason}" for _, reason in done["skipped"])
+        report_problems(describe_outliers(done, "calibrate"))
         typer.echo(f"{out or model}: {found.describe()}; threshold {found.threshold:.4g}")
 
 
