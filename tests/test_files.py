@@ -4,12 +4,16 @@ import errno
 import os
 import pickle
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from unflaw.errors import WriteError
-from unflaw.files import growing, make_folder, scratch, write_atomically
+from unflaw.files import growing, make_folder, scratch, write_atomically, write_png
+from unflaw.station.log import Log
 
 
 def names(folder: Path) -> list[str]:
@@ -86,6 +90,106 @@ def test_file_and_folder_are_flushed_around_the_renaming(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     write_atomically(tmp_path / "a.txt", lambda temporary: temporary.write_text("new"))
     assert seen == [(".a.txt.part", False), (tmp_path.name, True)]
+
+
+@contextmanager
+def umask(value: int) -> Iterator[None]:
+    before = os.umask(value)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def rights(file: Path) -> int:
+    return file.stat().st_mode & 0o7777
+
+
+def write_both(folder: Path, name: str = "") -> tuple[Path, Path]:
+    """Two files of this name, one written at once and one that grew."""
+    folder.mkdir(exist_ok=True)
+    whole, grown = folder / f"{name}a.txt", folder / f"{name}a.jsonl"
+    write_atomically(whole, lambda temporary: temporary.write_text("new"))
+    with growing(grown) as lines:
+        lines.write("new\n")
+    return whole, grown
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights as POSIX has them")
+@pytest.mark.parametrize("value, expected", [(0o077, 0o600), (0o002, 0o664), (0o022, 0o644)])
+def test_new_files_have_the_rights_that_the_umask_leaves(tmp_path, value, expected):
+    with umask(0o027):  # what killed processes have left under another umask counts for nothing
+        for name in (".a.txt.part", "a.jsonl.part"):
+            (tmp_path / name).write_text("half")
+    with umask(value):
+        assert [rights(file) for file in write_both(tmp_path)] == [expected] * 2
+        with_png = tmp_path / "a.png"
+        write_png(with_png, Image.new("L", (2, 2)))
+        Log(f"sqlite:///{tmp_path / 'log.db'}").close()
+        assert [rights(with_png), rights(tmp_path / "log.db")] == [expected] * 2
+        inside, go = threading.Event(), threading.Event()  # two at once: one of them takes a random name
+        slowly = threading.Thread(
+            target=write_atomically, args=(tmp_path / "b.txt", lambda _: (inside.set(), go.wait(10)))
+        )
+        slowly.start()
+        assert inside.wait(10)
+        write_atomically(tmp_path / "b.txt", lambda temporary: temporary.write_text("new"))
+        assert rights(tmp_path / "b.txt") == expected
+        go.set()
+        slowly.join()
+        assert rights(tmp_path / "b.txt") == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights as POSIX has them")
+@pytest.mark.parametrize("before", [0o600, 0o664, 0o640])
+def test_a_file_that_is_replaced_keeps_its_rights_also_while_it_is_written(tmp_path, before):
+    for file in write_both(tmp_path):
+        file.chmod(before)
+    with umask(0o022):
+        assert [rights(file) for file in write_both(tmp_path)] == [before] * 2
+        seen: list[int] = []
+        write_atomically(tmp_path / "a.txt", lambda temporary: seen.append(rights(temporary)))
+        with growing(tmp_path / "a.jsonl"):
+            seen.append(rights(tmp_path / "a.jsonl.part"))
+        assert seen == [before] * 2
+
+        def replace(temporary: Path) -> None:  # as some libraries write
+            temporary.with_name("other").write_text("new")
+            temporary.with_name("other").replace(temporary)
+
+        write_atomically(tmp_path / "a.txt", replace)
+        assert rights(tmp_path / "a.txt") == before
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can give files away")
+def test_a_file_that_is_replaced_keeps_its_owner(tmp_path):
+    for file in write_both(tmp_path):
+        os.chown(file, 1234, 5678)
+        file.chmod(0o600)
+    found = [file.stat() for file in write_both(tmp_path)]
+    assert [(status.st_uid, status.st_gid, status.st_mode & 0o777) for status in found] == [(1234, 5678, 0o600)] * 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_what_it_points_to_is_written(tmp_path, there):
+    real, links = tmp_path / "real", tmp_path / "links"
+    real.mkdir(), links.mkdir()
+    for name in ("a.txt", "a.jsonl"):
+        (links / f"via-{name}").symlink_to(f"../real/{name}")
+        (links / name).symlink_to(f"via-{name}")
+        if there:
+            (real / name).write_text("old")
+    write_both(links)
+    assert (real / "a.txt").read_text() == "new" and (real / "a.jsonl").read_text() == "new\n"
+    assert all(link.is_symlink() for link in links.iterdir()) and len(names(links)) == 4
+    assert names(real) == ["a.jsonl", "a.txt"]
+
+
+def test_a_link_to_where_nothing_can_be_written_is_named(tmp_path):
+    (tmp_path / "a.txt").symlink_to(tmp_path / "nowhere/b.txt")
+    with pytest.raises(WriteError, match=r"a\.txt: cannot be written \(No such file or directory\)"):
+        write_atomically(tmp_path / "a.txt", lambda temporary: temporary.write_text("new"))
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_the_longest_names_have_room_for_a_temporary_one(tmp_path):

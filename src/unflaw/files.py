@@ -6,10 +6,12 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
 
 from pydantic import BaseModel, Field, ValidationError
@@ -31,8 +33,10 @@ FORMAT = 3  # newest of the metadata in a detector file; raised when an older un
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes to a temporary name beside `path`, flushes it to disk and renames: no half file ever stands in `path`.
 
-    What a killed process leaves, `.<name>.part`, is hidden and taken over by the next writing of the same name. A pipe
-    or a device, such as /dev/stdout, is written as it is.
+    A file that is replaced keeps its rights; a new one has those that the umask leaves. Where `path` is a symbolic
+    link, it stays one, and the file that it points to is replaced. What a killed process leaves, `.<name>.part`, is
+    hidden and goes with the next writing of the same name. A pipe or a device, such as /dev/stdout, is written as it
+    is.
 
     Raises:
         WriteError: It cannot be written, and what stood in `path` is as it was.
@@ -40,9 +44,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     if path.exists() and not path.is_file() and not path.is_dir():
         write(path)
         return
-    with _telling(path), _beside(path) as temporary:
+    target = target_of(path)
+    with _telling(path, target), _beside(target) as temporary:
         write(temporary)
-        _rename(temporary, path)
+        _rename(temporary, target)
 
 
 def write_png(path: Path, picture: Image) -> None:
@@ -54,8 +59,8 @@ def write_png(path: Path, picture: Image) -> None:
 def growing(path: Path, amend: Iterable[Callable[[Path], object]] = ()) -> Iterator[TextIO]:
     """Lines that can be read as they come, in `<path>.part`, which takes its name, on disk, at the end of the block.
 
-    Where that is not reached, what was written stays under the first name, and what stood in `path` is as it was. Names
-    of files that are no UTF-8 are written with backslashes.
+    Where that is not reached, what was written stays under the first name, and what stood in `path` is as it was.
+    Rights and links are as for `write_atomically`. Names of files that are no UTF-8 are written with backslashes.
 
     Args:
         path: Of the file when it is whole.
@@ -64,13 +69,21 @@ def growing(path: Path, amend: Iterable[Callable[[Path], object]] = ()) -> Itera
     Raises:
         WriteError: It cannot be written.
     """
-    partial = path.with_name(f"{path.name}.part")
-    with _telling(path):
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    target = target_of(path)
+    partial = target.with_name(f"{target.name}.part")
+    with _telling(path, target):
+        partial.unlink(missing_ok=True)  # of an earlier time, perhaps with other rights
+        with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            _take_rights(partial, target)
             yield file
         for change in amend:
             change(partial)
-        _rename(partial, path)
+        _rename(partial, target)
+
+
+def target_of(path: Path) -> Path:
+    """The file that is written under this name: where it is a symbolic link, what that points to, there or not."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def make_folder(folder: Path) -> None:
@@ -108,7 +121,7 @@ def _rename(temporary: Path, path: Path) -> None:
     """Flushes a file to disk and gives it its name; that, too, is on disk when this returns."""
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
-    temporary.chmod(0o644)
+    _take_rights(temporary, path)  # once more: some libraries replace the file that they were told to write
     temporary.replace(path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
@@ -119,19 +132,31 @@ def _rename(temporary: Path, path: Path) -> None:
             os.close(folder)
 
 
+def _take_rights(temporary: Path, path: Path) -> None:
+    """Gives a file the rights and, as far as it is allowed, group and owner of the one that it will replace, if any."""
+    with suppress(FileNotFoundError):
+        known, own = path.stat(), temporary.stat()
+        if (own.st_uid, own.st_gid) != (known.st_uid, known.st_gid):
+            for ids in ((-1, known.st_gid), (known.st_uid, -1)):
+                with suppress(PermissionError):
+                    os.chown(temporary, *ids)
+        temporary.chmod(stat.S_IMODE(known.st_mode))
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A name for a temporary file, the same every time: so no more than one can be left of each file.
 
     It is locked while it is in use. Whoever comes then, and systems that know no such locks, take a random name.
     """
-    temporary = path.with_name(f".{_short(path.name)}.part")
-    handle = _locked(temporary)
-    if handle is None:
-        opened, name = tempfile.mkstemp(dir=path.parent, prefix=f"{temporary.name}.")
-        os.close(opened)
-        temporary = Path(name)
+    temporary, handle = path.with_name(f".{_short(path.name)}.part"), None
     try:
+        handle = _locked(temporary)
+    except OSError:
+        temporary = temporary.with_name(f"{temporary.name}.{token_hex(4)}")
+        temporary.touch(exist_ok=False)
+    try:
+        _take_rights(temporary, path)
         yield temporary
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -141,23 +166,47 @@ def _beside(path: Path) -> Iterator[Path]:
             os.close(handle)
 
 
-def _locked(temporary: Path) -> int | None:
-    """The empty file, open; None where another process or thread writes it, or it cannot be had."""
+def _locked(file: Path) -> int:
+    """Makes a file and locks it, until its handle is closed or the process has ended. What was left of it goes first.
+
+    Raises:
+        BlockingIOError: Another process or thread has it. OSError: It cannot be made, or locks are not known here.
+    """
     if fcntl is None:
-        return None
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    while True:
+        try:
+            handle, made = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+        except FileExistsError:
+            try:
+                handle, made = _opened(file), False
+            except FileNotFoundError:  # it has just gone
+                continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_called(handle, file):
+                if made:
+                    return handle
+                file.unlink()  # left by a process that was killed, perhaps with other rights
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _opened(file: Path) -> int:
     try:
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError:  # most likely no other name can be had either, and that will be said
-        return None
+        return os.open(file, os.O_RDWR | os.O_NOFOLLOW)
+    except PermissionError:  # of another user: it can be locked on a disk, but not on all network shares
+        return os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def _is_called(handle: int, file: Path) -> bool:
+    """Whether an open file still has this name."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if temporary.stat().st_ino == os.fstat(handle).st_ino:  # else its writer has just renamed it
-            os.ftruncate(handle, 0)
-            return handle
-    except OSError:
-        pass
-    os.close(handle)
-    return None
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _short(name: str) -> str:
@@ -167,15 +216,15 @@ def _short(name: str) -> str:
 
 
 @contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    """Says of errors in writing a file which one it is, and what to do."""
+def _telling(path: Path, target: Path) -> Iterator[None]:
+    """Says of errors in writing a file which one it is, by the name it was given, and what to do."""
     try:
         yield
     except WriteError:
         raise
     except (OSError, SafetensorError) as error:
         known = getattr(error, "filename", None)
-        if known is not None and Path(known).parent.absolute() != path.parent.absolute():
+        if known is not None and Path(known).parent.absolute() != target.parent.absolute():
             raise  # of another file, which is read meanwhile
         raise WriteError(path, error) from error
 

@@ -80,12 +80,12 @@ def setting_of(text: str) -> tuple[str, Any]:
 
 def writable(path: Path) -> None:
     """Fails before the work, not after it."""
-    from unflaw.files import make_folder
+    from unflaw.files import make_folder, target_of
 
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file")
     if path.is_file() or not path.exists():  # not a pipe or a device
-        make_folder(path.parent)
+        make_folder(target_of(path).parent)
 
 
 def detector_file(path: Path) -> None:

@@ -380,7 +380,11 @@ def _engine(url: str) -> Engine:
         raise LogError(f"{kind}: not a kind of database that the log is kept in; use sqlite or postgresql")
     if not parsed.database:
         raise LogError("a log in memory would be lost; name a file, such as sqlite:///log.db")
-    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    file = Path(parsed.database)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not parsed.database.startswith("file:"):
+        with suppress(OSError):  # SQLite will say it
+            file.touch(exist_ok=False)  # by the umask; SQLite would not let a group write
     engine = create_engine(parsed, connect_args={"timeout": BUSY})
 
     @event.listens_for(engine, "connect")
