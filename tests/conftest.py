@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: the tes
 import http.client
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -107,6 +108,33 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared beside the checkout")
     return folder
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """`ctrl_c()` is what the key does to this process. Commands that ran here before may have left their handlers."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def holder() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+    """`holder(path)`: a process of its own that holds a file or folder, as a run does that writes there."""
+    code = "import sys; from pathlib import Path; from unflaw.files import holding\n"
+    code += "with holding(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    started: list[subprocess.Popen[str]] = []
+
+    def hold(path: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, str(path)]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout is not None and started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,22 @@
 import errno
 import os
 import pickle
+import platform
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from unflaw.errors import WriteError
-from unflaw.files import growing, make_folder, scratch, write_atomically, write_png
+from unflaw import files
+from unflaw.errors import InUseError, WriteError
+from unflaw.files import growing, holding, make_folder, scratch, write_atomically, write_png
+from unflaw.runs import Finished
+from unflaw.runs import Log as Runs
 from unflaw.station.log import Log
 
 
@@ -222,6 +228,151 @@ def test_lines_grow_under_another_name_until_they_are_whole(tmp_path):
     with growing(file, [lambda whole: whole.write_text(whole.read_text().upper())]) as lines:
         lines.write("two\n")
     assert file.read_text() == "TWO\n" and names(tmp_path) == ["a.jsonl"]
+
+
+# One at a time
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_another_process_holds_is_refused_and_it_is_named(tmp_path, holder, kind):
+    path = named = tmp_path / "out"
+    if kind != "file":
+        path.mkdir()
+    if kind == "link":
+        named = tmp_path / "link"
+        named.symlink_to(path)
+    before, other = datetime.now().astimezone().replace(microsecond=0), holder(path)
+    with pytest.raises(InUseError) as refused, holding(named):
+        pytest.fail("two hold it")
+    found = re.fullmatch(
+        rf"{named}: cannot be written \(in use by process (\d+) on (\S+), since (.+)\); "
+        "wait until it has ended, or name another output",
+        str(refused.value),
+    )
+    assert found and int(found[1]) == other.pid and found[2] == platform.node()
+    assert before <= datetime.fromisoformat(found[3]) <= datetime.now().astimezone()
+    assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)
+    other.communicate("")  # it ends
+    with holding(named):
+        pass
+    assert hidden(tmp_path) == [] and (kind == "file" or names(path) == [])  # no lock is left
+
+
+def test_a_killed_process_holds_nothing(tmp_path, holder):
+    for _ in range(2):
+        other = holder(tmp_path / "a.jsonl")
+        other.kill()
+        other.wait()
+        assert hidden(tmp_path) == [".a.jsonl.lock"]
+        (tmp_path / ".a.jsonl.lock").chmod(0o400)
+    with growing(tmp_path / "a.jsonl") as lines:
+        lines.write("whole\n")
+    assert names(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("system", ["posix", "without fcntl"])
+def test_of_two_threads_one_writes(tmp_path, monkeypatch, system):
+    if system != "posix":
+        monkeypatch.setattr(files, "fcntl", None)
+    file, inside, go = tmp_path / "a.jsonl", threading.Event(), threading.Event()
+
+    def slowly() -> None:
+        with growing(file) as lines:
+            lines.write("one\n")
+            inside.set()
+            assert go.wait(10)
+            lines.write("two\n")
+
+    thread = threading.Thread(target=slowly)
+    thread.start()
+    assert inside.wait(10)
+    who = f"process {os.getpid()} on " if system == "posix" else "another process"
+    with pytest.raises(InUseError, match=f"a.jsonl: cannot be written .in use by {who}"), growing(file):
+        pytest.fail("two write it")
+    go.set()
+    thread.join()
+    assert file.read_text() == "one\ntwo\n"
+    with growing(file) as lines:
+        lines.write("three\n")
+    assert file.read_text() == "three\n" and names(tmp_path) == ["a.jsonl"]
+
+
+def test_many_threads_that_hold_and_let_go_are_never_two(tmp_path):
+    inside, most, refused = [0], [0], [0]
+
+    def work() -> None:
+        for _ in range(50):
+            try:
+                with holding(tmp_path / "a"):
+                    inside[0] += 1
+                    most[0] = max(most[0], inside[0])
+                    inside[0] -= 1
+            except InUseError:
+                refused[0] += 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and refused[0] < 8 * 50 and names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
+def test_a_lock_that_is_given_back_while_it_is_asked_for_is_asked_for_again(tmp_path, monkeypatch):
+    lock, really = tmp_path / ".a.lock", files.fcntl.flock
+    lock.touch()
+
+    def flock(handle: int, how: int) -> None:
+        monkeypatch.undo()
+        lock.unlink()  # by the one that had it
+        really(handle, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with holding(tmp_path / "a"), pytest.raises(InUseError), holding(tmp_path / "a"):
+        pytest.fail("two hold it")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
+def test_where_a_disk_knows_no_locks_each_writes_under_a_name_of_its_own(tmp_path, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with holding(tmp_path) as held:
+        assert held is False and names(tmp_path) == []
+    file = tmp_path / "a.jsonl"
+    with growing(file) as one, growing(file) as two:
+        for lines, word in ((one, "one"), (two, "two"), (one, "one")):
+            lines.write(f"{word}\n")
+            lines.flush()
+        assert len(names(tmp_path)) == 2
+    assert file.read_text() == "one\none\n" and names(tmp_path) == ["a.jsonl"]  # the one that ended last
+
+
+def test_a_lock_that_cannot_be_made_is_named(tmp_path):
+    with pytest.raises(WriteError, match=r"nowhere/a: cannot be written \(No such"), holding(tmp_path / "nowhere/a"):
+        pass
+
+
+def test_a_log_is_added_to_by_one_process(tmp_path, holder):
+    file = tmp_path / "runs.jsonl"
+    with Runs(file, Finished) as runs:
+        runs.append(Finished(digest="a"))
+    other = holder(file)
+    with pytest.raises(InUseError, match=f"runs.jsonl: cannot be written .in use by process {other.pid} "):
+        Runs(file, Finished)
+    other.kill()
+    other.wait()
+    runs, more = Runs(file, Finished), Runs(file, Finished)
+    with more:
+        more.append(Finished(digest="b"))
+        with pytest.raises(InUseError), runs:
+            pytest.fail("two add to it")
+    with runs:  # knows what was added meanwhile
+        assert list(runs.records) == ["a", "b"]
+    assert names(tmp_path) == ["runs.jsonl"]
 
 
 def test_a_folder_in_a_file_is_refused(tmp_path):

@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import platform
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -295,6 +298,28 @@ def test_one_run_at_a_time(url, monkeypatch):
         Store(url).write(f"{OWN}/lock.json", b"of a run that was killed")
         with Store(url).lock():
             pass
+
+
+def test_who_writes_there_is_said(url, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "BEAT", 0.05)
+    code = "import sys; from unflaw.scale.store import Store\n"
+    code += "with Store(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
+    said = rf"another run writes there \(in use by process (\d+) on {platform.node()}, since 20.*\); wait until"
+    if "memory" in url:
+        with Store(url).lock(), pytest.raises(StoreError, match=said) as refused, Store(url).lock():
+            pass
+        assert f"process {os.getpid()} on" in str(refused.value)
+        return
+    command = [sys.executable, "-c", code, url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(StoreError, match=said) as refused, Store(url).lock():
+            pass
+        assert f"process {other.pid} on" in str(refused.value)
+        other.kill()
+        other.wait()
+    with Store(url).lock():  # which went with its process
+        pass
 
 
 def test_a_file_is_no_folder(tmp_path):

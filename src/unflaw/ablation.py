@@ -111,6 +111,7 @@ def ablate(
 
     Raises:
         ValueError, WeightsError: Data, settings or files that cannot be used; of settings, before the first run.
+        InUseError: Another ablation or benchmark writes to `out`.
         TrainingError: A run that fails. The finished ones stay.
     """
     from unflaw.errors import TrainingError
@@ -120,21 +121,23 @@ def ablate(
         if not (dataset.train and dataset.test):
             lacking = "test" if dataset.train else "good training"
             raise ValueError(f"{dataset.name}: there are no {lacking} pictures; an ablation needs train/ and test/")
-    laboratory, log = Laboratory(cache, weights), Log(out / "runs.jsonl", Record)
-    plan = list(_plan(laboratory, method, data, variants, common, seeds))
-    write_tables(out, plan, common, log.records)
-    left = [run for run in plan if run.digest not in log.records]
-    for done, run in enumerate(left):
-        progress("runs", done, len(left), None)
-        if run.digest in log.records:  # another variant came to the same settings
-            continue
-        try:
-            log.append(_record(laboratory, run, common, progress))
-        except TrainingError as error:
-            raise TrainingError(f"{run.name}: {error} (finished runs are kept, the same command goes on)") from error
+    laboratory = Laboratory(cache, weights)
+    with Log(out / "runs.jsonl", Record) as log:
+        plan = list(_plan(laboratory, method, data, variants, common, seeds))
         write_tables(out, plan, common, log.records)
-    progress("runs", len(left), len(left), None)
-    return [log.records[run.digest] for run in plan]
+        left = [run for run in plan if run.digest not in log.records]
+        for done, run in enumerate(left):
+            progress("runs", done, len(left), None)
+            if run.digest in log.records:  # another variant came to the same settings
+                continue
+            try:
+                log.append(_record(laboratory, run, common, progress))
+            except TrainingError as error:
+                kept = "finished runs are kept, the same command goes on"
+                raise TrainingError(f"{run.name}: {error} ({kept})") from error
+            write_tables(out, plan, common, log.records)
+        progress("runs", len(left), len(left), None)
+        return [log.records[run.digest] for run in plan]
 
 
 def _plan(

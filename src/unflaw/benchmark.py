@@ -93,25 +93,25 @@ def benchmark(runs: Sequence[Run], out: Path, progress: Progress) -> tuple[list[
         The records of all finished runs, and why others failed, by the name of the run.
 
     Raises:
-        ValueError: `out` cannot be used.
+        ValueError: `out` cannot be used. InUseError: Another ablation or benchmark writes to it.
     """
     from unflaw.leaderboard import write_tables
 
-    log = Log(out / "runs.jsonl", Record)
     failed: dict[str, str] = {}
-    write_tables(out, runs, log.records)
-    left = [run for run in runs if run.digest not in log.records]
-    for done, run in enumerate(left):
-        progress("runs", done, len(left), None)
-        if run.digest in log.records:
-            continue
-        try:
-            log.append(_in_own_process(run, out, progress))
-        except RunError as error:
-            failed[run.name] = str(error)
+    with Log(out / "runs.jsonl", Record) as log:
         write_tables(out, runs, log.records)
-    progress("runs", len(left), len(left), None)
-    return [log.records[run.digest] for run in runs if run.digest in log.records], failed
+        left = [run for run in runs if run.digest not in log.records]
+        for done, run in enumerate(left):
+            progress("runs", done, len(left), None)
+            if run.digest in log.records:
+                continue
+            try:
+                log.append(_in_own_process(run, out, progress))
+            except RunError as error:
+                failed[run.name] = str(error)
+            write_tables(out, runs, log.records)
+        progress("runs", len(left), len(left), None)
+        return [log.records[run.digest] for run in runs if run.digest in log.records], failed
 
 
 class RunError(RuntimeError):

@@ -40,6 +40,10 @@ class WriteError(OSError):
         return type(self), self._made
 
 
+class InUseError(WriteError):
+    """A file or folder that another run writes to. The message says which process that is."""
+
+
 def remedy(number: int | None) -> str:
     """What to do about an error of a file system, by its number."""
     if number in FULL:

@@ -6,10 +6,13 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
 from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
@@ -17,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from unflaw.errors import DetectorError, WriteError
+from unflaw.errors import DetectorError, InUseError, TrainingError, WriteError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +30,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # a system or a disk that knows none
+_SOMEBODY = "another process"
 FORMAT = 3  # newest of the metadata in a detector file; raised when an older unflaw could no longer read it
 
 
@@ -60,18 +65,20 @@ def growing(path: Path, amend: Iterable[Callable[[Path], object]] = ()) -> Itera
     """Lines that can be read as they come, in `<path>.part`, which takes its name, on disk, at the end of the block.
 
     Where that is not reached, what was written stays under the first name, and what stood in `path` is as it was.
-    Rights and links are as for `write_atomically`. Names of files that are no UTF-8 are written with backslashes.
+    Rights and links are as for `write_atomically`. Names of files that are no UTF-8 are written with backslashes. One
+    at a time writes a file; where `holding` knows no locks, the first name is another one for each, and the last to end
+    wins.
 
     Args:
         path: Of the file when it is whole.
         amend: Are called with the whole file before it takes its name.
 
     Raises:
-        WriteError: It cannot be written.
+        InUseError: Another process or thread writes it. WriteError: It cannot be written.
     """
     target = target_of(path)
-    partial = target.with_name(f"{target.name}.part")
-    with _telling(path, target):
+    with _telling(path, target), holding(path) as held:
+        partial = target.with_name(f"{target.name}.part" if held else f"{target.name}.{token_hex(4)}.part")
         partial.unlink(missing_ok=True)  # of an earlier time, perhaps with other rights
         with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
             _take_rights(partial, target)
@@ -79,6 +86,71 @@ def growing(path: Path, amend: Iterable[Callable[[Path], object]] = ()) -> Itera
         for change in amend:
             change(partial)
         _rename(partial, target)
+
+
+@contextmanager
+def holding(path: Path, lock: Path | None = None) -> Iterator[bool]:
+    """Keeps all others, processes and threads, from holding a file or folder meanwhile; they are told who has it.
+
+    The operating system keeps the lock and drops it with the process, however that ends. Its file is hidden, lies in
+    the folder or beside the file, says who holds it (but on Windows), and goes at the end.
+
+    Args:
+        path: Of the file, there or not, or of the folder.
+        lock: A file to use for that, which stays.
+
+    Yields:
+        Whether it is held. Some network shares know no such locks: there nobody is kept out.
+
+    Raises:
+        InUseError: Another has it. WriteError: The lock's file cannot be written.
+    """
+    target = target_of(path)
+    beside = target / ".unflaw.lock" if target.is_dir() else target.with_name(f".{_short(target.name)}.lock")
+    used = lock or beside
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_held(used, lock is None))
+            held = True
+        except BlockingIOError:
+            advice = "wait until it has ended, or name another output"
+            raise InUseError(path, OSError(f"in use by {_holder(used)}"), advice) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise WriteError(path, error) from error
+            held = False
+        yield held
+
+
+@contextmanager
+def _held(lock: Path, goes: bool) -> Iterator[None]:
+    """Raises: BlockingIOError: Another has it. OSError: As `_locked`."""
+    if fcntl is None:
+        from filelock import FileLock, Timeout
+
+        other = FileLock(lock, timeout=0)
+        try:
+            other.acquire()
+        except Timeout:
+            raise BlockingIOError from None
+        try:
+            yield
+        finally:
+            other.release()
+            if goes:
+                with suppress(OSError):  # another has it already
+                    lock.unlink()
+        return
+    handle = _locked(lock)
+    try:
+        with suppress(OSError):  # on a full disk it is held without saying by whom
+            os.write(handle, json.dumps(claim()).encode())
+        yield
+    finally:
+        if goes and _is_called(handle, lock):
+            with suppress(OSError):
+                lock.unlink()
+        os.close(handle)
 
 
 def target_of(path: Path) -> Path:
@@ -188,10 +260,38 @@ def _locked(file: Path) -> int:
                 if made:
                     return handle
                 file.unlink()  # left by a process that was killed, perhaps with other rights
-        except BaseException:
+        except OSError as error:
+            if made and error.errno in _NO_LOCKS:
+                file.unlink(missing_ok=True)
             os.close(handle)
             raise
         os.close(handle)
+
+
+def claim() -> dict[str, Any]:
+    """What the file of a lock says of this process: its number, host, and the time."""
+    since = datetime.now().astimezone().isoformat(" ", "seconds")
+    return {"process": os.getpid(), "host": platform.node(), "since": since}
+
+
+def held_by(claimed: bytes) -> str:
+    """Who holds a lock, from what is in its file: a `claim`, or nothing yet."""
+    try:
+        holder = json.loads(claimed)
+        return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return _SOMEBODY
+
+
+def _holder(lock: Path) -> str:
+    said = _SOMEBODY
+    for _ in range(20):
+        with suppress(OSError):
+            said = held_by(lock.read_bytes())
+        if said != _SOMEBODY:
+            break
+        time.sleep(0.01)  # it has just been made
+    return said
 
 
 def _opened(file: Path) -> int:
@@ -320,6 +420,27 @@ def read_metadata(path: str | Path, data: bytes | None = None) -> dict[str, Any]
         where = ".".join(map(str, first["loc"]))
         raise DetectorError(f"{path}: its metadata is damaged ({where}: {first['msg']}); make it anew") from error
     return metadata
+
+
+def steps_of(checkpoint: Path) -> tuple[int, str] | None:
+    """How many steps of a training a checkpoint holds, as a number and as messages say it; None where there is none.
+
+    Raises:
+        TrainingError: It is damaged.
+    """
+    if not checkpoint.is_file():
+        return None
+    try:
+        with safe_open(checkpoint, "np") as file:
+            metadata = file.metadata() or {}
+        step = int(metadata["step"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise damaged_checkpoint(checkpoint, error) from error
+    return step, f"step {step} of {metadata['steps']}" if "steps" in metadata else f"step {step}"
+
+
+def damaged_checkpoint(path: Path, error: Exception) -> TrainingError:
+    return TrainingError(f"{path}: the checkpoint is damaged ({error}); delete it and train again")
 
 
 class _Calibrated(BaseModel):

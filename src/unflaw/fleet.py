@@ -153,9 +153,21 @@ def train_fleet(
         The records of all finished detectors, in the order of their names, and why others failed, by category.
 
     Raises:
-        ValueError: `out` cannot be used.
+        ValueError: `out` cannot be used. InUseError: Another run writes to it.
     """
-    log, failed = Log(out / "fleet.jsonl", Record), dict(failed or {})
+    with Log(out / "fleet.jsonl", Record) as log:
+        return _train_all(log, data, config, out, seats, progress, dict(failed or {}))
+
+
+def _train_all(
+    log: Log[Record],
+    data: dict[str, Dataset],
+    config: Config,
+    out: Path,
+    seats: Sequence[Seat],
+    progress: Progress,
+    failed: dict[str, str],
+) -> tuple[list[Record], dict[str, str]]:
     lines = {line.category: line for line in log.records.values() if line.category in data}
     newest = {name: line for name, line in lines.items() if sha256_if_readable(out / line.file) == line.content}
     current: dict[str, Record] = {}

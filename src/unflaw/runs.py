@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, field_validator
 
-from unflaw.files import write_atomically
+from unflaw.errors import InUseError
+from unflaw.files import holding, write_atomically
 
 
 class Finished(BaseModel):
@@ -31,6 +33,8 @@ R = TypeVar("R", bound=Finished)
 class Log(Generic[R]):
     """Finished runs in a file, which is made where there is none. A last line that has no end is dropped.
 
+    In a `with` block the file is held: nobody else adds to it. `records` are read anew at the beginning of the block.
+
     Args:
         path: The file, a JSON object per line.
         kind: Model of a line.
@@ -39,18 +43,34 @@ class Log(Generic[R]):
         records: By digest, the newest last.
 
     Raises:
-        ValueError: The file holds other lines, or cannot be read or written.
+        InUseError: Another run adds to it. ValueError: The file holds other lines, or cannot be read or written.
     """
 
     def __init__(self, path: Path, kind: type[R]) -> None:
-        self.path = path
+        self.path, self.kind, self._held = path, kind, ExitStack()
         self.records: dict[str, R] = {}
+        with self:  # reads it
+            pass
+
+    def __enter__(self) -> Log[R]:
+        with ExitStack() as opening:
+            self._open(opening)
+            self._held = opening.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _open(self, opening: ExitStack) -> None:
+        path = self.path
+        self.records.clear()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            opening.enter_context(holding(path))
             *lines, rest = path.read_text("utf-8", "replace").split("\n") if path.exists() else [""]
             for number, line in enumerate(lines, 1):
                 try:
-                    record = kind.model_validate_json(line)
+                    record = self.kind.model_validate_json(line)
                 except ValueError as error:
                     remedy = "delete the line, and its run is done again"
                     raise ValueError(f"{path}, line {number}: is not a finished run; {remedy}") from error
@@ -58,6 +78,8 @@ class Log(Generic[R]):
                 self.records[record.digest] = record
             if rest or not path.exists():
                 write_atomically(path, lambda file: file.write_text("".join(f"{line}\n" for line in lines), "utf-8"))
+        except InUseError:
+            raise
         except OSError as error:
             raise ValueError(f"{path}: cannot be used ({error}); name another folder for the results") from error
 

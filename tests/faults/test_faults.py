@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from conftest import TINY, TINY_URANET, make_parts
 from unflaw.cli import app
 from unflaw.detector import Detector
+from unflaw.errors import InUseError
 from unflaw.station.log import Filter, Log
 
 MEGABYTE = 2**20
@@ -128,6 +129,14 @@ def test_evaluating_and_exporting_on_a_full_disk(mounted, saved, parts, export_a
     with pytest.raises(OSError, match=r"d\.onnx: cannot be written \(No space left on device\); make room there"):
         export_again(disk / "d.onnx")
     assert visible_and_hidden(disk) == []
+
+
+def test_two_exports_to_openvino_do_not_leave_halves_of_both(export_again, tmp_path, holder):
+    path, other = tmp_path / "d.xml", holder(tmp_path / "d.xml")
+    with pytest.raises(InUseError, match=rf"d\.xml: cannot be written \(in use by process {other.pid} on"):
+        export_again(path, to="openvino")
+    other.communicate("")
+    assert visible_and_hidden(tmp_path) == []
 
 
 def test_features_for_which_there_is_no_room(mounted, train, tmp_path, monkeypatch):

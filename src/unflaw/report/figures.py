@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from unflaw.cache import cells, stack
 from unflaw.datasets import Dataset, DatasetError, Sample
 from unflaw.detector import Detector
-from unflaw.files import make_folder, write_png
+from unflaw.files import holding, make_folder, write_png
 from unflaw.images import Box, Prepared, prepare_mask, read, read_mask, windows
 from unflaw.methods.stages import Stage
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
@@ -73,25 +73,27 @@ def write_figures(
     Raises:
         DatasetError: No test pictures, or a picture of `pictures` that is not among them.
         ImageError: A picture or mask that is needed cannot be read. DetectorError: as for `Detector.select`.
+        InUseError: Another run writes to `out`.
     """
     category = detector.match(dataset.name) if category is None else category
     scale = detector.select(category).scale
     samples = [_named(dataset, picture) for picture in pictures] or _chosen(dataset, count, seed)
     make_folder(out)
-    lines: dict[str, list[_Line]] = defaultdict(list)
-    for i, sample in enumerate(samples):
-        for figure, found in _inspected(detector, sample, scale, category).items():
-            lines[figure] += found
-        progress("figures", i + 1, len(samples) + 1, None)
-    good = [s for s in dataset.test if not s.label] or list(dataset.train)
-    if good:
-        lines |= _exercises(detector, _drawn_from(good, EXERCISES, seed), seed, category)
-    written = []
-    for figure, found in lines.items():
-        written.append(out / f"{figure}.png")
-        drawn = _draw(found, scale, detector.config.preparation.size, width)
-        write_png(written[-1], drawn)
-    progress("figures", len(samples) + 1, len(samples) + 1, None)
+    with holding(out):
+        lines: dict[str, list[_Line]] = defaultdict(list)
+        for i, sample in enumerate(samples):
+            for figure, found in _inspected(detector, sample, scale, category).items():
+                lines[figure] += found
+            progress("figures", i + 1, len(samples) + 1, None)
+        good = [s for s in dataset.test if not s.label] or list(dataset.train)
+        if good:
+            lines |= _exercises(detector, _drawn_from(good, EXERCISES, seed), seed, category)
+        written = []
+        for figure, found in lines.items():
+            written.append(out / f"{figure}.png")
+            drawn = _draw(found, scale, detector.config.preparation.size, width)
+            write_png(written[-1], drawn)
+        progress("figures", len(samples) + 1, len(samples) + 1, None)
     return written
 
 

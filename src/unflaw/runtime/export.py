@@ -22,7 +22,7 @@ from unflaw._version import __version__
 from unflaw.config import URANetOptions
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, WriteError
-from unflaw.files import before, read_metadata, read_weights, write_atomically
+from unflaw.files import before, holding, read_metadata, read_weights, write_atomically
 from unflaw.graph import Graph
 from unflaw.images import Prepared
 
@@ -181,13 +181,14 @@ def _write_openvino(model: ModelProto, path: Path, metadata: dict[str, Any]) -> 
         _save_openvino(graph, written, half)
         described = written.read_bytes()
     second = path.with_suffix(".bin")
-    if path.is_file() and second.is_file():
-        with suppress(DetectorError, KeyError):  # no pair that could be lost
-            old = read_weights(path, read_metadata(path)["exported"]["weights"])
-            write_atomically(before(second), lambda file: file.write_bytes(old))
-    write_atomically(second, lambda file: file.write_bytes(weights))
-    write_atomically(path, lambda file: file.write_bytes(described))
-    before(second).unlink(missing_ok=True)
+    with holding(path):
+        if path.is_file() and second.is_file():
+            with suppress(DetectorError, KeyError):  # no pair that could be lost
+                old = read_weights(path, read_metadata(path)["exported"]["weights"])
+                write_atomically(before(second), lambda file: file.write_bytes(old))
+        write_atomically(second, lambda file: file.write_bytes(weights))
+        write_atomically(path, lambda file: file.write_bytes(described))
+        before(second).unlink(missing_ok=True)
 
 
 def _save_openvino(graph: Any, file: Path, half: bool) -> None:

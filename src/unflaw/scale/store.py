@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from unflaw.files import write_atomically
+from unflaw.errors import InUseError
+from unflaw.files import claim, held_by, holding, write_atomically
 
 OWN = "_unflaw"  # a folder in the output that readers of Parquet pass over: its name begins with an underscore
 BEAT = 20.0  # seconds between signs of life in an object store
@@ -129,41 +128,37 @@ class Store:
         that begin in the same moment may both go on there: they write the same files, and only waste work.
 
         Raises:
-            StoreError: Another run has it, or the folder cannot be written.
+            StoreError: Another run has it, and which; or the folder cannot be written.
         """
-        busy = StoreError(f"{self.url}: another run writes there; wait for its end, or name another --output")
         if self.local:
-            from filelock import FileLock, Timeout
-
-            try:
-                Path(self.path(OWN)).mkdir(parents=True, exist_ok=True)
-                held = FileLock(self.path(f"{OWN}/lock"), timeout=0)
-                held.acquire()
-            except Timeout:
-                raise busy from None
-            except OSError as error:
-                raise StoreError(f"{self.url}: cannot be written ({error}); name another --output") from error
-            try:
+            with ExitStack() as held:
+                try:
+                    Path(self.path(OWN)).mkdir(parents=True, exist_ok=True)
+                    held.enter_context(holding(Path(self.root), Path(self.path(f"{OWN}/lock"))))
+                except InUseError as error:
+                    raise self._busy(str(error.strerror)) from None
+                except OSError as error:
+                    raise StoreError(f"{self.url}: cannot be written ({error}); name another --output") from error
                 yield
-            finally:
-                held.release()
             return
-        name, me, done = f"{OWN}/lock.json", f"{socket.gethostname()}/{os.getpid()}/{uuid4().hex}", threading.Event()
+        name, me, done = f"{OWN}/lock.json", claim() | {"run": uuid4().hex}, threading.Event()
         seen = self._lock(name)
         if seen is not None:
             for _ in range(6):
                 time.sleep(BEAT / 2)
-                if self._lock(name) != seen:
-                    raise busy
+                if (now := self._lock(name)) not in (seen, None):
+                    raise self._busy(f"in use by {held_by(now)}")
+                if now is None:  # it has ended
+                    break
 
         def live() -> None:
             beat = 0
             while not done.wait(BEAT):
                 beat += 1
                 with suppress(Exception):  # a beat that is lost is made up for by the next
-                    self.write(name, json.dumps({"owner": me, "beat": beat}).encode())
+                    self.write(name, json.dumps(me | {"beat": beat}).encode())
 
-        self.write(name, json.dumps({"owner": me, "beat": 0}).encode())
+        self.write(name, json.dumps(me | {"beat": 0}).encode())
         thread = threading.Thread(target=live, daemon=True)
         thread.start()
         try:
@@ -172,6 +167,11 @@ class Store:
             done.set()
             thread.join()
             self.remove(name)
+
+    def _busy(self, by: str) -> StoreError:
+        return StoreError(
+            f"{self.url}: another run writes there ({by}); wait until it has ended, or name another --output"
+        )
 
     def _lock(self, name: str) -> bytes | None:
         self.fs.invalidate_cache()
