@@ -1,22 +1,27 @@
+import errno
 import inspect
 import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from conftest import OWN, TINY, TINY_URANET, make_parts
 from unflaw import __version__, training
 from unflaw.cli import app, common
-from unflaw.files import read_metadata
+from unflaw.detector import Detector
+from unflaw.files import read_metadata, steps_of
 
 
 def unflaw(*arguments: object) -> Result:
@@ -246,6 +251,190 @@ def test_an_interrupted_training_goes_on_with_resume(model, tiny_training, tmp_p
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(out).items())
 
 
+def started(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    """A command as a process of its own."""
+    command = [sys.executable, "-m", "unflaw", *map(str, arguments)]
+    return subprocess.Popen(command, text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until there is something in a file that a command writes."""
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_ctrl_c_says_where_training_stopped_and_resume_where_it_goes_on(tiny_training, tmp_path):
+    out, steps = tmp_path / "parts.safetensors", ["--set", "training.steps=100"]
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    run = started(*tiny_training, *steps, "--set", "training.checkpoint_seconds=0", "--out", out)
+    wait_for(checkpoint, run)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=60)
+    assert run.returncode == 130 and said[0] == ""
+    found = re.fullmatch(r"stopped at step (\d+) of 100; the same command with --resume goes on from there\n", said[1])
+    assert found and steps_of(checkpoint) == (int(found[1]), f"step {found[1]} of 100")
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+    arguments = [*tiny_training, *steps, "--set", "training.checkpoint_seconds=0", "--out", out]
+    resumed = unflaw(*arguments, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert f"note: {checkpoint}: training goes on at step {found[1]} of 100\n" in resumed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing_to_resume(tiny_training, tmp_path, monkeypatch, ctrl_c):
+    out = tmp_path / "parts.safetensors"
+    monkeypatch.setattr(Detector, "fit", lambda *_, **__: ctrl_c())
+    done = unflaw(*tiny_training, "--out", out)
+    assert done.exit_code == 130
+    assert done.stderr == "stopped before a step was saved; the same command begins again\n"
+    line = complaint(unflaw(*tiny_training, "--out", out, "--resume"))
+    assert line == f"error: {out}.checkpoint: there is no such checkpoint to go on from; leave --resume out"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_says_how_many_images_were_inspected(model, parts, tmp_path):
+    out, many = tmp_path / "out", tmp_path / "many"
+    many.mkdir()
+    for i in range(400):
+        (many / f"{i:03d}.png").symlink_to(parts / "test/good/000.png")
+    run = started("predict", model, many, "--out", out)
+    wait_for(out / "results.jsonl.part", run)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=60)
+    assert run.returncode == 130 and said[0] == ""
+    found = re.fullmatch(
+        r"stopped after (\d+) images?, whose lines? (is|are) in (.*); the same command begins again\n", said[1]
+    )
+    assert found and found[3] == f"{out / 'results.jsonl.part'}"
+    lines = (out / "results.jsonl.part").read_text().splitlines()
+    assert (
+        0 <= len(lines) - int(found[1]) <= 1 and len(lines) < 400 and all(json.loads(line)["score"] for line in lines)
+    )
+    assert [path.name for path in out.iterdir()] == ["results.jsonl.part"]
+
+
+@pytest.mark.parametrize(
+    "command, where, says",
+    [
+        ("evaluate MODEL --data PARTS", "unflaw.evaluation.evaluate_all", "stopped; the same command begins again"),
+        (
+            "calibrate MODEL --good PARTS/test/good --out c.safetensors",
+            "unflaw.detector.Detector.calibrate",
+            "stopped; ",
+        ),
+        ("info MODEL", "unflaw.files.read_metadata", "stopped; the same command begins again"),
+        ("demo --out out", "unflaw.detector.Detector.fit", "stopped; the same command begins again"),
+        (
+            "ablate --data PARTS --weights WEIGHTS --only full --out out",
+            "unflaw.experiment.Laboratory.fit",
+            "stopped; 0 finished runs stay in out/runs.jsonl, and the same command goes on with the others",
+        ),
+        (
+            "benchmark --data PARTS --method lookup --backbone resnet18=WEIGHTS --out out",
+            "unflaw.benchmark._in_own_process",
+            "stopped; 0 finished runs stay in out/runs.jsonl, and the same command goes on with the others",
+        ),
+        (
+            "fleet PARTS/.. --weights WEIGHTS --backbone resnet18 --workers 1 --out out",
+            "unflaw.fleet.ProcessSeat.train",
+            "stopped; finished detectors stay in out, and the same command goes on with the others",
+        ),
+        (
+            "predict MODEL --engine ray --input PARTS --output out",
+            "unflaw.scale.predict",
+            "stopped; finished partitions stay in out, and the same command goes on with the others",
+        ),
+    ],
+)
+def test_ctrl_c_says_of_every_command_what_it_leaves(
+    model, parts, weights, tmp_path, monkeypatch, command, where, says
+):
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    for name, few in (("N_TRAIN", 8), ("N_VALIDATION", 1), ("N_GOOD", 1), ("N_PER_DEFECT", 1)):
+        monkeypatch.setattr(f"unflaw.demo_data.{name}", few)
+    monkeypatch.setattr(where, pressed)
+    names = {"MODEL": model, "PARTS": parts, "WEIGHTS": weights}
+    words = [re.sub("|".join(names), lambda found: str(names[found[0]]), word) for word in command.split()]
+    done = unflaw(*words, *(settings(TINY | TINY_URANET) if words[0] == "ablate" else []))
+    assert done.exit_code == 130 and done.stderr.startswith(says) and done.stderr.count("\n") == 1, done.output
+
+
+# A reader that goes
+
+
+@pytest.mark.parametrize("command", ["info MODEL", "datasets", "ablate --list", "--version"])
+def test_a_command_whose_reader_has_gone_ends_without_a_word(model, command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = started(*command.replace("MODEL", str(model)).split(), stdout=writing)
+    os.close(writing)
+    assert run.communicate(timeout=60)[1] == "" and run.returncode == 128 + signal.SIGPIPE
+
+
+def test_all_is_written_before_the_first_word_that_finds_no_reader(model, parts, tmp_path, monkeypatch):
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr(typer, "echo", gone)
+    out = tmp_path / "out"
+    options = ["--group-by", "folder", "--labelme", "--coco", out / "coco.json"]
+    assert unflaw("predict", model, parts / "test", "--out", out, *options).exit_code == 1
+    written = {"coco.json", "drift.json", "labelme", "parts.jsonl", "results.jsonl"}
+    assert {path.name for path in out.iterdir()} == written
+
+
+def test_a_watcher_whose_reader_has_gone_files_what_it_has_begun(model, parts, tmp_path, monkeypatch):
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    camera, out = tmp_path / "camera", tmp_path / "sorted"
+    shutil.copytree(parts / "test/good", camera)
+    words = ["watch", camera, "--model", model, "--out", out, "--store", tmp_path / "store", "--settle", 0, "--once"]
+    for name in ("SIGINT", "SIGTERM"):  # which it takes for itself
+        monkeypatch.setattr(signal, name, signal.SIGUSR1)
+    monkeypatch.setattr(typer, "echo", gone)
+    assert unflaw(*words).exit_code == 1
+    assert (len(list(out.rglob("*.png"))), len(list(camera.iterdir()))) == (1, 3)
+
+
+def test_another_pipe_that_breaks_is_an_error_like_others(capfd):
+    with pytest.raises(typer.Exit), common.errors():
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+    assert "Broken pipe" in capfd.readouterr().err
+
+
+# Without a terminal
+
+
+def test_progress_is_a_line_now_and_then(capfd, monkeypatch):
+    with common.progress_bars() as progress:
+        for i in range(100):
+            progress("training", i, 100, 0.5)
+    assert capfd.readouterr().err == ""  # it took no time
+    clock = iter(range(0, 100_000, 10))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with common.progress_bars(every=30) as progress:
+        for i in range(7):
+            progress("training", i, 40, 0.5)
+        progress("calibration", 1, 1, None)
+        for i in (2, 0, 1, 2, 3, 4):  # another run
+            progress("training", i, 40, None)
+    assert capfd.readouterr().err.splitlines() == [
+        "training: 2 of 40, loss 0.5000, about 6 min left",
+        "training: 5 of 40, loss 0.5000, about 6 min left",
+        "training: 2 of 40",
+        "training: 2 of 40, about 6 min left",
+    ]
+    with common.progress_bars(shown=False, every=0) as progress:
+        progress("training", 1, 2, None)
+    assert capfd.readouterr().err == ""
+
+
 def test_without_resume_an_old_checkpoint_is_forgotten(model, tiny_training, tmp_path):
     out = tmp_path / "parts.safetensors"
     out.with_name(out.name + ".checkpoint").write_bytes(b"of another time")
@@ -351,6 +540,35 @@ def test_other_commands_name_what_is_wrong(model, parts, tmp_path, monkeypatch):
     assert "no test pictures" in complaint(unflaw("evaluate", model, "--data", parts / "train/good"))
     assert "empty" in complaint(unflaw("evaluate", model, "--data", parts, "--json", "empty"))
     assert "empty" in complaint(unflaw("predict", model, "empty", "--out", "results"))
+
+
+@pytest.mark.parametrize(
+    "command, held",
+    [
+        ("predict MODEL PARTS/test/good --out out", "out"),
+        ("figures MODEL --data PARTS --out out", "out"),
+        ("train --data PARTS --method lookup --weights WEIGHTS --out out/d.safetensors", "out/d.safetensors"),
+        ("ablate --data PARTS --method lookup --weights WEIGHTS --only full --out out", "out/runs.jsonl"),
+        ("benchmark --data PARTS --method lookup --backbone resnet18=WEIGHTS --out out", "out/runs.jsonl"),
+        ("fleet PARTS/.. --weights WEIGHTS --backbone resnet18 --workers 1 --out out", "out/fleet.jsonl"),
+        ("demo --out out", "out"),
+    ],
+)
+def test_the_second_run_into_one_place_is_refused(model, parts, weights, tmp_path, monkeypatch, holder, command, held):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/runs.jsonl").touch(), Path("out/fleet.jsonl").touch(), Path("out/d.safetensors.checkpoint").touch()
+    before, other = sorted(Path("out").rglob("*")), holder(tmp_path / held)
+    names = {"MODEL": model, "PARTS": parts, "WEIGHTS": weights}
+    words = [re.sub("|".join(names), lambda found: str(names[found[0]]), word) for word in command.split()]
+    changes = settings(TINY) if words[0] in ("train", "ablate") else []
+    line = complaint(unflaw(*words, *changes))
+    assert line.startswith(f"error: {held}: cannot be written (in use by process {other.pid} on ")
+    assert line.endswith("); wait until it has ended, or name another output")
+    other.kill()
+    other.wait()
+    left = [path for path in sorted(Path("out").rglob("*")) if not path.name.endswith(".lock")]
+    assert left == before
 
 
 def test_a_missing_picture_is_a_line_like_any_other(model, parts, tmp_path):

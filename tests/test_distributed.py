@@ -21,6 +21,7 @@ from unflaw.cli import app
 from unflaw.config import Training
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
+from unflaw.files import steps_of
 from unflaw.launching import OURS, launch, launched
 from unflaw.team import ALONE, WHOLE, Share, Team
 from unflaw.training import optimise
@@ -221,6 +222,27 @@ def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(parts, weights
     assert reached < 120
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert all(tensor.isfinite().all() for tensor in load_file(out).values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
+def test_ctrl_c_stops_all_processes_after_the_same_step(parts, weights, tmp_path):
+    out, rare = tmp_path / "parts.safetensors", ("--set", "training.steps=400")
+    alone = ("--set", "training.checkpoint_seconds=0", *rare, "--devices", "2")
+    run = subprocess.Popen(
+        tiny_command(parts, weights, out, *alone), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        assert run.poll() is None
+        time.sleep(0.05)
+    team = children(run.pid)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130 and len(team) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in team)
+    _, reached = steps_of(checkpoint)
+    assert said == f"stopped at {reached}; the same command with --resume goes on from there\n"
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
 def test_options_are_settings(parts, weights, tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+import signal
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from unflaw.config import Training
-from unflaw.errors import TrainingError
+from unflaw.errors import InUseError, TrainingError
+from unflaw.files import steps_of
 from unflaw.methods import create
 from unflaw.methods.layers import BayesianConv2d
 from unflaw.team import Share
@@ -90,6 +92,73 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, steps, stop_at):
     assert reports[0] > stop_at - 3  # it went on, rather than from the start
 
 
+@pytest.mark.parametrize("stop_at", [0, 100, 101, 249])
+def test_ctrl_c_ends_a_step_saves_it_and_the_run_goes_on_bit_for_bit(tmp_path, ctrl_c, stop_at):
+    """Also in the midst of the steps whose terms become one line of the history."""
+    whole, rare = Line(), settings(checkpoint_seconds=1e6)
+    history = optimise(whole, whole.loss_on(DATA), 50, 250, rare)
+    checkpoint, broken, reports = tmp_path / "run.checkpoint", Line(), []
+    loss, calls = broken.loss_on(DATA), itertools.count()
+
+    def pressing(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+        if next(calls) == stop_at:
+            ctrl_c()
+        return loss(indices, rng, share)
+
+    with pytest.raises(KeyboardInterrupt):
+        optimise(broken, pressing, 50, 250, rare, checkpoint=checkpoint)
+    assert next(calls) == stop_at + 1 and not broken.training
+    assert steps_of(checkpoint) == (stop_at + 1, f"step {stop_at + 1} of 250")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = Line()
+    again = optimise(
+        resumed,
+        resumed.loss_on(DATA),
+        50,
+        250,
+        rare,
+        checkpoint=checkpoint,
+        progress=lambda *report: reports.append(report[1:3]),
+    )
+    assert torch.equal(resumed.w, whole.w) and again == history and reports[0] == (stop_at + 1, 250)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.checkpoint"]
+
+
+def test_the_second_ctrl_c_ends_a_step_that_does_not_end(tmp_path, ctrl_c):
+    line = Line()
+
+    def endless(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+        for _ in range(3):
+            ctrl_c()
+        pytest.fail("it goes on")
+
+    with pytest.raises(KeyboardInterrupt):
+        optimise(line, endless, 50, 10, settings(), checkpoint=tmp_path / "run.checkpoint")
+    assert list(tmp_path.iterdir()) == [] and not line.training
+
+
+def test_the_last_step_is_saved_for_what_comes_after_it(tmp_path):
+    line, checkpoint = Line(), tmp_path / "run.checkpoint"
+    optimise(line, line.loss_on(DATA), 50, 7, settings(checkpoint_seconds=1e6), checkpoint=checkpoint)
+    assert steps_of(checkpoint) == (7, "step 7 of 7")
+    other = Line()
+    optimise(other, lambda *_: pytest.fail("no step is left"), 50, 7, settings(), checkpoint=checkpoint)
+    assert torch.equal(other.w, line.w)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_module_is_in_evaluation_mode_however_training_ends(error):
+    line = Line()
+
+    def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+        assert line.training
+        raise error
+
+    with pytest.raises(error):
+        optimise(line, loss, 50, 10, settings())
+    assert not line.training
+
+
 def test_running_statistics_go_on_too(tmp_path):
     """Batch normalisation changes buffers at every step."""
 
@@ -137,6 +206,15 @@ def test_a_checkpoint_of_other_data_or_settings_is_refused(tmp_path):
     optimise(whole, whole.loss_on(DATA), 50, 10, settings())
     optimise(resumed, resumed.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity="these pictures")
     assert torch.equal(resumed.w, whole.w)
+
+
+def test_two_trainings_do_not_write_one_checkpoint(tmp_path, holder):
+    checkpoint, line = tmp_path / "run.checkpoint", Line()
+    interrupted(checkpoint)
+    content, other = checkpoint.read_bytes(), holder(checkpoint)
+    with pytest.raises(InUseError, match=rf"run\.checkpoint: .*process {other.pid} "):
+        optimise(line, line.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity="these pictures")
+    assert checkpoint.read_bytes() == content and not line.w.any()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from unflaw.errors import TrainingError
 
 OURS = "UNFLAW_TEAM"  # environment of a process started here: the folder where it leaves why it failed
+STOPPING = 60.0  # seconds that they have after Ctrl-C; the second one ends them at once
 PATIENCE = 2.0  # seconds that the others have to say why they fail, once one has failed
 
 
@@ -33,9 +35,11 @@ def launch(arguments: Sequence[str], processes: int, nodes: int = 1) -> int:
     NODE_RANK in the environment.
 
     Returns:
-        0, or 2 where a process failed: then all have ended, and what the first one to fail said is on stderr.
+        0, or 2 where a process failed: then all have ended, and what the first one to fail said is on stderr. 130
+        where all have stopped at Ctrl-C, and the first process has said at what.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C, and nobody has said that they stopped.
         TrainingError: Several nodes, and an environment that does not say where they meet.
     """
     if nodes > 1 and (missing := [n for n in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if n not in os.environ]):
@@ -57,6 +61,10 @@ def launch(arguments: Sequence[str], processes: int, nodes: int = 1) -> int:
                 time.sleep(0.1)
             sys.stderr.write(f"error: {_reason([process.poll() for process in team], Path(folder))}\n")
             return 2
+        except KeyboardInterrupt:
+            if team and _stop(team) == 130:
+                return 130
+            raise
         finally:
             _end(team)
 
@@ -106,10 +114,12 @@ def _environment(processes: int, nodes: int = 1) -> dict[str, str]:
 def _start(arguments: Sequence[str], rank: int, folder: Path, common: dict[str, str]) -> subprocess.Popen[bytes]:
     environment = common | {"LOCAL_RANK": str(rank), OURS: str(folder)}
     command = [sys.executable, "-m", "unflaw", *arguments]
+    # of a session of its own: Ctrl-C comes from this process, to all of them once
+    options: dict[str, Any] = {"env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
     if rank == 0:
-        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
+        return subprocess.Popen(command, **options)
     with (folder / f"{rank}.log").open("wb") as log:
-        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, **options)
 
 
 def _reason(codes: Sequence[int | None], folder: Path) -> str:
@@ -129,6 +139,17 @@ def _reason(codes: Sequence[int | None], folder: Path) -> str:
     log = folder / f"{rank}.log"
     said = log.read_text("utf-8", "replace").strip().splitlines()[-5:] if log.is_file() else []
     return "\n".join([f"process {rank + 1} of {len(codes)} ended with exit code {code}", *said])
+
+
+def _stop(team: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Hands on Ctrl-C, after which a training still finishes its step; the exit code of the first process, if any."""
+    for process in team:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    patient = time.monotonic() + STOPPING
+    while any(process.poll() is None for process in team) and time.monotonic() < patient:
+        time.sleep(0.1)
+    return team[0].poll()
 
 
 def _end(team: Sequence[subprocess.Popen[bytes]]) -> None:

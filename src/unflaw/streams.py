@@ -21,10 +21,14 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 2, dept
     with ThreadPoolExecutor(workers) as pool:
         iterator = iter(items)
         waiting = [pool.submit(function, item) for item in islice(iterator, depth)]
-        while waiting:
-            result = waiting.pop(0).result()
-            waiting += [pool.submit(function, item) for item in islice(iterator, 1)]
-            yield result
+        try:
+            while waiting:
+                result = waiting.pop(0).result()
+                waiting += [pool.submit(function, item) for item in islice(iterator, 1)]
+                yield result
+        finally:  # after Ctrl-C nobody wants the rest
+            for future in waiting:
+                future.cancel()
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from unflaw.config import Training
 from unflaw.crossfit import arrange
 from unflaw.datasets.samples import Sample, digest
 from unflaw.errors import TrainingError
-from unflaw.files import write_atomically
+from unflaw.files import damaged_checkpoint, holding, write_atomically
 from unflaw.methods import Method
 from unflaw.streams import Progress, silent
 from unflaw.team import ALONE, WHOLE, Engine, Loss, Share, Team, Terms, batch_norms
@@ -91,7 +94,8 @@ def optimise(
             share; "loss" is minimised. It draws the same whatever the share.
         n: Number of pictures in the cache.
         steps: Optimiser steps.
-        checkpoint: Saved there every `settings.checkpoint_seconds`; resumed from where present.
+        checkpoint: Saved there every `settings.checkpoint_seconds`, after the last step, and after the step in which
+            Ctrl-C is pressed; resumed from where present.
         identity: Of data and settings; a checkpoint of others is refused.
         team: Who works on it.
         bfloat16: Of matrix products.
@@ -101,17 +105,27 @@ def optimise(
 
     Raises:
         TrainingError: A batch too small to be shared, a loss that is infinite, a checkpoint that cannot be used.
+        InUseError: Another training writes the checkpoint. KeyboardInterrupt: Ctrl-C; `module` is in evaluation mode,
+            as after any end.
     """
     _check_shares(module, settings, team)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(decay_groups(module, settings.weight_decay), settings.learning_rate)
     history: list[dict[str, float]] = []
+    window: list[dict[str, float]] = []  # of steps that history does not hold yet
     start = 0
-    if checkpoint is not None and (saved_state := team.first(lambda: _read(checkpoint, identity))):
-        start, history = _restore(checkpoint, saved_state, module, optimiser)
-    module.train()
-    saved, window = time.monotonic(), []
-    with team.engine(module, optimiser, loss, bfloat16) as engine:
+    with ExitStack() as stack:
+        if checkpoint is not None:
+            if team.leads:
+                stack.enter_context(holding(checkpoint))
+            if saved_state := team.first(lambda: _read(checkpoint, identity)):
+                start, history, window = _restore(checkpoint, saved_state, module, optimiser)
+                progress(stage, start, steps, history[-1]["loss"] if history else None)
+        module.train()
+        stack.callback(module.eval)
+        saved = time.monotonic()
+        asked = stack.enter_context(_interruptible(checkpoint is not None))
+        engine = stack.enter_context(team.engine(module, optimiser, loss, bfloat16))
         for step in range(start, steps):
             rng = step_rng(settings.seed, step)
             indices = torch.randint(n, (settings.batch,), generator=rng)
@@ -126,15 +140,47 @@ def optimise(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             window.append(terms)
-            if len(window) >= max(1, steps // 100) or step == steps - 1:
+            last = step == steps - 1
+            if full := len(window) >= max(1, steps // 100) or last:
                 history.append({name: float(np.mean([w[name] for w in window])) for name in window[0]})
                 window = []
                 progress(stage, step + 1, steps, history[-1]["loss"])
-                if checkpoint is not None and team.leads and time.monotonic() - saved > settings.checkpoint_seconds:
-                    _checkpoint(checkpoint, module, optimiser, step + 1, history, identity)
+            if checkpoint is not None:
+                stopped = bool(team.total(torch.tensor(float(asked()))))  # all processes stop after the same step
+                due = full and (last or time.monotonic() - saved > settings.checkpoint_seconds)
+                if team.leads and (stopped or due):
+                    _checkpoint(checkpoint, module, optimiser, step + 1, history, identity, steps, window)
                     saved = time.monotonic()
-    module.eval()
+                if stopped:
+                    raise KeyboardInterrupt
     return history
+
+
+@contextmanager
+def _interruptible(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C was pressed: the first only asks for an end after the step, the second ends at once.
+
+    Only where Ctrl-C would raise a KeyboardInterrupt otherwise, in the midst of a step.
+    """
+    noted = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal noted
+        if noted:
+            signal.default_int_handler(number, frame)
+        noted = True
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not (wanted and ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if noted:  # after the last step
+        raise KeyboardInterrupt
 
 
 def train(
@@ -268,6 +314,8 @@ def _checkpoint(
     step: int,
     history: list[dict[str, float]],
     identity: str,
+    steps: int,
+    window: list[dict[str, float]],
 ) -> None:
     # buffers too: the running statistics of batch normalisation change from step to step
     named = [(n, t) for n, t in module.named_parameters() if t.requires_grad] + list(module.named_buffers())
@@ -275,7 +323,8 @@ def _checkpoint(
     for i, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    metadata = {"identity": identity, "step": str(step), "history": json.dumps(history)}
+    metadata = {"identity": identity, "step": str(step), "steps": str(steps)}
+    metadata |= {"history": json.dumps(history), "window": json.dumps(window)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -292,7 +341,7 @@ def _read(path: Path, identity: str) -> tuple[dict[str, str], dict[str, Tensor]]
     except TrainingError:
         raise
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise damaged_checkpoint(path, error) from error
 
 
 def _restore(
@@ -300,8 +349,8 @@ def _restore(
     found: tuple[dict[str, str], dict[str, Tensor]],
     module: nn.Module,
     optimiser: torch.optim.Optimizer,
-) -> tuple[int, list[dict[str, float]]]:
-    """Step and history of what was read of a checkpoint, whose tensors are put into module and optimiser."""
+) -> tuple[int, list[dict[str, float]], list[dict[str, float]]]:
+    """Step, history and window of what was read of a checkpoint; its tensors are put into module and optimiser."""
     metadata, tensors = found
     try:
         parameters: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -315,10 +364,6 @@ def _restore(
                     index, term = rest.split(".")
                     state.setdefault(int(index), {})[term] = tensor
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-        return int(metadata["step"]), json.loads(metadata["history"])
+        return int(metadata["step"]), json.loads(metadata["history"]), json.loads(metadata.get("window", "[]"))
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> TrainingError:
-    return TrainingError(f"{path}: the checkpoint is damaged ({error}); delete it and train again")
+        raise damaged_checkpoint(path, error) from error

@@ -84,7 +84,7 @@ class Phase:
         argv: The command, from the folder of a run.
         main: The file of its output that is old or new; "" where it adds to a log.
         kinds: Of kills, see `server.py`.
-        resume: Further words, where the command is told to go on.
+        resume: Further words, where the command is told to go on: it refuses that where no checkpoint was left.
         start: Folder that a run begins with.
         new: What a run leaves that nobody kills.
         old: What was there before.
@@ -100,6 +100,10 @@ class Phase:
     new: Print = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
     whole: Answer = field(default_factory=lambda: Answer(0, 0, 0, ""))
+
+    def again(self, root: Path) -> list[object]:
+        """The command that goes on with what a run has left."""
+        return [*self.argv(root), *(self.resume if list((root / "out").glob("*.checkpoint")) else ())]
 
 
 @dataclass
@@ -229,12 +233,13 @@ def kill(server: Server, phase: Phase, root: Path, rng: random.Random, how: str)
         if ended.code >= 0:
             return None
         left, faults = judged(phase, root / "out")
-        again = server.run(root, [*argv, *phase.resume])
+        again = server.run(root, phase.again(root))
         if again.code:
             faults.append(f"the next run ends with {again.code}: {again.said[-500:]}")
         found = printed(root / "out")
         different = [name for name in {*found, *phase.new} if found.get(name) != phase.new.get(name)]
-        hidden = [str(file.relative_to(root)) for file in (root / "out").rglob(".*.part*")]
+        left = [*(root / "out").rglob(".*.part*"), *(root / "out").rglob(".*.lock")]
+        hidden = [str(file.relative_to(root)) for file in left]
         faults += [f"{name}: is still there after the next run" for name in hidden]
         faults += [f"{name}: is not what an unbroken run leaves" for name in different]
         return Killed(phase.name, how, at, left, faults, not different and not again.code)
@@ -245,7 +250,7 @@ def kill(server: Server, phase: Phase, root: Path, rng: random.Random, how: str)
 def twice(server: Server, phase: Phase) -> list[str]:
     """Files that a run leaves otherwise where one has ended already: so a kill between the end and the exit would."""
     root = server.folder / "whole" / phase.name
-    server.done(root, *phase.argv(root), *phase.resume)
+    server.done(root, *phase.again(root))
     found = printed(root / "out")
     return [name for name in {*found, *phase.new} if found.get(name) != phase.new.get(name)]
 

@@ -1,5 +1,8 @@
 """The command line: parse, call, print. Each module has the commands of one kind; importing it adds them."""
 
+import os
+import sys
+
 from unflaw.cli import learning, inspecting, runtime, station, research  # isort: skip - the order of the help
 from unflaw.cli.common import app
 
@@ -7,4 +10,10 @@ __all__ = ["app", "inspecting", "learning", "main", "research", "runtime", "stat
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # as other programs, which this signal ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed
+            sys.exit(128 + 13)
+        raise

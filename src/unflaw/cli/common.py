@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import select
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,8 +138,11 @@ def report_dataset_problems(datasets: dict[str, Dataset]) -> None:
 
 
 @contextmanager
-def progress_bars(shown: bool = True) -> Iterator[Progress]:
-    """A bar per stage with loss and remaining time; on a pipe, and where it is not to be shown, nothing."""
+def progress_bars(shown: bool = True, every: float = 30.0) -> Iterator[Progress]:
+    """A bar per stage with loss and remaining time; where there is no terminal, a line in so many seconds instead."""
+    if shown and not sys.stderr.isatty():
+        yield _progress_lines(every)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -149,7 +154,7 @@ def progress_bars(shown: bool = True) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True), disable=not (shown and sys.stderr.isatty())) as bars:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bars:
 
         def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
             if stage not in tasks:
@@ -161,18 +166,64 @@ def progress_bars(shown: bool = True) -> Iterator[Progress]:
         yield progress
 
 
+def _progress_lines(every: float) -> Progress:
+    """Lines such as `training: 60 of 200, loss 0.1234, about 5 min left`."""
+    said_last, began, reached = time.monotonic(), dict[str, tuple[float, int]](), dict[str, int]()
+
+    def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
+        nonlocal said_last
+        now = time.monotonic()
+        if done < reached.get(stage, done + 1):  # it begins; or it is the stage of another run
+            began[stage] = now, done
+        reached[stage], (since, first) = done, began[stage]
+        if now - said_last < every:
+            return
+        said_last = now
+        line = f"{stage}: {done} of {total}" + ("" if loss is None else f", loss {loss:.4f}")
+        if first < done < total:
+            left = (now - since) * (total - done) / (done - first)
+            line += f", about {left:.0f} s left" if left < 100 else f", about {left / 60:.0f} min left"
+        with suppress(OSError):  # that nobody reads it is no reason to end the work
+            typer.echo(said(line), err=True)
+
+    return progress
+
+
+def reader_gone() -> bool:
+    """Whether nobody reads standard output or standard error any more, as after `unflaw … | head -1`."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    closed = select.poll()
+    for handle in (1, 2):
+        closed.register(handle, 0)
+    return any(event & select.POLLERR for _, event in closed.poll(0))
+
+
+_commands: list[Callable[[], str]] = []  # that run, the outer one first: what each says of Ctrl-C
+
+
 @contextmanager
-def errors() -> Iterator[None]:
-    """What a user can mend is one line and exit code 2, not a stack trace."""
+def errors(stopped: Callable[[], str] = lambda: "stopped; the same command begins again") -> Iterator[None]:
+    """What a user can mend is one line and exit code 2, not a stack trace; Ctrl-C is one line and exit code 130.
+
+    Args:
+        stopped: Says what Ctrl-C has left and what goes on from there. Of a command within a command, the outer one's.
+    """
     from tempfile import gettempdir
 
     from unflaw.errors import FULL, WriteError, remedy
 
+    _commands.append(stopped)
     try:
         yield
     except typer.Exit:
         raise
+    except KeyboardInterrupt:
+        typer.echo(said(_commands[0]()), err=True)
+        raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and reader_gone():
+            raise  # `main` ends without a word
         if isinstance(error, ImportError) and "unflaw[" not in str(error):
             error = ImportError(f"{error}; this command needs: pip install 'unflaw[all]'")
         elif isinstance(error, OSError) and error.filename and error.strerror:
@@ -189,3 +240,5 @@ def errors() -> Iterator[None]:
         if not leave_word(error, False):
             raise
         raise typer.Exit(2) from error
+    finally:
+        _commands.pop()

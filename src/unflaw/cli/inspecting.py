@@ -139,7 +139,17 @@ def predict(
 
     Example:  unflaw predict parts.onnx --engine ray --input s3://plant/2026 --output s3://results/2026
     """
-    with errors():
+    inspected = 0
+
+    def stopped() -> str:
+        if engine is not None:
+            return f"stopped; finished partitions stay in {output}, and the same command goes on with the others"
+        if not inspected or out is None:
+            return "stopped before the first image; the same command begins again"
+        images = "1 image, whose line is" if inspected == 1 else f"{inspected} images, whose lines are"
+        return f"stopped after {images} in {out / 'results.jsonl.part'}; the same command begins again"
+
+    with errors(stopped):
         if scaling.chosen(context):
             scaling.predict(
                 model,
@@ -159,7 +169,7 @@ def predict(
         from unflaw.annotations import Coco, LabelMe
         from unflaw.batch import Discoveries, Parts, Sink, Unread
         from unflaw.conformal import COMBINATIONS
-        from unflaw.files import make_folder
+        from unflaw.files import holding, make_folder
         from unflaw.prediction import predict as run
 
         if combine not in COMBINATIONS:
@@ -168,32 +178,40 @@ def predict(
             writable(coco)
         paths = pictures_in(inputs)
         make_folder(out)
-        detector = load_detector(model)
-        calibration, sinks = detector.select(category), list[Sink]()
-        if group_by is not None:
-            sinks.append(Parts(out / "parts.jsonl", paths, group_by, calibration, combine))
-        if fdr is not None:
-            sinks.append(Discoveries(fdr, calibration))
-        if coco is not None:
-            sinks.append(Coco(coco))
-        if labelme:
-            sinks.append(LabelMe(out / "labelme"))
-        with progress_bars() as progress:
-            counts, drift = run(
-                detector,
-                paths,
-                out,
-                category=category,
-                pictures=pictures,
-                drift_rate=drift_rate,
-                sinks=[*sinks, unread := Unread()],
-                progress=progress,
-            )
+        with holding(out):
+            detector = load_detector(model)
+            calibration, sinks = detector.select(category), list[Sink]()
+            if group_by is not None:
+                sinks.append(Parts(out / "parts.jsonl", paths, group_by, calibration, combine))
+            if fdr is not None:
+                sinks.append(Discoveries(fdr, calibration))
+            if coco is not None:
+                sinks.append(Coco(coco))
+            if labelme:
+                sinks.append(LabelMe(out / "labelme"))
+            with progress_bars() as progress:
+
+                def watched(stage: str, done: int, total: int, loss: float | None = None) -> None:
+                    nonlocal inspected
+                    inspected = done
+                    progress(stage, done, total, loss)
+
+                counts, drift = run(
+                    detector,
+                    paths,
+                    out,
+                    category=category,
+                    pictures=pictures,
+                    drift_rate=drift_rate,
+                    sinks=[*sinks, unread := Unread()],
+                    progress=watched,
+                )
+            closed = [sink.close() for sink in sinks]  # all is written before the first word, which may find no reader
         report_problems(f"skipped {reason}" for reason in unread.reasons)
         summary = f"{counts['good']} good, {counts['review']} for review, {counts['defect']} defective"
         typer.echo(said(f"{out / 'results.jsonl'}: {summary}, {counts['error']} not readable"))
-        for sink in sinks:
-            typer.echo(said(sink.close()))
+        for sentence in closed:
+            typer.echo(said(sentence))
         if drift is not None:
             typer.echo(drift.describe())
         if exit_code and counts["defect"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,8 +78,19 @@ def train(
         "calibration.tail": tail or None,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    with errors():
+    checkpoint = out.with_name(out.name + ".checkpoint")
+
+    def stopped() -> str:
+        from unflaw.files import steps_of
+
+        with suppress(ValueError):  # which --resume will say
+            if held := steps_of(checkpoint):
+                return f"stopped at {held[1]}; the same command with --resume goes on from there"
+        return "stopped before a step was saved; the same command begins again"
+
+    with errors(stopped):
         from unflaw.config import make_config
+        from unflaw.files import holding, steps_of
 
         config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
         for option, value in (("accelerator", accelerator), ("strategy", strategy)):
@@ -102,22 +114,26 @@ def train(
             watch_parent()
             wanted: dict[str, Any] = {"accelerator": accelerator, "strategy": strategy}
             team = FabricTeam(config.training, devices=devices, nodes=nodes, **wanted)
-        datasets = load_categories(data) if multi_class else {"": load_dataset(data[0])}
-        checkpoint = out.with_name(out.name + ".checkpoint")
-        if team.leads:
-            report_dataset_problems(datasets)
-            if checkpoint.exists() and not resume:
-                checkpoint.unlink()
-        detector = Detector(config=config, weights=weights)
-        if textures and not detector.network.uses_textures:
-            raise ValueError(f"--textures {textures}: {method} uses none as it is set; leave --textures out")
-        with progress_bars(team.leads) as progress:
-            chosen = datasets if multi_class else datasets[""]
-            detector.fit(chosen, progress=progress, checkpoint=checkpoint, team=team)
-        if not team.leads:
-            return
-        detector.save(out)
-        checkpoint.unlink(missing_ok=True)  # not before: where the disk is full, --resume needs it
+        with holding(out) if team.leads else nullcontext():
+            if team.leads and resume:
+                if (held := steps_of(checkpoint)) is None:
+                    raise ValueError(f"{checkpoint}: there is no such checkpoint to go on from; leave --resume out")
+                report_problems([f"{checkpoint}: training goes on at {held[1]}"])
+            datasets = load_categories(data) if multi_class else {"": load_dataset(data[0])}
+            if team.leads:
+                report_dataset_problems(datasets)
+                if not resume:
+                    checkpoint.unlink(missing_ok=True)
+            detector = Detector(config=config, weights=weights)
+            if textures and not detector.network.uses_textures:
+                raise ValueError(f"--textures {textures}: {method} uses none as it is set; leave --textures out")
+            with progress_bars(team.leads) as progress:
+                chosen = datasets if multi_class else datasets[""]
+                detector.fit(chosen, progress=progress, checkpoint=checkpoint, team=team)
+            if not team.leads:
+                return
+            detector.save(out)
+            checkpoint.unlink(missing_ok=True)  # not before: where the disk is full, --resume needs it
         report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
         report_problems(describe_outliers(detector.record_))
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}
@@ -157,7 +173,7 @@ def fleet(
         "calibration.false_alarm_rate": rate,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    with errors():
+    with errors(lambda: f"stopped; finished detectors stay in {out}, and the same command goes on with the others"):
         if engine not in ("processes", "ray"):
             raise ValueError(f"--engine {engine}: there are processes and ray")
         if address is not None and engine != "ray":
@@ -260,14 +276,19 @@ def demo(
     with errors():
         from unflaw.datasets import load_dataset
         from unflaw.demo_data import is_whole, make_demo_data
+        from unflaw.files import holding, make_folder
 
-        data = out / "gravel"
-        if not is_whole(data):
-            make_demo_data(data, seed)
-        count = len(load_dataset(data).train)
-        typer.echo(f"{data}: {count} good pictures to learn from; defects are synthetic, on real textures")
-    model = out / "detector.safetensors"
-    train(data=[data], out=model, seed=seed)
-    note = "The defects are synthetic, drawn on a real photograph of gravel: this shows that the parts work together."
-    run_evaluation(model, [data], out / "metrics.json", out / "report.html", notes=[note])
+        data, model = out / "gravel", out / "detector.safetensors"
+        make_folder(out)
+        with holding(out):
+            if not is_whole(data):
+                make_demo_data(data, seed)
+            count = len(load_dataset(data).train)
+            typer.echo(f"{data}: {count} good pictures to learn from; defects are synthetic, on real textures")
+            train(data=[data], out=model, seed=seed)
+            note = (
+                "The defects are synthetic, drawn on a real photograph of gravel: this shows that the parts work "
+                "together."
+            )
+            run_evaluation(model, [data], out / "metrics.json", out / "report.html", notes=[note])
     typer.echo(f"Look at {out / 'report.html'}")

@@ -19,6 +19,16 @@ from unflaw.cli.common import (
 )
 
 
+def stopped_runs(out: Path | None) -> str:
+    """What Ctrl-C leaves of an experiment."""
+    log = out and out / "runs.jsonl"
+    if log is None or not log.is_file():
+        return "stopped before the first run; the same command begins again"
+    count = log.read_bytes().count(b"\n")
+    runs = "1 finished run stays" if count == 1 else f"{count} finished runs stay"
+    return f"stopped; {runs} in {log}, and the same command goes on with the others"
+
+
 @app.command()
 def ablate(
     method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
@@ -49,7 +59,7 @@ def ablate(
     Example:  unflaw ablate --data screw --only no-memory --variant 'deep: network.restoration.depth=6' --out deep
     """
     changes = ({"features.backbone": backbone} if backbone else {}) | dict(map(setting_of, setting or []))
-    with errors():
+    with errors(lambda: stopped_runs(out)):
         from unflaw.variants import choose
 
         variants = choose(method, only or [], variant or [])
@@ -119,7 +129,7 @@ def benchmark(
     """
     given: dict[str, Any] = {"methods": method, "data": data, "backbones": backbone, "sizes": size, "seeds": seeds}
     given |= {"profile": profile, "peer_python": peer_python, "features": features}
-    with errors():
+    with errors(lambda: stopped_runs(out)):
         from unflaw.benchmark import benchmark as run
         from unflaw.datasets import load_categories
         from unflaw.grid import plan, read_grid

@@ -155,7 +155,15 @@ def watch(
         from unflaw.station.detectors import Served
         from unflaw.station.watch import Watcher
 
-        stop = threading.Event()
+        stop, gone = threading.Event(), list[BrokenPipeError]()
+
+        def report(line: str) -> None:
+            try:
+                typer.echo(said(line), err=line.startswith("note: "))
+            except BrokenPipeError as error:  # nobody reads any more: what has begun is finished
+                gone.append(error)
+                stop.set()
+
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         served = Served(model.stem, model)
@@ -169,9 +177,11 @@ def watch(
             settle=settle,
             patience=patience,
             sample=sample,
-            report=lambda line: typer.echo(said(line), err=line.startswith("note: ")),
+            report=report,
         )
         watcher.run(stop, every=every, once=once)
+        if gone:
+            raise gone[0]
 
 
 log_app = typer.Typer(
