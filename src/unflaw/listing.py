@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from unflaw.decoding import ImageError
+from unflaw.outputs import drawn, sorted_into
 from unflaw.words import count
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -46,6 +47,7 @@ class Entry(NamedTuple):
 
 
 Scan = Callable[[str], Iterable[Entry]]
+Written = Callable[[str, Sequence[Entry]], Iterable[str]]
 
 
 def is_passed_over(name: str) -> bool:
@@ -77,12 +79,18 @@ def _is_link(entry: os.DirEntry[str]) -> bool:
     )
 
 
+def _written(folder: str, entries: Sequence[Entry]) -> Iterable[str]:
+    """Folders within a folder of this machine that `unflaw watch` has sorted images into."""
+    return map(str, sorted_into(Path(folder)))
+
+
 def walk(
     root: str,
     scan: Scan = scan,
     identify: Callable[[str], str] = os.path.realpath,
     passed_over: list[Entry] | None = None,
     skip: Callable[[str], bool] = is_passed_over,
+    written: Written = _written,
 ) -> Iterator[Entry]:
     """The files below a folder, at any depth, in the order of their paths; those behind links to folders come last.
 
@@ -95,10 +103,17 @@ def walk(
         identify: Gives the path at which the root, or what a link leads to, really lies.
         passed_over: Gets the entries whose names are passed over.
         skip: True for these names.
+        written: Gives the paths below a folder, of which it gets the entries, that earlier runs of unflaw have written;
+            they are left out.
     """
+    outputs: set[str] = set()
 
     def entries(folder: str, place: str) -> Iterator[tuple[Entry, str]]:
-        for entry in sorted(scan(folder), key=attrgetter("path")):
+        found = sorted(scan(folder), key=attrgetter("path"))
+        outputs.update(written(folder, found))
+        for entry in found:
+            if entry.path in outputs:
+                continue
             name = os.path.basename(entry.path)  # noqa: PTH119
             if not skip(name):
                 yield entry, os.path.join(place, name)  # noqa: PTH118
@@ -143,8 +158,8 @@ def visible_files(folder: str | Path, passed_over: list[Entry] | None = None) ->
 
 
 def list_images(folder: str | Path, passed_over: list[Entry] | None = None) -> list[Path]:
-    """The `visible_files` under a folder whose suffix is that of an image."""
-    return [f for f in visible_files(folder, passed_over) if is_image(f)]
+    """The `visible_files` under a folder whose suffix is that of an image, but for images that unflaw itself drew."""
+    return [f for f in visible_files(folder, passed_over) if is_image(f) and not drawn(f)]
 
 
 def counted(

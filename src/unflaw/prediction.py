@@ -15,6 +15,7 @@ from unflaw.batch import Amending, Sink
 from unflaw.drift import RATE, Drift, check_rate
 from unflaw.files import growing, write_png
 from unflaw.inspector import Inspector
+from unflaw.outputs import PANELS
 from unflaw.results import Result
 from unflaw.streams import Progress, silent
 from unflaw.tables import write_text
@@ -58,7 +59,7 @@ def predict(
     check_rate(drift_rate)
     counts: Counter[str] = Counter()
     described: list[np.ndarray] = []
-    folder = out / "pictures"
+    folder = out / PANELS
     if pictures:
         from unflaw.report import panel
 
@@ -72,8 +73,8 @@ def predict(
                 line = outcome.to_json()
                 if pictures:
                     name = f"{numbered(i, paths[i])}.png"
-                    write_png(folder / name, panel(outcome, scale))
-                    line["picture"] = f"pictures/{name}"
+                    write_png(folder / name, panel(outcome, scale), drawn=True)
+                    line["picture"] = f"{PANELS}/{name}"
             else:
                 counts["error"] += 1
                 line = {"path": outcome[0], "error": str(outcome[1])}

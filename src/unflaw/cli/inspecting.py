@@ -144,10 +144,12 @@ def predict(
     def stopped() -> str:
         if engine is not None:
             return f"stopped; finished partitions stay in {output}, and the same command goes on with the others"
+        from unflaw.words import count
+
         if not inspected or out is None:
             return "stopped before the first image; the same command begins again"
-        images = "1 image, whose line is" if inspected == 1 else f"{inspected} images, whose lines are"
-        return f"stopped after {images} in {out / 'results.jsonl.part'}; the same command begins again"
+        where = f"whose {'line is' if inspected == 1 else 'lines are'} in {out / 'results.jsonl.part'}"
+        return f"stopped after {count(inspected, 'image')}, {where}; the same command begins again"
 
     with errors(stopped):
         if scaling.chosen(context):
@@ -170,6 +172,7 @@ def predict(
         from unflaw.batch import Discoveries, Parts, Sink, Unread
         from unflaw.conformal import COMBINATIONS
         from unflaw.files import holding, make_folder
+        from unflaw.outputs import LABELS, PARTS, Earlier
         from unflaw.prediction import predict as run
 
         if combine not in COMBINATIONS:
@@ -179,16 +182,17 @@ def predict(
         paths = pictures_in(inputs)
         make_folder(out)
         with holding(out):
+            earlier = Earlier(out)
             detector = load_detector(model)
             calibration, sinks = detector.select(category), list[Sink]()
             if group_by is not None:
-                sinks.append(Parts(out / "parts.jsonl", paths, group_by, calibration, combine))
+                sinks.append(Parts(out / PARTS, paths, group_by, calibration, combine))
             if fdr is not None:
                 sinks.append(Discoveries(fdr, calibration))
             if coco is not None:
                 sinks.append(Coco(coco))
             if labelme:
-                sinks.append(LabelMe(out / "labelme"))
+                sinks.append(LabelMe(out / LABELS))
             with progress_bars() as progress:
 
                 def watched(stage: str, done: int, total: int, loss: float | None = None) -> None:
@@ -207,6 +211,7 @@ def predict(
                     progress=watched,
                 )
             closed = [sink.close() for sink in sinks]  # all is written before the first word, which may find no reader
+            cleared = earlier.clear()
         report_problems(f"skipped {reason}" for reason in unread.reasons)
         summary = f"{counts['good']} good, {counts['review']} for review, {counts['defect']} defective"
         typer.echo(said(f"{out / 'results.jsonl'}: {summary}, {counts['error']} not readable"))
@@ -214,6 +219,7 @@ def predict(
             typer.echo(said(sentence))
         if drift is not None:
             typer.echo(drift.describe())
+        report_problems(cleared)
         if exit_code and counts["defect"]:
             raise typer.Exit(4)
         if counts["error"]:
@@ -264,6 +270,7 @@ def figures(
     """
     with errors():
         from unflaw.datasets import load_dataset
+        from unflaw.outputs import drawn
         from unflaw.report.figures import write_figures
 
         detector = load_trained(model)
@@ -283,3 +290,5 @@ def figures(
             )
         for path in written:
             typer.echo(path)
+        older = [path for path in sorted(out.glob("*.png")) if path not in written and drawn(path)]
+        report_problems(f"{path}: stays from an earlier run" for path in older)

@@ -21,12 +21,14 @@ from unflaw.cli.common import (
 
 def stopped_runs(out: Path | None) -> str:
     """What Ctrl-C leaves of an experiment."""
+    from unflaw.words import count
+
     log = out and out / "runs.jsonl"
     if log is None or not log.is_file():
         return "stopped before the first run; the same command begins again"
-    count = log.read_bytes().count(b"\n")
-    runs = "1 finished run stays" if count == 1 else f"{count} finished runs stay"
-    return f"stopped; {runs} in {log}, and the same command goes on with the others"
+    number = log.read_bytes().count(b"\n")
+    stay = "stays" if number == 1 else "stay"
+    return f"stopped; {count(number, 'finished run')} {stay} in {log}, and the same command goes on with the others"
 
 
 @app.command()

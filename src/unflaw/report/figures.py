@@ -92,7 +92,7 @@ def write_figures(
         for figure, found in lines.items():
             written.append(out / f"{figure}.png")
             drawn = _draw(found, scale, detector.config.preparation.size, width)
-            write_png(written[-1], drawn)
+            write_png(written[-1], drawn, drawn=True)
         progress("figures", len(samples) + 1, len(samples) + 1, None)
     return written
 

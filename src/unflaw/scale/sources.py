@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from unflaw.images import ImageError
 from unflaw.listing import Entry, Scan, counted, is_image, is_passed_over, note, walk
-from unflaw.scale.store import is_local, opened
+from unflaw.outputs import HEAD, SORTED, is_drawn, may_be_drawn, sorted_folders
+from unflaw.scale.store import OWN, is_local, opened
 
 TABLES = (".parquet",)
 SHARDS = (".tar", ".tar.gz", ".tgz")
@@ -169,7 +170,7 @@ def _matching(fs: Any, pattern: str, passed_over: list[Entry]) -> Iterator[dict[
     asked = [part for part in parts[fixed:] if part[:1] not in "*?["]
     for path in sorted(fs.glob(pattern)):
         entry = fs.info(path)
-        if entry["type"] == "directory":
+        if entry["type"] == "directory" or _drawn(fs, path):
             continue
         below = path.split("/")[fixed:]
         if any(is_passed_over(part) and not any(fnmatchcase(part, p) for p in asked) for part in below):
@@ -191,10 +192,29 @@ def _in_folder(fs: Any, root: str, given: str, passed_over: list[Entry]) -> Iter
 
 
 def _walk(fs: Any, folder: str, passed_over: list[Entry]) -> Iterator[dict[str, Any]]:
-    """Files of a known kind below a folder, in the order of their names, then those behind links to folders."""
-    for entry in walk(folder, _scan(fs), _identify(fs), passed_over):
-        if _kind(entry.path):
+    """Files of a known kind below a folder, in the order of their names, then those behind links to folders.
+
+    What earlier runs of unflaw have written is left out: panels and figures, results of Ray, what a watcher has sorted.
+    """
+
+    def written(inner: str, entries: Sequence[Entry]) -> set[str]:
+        names = {entry.path.rpartition("/")[2]: entry.path for entry in entries}
+        if OWN in names:
+            return {names[OWN]} if inner == folder else set(names.values())
+        lines = fs.cat_file(names[SORTED]) if SORTED in names else b""
+        return {f"{inner}/{name}" for name in sorted_folders(lines)}
+
+    for entry in walk(folder, _scan(fs), _identify(fs), passed_over, written=written):
+        if _kind(entry.path) and not _drawn(fs, entry.path):
             yield fs.info(entry.path) if entry.link else entry.info
+
+
+def _drawn(fs: Any, path: str) -> bool:
+    """True for an image that unflaw drew."""
+    try:
+        return may_be_drawn(path) and is_drawn(fs.cat_file(path, start=0, end=HEAD))
+    except Exception:  # network file systems have errors of their own; it is said when it is read as an image
+        return False
 
 
 def _scan(fs: Any) -> Scan:

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from unflaw.files import write_atomically
 from unflaw.images import ImageError
 from unflaw.listing import Entry, counted, is_image, note, visible_files
+from unflaw.outputs import is_drawn, note_sorted
 from unflaw.station.detectors import Served
 from unflaw.station.log import Log, legible, sha256
 from unflaw.words import count
@@ -98,6 +99,7 @@ class Watcher:
                 f"--out {out}: cannot hold the sorted pictures ({error.filename}: {error.strerror}); "
                 "name a folder that can be written"
             ) from error
+        note_sorted(folder, out)
         self._served, self._log, self._report = served, log, report
         self._folder, self._out = folder.absolute(), out.absolute()
         self._filed = out.resolve()  # by whatever way it is named, what lies there has been inspected
@@ -205,8 +207,8 @@ class Watcher:
         """
         try:
             data = path.read_bytes()
-            if _mark(path) != known.mark:
-                return False
+            if (own := is_drawn(data)) or _mark(path) != known.mark:
+                return own  # what an earlier `unflaw predict` has left here stays
             digest = sha256(data)
             if known.found is None or known.found.digest != digest:  # else only filing is left to do
                 known.found = self._find(path, data, digest, known)
