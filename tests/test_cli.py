@@ -251,9 +251,12 @@ def test_an_interrupted_training_goes_on_with_resume(model, tiny_training, tmp_p
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(out).items())
 
 
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from unflaw.cli import main; main()"
+
+
 def started(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    """A command as a process of its own."""
-    command = [sys.executable, "-m", "unflaw", *map(str, arguments)]
+    """A command as a process of its own, which hears Ctrl-C also where the tests run in the background."""
+    command = [sys.executable, "-c", HEARS, *map(str, arguments)]
     return subprocess.Popen(command, text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
 
 
@@ -548,6 +551,7 @@ def test_other_commands_name_what_is_wrong(model, parts, tmp_path, monkeypatch):
         ("predict MODEL PARTS/test/good --out out", "out"),
         ("figures MODEL --data PARTS --out out", "out"),
         ("train --data PARTS --method lookup --weights WEIGHTS --out out/d.safetensors", "out/d.safetensors"),
+        ("calibrate MODEL --good PARTS/test/good --out out/d.safetensors", "out/d.safetensors"),
         ("ablate --data PARTS --method lookup --weights WEIGHTS --only full --out out", "out/runs.jsonl"),
         ("benchmark --data PARTS --method lookup --backbone resnet18=WEIGHTS --out out", "out/runs.jsonl"),
         ("fleet PARTS/.. --weights WEIGHTS --backbone resnet18 --workers 1 --out out", "out/fleet.jsonl"),

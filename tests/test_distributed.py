@@ -228,9 +228,11 @@ def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(parts, weights
 def test_ctrl_c_stops_all_processes_after_the_same_step(parts, weights, tmp_path):
     out, rare = tmp_path / "parts.safetensors", ("--set", "training.steps=400")
     alone = ("--set", "training.checkpoint_seconds=0", *rare, "--devices", "2")
-    run = subprocess.Popen(
-        tiny_command(parts, weights, out, *alone), env=environment(), stderr=subprocess.PIPE, text=True
+    hears = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from unflaw.cli import main; main()"
     )
+    command = [sys.executable, "-c", hears, *tiny_command(parts, weights, out, *alone)[3:]]
+    run = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     checkpoint = out.with_name(out.name + ".checkpoint")
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:

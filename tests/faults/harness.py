@@ -238,8 +238,8 @@ def kill(server: Server, phase: Phase, root: Path, rng: random.Random, how: str)
             faults.append(f"the next run ends with {again.code}: {again.said[-500:]}")
         found = printed(root / "out")
         different = [name for name in {*found, *phase.new} if found.get(name) != phase.new.get(name)]
-        left = [*(root / "out").rglob(".*.part*"), *(root / "out").rglob(".*.lock")]
-        hidden = [str(file.relative_to(root)) for file in left]
+        strays = [*(root / "out").rglob(".*.part*"), *(root / "out").rglob(".*.lock")]
+        hidden = [str(file.relative_to(root)) for file in strays]
         faults += [f"{name}: is still there after the next run" for name in hidden]
         faults += [f"{name}: is not what an unbroken run leaves" for name in different]
         return Killed(phase.name, how, at, left, faults, not different and not again.code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -232,7 +232,7 @@ def calibrate(
 
     Example:  unflaw calibrate parts.safetensors --good parts/today --defect parts/rejects --miss-rate 0.05
     """
-    with errors():
+    with errors(), ExitStack() as held:
         if len([option for option in (rate, miss_rate, cost_ratio) if option is not None]) > 1:
             raise ValueError("--rate, --miss-rate and --cost-ratio each set the threshold; give one of them")
         if any(option in (0, 1) for option in (rate, miss_rate)) or 1 in (review_rate, minimum_area):
@@ -241,9 +241,11 @@ def calibrate(
             raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
         if not defect and (miss_rate is not None or cost_ratio is not None):
             raise ValueError("a miss rate and a cost ratio need labelled defects; name them with --defect")
+        from unflaw.files import holding
         from unflaw.outliers import describe_outliers
 
         writable(model) if out is None else detector_file(out)
+        held.enter_context(holding(out or model))  # else the entry of another calibration could be lost
         detector = load_trained(model)
         asked = {"review_rate": review_rate, "minimum_area": minimum_area, "tail": tail or None}
         with progress_bars() as progress:
