@@ -133,6 +133,25 @@ def test_an_unknown_group_of_settings_is_named():
         make_config("uranet", "cpu", {"trainings.steps": 3})
 
 
+@pytest.mark.parametrize(
+    "method, slip, hint",
+    [
+        ("uranet", "training.step", "did you mean training.steps?"),
+        ("uranet", "steps", "did you mean training.steps?"),
+        ("uranet", "train.steps", "did you mean training.steps?"),
+        ("uranet", "network.draws", "did you mean network.perception.draws?"),
+        ("lookup", "network.perception.draws", "network has prototypes, coarse_prototypes"),
+        ("memae", "training.lr", "training has steps, batch, accumulate, learning_rate, "),
+        ("mfrnet", "nonsense", "a configuration has network, preparation, features, training, scoring, calibration"),
+    ],
+)
+def test_an_unknown_setting_gets_the_nearest_one_or_those_there_are(method, slip, hint):
+    with pytest.raises(ValueError) as caught:
+        make_config(method, "cpu", {slip: 10})
+    assert str(caught.value).startswith(f"setting {slip}: {method} has no such setting; {hint}")
+    assert str(caught.value).endswith("(given: 10)")
+
+
 def test_settings_of_another_method_are_refused():
     with pytest.raises(ValueError, match=r"network\.perception"):
         make_config("lookup", "cpu", {"network.perception.draws": 3})

@@ -5,6 +5,8 @@ Defaults are the CPU profile; `make_config("uranet", "paper")` gives the paper-s
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -359,7 +361,39 @@ def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str,
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != method)
+        if first["type"] == "extra_forbidden":
+            name = next((name for name in changes or {} if f"{name}.".startswith(f"{where}.")), where)
+            value = (changes or {}).get(name, first["input"])
+            raise ValueError(
+                f"setting {name}: {method} has no such setting; {_nearest(name, method)} (given: {value!r})"
+            ) from error
         raise ValueError(f"setting {where}: {first['msg']} (given: {first['input']!r})") from error
+
+
+def _nearest(name: str, method: str) -> str:
+    """For a message: the settings of a method that are most like an unknown one, else those of the group it names."""
+    known = list(_names(Config, method))
+    group, _, leaf = name.rpartition(".")
+    for others in ([other for other in known if other.rpartition(".")[0] == group], known):
+        leaves = {other.rpartition(".")[2] for other in others}
+        near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
+        if near:
+            return f"did you mean {' or '.join(other for other in others if other.rpartition('.')[2] == near[0])}?"
+    while group and not any(other.startswith(f"{group}.") for other in known):
+        group = group.rpartition(".")[0]
+    start = f"{group}." if group else ""
+    there = dict.fromkeys(o.removeprefix(start).partition(".")[0] for o in known if o.startswith(start))
+    return f"{group or 'a configuration'} has {', '.join(there)}"
+
+
+def _names(settings: type[BaseModel], method: str, start: str = "") -> Iterator[str]:
+    """The dotted names of all settings that a method has."""
+    for name, field in settings.model_fields.items():
+        inner = _OPTIONS[method] if settings is Config and name == "network" else field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _names(inner, method, f"{start}{name}.")
+        elif name != "method":
+            yield start + name
 
 
 def applies(name: str, method: str) -> bool:
