@@ -310,6 +310,7 @@ def complaint(done: Result) -> str:
         (["--backbone", "resnet18x"], "resnet18x"),
         (["--weights", "nothing.pth"], "nothing.pth"),
         (["--weights", "README.md"], "README.md"),
+        (["--weights", "./random"], "random: no such weight file"),
         (["--textures", "nowhere"], "nowhere"),
         (["--textures", "empty"], "empty"),
         (["--textures", "empty", "--method", "lookup"], "leave --textures out"),

@@ -1,11 +1,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from unflaw.config import METHODS, PROFILES, Config, make_config
+from unflaw.config import METHODS, PROFILES, Config, Weights, make_config
 
 
 def test_dotted_changes_reach_their_setting_and_no_other():
@@ -172,6 +173,23 @@ def test_a_configuration_survives_json_and_cannot_be_changed():
     assert again.features.levels == (2, 3)
     with pytest.raises(ValidationError):
         config.training.steps = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "text, source, name, short",
+    [
+        (None, None, "default", "default"),
+        ("random", Weights.RANDOM, "random", "random"),
+        ("./random", "./random", "./random", "./random"),
+        ("later", "later", "./later", "./later"),
+        ("w/default", "w/default", "w/default", "./default"),
+        (Path("w/resnet18.pth"), Path("w/resnet18.pth"), str(Path("w/resnet18.pth")), "resnet18.pth"),
+    ],
+)
+def test_weights_that_are_no_file_are_not_mistaken_for_one_nor_the_other_way_round(text, source, name, short):
+    assert Weights.parse(text) == source
+    assert (Weights.name_of(source), Weights.name_of(source, short=True)) == (name, short)
+    assert Weights.name_of(Path("random")) == "./random"  # a Path is always a file
 
 
 def test_importing_the_configuration_does_not_import_torch():

@@ -16,6 +16,7 @@ from conftest import textured
 from unflaw import detector as module
 from unflaw import features, load
 from unflaw.cache import Cache
+from unflaw.config import Weights
 from unflaw.datasets import DatasetError, Sample, load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, TrainingError
@@ -203,7 +204,7 @@ def unfitted(tiny, method: str, **changes) -> Detector:
     own = {prototypes[method]: 16} if method in prototypes else {}
     small = {"features.grid": 4, "training.display_steps": 0, "scoring.shares": (0.05, 0.3, 1.0)}
     config = tiny(method, **small, **own, **{"calibration.false_alarm_rate": 0.1}, **changes)
-    return Detector(config=config, weights="random")
+    return Detector(config=config, weights=Weights.RANDOM)
 
 
 def good_ones(n: int, rng: torch.Generator, channels: int = 8) -> Cache:
@@ -414,6 +415,61 @@ def test_settings_by_name(weights):
         Detector("lookup", weights=weights, training__sed=3)
 
 
+@pytest.mark.parametrize(
+    "given, named",
+    [({"training__seed": 7}, "training__seed"), ({"method": "lookup"}, "lookup"), ({"profile": "cpu"}, "cpu")],
+)
+def test_a_configuration_is_whole_and_nothing_beside_it_is_ignored(tiny, given, named):
+    with pytest.raises(ValueError, match=f"{named} cannot be given beside config"):
+        Detector(config=tiny("lookup"), weights=Weights.RANDOM, **given)
+
+
+def test_fit_leaves_the_global_generators_as_they_were(parts, weights, tiny):
+    import random
+
+    def states():
+        state = np.random.get_state()  # noqa: NPY002 - the global one
+        return torch.get_rng_state().tolist(), random.getstate(), [np.array(part).tolist() for part in state]
+
+    made = Detector(config=tiny(), weights=weights)
+    before = states()
+    made.fit(parts)
+    assert states() == before
+    with pytest.raises(TrainingError):
+        made.fit([])
+    assert states() == before
+
+
+def test_a_file_called_random_is_a_file(monkeypatch, parts, weights, tiny, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = tiny("lookup", **{"training.display_steps": 0})
+    for name in ("random", Path("random"), "./random"):
+        with pytest.raises(WeightsError, match="no such weight file"):
+            Detector(config=config, weights=name)
+    torch.save(load_file(weights), "random")
+    expected = network_state(Detector(config=config, weights=weights))["features.backbone.conv1.weight"]
+    for name in ("random", Path("random"), "./random"):
+        made = Detector(config=config, weights=name)
+        assert torch.equal(network_state(made)["features.backbone.conv1.weight"], expected)
+        assert made.fit(parts).record_["weights"] == "./random"
+    assert Detector(config=config, weights=Weights.RANDOM).fit(parts).record_["weights"] == "random"
+
+
+@pytest.mark.parametrize("name", ["parts.onnx", "parts", "parts.xml", "parts.SafeTensors.bin"])
+def test_a_detector_is_not_saved_under_the_name_of_something_else(detector, tmp_path, name):
+    with pytest.raises(DetectorError, match=rf"{name}: a trained detector is a \.safetensors file; name it parts"):
+        detector.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_name_that_was_loaded_can_be_replaced(saved, tmp_path):
+    shutil.copy(saved, tmp_path / "parts.model")
+    loaded = Detector.load(tmp_path / "parts.model")
+    loaded.record_ = loaded.record_ | {"note": "calibrated"}
+    loaded.save(tmp_path / "parts.model")
+    assert Detector.load(tmp_path / "parts.model").record_["note"] == "calibrated"
+
+
 def test_the_lookup_with_padded_pictures(parts, weights, tiny, tmp_path):
     config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0})
     made = Detector(config=config, weights=weights).fit(parts)
@@ -456,6 +512,7 @@ def test_a_loaded_detector_learns_again_on_its_own_backbone_or_says_that_it_cann
         return  # fair as well: the file of the weights is not known
     again = loaded.network.features.backbone.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in backbone.items())
+    assert loaded.record_["weights"] == detector.record_["weights"]
     assert_same(loaded.inspect(bad[0]), detector.inspect(bad[0]))
 
 

@@ -6,7 +6,9 @@ Defaults are the CPU profile; `make_config("uranet", "paper")` gives the paper-s
 from __future__ import annotations
 
 import difflib
+import enum
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -292,6 +294,29 @@ class Config(Settings):
     def method(self) -> str:
         return self.network.method
 
+
+class Weights(enum.Enum):
+    """Backbone weights that are in no file of their own."""
+
+    RANDOM = "random"  # for tests and comparisons
+    LATER = "later"  # whatever timm begins with: they come with the file of a detector, or with another backbone
+
+    @classmethod
+    def parse(cls, text: str | Path | None) -> WeightSource:
+        """Reads what the command line and grids call weights: `random` is RANDOM, `./random` a file of that name."""
+        return cls.RANDOM if text == cls.RANDOM.value else text
+
+    @staticmethod
+    def name_of(source: WeightSource, short: bool = False) -> str:
+        """Returns what records call a source: "default", "random", "later" or its path; if `short`, its file name."""
+        if source is None or isinstance(source, Weights):
+            return "default" if source is None else source.value
+        name = Path(source).name if short else str(source)
+        return f"./{name}" if name in ("default", *(known.value for known in Weights)) else name
+
+
+# Of a backbone: a file (.safetensors or .pth), or None: those of an installed package, else of the hub that timm uses.
+WeightSource = str | Path | Weights | None
 
 # What the paper-scale profile changes: WideResNet-50 on a 64×64 grid, eight 768-wide blocks.
 PAPER: dict[str, Any] = {

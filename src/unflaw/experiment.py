@@ -20,7 +20,7 @@ from torch import nn
 
 from unflaw import __version__
 from unflaw.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
-from unflaw.config import Config
+from unflaw.config import Config, Weights, WeightSource
 from unflaw.crossfit import pieced
 from unflaw.datasets import Dataset, fingerprint
 from unflaw.datasets.samples import sha256
@@ -36,6 +36,7 @@ from unflaw.scoring import find_regions
 from unflaw.shelf import Shelf, ShelfFull
 from unflaw.streams import Progress, batched, silent
 from unflaw.synthesis import texture_files
+from unflaw.training import seeded
 
 BATCH = 16  # pictures that pass the backbone together
 
@@ -153,7 +154,7 @@ class CachedDetector(Detector):
     """
 
     def __init__(self, config: Config, backbone: nn.Module, file: FeatureFile) -> None:
-        super().__init__(config=config, weights="later")
+        super().__init__(config=config, weights=Weights.LATER)
         self.network.features.backbone = backbone
         self.file = file
 
@@ -198,12 +199,12 @@ class Laboratory:
 
     Args:
         folder: For feature files; one folder may serve many experiments.
-        weights: Of the backbone, as for `Detector`; "random" ones are the same in every process.
+        weights: Of the backbone, as for `Detector`; `Weights.RANDOM` are the same in every process.
         limit: Bytes of feature files in the folder, of all who share it; None: as many as there are.
     """
 
-    def __init__(self, folder: Path, weights: str | Path | None = None, limit: float | None = None) -> None:
-        self.folder, self.weights, self.limit = folder, weights if weights is None else str(weights), limit
+    def __init__(self, folder: Path, weights: WeightSource = None, limit: float | None = None) -> None:
+        self.folder, self.weights, self.limit = folder, weights, limit
         self._extractors: dict[tuple[Any, ...], tuple[Extractor, str]] = {}
         self._backbones: dict[tuple[str, tuple[int, ...]], tuple[nn.Module, str]] = {}
         self._last: tuple[Path, FeatureFile] | None = None
@@ -224,12 +225,12 @@ class Laboratory:
             try:
                 self._last = path, FeatureFile(path, paths, extractor, config.preparation, progress, self.limit)
             except ShelfFull:
-                detector = Detector(config=config, weights="later")
+                detector = Detector(config=config, weights=Weights.LATER)
                 detector.network.features.backbone = extractor.backbone
-                detector.weights = self.weights
+                detector.weights = Weights.name_of(self.weights)
                 return detector.fit(dataset, progress=progress)
         detector = CachedDetector(config, extractor.backbone, self._last[1])
-        detector.weights = self.weights
+        detector.weights = Weights.name_of(self.weights)
         return detector.fit(dataset, progress=progress)
 
     def path(self, config: Config, dataset: Dataset) -> Path:
@@ -262,7 +263,7 @@ class Laboratory:
         """The extractor of a method, not fitted, and the digest of its weights. The whole method is created for it."""
         key = config.network, config.features, config.preparation, config.scoring
         if key not in self._extractors:
-            extractor, weights = create(config, "later").features, ""
+            extractor, weights = create(config, Weights.LATER).features, ""
             if isinstance(extractor, FeatureExtractor):
                 extractor.backbone, weights = self._backbone(config)
             self._extractors[key] = extractor, weights
@@ -271,8 +272,8 @@ class Laboratory:
     def _backbone(self, config: Config) -> tuple[nn.Module, str]:
         key = config.features.backbone, config.features.levels
         if key not in self._backbones:
-            torch.manual_seed(0)
-            backbone = FeatureExtractor(config.features, self.weights).backbone
+            with seeded(0):
+                backbone = FeatureExtractor(config.features, self.weights).backbone
             digest = hashlib.sha256()
             for tensor in backbone.state_dict().values():
                 digest.update(tensor.contiguous().numpy().tobytes())

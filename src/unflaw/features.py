@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from timm.layers.format import Format
 from torch import Tensor, nn
 
-from unflaw.config import Features
+from unflaw.config import Features, Weights, WeightSource
 
 # Packages that carry real ImageNet weights, as `backbone: (package, path of the weight file inside)`. Their tensors
 # stand in the order of timm's own state_dict, under other names.
@@ -43,15 +43,15 @@ class FeatureExtractor(nn.Module):
     Args:
         config: Backbone, levels, grid and reduction.
         weights: A `.safetensors` or `.pth` file with the backbone's state_dict. Without it: an installed package
-            (`WEIGHT_PACKAGES`), then the hub that timm uses. "random" and "later" load nothing; the first is for
-            tests, the second for a detector whose file brings the weights.
+            (`WEIGHT_PACKAGES`), then the hub that timm uses. `Weights.RANDOM` and `Weights.LATER` load nothing; the
+            first is for tests, the second for a detector whose file brings the weights.
         size: Side of the canvas, where it is known already. Some transformers take pictures of one size only.
 
     Raises:
         WeightsError: As `create_backbone`; the backbone takes no pictures of this size.
     """
 
-    def __init__(self, config: Features, weights: str | Path | None = None, size: int | None = None) -> None:
+    def __init__(self, config: Features, weights: WeightSource = None, size: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.grid = config.grid
@@ -206,7 +206,7 @@ def resize(features: Tensor, side: int) -> Tensor:
     return F.interpolate(features, (side, side), mode="bilinear", align_corners=False)
 
 
-def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | None = None) -> nn.Module:
+def create_backbone(name: str, levels: tuple[int, ...], weights: WeightSource = None) -> nn.Module:
     """A timm backbone that returns the given levels, with weights loaded.
 
     Raises:
@@ -223,7 +223,7 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | No
         there = _levels(name)
         remedy = f"it has 0 to {there - 1}, name some with --levels" if there else "choose another --backbone"
         raise WeightsError(f"{name} does not give the levels {', '.join(map(str, levels))}; {remedy}") from error
-    if weights in ("random", "later"):
+    if isinstance(weights, Weights):
         return model
     if weights is None and not _package_file(name):
         return _from_hub(name, levels)
@@ -291,7 +291,8 @@ def _from_hub(name: str, levels: tuple[int, ...]) -> nn.Module:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise WeightsError(f"{path}: no such weight file")
+        hint = ", or for random weights give Weights.RANDOM (--weights random)" if path == Path("random") else ""
+        raise WeightsError(f"{path}: no such weight file; check the path{hint}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -206,6 +206,16 @@ def kind_of(path: str | Path) -> Literal["safetensors", "onnx", "openvino"]:
     return "onnx" if path.suffix == ".onnx" else "safetensors"
 
 
+def check_name(path: Path) -> None:
+    """Refuses to write a trained detector under a name by which it would be taken for something else.
+
+    Raises:
+        DetectorError: The suffix is not `.safetensors`.
+    """
+    if path.suffix != ".safetensors":
+        raise DetectorError(f"{path}: a trained detector is a .safetensors file; name it {path.stem}.safetensors")
+
+
 def weights_of(path: Path) -> Path:
     """The second file of a detector exported to OpenVINO.
 

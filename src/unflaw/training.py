@@ -6,7 +6,8 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def uses_bfloat16(settings: Training, device: torch.device = ALONE.device) -> bo
 def step_rng(seed: int, step: int) -> Generator:
     """Randomness of one step, a function of seed and step alone: resuming needs no generator state."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Makes what new modules begin with a function of the seed, and leaves the global generators as they were.
+
+    Modules are made on the CPU: only its generator is seeded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def optimise(

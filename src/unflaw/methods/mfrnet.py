@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, MFRNetOptions
+from unflaw.config import Config, MFRNetOptions, WeightSource
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import (
     Attention,
@@ -136,7 +136,7 @@ class RestorationNetwork(nn.Module):
 class MFRNet(Method):
     """Assembly; see the module. The hybrid loss of every cell is the evidence, beside the distance to the memory."""
 
-    def __init__(self, config: Config, weights: str | None = None) -> None:
+    def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
         assert isinstance(options, MFRNetOptions)
         self.options = options

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
+from unflaw.config import WeightSource
 from unflaw.datasets import Dataset, Sample
 from unflaw.errors import TrainingError
 from unflaw.features import create_backbone
@@ -63,7 +64,7 @@ def run_peer(
     preparation: Preparation,
     *,
     backbone: str = "resnet18",
-    weights: str | Path | None = None,
+    weights: WeightSource = None,
     levels: tuple[int, ...] | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
