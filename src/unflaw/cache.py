@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from unflaw.brief import brief
 from unflaw.errors import TrainingError
 from unflaw.features import Extractor
 from unflaw.files import scratch
@@ -62,6 +63,7 @@ def allocate(shape: tuple[int, ...], budget: float) -> tuple[Tensor, IO[bytes] |
     return torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape)), file
 
 
+@brief
 @dataclass
 class Cache:
     """What training needs of each good picture, in random order.
@@ -163,6 +165,7 @@ class Cache:
         return Cache(*own, self.skipped, categories, folder)
 
 
+@brief
 @dataclass
 class Part:
     """Some pictures on their way into a cache.

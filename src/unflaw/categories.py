@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from unflaw.brief import brief
 from unflaw.cache import Cache
 from unflaw.calibration import Calibration
 from unflaw.datasets import Dataset, load_dataset
@@ -19,6 +20,7 @@ from unflaw.errors import TrainingError
 Data = str | Path | Dataset | Sequence[str | Path]  # what `load_dataset` recognises, or pictures
 
 
+@brief
 class Category(NamedTuple):
     """What a detector knows of one category alone; all else is common to its categories."""
 

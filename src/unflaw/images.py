@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from unflaw.brief import brief
 from unflaw.decoding import ImageError, Readable, image_size, name_of, read
 from unflaw.drift import describe
 from unflaw.layout import Box, Layout, Preparation, Window, layout
@@ -66,6 +67,7 @@ def list_images(folder: str | Path) -> list[Path]:
     return [f for f in visible_files(folder) if f.suffix.lower() in SUFFIXES]
 
 
+@brief
 @dataclass(frozen=True)
 class Prepared:
     """What a window shows of a picture."""
@@ -159,6 +161,7 @@ def _resized(image: np.ndarray, laid: Layout, box: Box) -> np.ndarray:
     return pixels.clip(0, 1)  # rounding may leave the range
 
 
+@brief
 class Picture(NamedTuple):
     """A picture that has been read.
 

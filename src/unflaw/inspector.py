@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from unflaw.brief import brief
 from unflaw.calibration import Calibration
 from unflaw.config import Config
 from unflaw.drift import Reference
@@ -23,6 +24,7 @@ from unflaw.scoring import find_regions
 from unflaw.streams import ahead, batched
 
 
+@brief
 @dataclass(frozen=True)
 class Outputs:
     """What is computed of N windows, before any decision.

@@ -18,10 +18,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from unflaw.brief import brief
+
 Array = NDArray[Any]
 SUMMARY = 64  # a full buffer of n values is summarised with its n / 64 highest exact
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Ranking:
     """How positives rank among negatives, for the T distinct values of the positives from the highest down."""

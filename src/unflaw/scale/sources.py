@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unflaw.brief import brief
 from unflaw.images import SUFFIXES, ImageError
 from unflaw.scale.store import is_local, opened
 
@@ -50,6 +51,7 @@ class Item(NamedTuple):
         return None if self.kind == "shard" else self.stop - self.start
 
 
+@brief
 class Found(NamedTuple):
     """A picture of an item.
 
