@@ -23,7 +23,7 @@ from unflaw.calibration import Calibration, calibrations
 from unflaw.categories import Category, Data, gather, hold_out, remembered, without_copies
 from unflaw.config import Config, Weights, WeightSource, make_config
 from unflaw.crossfit import cross_fit, finish, judge_held_out, leave_one_out
-from unflaw.datasets.samples import SHORT, Sample, digest, sha256, sha256_if_readable
+from unflaw.datasets.samples import SHORT, digest, sha256, sha256_if_readable
 from unflaw.display import DisplayDecoder, fit_display
 from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError, TrainingError
@@ -31,6 +31,7 @@ from unflaw.features import PixelExtractor, WeightsError
 from unflaw.files import FORMAT, check_name, read_metadata, write_atomically
 from unflaw.graph import Graph
 from unflaw.images import Prepared
+from unflaw.inputs import ImageLike, Input, inputs
 from unflaw.inspector import Inspector, Outputs
 from unflaw.methods import Method, create
 from unflaw.streams import Progress, silent
@@ -105,9 +106,10 @@ class Detector(Inspector):
         """Learns from good pictures: features once, training on them, calibration on those held out.
 
         Args:
-            data: A data set that `load_dataset` recognises, or pictures. Its validation part calibrates; where there is
-                none, a share `calibration.holdout` of the training part is kept out of training for that. Of files
-                that are the same, byte for byte, one counts: a copy of a training picture must not calibrate.
+            data: A data set that `load_dataset` recognises, or images as `inspect_many` takes them: paths or arrays.
+                Its validation part calibrates; where there is none, a share `calibration.holdout` of the training part
+                is kept out of training for that. Of files that are the same, byte for byte, and of equal arrays, one
+                counts: a copy of a training picture must not calibrate.
                 Several, by name (`load_categories` finds them), make a detector of these categories: one network,
                 trained on all of them as they come, but what is normal, and the calibration, are each category's own.
             progress: Called as `progress(stage, done, total, loss)`.
@@ -117,7 +119,7 @@ class Detector(Inspector):
                 share caching and training, and every one gets the detector.
 
         Raises:
-            TrainingError, DatasetError: Data that cannot work, of any category.
+            TrainingError, DatasetError: Data that cannot work, of any category. TypeError: Something that is no image.
         """
         with seeded(self.config.training.seed):
             return self._fit(data, progress, checkpoint, team)
@@ -159,7 +161,7 @@ class Detector(Inspector):
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "weights": self.weights,
             "good_pictures": cache.count,
-            "digest": digest([Sample(path, 0) for path in dict.fromkeys(cache.paths)], contents),
+            "digest": digest(dict.fromkeys(cache.paths), contents),
             "seen": sorted(content[:SHORT] for content in contents.values()),
             "skipped": copies + cache.skipped + (held.skipped if held else []),
             **learned,
@@ -263,8 +265,8 @@ class Detector(Inspector):
 
     def calibrate(
         self,
-        good: Iterable[str | Path],
-        defects: Iterable[str | Path] = (),
+        good: Iterable[ImageLike],
+        defects: Iterable[ImageLike] = (),
         *,
         rate: float | None = None,
         miss_rate: float | None = None,
@@ -280,7 +282,8 @@ class Detector(Inspector):
         entry: when, on how many pictures, and what came of it.
 
         Args:
-            good: Good pictures that it has not learned from. Of pictures that are the same, byte for byte, one counts.
+            good: Good images that it has not learned from, as `inspect_many` takes them. Of those that are the same,
+                byte for byte, one counts.
             defects, miss_rate, cost_ratio: As for `calibration.calibrate`.
             rate: False-alarm rate asked for; None: that of the configuration.
             category: Of a detector of several.
@@ -298,8 +301,8 @@ class Detector(Inspector):
 
         return recalibrate(
             self,
-            [Path(path) for path in good],
-            [Path(path) for path in defects],
+            list(inputs(good, "good image")),
+            list(inputs(defects, "defective image")),
             rate=rate,
             miss_rate=miss_rate,
             cost_ratio=cost_ratio,
@@ -385,7 +388,7 @@ class Detector(Inspector):
         detector.weights = detector.record_.get("weights", "unknown")  # of the backbone that another `fit` will use
         return detector
 
-    def _cache(self, paths: list[Path], **options: Any) -> Cache:
+    def _cache(self, paths: list[Input], **options: Any) -> Cache:
         """What is learned from, or calibrated with; `options` are those of `build_cache`."""
         budget = self.config.training.cache_gb * 2**30
         return build_cache(self.network.features, paths, self.config.preparation, budget, **options)
@@ -403,7 +406,7 @@ class Detector(Inspector):
         return training.train(network, cache, textures, rng, progress=progress, checkpoint=checkpoint, team=team)
 
     @staticmethod
-    def _contents(paths: Iterable[Path]) -> dict[Path, str]:
+    def _contents(paths: Iterable[Input]) -> dict[Input, str]:
         """SHA-256 of what is learned from, taken before the work, since files may go meanwhile."""
         try:
             return {path: sha256(path) for path in paths}

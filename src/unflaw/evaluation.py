@@ -118,12 +118,12 @@ def _inspected(
     skipped: list[tuple[str, str]],
     progress: Progress,
 ) -> Iterator[tuple[Sample, Result]]:
-    outcomes = detector.inspect_many((sample.path for sample in samples), category=category)
+    outcomes = detector.inspect_many((sample.path for sample in samples), category=category, on_error="yield")
     for i, (sample, outcome) in enumerate(zip(samples, outcomes, strict=True)):
         if isinstance(outcome, Result):
             yield sample, outcome
         else:
-            skipped.append((outcome[0], str(outcome[1])))
+            skipped.append((str(sample.path), str(outcome)))
         progress("evaluating", i + 1, len(samples), None)
 
 

@@ -29,6 +29,7 @@ from unflaw.drift import STATISTICS
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.files import make_folder, write_atomically
 from unflaw.images import ImageError, try_show
+from unflaw.inputs import Input
 from unflaw.layout import Preparation, Window, layout
 from unflaw.methods import create
 from unflaw.results import Region, Result
@@ -68,7 +69,7 @@ class FeatureFile:
         progress: Progress = silent,
         limit: float | None = None,
     ) -> None:
-        self.rows: dict[Path, range] = {}
+        self.rows: dict[Input, range] = {}
         self.preparation, count = preparation, 0
         for path in dict.fromkeys(paths):
             self.rows[path] = range(count, count := count + count_windows(path, preparation))
@@ -88,7 +89,7 @@ class FeatureFile:
         broken = [path for path, rows in self.rows.items() if not rows or not sizes[rows.start].any()]
         self.skipped = {path: str(try_show(path, preparation)) for path in broken}
 
-    def part(self, group: Sequence[Path]) -> Part:
+    def part(self, group: Sequence[Input]) -> Part:
         """What there is of some of the pictures."""
         good = [path for path in group if path not in self.skipped]
         found = self.records[[row for path in good for row in self.rows[path]]]
@@ -102,7 +103,7 @@ class FeatureFile:
         skipped = [(str(path), self.skipped[path]) for path in group if path in self.skipped]
         return Part([path for path in good for _ in self.rows[path]], raw, thumbnails, windows, described, skipped)
 
-    def parts(self, paths: Sequence[Path], batch: int) -> Iterator[Part]:
+    def parts(self, paths: Sequence[Input], batch: int) -> Iterator[Part]:
         """A `Source` for `build_cache`."""
         return map(self.part, batched(paths, batch if self.preparation.tile is None else 1))
 
@@ -158,17 +159,17 @@ class CachedDetector(Detector):
         self.network.features.backbone = backbone
         self.file = file
 
-    def inspect_many(
-        self, paths: Iterable[str | Path], *, category: str | None = None, batch: int = 8
-    ) -> Iterator[Result | tuple[str, ImageError]]:
-        """As `Detector.inspect_many`."""
+    def inspect_named(
+        self, pictures: Iterable[tuple[str, Any]], *, category: str | None = None, batch: int = 8
+    ) -> Iterator[Result | ImageError]:
+        """As `Detector.inspect_named`, of paths in the feature file."""
         tiled = self.config.preparation.tile is not None
-        for group in batched(map(Path, paths), 1 if tiled else batch):
+        for group in batched((Path(name) for name, _ in pictures), 1 if tiled else batch):
             part = self.file.part(group)
             results = iter(self._results(part, category) if part.paths else [])
             for path in group:
                 reason = self.file.skipped.get(path)
-                yield next(results) if reason is None else (str(path), ImageError(reason))
+                yield next(results) if reason is None else ImageError(reason)
 
     @torch.inference_mode()
     def _results(self, part: Part, category: str | None) -> list[Result]:
@@ -190,7 +191,7 @@ class CachedDetector(Detector):
             results.append(Result(s, *verdict, found["map"], (), nothing, box, counted=counted))
         return results
 
-    def _cache(self, paths: list[Path], **options: Any) -> Cache:
+    def _cache(self, paths: list[Input], **options: Any) -> Cache:
         return super()._cache(paths, source=self.file.parts, **options)
 
 

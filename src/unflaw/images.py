@@ -18,6 +18,7 @@ from PIL import Image
 from unflaw.brief import brief
 from unflaw.decoding import ImageError, Readable, image_size, name_of, read
 from unflaw.drift import describe
+from unflaw.inputs import InMemory
 from unflaw.layout import Box, Layout, Preparation, Window, layout
 
 __all__ = ["Box", "ImageError", "Preparation", "Readable", "image_size", "read"]
@@ -187,7 +188,7 @@ def show(image: np.ndarray, preparation: Preparation) -> Picture:
 
 
 def try_show(
-    source: Path | bytes | Readable, preparation: Preparation, name: str | None = None
+    source: Path | bytes | Readable | InMemory, preparation: Preparation, name: str | None = None
 ) -> Picture | ImageError:
     """`show` of a file, or why it could not be read: one bad file must not end a batch.
 

@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from unflaw.cache import Cache
 from unflaw.config import Training
 from unflaw.crossfit import arrange
-from unflaw.datasets.samples import Sample, digest
+from unflaw.datasets.samples import digest
 from unflaw.errors import TrainingError
 from unflaw.files import write_atomically
 from unflaw.methods import Method
@@ -189,7 +189,7 @@ def _identity(network: Method, cache: Cache) -> str:
     backbone = hashlib.sha256()
     for tensor in network.features.backbone.state_dict().values():
         backbone.update(tensor.numpy().tobytes())
-    samples = {name: [Sample(cache.paths[row], 0) for row in cache.heads(rows)] for name, rows in cache.rows().items()}
+    samples = {name: [cache.paths[row] for row in cache.heads(rows)] for name, rows in cache.rows().items()}
     pictures = " ".join(name + digest(own) for name, own in samples.items())
     return f"{pictures} {backbone.hexdigest()} {network.config.model_dump_json()}"
 
