@@ -405,6 +405,7 @@ def test_ablate_compares_variants_and_goes_on(parts, tmp_path):
     [
         (["--only", "no-memroy"], "no-memory"),
         (["--variant", "deep"], "name: setting=value"),
+        (["--variant", "lookup"], "--only lookup"),
         (["--variant", "deep: network.depht=3"], "network.depht"),
         (["--variant", "deep: network.restoration.patch=3"], "patches of 3"),
         (["--set", "training.seed=3"], "--seeds"),

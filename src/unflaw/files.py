@@ -191,7 +191,9 @@ def kind_of(path: str | Path) -> Literal["safetensors", "onnx", "openvino"]:
     if path.is_dir():
         raise DetectorError(f"{path}: is a folder; name a detector file")
     if not path.is_file():
-        raise DetectorError(f"{path}: there is no such file; `unflaw train … --out {path}` makes one")
+        made = {".safetensors": "train", ".onnx": "export", ".xml": "export"}.get(path.suffix)
+        how = f", or make one with `unflaw {made} … --out {path}`" if made else ""
+        raise DetectorError(f"{path}: there is no such file; check the path{how}")
     try:
         with path.open("rb") as file:
             head = file.read(9)
