@@ -186,7 +186,7 @@ def test_a_run_that_fails_ends_no_other(grid, dataset, tmp_path, monkeypatch):
     records, failed = benchmark(runs, tmp_path, SILENT)
     assert [record.seed for record in records] == [1]
     assert failed == {"parts, lookup, resnet18, 64 pixels, seed 0": "TrainingError: no room"}
-    assert "1 are not finished" in (tmp_path / "table.md").read_text()
+    assert "1 is not finished" in (tmp_path / "table.md").read_text()
 
 
 def test_a_run_in_its_own_process_reports_and_gives_the_same(grid, dataset, tmp_path):

@@ -464,7 +464,7 @@ def test_a_file_that_lacks_tensors_of_a_transformer_is_refused(windowed, tmp_pat
     del state["layers.1.blocks.0.norm1.weight"]
     save_file(state, tmp_path / "part.safetensors")
     with pytest.raises(
-        WeightsError, match=r"does not hold 1 tensors of .* \(first: layers\.1\.blocks\.0\.norm1\.weight"
+        WeightsError, match=r"does not hold 1 tensor of .* \(first: layers\.1\.blocks\.0\.norm1\.weight"
     ):
         FeatureExtractor(Features(backbone=WINDOWED, levels=(1,)), tmp_path / "part.safetensors")
 

@@ -256,7 +256,7 @@ def test_data_of_categories_that_cannot_work_is_refused(both, weights, tiny, tmp
         untrained.fit({"a": paths, "b": same})
     for path in same:
         shutil.copy(paths[0], path)
-    with pytest.raises(TrainingError, match=r"b: 1 good pictures are too few .* 8 files are copies of others"):
+    with pytest.raises(TrainingError, match=r"b: 1 good picture is too few .* 8 files are copies of others"):
         untrained.fit({"a": paths, "b": same})
     with pytest.raises(TrainingError, match=r"a: calibration\.holdout leaves"):
         Detector(config=tiny("lookup", **{"calibration.holdout": 0.9}), weights=weights).fit({"a": paths})

@@ -26,6 +26,7 @@ from unflaw.config import Weights
 from unflaw.grid import Run
 from unflaw.results import METRICS
 from unflaw.runs import Finished, Log
+from unflaw.words import count
 
 if TYPE_CHECKING:
     from unflaw.detector import Detector
@@ -243,7 +244,7 @@ def _measure_peer(run: Run, progress: Progress) -> dict[str, Any]:
         "memory": record["peak_bytes"],
         "file": None,
         "latency": {"1": record["seconds_per_image"]},
-        "machine": f"{platform.machine()}, {record['threads']} threads",
+        "machine": f"{platform.machine()}, {count(record['threads'], 'thread')}",
         "unflaw": f"{__version__}, anomalib {record['anomalib']}",
         "torch": record["torch"],
     }

@@ -7,6 +7,8 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from unflaw.words import count
+
 C = TypeVar("C", bound=type)
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -27,7 +29,7 @@ class _Short(reprlib.Repr):
         return f"{value:.6g}"
 
     def repr_bytes(self, value: bytes, level: int) -> str:
-        return f"<{len(value)} bytes>"
+        return f"<{count(len(value), 'byte')}>"
 
     def repr_tuple(self, value: tuple[Any, ...], level: int) -> str:
         return super().repr_tuple(value, level) if _plain(value) else f"<{len(value)} × {type(value[0]).__name__}>"

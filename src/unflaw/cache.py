@@ -22,6 +22,7 @@ from unflaw.inputs import Input
 from unflaw.layout import Preparation, Window, layout
 from unflaw.streams import Progress, ahead, batched, silent
 from unflaw.team import ALONE, Team
+from unflaw.words import count
 
 THUMBNAIL = 128  # side of the pictures that the display decoder learns to draw
 MINIMUM = 8  # good pictures of a category to learn from
@@ -341,7 +342,8 @@ def build_cache(
             broken = [reason for path, reason in skipped if named.get(path, "") == name]
             reasons = f"; {len(broken)} could not be read, first: {broken[0]}" if broken else ""
             purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
-            raise TrainingError(f"{of}{found} good pictures are too few to {purpose}{reasons}")
+            few = f"{count(found, 'good picture')} {'is' if found == 1 else 'are'}"
+            raise TrainingError(f"{of}{few} too few to {purpose}{reasons}")
         own = pictures[torch.tensor([each == name for each in names])]
         if fit and bool((own == own[:1]).all()):
             raise TrainingError(f"{of}all good pictures are identical; give pictures of different parts")

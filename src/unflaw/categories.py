@@ -17,6 +17,7 @@ from unflaw.datasets.samples import distinct
 from unflaw.drift import Reference
 from unflaw.errors import TrainingError
 from unflaw.inputs import ImageLike, Input, inputs
+from unflaw.words import count
 
 Data = str | Path | Dataset | Iterable[ImageLike]  # what `load_dataset` recognises, or images as `inputs` takes them
 
@@ -109,7 +110,7 @@ def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float
             left = len(heads) - max(2, round(share * len(heads)))
             if left < 2:
                 of = f"{name}: " if name else ""
-                raise TrainingError(f"{of}calibration.holdout leaves {left} pictures to train on; lower it")
+                raise TrainingError(f"{of}calibration.holdout leaves {count(left, 'picture')} to train on; lower it")
             first = rows.index(heads[left])  # the windows of one picture stay together
             calibrating[name] = cache.take(rows[first:], budget)
         trained += rows[:first]

@@ -38,6 +38,7 @@ from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.team import ALONE, Team
 from unflaw.training import seeded, step_rng
+from unflaw.words import count
 
 
 class Detector(Inspector):
@@ -145,8 +146,9 @@ class Detector(Inspector):
                 cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress, **common)
             except TrainingError as error:
                 if copies:
+                    copied = "1 file is a copy" if len(copies) == 1 else f"{len(copies)} files are copies"
                     raise TrainingError(
-                        f"{error}; {len(copies)} files are copies of others and do not count"
+                        f"{error}; {copied} of others and {'does' if len(copies) == 1 else 'do'} not count"
                     ) from error
                 raise
             held = self._cache(validation, fit=False, **common) if validation else None
@@ -157,7 +159,7 @@ class Detector(Inspector):
         self.record_ = {
             "unflaw": __version__,
             "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" + team.described,
+            "machine": f"{platform.machine()}, {count(torch.get_num_threads(), 'thread')}" + team.described,
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "weights": self.weights,
             "good_pictures": cache.count,

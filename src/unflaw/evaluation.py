@@ -15,6 +15,7 @@ from unflaw.measurement import Measurement
 from unflaw.results import Evaluation, Inspected, Result
 from unflaw.risk import risk
 from unflaw.streams import Progress, silent
+from unflaw.words import count
 
 SHOWN = 40  # pictures kept whole for the report
 
@@ -81,7 +82,9 @@ def evaluate(
     elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
     rows = measured.rows
     if not rows:
-        raise TrainingError(f"{dataset.name}: none of the {len(skipped)} test pictures could be read; {skipped[0][1]}")
+        raise TrainingError(
+            f"{dataset.name}: none of {count(len(skipped), 'test picture')} could be read; {skipped[0][1]}"
+        )
     started_metrics = time.perf_counter()
     risks, curves = risk(rows, calibration)
     metrics: dict[str, Any] = {

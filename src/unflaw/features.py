@@ -20,6 +20,7 @@ from timm.layers.format import Format
 from torch import Tensor, nn
 
 from unflaw.config import Features, Weights, WeightSource
+from unflaw.words import count
 
 # Packages that carry real ImageNet weights, as `backbone: (package, path of the weight file inside)`. Their tensors
 # stand in the order of timm's own state_dict, under other names.
@@ -173,7 +174,7 @@ class PixelExtractor(nn.Module):
         self.backbone = nn.Module()  # none
         if self.grid % 2**halvings:
             raise ValueError(
-                f"a side of {self.grid} pixels cannot be halved {halvings} times; "
+                f"a side of {self.grid} pixels cannot be halved {count(halvings, 'time')}; "
                 f"choose a multiple of {2**halvings} for preparation.size or network.side"
             )
 
@@ -243,7 +244,7 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: WeightSource = 
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{source}: its tensors are not those of {name} ({reason}); name weights of it") from error
     if missing:
-        raise WeightsError(f"{source}: does not hold {len(missing)} tensors of {name} (first: {missing[0]})")
+        raise WeightsError(f"{source}: does not hold {count(len(missing), 'tensor')} of {name} (first: {missing[0]})")
     return model
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from unflaw.files import write_atomically
 from unflaw.results import defined
+from unflaw.words import count
 
 
 def lines(metrics: Mapping[str, Any]) -> str:
@@ -38,9 +39,10 @@ def _number(value: float | None) -> str:
 
 def _verdicts(metrics: Mapping[str, Any]) -> str:
     return (
-        f"{metrics['n_images']} pictures: {metrics['false_alarms']} false alarms among {metrics['n_good']} good ones, "
-        f"{metrics['missed']} missed of {metrics['n_images'] - metrics['n_good']} defective ones, "
-        f"for review {metrics['review_good']} good and {metrics['review_defective']} defective ones"
+        f"{count(metrics['n_images'], 'picture')}: {count(metrics['false_alarms'], 'false alarm')} among "
+        f"{count(metrics['n_good'], 'good one')}, {metrics['missed']} missed of "
+        f"{count(metrics['n_images'] - metrics['n_good'], 'defective one')}, for review {metrics['review_good']} good "
+        f"and {count(metrics['review_defective'], 'defective one')}"
     )
 
 
@@ -48,7 +50,7 @@ def _regions(metrics: Mapping[str, Any]) -> list[str]:
     """A line on predicted regions, where there are masks or good pictures to compare them with."""
     found = []
     if metrics["region_recall"] is not None:
-        found.append(f"{metrics['regions_found']} of {metrics['regions_true']} true regions are touched by one")
+        found.append(f"{metrics['regions_found']} of {count(metrics['regions_true'], 'true region')} touched by one")
     if metrics["false_regions"] is not None:
         found.append(f"{metrics['false_regions']:.3g} per good picture, on {metrics['good_with_regions']:.2%} of these")
     return [f"regions: {'; '.join(found)}"] if found else []

@@ -26,6 +26,7 @@ from unflaw.files import write_atomically
 from unflaw.methods import Method
 from unflaw.streams import Progress, silent
 from unflaw.team import ALONE, WHOLE, Engine, Loss, Share, Team, Terms, batch_norms
+from unflaw.words import count
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -197,8 +198,9 @@ def _identity(network: Method, cache: Cache) -> str:
 def _check_shares(module: nn.Module, settings: Training, team: Team) -> None:
     among = team.size * settings.accumulate
     if settings.batch < among:
+        passes = count(settings.accumulate, "pass", "passes")
         raise TrainingError(
-            f"a batch of {settings.batch} cannot be shared by {team.size} processes in {settings.accumulate} passes "
+            f"a batch of {settings.batch} cannot be shared by {count(team.size, 'process', 'processes')} in {passes} "
             f"each; raise it with --set training.batch={among}"
         )
     if settings.accumulate > 1 and batch_norms(module):

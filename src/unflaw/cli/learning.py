@@ -27,6 +27,7 @@ from unflaw.cli.common import (
     writable,
 )
 from unflaw.launching import launch, launched, watch_parent
+from unflaw.words import count
 
 # Fabric's names for what the setting `training.precision` is
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
@@ -261,8 +262,8 @@ def demo(
         data = out / "gravel"
         if not is_whole(data):
             make_demo_data(data, seed)
-        count = len(load_dataset(data).train)
-        typer.echo(f"{data}: {count} good pictures to learn from; defects are synthetic, on real textures")
+        found = count(len(load_dataset(data).train), "good picture")
+        typer.echo(f"{data}: {found} to learn from; defects are synthetic, on real textures")
     model = out / "detector.safetensors"
     train(data=[data], out=model, seed=seed)
     note = "The defects are synthetic, drawn on a real photograph of gravel: this shows that the parts work together."

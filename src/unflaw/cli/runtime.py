@@ -138,7 +138,8 @@ def bench(
                 paths = [sample.path for sample in dataset.test or dataset.train]
             detectors = {model.name: unflaw.load(model, threads=threads) for model in models}
             use_threads(threads)
-            typer.echo(f"{threads} thread{'s' * (threads > 1)}, {rounds} rounds, {len(paths)} pictures\n\n{HEAD}")
+            given = count(threads, "thread"), count(rounds, "round"), count(len(paths), "picture")
+            typer.echo(f"{', '.join(given)}\n\n{HEAD}")
             for batch in (1, 32):
                 for name, detector in detectors.items():
                     turns = rounds if batch == 1 else max(1, rounds // 8)

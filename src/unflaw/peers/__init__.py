@@ -26,6 +26,7 @@ from unflaw.images import Box, ImageError, Preparation, try_prepare
 from unflaw.measurement import Measurement
 from unflaw.results import Evaluation
 from unflaw.streams import Progress, ahead, silent
+from unflaw.words import count
 
 ADAPTER = Path(__file__).with_name("anomalib_adapter.py")
 LEVELS = {"patchcore": (2, 3), "padim": (1, 2, 3), "reverse_distillation": (1, 2, 3)}  # anomalib's defaults
@@ -170,7 +171,7 @@ def _write(
             boxes.append(picture.box)
         progress("pictures", i + 1, len(samples), None)
     if not kept:
-        raise TrainingError(f"none of the {len(samples)} pictures could be read; {skipped[before][1]}")
+        raise TrainingError(f"none of {count(len(samples), 'picture')} could be read; {skipped[before][1]}")
     if len(kept) < len(samples):
         np.save(f"{file}.part.npy", pixels[: len(kept)])
         Path(f"{file}.part.npy").replace(file)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from unflaw.brief import brief
 from unflaw.images import SUFFIXES, ImageError
 from unflaw.scale.store import is_local, opened
+from unflaw.words import count
 
 TABLES = (".parquet",)
 SHARDS = (".tar", ".tar.gz", ".tgz")
@@ -308,7 +309,7 @@ def _members(item: Item, extension: str | None) -> Iterator[Found]:
                 yield Found(member.name, item.name, number, data)
                 number += 1
     except Exception as error:
-        reason = f"{item.name}: cannot be read beyond {number} pictures ({error}); copy it again, then --retry"
+        reason = f"{item.name}: cannot be read beyond {count(number, 'picture')} ({error}); copy it again, then --retry"
         yield Found(f"{item.name}#{number}", item.name, number, ImageError(reason))
 
 
