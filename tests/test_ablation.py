@@ -73,8 +73,11 @@ def test_an_ablation_runs_every_variant_and_seed(run, dataset, features, tmp_pat
     assert rows[1]["pixel_auroc"]["mean"] == pytest.approx(sum(found) / 2)
     page = (tmp_path / "table.md").read_text("utf-8")
     assert (
-        "`lookup`, test_efficientnet (random weights), 64 × 64" in page and "seeds 0 to 1" in page and "threads" in page
+        "`lookup`, test_efficientnet (random weights), 64 × 64" in page
+        and "seeds 0 to 1" in page
+        and "1 thread," in page
     )
+    assert "seeds 0 to 1" in page and "1 thread," in page
     assert page.count("\n| ") == 4 and "| small |" in page and "`network.prototypes=16`" in page
     table = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
     assert float(table[1]["pixel_auroc_mean"]) == rows[1]["pixel_auroc"]["mean"] and table[2]["n"] == "2"

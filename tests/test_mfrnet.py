@@ -370,7 +370,7 @@ def test_every_switch_trains_and_inspects(tiny, features, changes):
     "changes, named",
     [
         ({"network.k": (9,)}, r"cells of 9 .* grid of 8.*network\.k"),
-        ({"network.k": (8,)}, r"3 masks cannot share 1 cells.*network\.n"),
+        ({"network.k": (8,)}, r"3 masks cannot share 1 cell;.*network\.n"),
         ({"network.patch": 3}, r"grid of 8 .* patches of 3.*multiple of 6"),
         ({"network.widths": (8, 8, 8, 8)}, r"grid of 8 .* halved 3 times.*multiple of 16"),
     ],
