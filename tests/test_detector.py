@@ -163,8 +163,9 @@ def test_it_learns_from_arrays_as_from_files(parts, weights, tiny, tmp_path):
     def arrays(folder: str) -> list[np.ndarray]:
         return [np.array(Image.open(path)) for path in sorted((parts / folder).iterdir())]
 
-    def fitted(data: Any, **options: Any) -> Detector:
-        return Detector(config=tiny(**{"training.checkpoint_seconds": 0.0}), weights=weights).fit(data, **options)
+    def fitted(data: Any, method: str = "lookup", **options: Any) -> Detector:
+        config = tiny(method, **{"training.checkpoint_seconds": 0.0, "training.display_steps": 0})
+        return Detector(config=config, weights=weights).fit(data, **options)
 
     paths, good = sorted((parts / "train/good").iterdir()), arrays("train/good")
     expected = fitted(paths)
@@ -197,10 +198,10 @@ def test_it_learns_from_arrays_as_from_files(parts, weights, tiny, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fitted(good, progress=stop, checkpoint=checkpoint)
-    assert_same_detector(fitted(good, checkpoint=checkpoint), made)
+        fitted(good, "uranet", progress=stop, checkpoint=checkpoint)
+    assert_same_detector(fitted(good, "uranet", checkpoint=checkpoint), fitted(paths, "uranet"))
     with pytest.raises(TrainingError, match="other pictures or settings"):
-        fitted(good[1:], checkpoint=checkpoint)
+        fitted(good[1:], "uranet", checkpoint=checkpoint)
 
 
 def test_data_that_cannot_work_is_refused(parts, weights, tiny, tmp_path):
