@@ -34,7 +34,6 @@ from unflaw.config import make_config
 from unflaw.datasets import Dataset, load_dataset
 from unflaw.experiment import CachedDetector, FeatureFile
 from unflaw.methods import create
-from unflaw.results import Result
 
 RATES = (0.1, 0.05, 0.02, 0.01)
 SMALL = {"training.display_steps": 0, "network.prototypes": 1024, "network.coarse_prototypes": 4096}
@@ -69,7 +68,7 @@ def measured(dataset: Dataset, models: int) -> Iterator[tuple[str, dict[float, C
             changed = make_config("lookup", changes=SMALL | {f"calibration.{name}": v for name, v in options.items()})
             detector = CachedDetector(changed, extractor.backbone, file).fit(train)
             good = detector.select().scores
-            scores = [found.score for found in detector.inspect_many(test) if isinstance(found, Result)]
+            scores = [found.score for found in detector.inspect_many(test, on_error="skip")]
             result = {}
             for rate in RATES:
                 calibration = calibrate(good, [0.0] * len(good), 0.0, rate)

@@ -11,10 +11,10 @@ from torch import Generator, Tensor, nn
 from conftest import OWN, TINY
 from unflaw import training
 from unflaw.cache import build_cache
-from unflaw.config import Features, Training, make_config
+from unflaw.config import Features, Training, Weights, make_config
 from unflaw.detector import Detector
 from unflaw.features import FeatureExtractor
-from unflaw.images import Preparation, list_images
+from unflaw.images import Preparation, list_images, read
 from unflaw.methods import create
 from unflaw.team import ALONE, Share, Team
 from unflaw.training import optimise
@@ -50,7 +50,7 @@ def loop(team: Team, normalised: bool = False, accumulate: int = 1) -> dict[str,
 
 def cached(team: Team, data: Path, tile: int | None = None) -> dict[str, Any]:
     torch.manual_seed(2)
-    extractor = FeatureExtractor(Features(backbone="resnet18", grid=8, components=8), "random")
+    extractor = FeatureExtractor(Features(backbone="resnet18", grid=8, components=8), Weights.RANDOM)
     paths = [*list_images(data / "train/good"), data / "none.png", *list_images(data / "test/good")]
     cache = build_cache(extractor, paths, Preparation(size=32, tile=tile), 1e9, batch=4, team=team)
     found = {"features": cache.features, "thumbnails": cache.thumbnails, "described": cache.described}
@@ -59,7 +59,8 @@ def cached(team: Team, data: Path, tile: int | None = None) -> dict[str, Any]:
 
 def fitted(team: Team, method: str, data: Path, weights: Path, **changes: Any) -> dict[str, Any]:
     own = TINY | OWN[method] | {"training.precision": "float32", "training.display_steps": 0}
-    detector = Detector(config=make_config(method, "cpu", own | changes), weights=weights).fit(data, team=team)
+    given = [read(path) for path in list_images(data / "train/good")] if method == "lookup" else data  # arrays, too
+    detector = Detector(config=make_config(method, "cpu", own | changes), weights=weights).fit(given, team=team)
     calibration = detector.calibration_
     assert calibration is not None
     return {"scores": torch.tensor(calibration.scores), **detector.network.state_dict()}
@@ -68,7 +69,7 @@ def fitted(team: Team, method: str, data: Path, weights: Path, **changes: Any) -
 def gradients(team: Team, method: str) -> dict[str, Any]:
     """Of the first step of training on noise, and the terms of the loss; in double precision, even inside."""
     torch.manual_seed(4)
-    network, settings = create(make_config(method, "cpu", TINY | OWN[method]), "random"), SETTINGS
+    network, settings = create(make_config(method, "cpu", TINY | OWN[method]), Weights.RANDOM), SETTINGS
     rng, device = Generator().manual_seed(6), team.device
     pictures, textures = (torch.rand(n, 3, 64, 64, generator=rng).double() for n in (7, 3))
     network.setup(pictures, textures, rng)

@@ -40,7 +40,7 @@ def test_the_command(saved, exported, parts):
     result = CliRunner().invoke(app, ["bench", str(saved), str(exported), "--data", str(parts), "--rounds", "1"])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    assert lines[0] == "1 thread, 1 rounds, 8 pictures"
+    assert lines[0] == "1 thread, 1 round, 8 pictures"
     assert sum(line.startswith("| parts.onnx | 1 |") for line in lines) == 4
     assert sum(line.startswith("| parts.safetensors | 32 |") for line in lines) == 6
     assert sum(line.endswith("images/s, files to results") for line in lines) == 2

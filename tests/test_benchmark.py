@@ -154,7 +154,7 @@ def test_runs_that_share_features_have_the_same_figures_and_digests(grid, datase
     assert not apart[0].shared and all(record.shared for record in together)
     assert all(record.seconds["training"] > 0 and not record.latency and record.memory is None for record in together)
     table = (tmp_path / "together/table.md").read_text()
-    assert "Of 4 runs it counts from features on that they shared." in table
+    assert "Of 4 runs with shared features it counts from these on." in table
     assert "| training s | file MB | n |" in table  # what was not measured has no column
     benchmark(plan(grid(features=tmp_path / "features"), [dataset]), tmp_path / "apart", SILENT)
     assert len(here) == 2 + 4  # what was measured from files is not done again
@@ -186,7 +186,7 @@ def test_a_run_that_fails_ends_no_other(grid, dataset, tmp_path, monkeypatch):
     records, failed = benchmark(runs, tmp_path, SILENT)
     assert [record.seed for record in records] == [1]
     assert failed == {"parts, lookup, resnet18, 64 pixels, seed 0": "TrainingError: no room"}
-    assert "1 are not finished" in (tmp_path / "table.md").read_text()
+    assert "1 is not finished" in (tmp_path / "table.md").read_text()
 
 
 def test_a_run_in_its_own_process_reports_and_gives_the_same(grid, dataset, tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from unflaw.cache import Cache, allocate, build_cache, stack
-from unflaw.config import Features
+from unflaw.config import Features, Weights
 from unflaw.errors import TrainingError
 from unflaw.features import FeatureExtractor
 from unflaw.images import ImageError, Preparation, prepare, read, try_prepare
@@ -153,7 +153,7 @@ def test_the_budget_decides_where_features_are():
 def test_the_extractor_is_fitted_on_the_first_pictures_or_left_alone(extractor, many):
     cache = build_cache(extractor, many, PREPARATION, PLENTY, batch=16)
     raw = torch.cat([extractor.aggregate(stack([prepare(read(path), PREPARATION)])) for path in cache.paths])
-    first = FeatureExtractor(extractor.config, "random")
+    first = FeatureExtractor(extractor.config, Weights.RANDOM)
     few, all_ = (first.fit(part).centre.clone() for part in (raw[:64], raw))
     assert (extractor.centre - few).abs().max() < (few - all_).abs().max() + 1e-4
     state = {name: tensor.clone() for name, tensor in extractor.state_dict().items()}

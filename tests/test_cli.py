@@ -502,6 +502,7 @@ def complaint(done: Result) -> str:
         (["--backbone", "resnet18x"], "resnet18x"),
         (["--weights", "nothing.pth"], "nothing.pth"),
         (["--weights", "README.md"], "README.md"),
+        (["--weights", "./random"], "random: no such weight file"),
         (["--textures", "nowhere"], "nowhere"),
         (["--textures", "empty"], "empty"),
         (["--textures", "empty", "--method", "lookup"], "leave --textures out"),
@@ -626,6 +627,7 @@ def test_ablate_compares_variants_and_goes_on(parts, tmp_path):
     [
         (["--only", "no-memroy"], "no-memory"),
         (["--variant", "deep"], "name: setting=value"),
+        (["--variant", "lookup"], "--only lookup"),
         (["--variant", "deep: network.depht=3"], "network.depht"),
         (["--variant", "deep: network.restoration.patch=3"], "patches of 3"),
         (["--set", "training.seed=3"], "--seeds"),

@@ -1,11 +1,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from unflaw.config import METHODS, PROFILES, Config, make_config
+from unflaw.config import METHODS, PROFILES, Config, Weights, make_config
 
 
 def test_dotted_changes_reach_their_setting_and_no_other():
@@ -133,6 +134,25 @@ def test_an_unknown_group_of_settings_is_named():
         make_config("uranet", "cpu", {"trainings.steps": 3})
 
 
+@pytest.mark.parametrize(
+    "method, slip, hint",
+    [
+        ("uranet", "training.step", "did you mean training.steps?"),
+        ("uranet", "steps", "did you mean training.steps?"),
+        ("uranet", "train.steps", "did you mean training.steps?"),
+        ("uranet", "network.draws", "did you mean network.perception.draws?"),
+        ("lookup", "network.perception.draws", "network has prototypes, coarse_prototypes"),
+        ("memae", "training.lr", "training has steps, batch, accumulate, learning_rate, "),
+        ("mfrnet", "nonsense", "a configuration has network, preparation, features, training, scoring, calibration"),
+    ],
+)
+def test_an_unknown_setting_gets_the_nearest_one_or_those_there_are(method, slip, hint):
+    with pytest.raises(ValueError) as caught:
+        make_config(method, "cpu", {slip: 10})
+    assert str(caught.value).startswith(f"setting {slip}: {method} has no such setting; {hint}")
+    assert str(caught.value).endswith("(given: 10)")
+
+
 def test_settings_of_another_method_are_refused():
     with pytest.raises(ValueError, match=r"network\.perception"):
         make_config("lookup", "cpu", {"network.perception.draws": 3})
@@ -153,6 +173,23 @@ def test_a_configuration_survives_json_and_cannot_be_changed():
     assert again.features.levels == (2, 3)
     with pytest.raises(ValidationError):
         config.training.steps = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "text, source, name, short",
+    [
+        (None, None, "default", "default"),
+        ("random", Weights.RANDOM, "random", "random"),
+        ("./random", "./random", "./random", "./random"),
+        ("later", "later", "./later", "./later"),
+        ("w/default", "w/default", "w/default", "./default"),
+        (Path("w/resnet18.pth"), Path("w/resnet18.pth"), str(Path("w/resnet18.pth")), "resnet18.pth"),
+    ],
+)
+def test_weights_that_are_no_file_are_not_mistaken_for_one_nor_the_other_way_round(text, source, name, short):
+    assert Weights.parse(text) == source
+    assert (Weights.name_of(source), Weights.name_of(source, short=True)) == (name, short)
+    assert Weights.name_of(Path("random")) == "./random"  # a Path is always a file
 
 
 def test_importing_the_configuration_does_not_import_torch():

@@ -1,8 +1,10 @@
+import io
 import json
 import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from conftest import textured
 from unflaw import detector as module
 from unflaw import features, load
 from unflaw.cache import Cache
+from unflaw.config import Weights
 from unflaw.datasets import DatasetError, Sample, load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, TrainingError
@@ -156,6 +159,51 @@ def test_it_learns_from_a_list_and_skips_what_cannot_be_read(parts, weights, tin
     assert path == str(tmp_path / "broken.png") and path in reason
 
 
+def test_it_learns_from_arrays_as_from_files(parts, weights, tiny, tmp_path):
+    def arrays(folder: str) -> list[np.ndarray]:
+        return [np.array(Image.open(path)) for path in sorted((parts / folder).iterdir())]
+
+    def fitted(data: Any, method: str = "lookup", **options: Any) -> Detector:
+        config = tiny(method, **{"training.checkpoint_seconds": 0.0, "training.display_steps": 0})
+        return Detector(config=config, weights=weights).fit(data, **options)
+
+    paths, good = sorted((parts / "train/good").iterdir()), arrays("train/good")
+    expected = fitted(paths)
+    for data in (good, np.stack(good), iter(good), [*paths[:5], *good[5:]]):
+        made = fitted(data)
+        assert_same_detector(made, expected)
+        assert made.record_["skipped"] == [] and len(made.record_["seen"]) == len(good)
+    json.dumps(made.record_, allow_nan=False)
+    # what is said of them and checked on the way
+    worse = fitted([*good, good[3].copy(), good[4] * 1.0, *(path.read_bytes() for path in paths[:2])])
+    names = {name: reason.partition(": ")[2] for name, reason in worse.record_["skipped"]}
+    assert names == {
+        "image 12": "is the same picture as image 3 and counts once",
+        "image 13": "holds numbers that are not finite or outside 0 to 1; divide by the largest possible value",
+    }
+    with pytest.raises(
+        TrainingError, match=r"0 good pictures .* 9 could not be read, first: nut image \d: holds int64"
+    ):
+        fitted({"nut": [picture.astype(int) for picture in good[:9]], "bolt": arrays("test/square") * 2})
+    with pytest.raises(TrainingError, match=r"good image 0: the detector has learned from this one"):
+        made.calibrate([good[5]])
+    found = expected.calibrate(arrays("test/good"), arrays("test/square"), miss_rate=0.5)
+    scores = [expected.inspect(picture).score for picture in arrays("test/good")]
+    assert list(found.scores) == pytest.approx(sorted(scores)) and len(found.defects) == 4
+    # an interruption is as for files
+    checkpoint = tmp_path / "run.checkpoint"
+
+    def stop(stage: str, done: int, total: int, loss: float | None = None) -> None:
+        if stage == "training" and done == total - 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(good, "uranet", progress=stop, checkpoint=checkpoint)
+    assert_same_detector(fitted(good, "uranet", checkpoint=checkpoint), fitted(paths, "uranet"))
+    with pytest.raises(TrainingError, match="other pictures or settings"):
+        fitted(good[1:], "uranet", checkpoint=checkpoint)
+
+
 def test_data_that_cannot_work_is_refused(parts, weights, tiny, tmp_path):
     untrained = Detector(config=tiny("lookup"), weights=weights)
     with pytest.raises(DatasetError, match="nowhere"):
@@ -203,7 +251,7 @@ def unfitted(tiny, method: str, **changes) -> Detector:
     own = {prototypes[method]: 16} if method in prototypes else {}
     small = {"features.grid": 4, "training.display_steps": 0, "scoring.shares": (0.05, 0.3, 1.0)}
     config = tiny(method, **small, **own, **{"calibration.false_alarm_rate": 0.1}, **changes)
-    return Detector(config=config, weights="random")
+    return Detector(config=config, weights=Weights.RANDOM)
 
 
 def good_ones(n: int, rng: torch.Generator, channels: int = 8) -> Cache:
@@ -380,17 +428,87 @@ def test_one_and_many_agree(detector, good, bad, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     paths = [*good, broken, *bad, tmp_path / "missing.png"]
-    outcomes = list(detector.inspect_many(paths, batch=3))
+    outcomes = list(detector.inspect_many(paths, batch=3, on_error="yield"))
     assert len(outcomes) == len(paths)
     for path, outcome in zip(paths, outcomes, strict=True):
         if isinstance(outcome, Result):
             assert outcome.path == str(path)
             assert_same(outcome, detector.inspect(path), 1e-5)
         else:
-            assert outcome[0] == str(path) and isinstance(outcome[1], ImageError)
+            assert isinstance(outcome, ImageError) and str(outcome).startswith(f"{path}: ")
             assert path.parent == tmp_path
     assert sum(isinstance(outcome, Result) for outcome in outcomes) == len(good) + len(bad)
     assert list(detector.inspect_many([])) == []
+
+
+def test_by_default_all_that_come_are_results(detector, good, bad, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    found, seen = detector.inspect_many([*good, broken, *bad], batch=3), []
+    with pytest.raises(ImageError, match=r"broken\.png: is not a picture"):
+        seen += [result.path for result in iter(lambda: next(found), None)]
+    found = detector.inspect_many([*good, broken, *bad], batch=3)
+    assert [next(found).path for _ in good] == list(map(str, good))  # those before it come first
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        next(found)
+    with pytest.warns(UserWarning, match=r"^skipped .*broken\.png: is not a picture"):
+        left = list(detector.inspect_many([*good, broken, *bad], batch=3, on_error="skip"))
+    assert [result.path for result in left] == list(map(str, good + bad))
+    with pytest.raises(ValueError, match="on_error='ignore' is not known; give raise, skip or yield"):
+        detector.inspect_many(good, on_error="ignore")
+
+
+def test_many_arrays_and_files_are_inspected_alike(detector, good, bad):
+    expected = list(detector.inspect_many(good + bad))
+    arrays = [np.array(Image.open(path)) for path in good + bad]
+    mixed = [arrays[0], bad[0].read_bytes(), Image.open(bad[0]), str(bad[0]), io.BytesIO(bad[0].read_bytes())]
+    for given in (arrays, np.stack(arrays), iter(arrays)):
+        found = list(detector.inspect_many(given))
+        assert [result.path for result in found] == [None] * len(arrays)
+        for result, other in zip(found, expected, strict=True):
+            assert_same(result, other)
+    found = list(detector.inspect_many(mixed))
+    assert [result.path for result in found] == [None, None, None, str(bad[0]), None]
+    for result in found[1:]:
+        assert_same(result, detector.inspect(bad[0]), 1e-5)
+    wrong = list(detector.inspect_many([arrays[0], np.zeros((5, 5), int)], on_error="yield"))
+    assert str(wrong[1]).startswith("image 1: holds int64; give uint8, uint16, or floats from 0 to 1")
+
+
+def test_what_is_no_image_is_refused_by_name_of_what_is_taken(detector, good, tiny):
+    array, untrained = np.array(Image.open(good[0])), Detector(config=tiny("lookup"), weights=Weights.RANDOM)
+    tensor, taken = torch.from_numpy(array).permute(2, 0, 1), "give a path, .* or a NumPy array"
+
+    def by_category(images: Any) -> Detector:
+        return untrained.fit({"nut": images})
+
+    for wrong, sentence in [
+        ([good[0]], "list and is not an image; give one image to inspect, and several to inspect_many"),
+        (tensor, rf"torch\.Tensor and is not an image; {taken} .*permute\(1, 2, 0\)\.numpy\(force=True\)"),
+        (None, f"NoneType and is not an image; {taken}"),
+        (torch.nn.Identity(), rf"torch\.nn\.\S*Identity and is not an image; {taken}"),
+    ]:
+        with pytest.raises(TypeError, match=f"^the picture: has the type {sentence}"):
+            detector.inspect(wrong)
+        for several in (detector.inspect_many, untrained.fit, by_category):
+            with pytest.raises(TypeError, match=f"image 1: has the type {sentence}"):
+                list(several([array, wrong]))
+        with pytest.raises(TypeError, match=f"^defective image 1: has the type {sentence}"):
+            detector.calibrate([array], [array, wrong])
+    for wrong, sentence in [
+        (str(good[0]), r"000\.png: is not a list of images; give a list of paths or arrays"),
+        (good[0].read_bytes(), "an object of the type bytes: is not a list of images"),
+        (7, "an object of the type int: is not a list of images"),
+        (array, r"an array of the shape \(64, 64, 3\) is not a list of images; give \(N, H, W, C\), or a list"),
+    ]:
+        for several in (detector.inspect_many, detector.calibrate, untrained.fit):
+            if several == untrained.fit and isinstance(wrong, str):
+                continue  # which is a data set
+            with pytest.raises(TypeError, match=sentence):
+                several(wrong)
+    with pytest.raises(ImageError, match=r"has the shape \(2, 64, 64, 3\).* several images to inspect_many"):
+        detector.inspect(np.stack([array, array]))
+    assert_same(detector.inspect(tensor.permute(1, 2, 0).numpy(force=True)), detector.inspect(array))  # as it says
 
 
 def test_a_picture_that_cannot_be_read_is_an_error(detector, tmp_path):
@@ -412,6 +530,61 @@ def test_settings_by_name(weights):
     assert (made.config.method, made.config.features.backbone, made.config.training.seed) == ("lookup", "resnet18", 3)
     with pytest.raises(ValueError, match=r"training\.sed"):
         Detector("lookup", weights=weights, training__sed=3)
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [({"training__seed": 7}, "training__seed"), ({"method": "lookup"}, "lookup"), ({"profile": "cpu"}, "cpu")],
+)
+def test_a_configuration_is_whole_and_nothing_beside_it_is_ignored(tiny, given, named):
+    with pytest.raises(ValueError, match=f"{named} cannot be given beside config"):
+        Detector(config=tiny("lookup"), weights=Weights.RANDOM, **given)
+
+
+def test_fit_leaves_the_global_generators_as_they_were(parts, weights, tiny):
+    import random
+
+    def states():
+        state = np.random.get_state()  # noqa: NPY002 - the global one
+        return torch.get_rng_state().tolist(), random.getstate(), [np.array(part).tolist() for part in state]
+
+    made = Detector(config=tiny(), weights=weights)
+    before = states()
+    made.fit(parts)
+    assert states() == before
+    with pytest.raises(TrainingError):
+        made.fit([])
+    assert states() == before
+
+
+def test_a_file_called_random_is_a_file(monkeypatch, parts, weights, tiny, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = tiny("lookup", **{"training.display_steps": 0})
+    for name in ("random", Path("random"), "./random"):
+        with pytest.raises(WeightsError, match="no such weight file"):
+            Detector(config=config, weights=name)
+    torch.save(load_file(weights), "random")
+    expected = network_state(Detector(config=config, weights=weights))["features.backbone.conv1.weight"]
+    for name in ("random", Path("random"), "./random"):
+        made = Detector(config=config, weights=name)
+        assert torch.equal(network_state(made)["features.backbone.conv1.weight"], expected)
+        assert made.fit(parts).record_["weights"] == "./random"
+    assert Detector(config=config, weights=Weights.RANDOM).fit(parts).record_["weights"] == "random"
+
+
+@pytest.mark.parametrize("name", ["parts.onnx", "parts", "parts.xml", "parts.SafeTensors.bin"])
+def test_a_detector_is_not_saved_under_the_name_of_something_else(detector, tmp_path, name):
+    with pytest.raises(DetectorError, match=rf"{name}: a trained detector is a \.safetensors file; name it parts"):
+        detector.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_name_that_was_loaded_can_be_replaced(saved, tmp_path):
+    shutil.copy(saved, tmp_path / "parts.model")
+    loaded = Detector.load(tmp_path / "parts.model")
+    loaded.record_ = loaded.record_ | {"note": "calibrated"}
+    loaded.save(tmp_path / "parts.model")
+    assert Detector.load(tmp_path / "parts.model").record_["note"] == "calibrated"
 
 
 def test_the_lookup_with_padded_pictures(parts, weights, tiny, tmp_path):
@@ -456,6 +629,7 @@ def test_a_loaded_detector_learns_again_on_its_own_backbone_or_says_that_it_cann
         return  # fair as well: the file of the weights is not known
     again = loaded.network.features.backbone.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in backbone.items())
+    assert loaded.record_["weights"] == detector.record_["weights"]
     assert_same(loaded.inspect(bad[0]), detector.inspect(bad[0]))
 
 

@@ -253,5 +253,5 @@ def test_nothing_to_measure_is_an_error(detector, dataset, tmp_path):
     with pytest.raises(TrainingError, match=r"parts.*no test pictures"):
         evaluate(detector, replace(dataset, test=()))
     missing = tuple(Sample(tmp_path / f"{i}.png", i) for i in range(2))
-    with pytest.raises(TrainingError, match=r"none of the 2 .*0\.png"):
+    with pytest.raises(TrainingError, match=r"none of 2 test pictures .*0\.png"):
         evaluate(detector, replace(dataset, test=missing))

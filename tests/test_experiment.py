@@ -7,12 +7,14 @@ import torch
 from PIL import Image
 
 from conftest import textured
+from unflaw.config import Weights
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError, WriteError
 from unflaw.evaluation import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor, WeightsError
+from unflaw.results import Result
 
 SMALL = {"features.backbone": "test_efficientnet"}  # where weights do not matter
 
@@ -76,9 +78,8 @@ def test_that_holds_for_motley_pictures_too(motley, weights, tiny, tmp_path, met
     same(found, Detector(config=config, weights=weights).fit(dataset), dataset)
     measured = evaluate(found, dataset).metrics
     assert measured["n_images"] == 6 and len(measured["skipped"]) == 2 and len(found.record_["skipped"]) == 2
-    boxes = {
-        result.valid for result in found.inspect_many(s.path for s in dataset.test) if not isinstance(result, tuple)
-    }
+    outcomes = found.inspect_many((s.path for s in dataset.test), on_error="yield")
+    boxes = {outcome.valid for outcome in outcomes if isinstance(outcome, Result)}
     assert len(boxes) == 2 and (0, 0, 64, 64) not in boxes
 
 
@@ -91,7 +92,7 @@ def test_features_are_computed_once(parts, tiny, tmp_path, monkeypatch):
         return aggregate(extractor, images)
 
     monkeypatch.setattr(FeatureExtractor, "aggregate", counted)
-    laboratory = Laboratory(tmp_path, "random")
+    laboratory = Laboratory(tmp_path, Weights.RANDOM)
     for smooth in (4.0, 1.0):
         config = tiny("lookup", **SMALL | {"scoring.smooth": smooth, "training.display_steps": 0})
         detector = laboratory.fit(config, dataset, progress=lambda *report: stages.append(report))
@@ -99,13 +100,13 @@ def test_features_are_computed_once(parts, tiny, tmp_path, monkeypatch):
     assert sum(n for n in passed if n > 1) == 20  # all pictures of train and test
     assert {report[1:3] for report in stages if report[0] == "features"} > {(16, 20), (20, 20)}
     passed.clear()
-    Laboratory(tmp_path, "random").fit(tiny("lookup", **SMALL | {"training.display_steps": 0}), dataset)
+    Laboratory(tmp_path, Weights.RANDOM).fit(tiny("lookup", **SMALL | {"training.display_steps": 0}), dataset)
     assert sum(n for n in passed if n > 1) == 0  # in another process neither
     assert list(tmp_path.iterdir()) == [laboratory.path(config, dataset)]
 
 
 def test_a_file_serves_all_settings_that_features_do_not_depend_on(parts, tiny, tmp_path):
-    dataset, laboratory = load_dataset(parts), Laboratory(tmp_path, "random")
+    dataset, laboratory = load_dataset(parts), Laboratory(tmp_path, Weights.RANDOM)
 
     def path(method="lookup", **changes):
         return laboratory.path(tiny(method, **SMALL | changes), dataset)
@@ -132,12 +133,12 @@ def test_digests_stand_for_all_that_decides_figures(parts, weights, tiny, tmp_pa
     data = [dataset, fewer, turned, moved, unmasked, relabelled]
     digests = [laboratory.digest(config, each) for each in data]
     digests += [laboratory.digest(tiny("lookup", **{"training.seed": 1}), dataset)]
-    digests += [Laboratory(tmp_path, "random").digest(config, dataset)]
+    digests += [Laboratory(tmp_path, Weights.RANDOM).digest(config, dataset)]
     assert len(set(digests)) == 8
-    assert laboratory.path(config, dataset) != Laboratory(tmp_path, "random").path(config, dataset)
+    assert laboratory.path(config, dataset) != Laboratory(tmp_path, Weights.RANDOM).path(config, dataset)
     torch.manual_seed(4)
     assert (
-        Laboratory(tmp_path / "other", "random").digest(config, dataset) == digests[-1]
+        Laboratory(tmp_path / "other", Weights.RANDOM).digest(config, dataset) == digests[-1]
     )  # random, yet always the same
     copy = load_dataset(shutil.copytree(parts, tmp_path / "elsewhere"))
     assert laboratory.digest(config, copy) == digests[0]
@@ -171,7 +172,7 @@ def test_methods_on_pixels_need_no_weights(parts, tiny, tmp_path):
 @pytest.mark.parametrize("harm", ["cut", "foreign", "other"])
 def test_a_damaged_feature_file_is_named(parts, tiny, tmp_path, harm):
     config, dataset = tiny("lookup", **SMALL | {"training.display_steps": 0}), load_dataset(parts)
-    Laboratory(tmp_path, "random").fit(config, dataset)
+    Laboratory(tmp_path, Weights.RANDOM).fit(config, dataset)
     (file,) = tmp_path.iterdir()
     if harm == "cut":
         file.write_bytes(file.read_bytes()[:-1000])
@@ -180,18 +181,18 @@ def test_a_damaged_feature_file_is_named(parts, tiny, tmp_path, harm):
     else:
         np.save(file, np.zeros(20, np.float32))
     with pytest.raises(ValueError, match=rf"{file.name}.*delete it"):
-        Laboratory(tmp_path, "random").fit(config, dataset)
+        Laboratory(tmp_path, Weights.RANDOM).fit(config, dataset)
 
 
 def test_a_folder_that_cannot_hold_features_is_named(parts, tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WriteError, match=r"file: cannot be written.*name another folder"):
-        Laboratory(tmp_path / "file", "random").fit(tiny("lookup", **SMALL), load_dataset(parts))
+        Laboratory(tmp_path / "file", Weights.RANDOM).fit(tiny("lookup", **SMALL), load_dataset(parts))
 
 
 def test_what_cannot_be_learned_from_is_said_as_ever(parts, tiny, tmp_path):
     dataset = load_dataset(parts)
     with pytest.raises(TrainingError, match="too few to learn from"):
-        Laboratory(tmp_path, "random").fit(tiny("lookup", **SMALL), replace(dataset, train=dataset.train[:5]))
+        Laboratory(tmp_path, Weights.RANDOM).fit(tiny("lookup", **SMALL), replace(dataset, train=dataset.train[:5]))
     with pytest.raises(ValueError, match="patches of 3"):
-        Laboratory(tmp_path, "random").fit(tiny("uranet", **SMALL | {"network.restoration.patch": 3}), dataset)
+        Laboratory(tmp_path, Weights.RANDOM).fit(tiny("uranet", **SMALL | {"network.restoration.patch": 3}), dataset)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unflaw import features as module
-from unflaw.config import Features
+from unflaw.config import Features, Weights
 from unflaw.features import FeatureExtractor, PixelExtractor, WeightsError, create_backbone, resize
 
 LEVELS = [64, 128, 256]  # channels of the levels 1 to 3 of ResNet-18
@@ -24,7 +24,7 @@ def config(**changes) -> Features:
 
 
 def extractor(**changes) -> FeatureExtractor:
-    return FeatureExtractor(config(**changes), "random")
+    return FeatureExtractor(config(**changes), Weights.RANDOM)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_picture_has_the_same_features_in_any_batch(images):
 def test_smoothing_is_a_mean_of_neighbours(images):
     torch.manual_seed(0)
     rough = extractor(levels=(2,), smooth=1)
-    smooth = FeatureExtractor(config(levels=(2,), smooth=3), "random")
+    smooth = FeatureExtractor(config(levels=(2,), smooth=3), Weights.RANDOM)
     smooth.backbone.load_state_dict(rough.backbone.state_dict())
     expected = rough.aggregate(images)[:, :, 2:5, 3:6].mean((2, 3))
     torch.testing.assert_close(smooth.aggregate(images)[:, :, 3, 4], expected, atol=1e-5, rtol=1e-4)
@@ -306,12 +306,12 @@ def test_missing_and_damaged_weight_files_are_named(tmp_path, name, content):
 @pytest.mark.parametrize("slip", ["resnet_18", "resnt18", "Resnet18"])
 def test_a_slip_in_the_name_of_a_backbone_gets_a_hint(slip):
     with pytest.raises(WeightsError, match=slip) as caught:
-        create_backbone(slip, (1, 2, 3), "random")
+        create_backbone(slip, (1, 2, 3), Weights.RANDOM)
     assert "resnet18" in str(caught.value).replace(repr(slip), "")
 
 
 def test_names_with_a_tag_are_timm_names_too():
-    assert create_backbone("resnet18.a1_in1k", (1, 2), "random").feature_info.channels() == [64, 128]
+    assert create_backbone("resnet18.a1_in1k", (1, 2), Weights.RANDOM).feature_info.channels() == [64, 128]
 
 
 @pytest.mark.parametrize("levels", [(3, 1), (2, 2), (1, 3, 2)])
@@ -327,7 +327,7 @@ def test_levels_out_of_order_or_twice_are_named_or_taken_as_meant(images, levels
     assert made.fit(found).project(found).shape == found.shape
 
 
-@pytest.mark.parametrize("weights", ["random", None, "nowhere.pth"])
+@pytest.mark.parametrize("weights", [Weights.RANDOM, None, "nowhere.pth"])
 def test_levels_that_there_are_not_are_named(weights):
     """Before any weights are looked for."""
     with pytest.raises(WeightsError, match=r"resnet18 does not give the levels 1, 9; it has 0 to 4"):
@@ -401,7 +401,7 @@ def test_resnet18_of_the_shared_folder(shared, images):
 def test_a_saved_state_brings_back_the_same_features(weights, images, tmp_path, raw):
     made = FeatureExtractor(config(components=12), weights).fit(raw)
     save_file({name: t.contiguous() for name, t in made.state_dict().items()}, tmp_path / "state.safetensors")
-    again = FeatureExtractor(config(components=12), "later")
+    again = FeatureExtractor(config(components=12), Weights.LATER)
     again.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert torch.equal(again(images), made(images))
     assert torch.equal(again.coarsen(again(images)), made.coarsen(made(images)))
@@ -456,7 +456,7 @@ def test_levels_with_channels_last_are_those_of_the_whole_model(windowed):
     torch.testing.assert_close(raw, expected, atol=1e-4, rtol=1e-4)
     assert "state_dict" not in extractor.backbone.pretrained_cfg
     with pytest.raises(WeightsError, match=rf"{WINDOWED} takes pictures of 224 × 224 pixels, not of 256; .*--size 224"):
-        FeatureExtractor(config, "random", 256)
+        FeatureExtractor(config, Weights.RANDOM, 256)
 
 
 def test_a_file_that_lacks_tensors_of_a_transformer_is_refused(windowed, tmp_path):
@@ -464,7 +464,7 @@ def test_a_file_that_lacks_tensors_of_a_transformer_is_refused(windowed, tmp_pat
     del state["layers.1.blocks.0.norm1.weight"]
     save_file(state, tmp_path / "part.safetensors")
     with pytest.raises(
-        WeightsError, match=r"does not hold 1 tensors of .* \(first: layers\.1\.blocks\.0\.norm1\.weight"
+        WeightsError, match=r"does not hold 1 tensor of .* \(first: layers\.1\.blocks\.0\.norm1\.weight"
     ):
         FeatureExtractor(Features(backbone=WINDOWED, levels=(1,)), tmp_path / "part.safetensors")
 
@@ -482,5 +482,6 @@ def test_a_detector_learns_on_a_transformer(parts, tiny, tmp_path):
     assert found.score == expected.score and np.array_equal(found.map, expected.map)
     with pytest.raises(WeightsError, match=r"test_vit does not give the levels 0, 9"):
         Detector(
-            config=tiny("lookup", **{"features.backbone": "test_vit", "features.levels": (0, 9)}), weights="random"
+            config=tiny("lookup", **{"features.backbone": "test_vit", "features.levels": (0, 9)}),
+            weights=Weights.RANDOM,
         )

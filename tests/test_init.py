@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 import unflaw
@@ -7,6 +10,12 @@ def test_every_public_name_is_there():
     for name in unflaw.__all__:
         assert callable(getattr(unflaw, name))
     assert unflaw.Detector.__module__ == "unflaw.detector"
+
+
+def test_public_names_are_listed_before_they_are_used():
+    code = "import sys, unflaw; print({*unflaw.__all__, '__version__'} - {*dir(unflaw)}, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["set()", "False"]
 
 
 def test_other_names_are_not():

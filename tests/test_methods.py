@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unflaw.config import Synthesis
+from unflaw.config import Synthesis, Weights
 from unflaw.methods import base, create
 from unflaw.methods.base import Inspection, Method
 from unflaw.methods.lookup import Lookup
@@ -38,8 +38,8 @@ def method(request, tiny) -> Method:
         "scoring.coarse_say": 2,
     }
     if request.param != "alone":
-        return create(tiny(request.param, **settings), "random")
-    made = create(tiny(**settings, **ALONE), "random")
+        return create(tiny(request.param, **settings), Weights.RANDOM)
+    made = create(tiny(**settings, **ALONE), Weights.RANDOM)
     torch.nn.init.normal_(made.restoration.widen.weight, generator=torch.Generator().manual_seed(0))  # else no residual
     return made
 
@@ -53,12 +53,16 @@ def learned(method: Method, good: int = 10) -> Tensor:
 
 
 def test_methods_by_name(tiny):
-    assert isinstance(create(tiny("lookup"), "random"), Lookup)
-    assert isinstance(create(tiny("uranet"), "random"), URANet)
+    assert isinstance(create(tiny("lookup"), Weights.RANDOM), Lookup)
+    assert isinstance(create(tiny("uranet"), Weights.RANDOM), URANet)
 
 
 def test_kinds_of_evidence_are_counted(tiny):
-    made = (create(tiny("lookup"), "random"), create(tiny(), "random"), create(tiny(**ALONE), "random"))
+    made = (
+        create(tiny("lookup"), Weights.RANDOM),
+        create(tiny(), Weights.RANDOM),
+        create(tiny(**ALONE), Weights.RANDOM),
+    )
     for network, kinds, perceives, judges in zip(made, (1, 2, 1), (0, 1, 1), (1, 1, 0), strict=True):
         assert (network.kinds, network.judges) == (kinds, judges) and network.normal.shape == (kinds + judges, 2)
         shares = len(network.config.scoring.shares)
@@ -73,7 +77,7 @@ def test_kinds_of_evidence_are_counted(tiny):
 
 def test_the_judge_is_saved_and_the_extractor_only_once(tiny):
     for name in ("lookup", "uranet"):
-        state = create(tiny(name), "random").state_dict()
+        state = create(tiny(name), Weights.RANDOM).state_dict()
         judge = {key for key in state if key.startswith("judge.")}
         assert {"judge.memory.prototypes", "judge.memory.extra"} <= judge
         assert all(key.startswith("judge.memory.") for key in judge)
@@ -93,7 +97,7 @@ def test_the_map_is_the_mean_of_the_evidence_and_a_part_of_the_coarse_and_keeps_
 
 @pytest.mark.parametrize("name", ["lookup", "uranet"])
 def test_coarse_evidence_shows_where_it_lies_and_only_with_a_weight(tiny, name):
-    weighted, off = (create(tiny(name, **{"scoring.coarse_weight": weight}), "random") for weight in (0.3, 0.0))
+    weighted, off = (create(tiny(name, **{"scoring.coarse_weight": weight}), Weights.RANDOM) for weight in (0.3, 0.0))
     flat, coarse = torch.zeros(1, weighted.kinds, GRID, GRID), torch.zeros(1, 1, 4, 4)
     perceived = flat[:, :1] if weighted.perceives else None
     coarse[..., 3, 1] = 8.0
@@ -170,7 +174,7 @@ def test_the_score_is_made_of_highest_shares_in_their_own_deviations(method, nor
 
 
 def test_fine_evidence_has_the_say_that_is_known_of_it(tiny):
-    method = create(tiny("lookup", **{"scoring.coarse_say": 2}), "random")
+    method = create(tiny("lookup", **{"scoring.coarse_say": 2}), Weights.RANDOM)
     inspection = random_inspection(method)
     fine, coarse = method._sayings(inspection, None)
     method.fine_say.fill_(0.25)
@@ -183,7 +187,7 @@ def test_fine_evidence_has_the_say_that_is_known_of_it(tiny):
 )
 def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, monkeypatch, moves, say):
     """In deviations of good pictures, of each picture 3 at most."""
-    method = create(tiny("lookup"), "random")
+    method = create(tiny("lookup"), Weights.RANDOM)
     good = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, GRID, GRID)  # of deviation √2
 
     def forward(features: Tensor, *_: object) -> Inspection:
@@ -203,7 +207,7 @@ def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, mon
 @pytest.mark.parametrize("name", ["lookup", "uranet"])
 def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, name):
     """With real synthesis: were the other image's cells still in the memory, altered cells would be at distance 0."""
-    method = create(tiny(name, **{"network.prototypes": 640} if name == "lookup" else {}), "random")
+    method = create(tiny(name, **{"network.prototypes": 640} if name == "lookup" else {}), Weights.RANDOM)
     features = learned(method)
     method.finish(features)
     rows, moved, leaks = torch.arange(len(features)), [], []
@@ -248,7 +252,7 @@ def test_padding_has_no_part_in_the_score(method):
 
 
 def test_a_last_cell_of_an_odd_grid_has_a_coarse_cell_of_its_own(tiny):
-    method = create(tiny("lookup", **{"features.grid": 7, "scoring.coarse_say": 2}), "random")
+    method = create(tiny("lookup", **{"features.grid": 7, "scoring.coarse_say": 2}), Weights.RANDOM)
     valid = torch.zeros(1, 7, 7, dtype=torch.bool)
     valid[..., 6, 6] = True
     coarse = torch.arange(16.0).view(1, 1, 4, 4)
@@ -260,7 +264,7 @@ def test_a_last_cell_of_an_odd_grid_has_a_coarse_cell_of_its_own(tiny):
 def test_coarse_evidence_lies_where_its_cells_lie(tiny, grid):
     """A ramp over coarse cells stays that ramp on the canvas, also where half of the last cell is off the grid."""
     method = create(
-        tiny("lookup", **{"features.grid": grid, "scoring.coarse_weight": 1.0, "scoring.smooth": 0}), "random"
+        tiny("lookup", **{"features.grid": grid, "scoring.coarse_weight": 1.0, "scoring.smooth": 0}), Weights.RANDOM
     )
     coarse = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 1, 4, 4)
     maps = method.fuse(Inspection(torch.zeros(1, 1, grid, grid), coarse=coarse))[0]
@@ -311,7 +315,7 @@ def test_after_training_evidence_counts_in_deviations_of_good_pictures(method):
 @pytest.mark.parametrize("name", ["lookup", "uranet"])
 def test_training_pictures_are_not_judged_by_what_they_taught(tiny, name):
     """With their own prototypes they would look far more usual than new ones."""
-    method = create(tiny(name), "random")
+    method = create(tiny(name), Weights.RANDOM)
     features = learned(method, 48)
     new = torch.randn(16, *features.shape[1:], generator=torch.Generator().manual_seed(9))
     method.finish(features)
@@ -379,7 +383,7 @@ def test_extending_raises_no_evidence_of_any_picture(method, seed):
 @pytest.mark.parametrize("levels", [(2,), (2, 3), (1, 2, 3), (0, 1, 2, 3)])
 @pytest.mark.parametrize("name", ["lookup", "uranet"])
 def test_any_number_of_levels_gives_one_map(tiny, name, levels):
-    method = create(tiny(name, **{"features.levels": levels}), "random")
+    method = create(tiny(name, **{"features.levels": levels}), Weights.RANDOM)
     features = learned(method)
     method.finish(features)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -390,7 +394,7 @@ def test_any_number_of_levels_gives_one_map(tiny, name, levels):
 
 
 def test_lookup_is_the_distance_to_the_memory(tiny):
-    method = create(tiny("lookup"), "random")
+    method = create(tiny("lookup"), Weights.RANDOM)
     features = learned(method)
     method.extend(3 * features[:4], torch.Generator().manual_seed(1))
     everything, rows = torch.cat([3 * features[:4], features[:2]]).float(), torch.arange(4)[[0, 1, 2, 3, 0, 1]]

@@ -279,7 +279,7 @@ def test_errors():
         image_metrics([1, 2], [0, 2])
     with pytest.raises(ValueError, match="NaN"):
         image_metrics([1, np.nan], [0, 1])
-    with pytest.raises(ValueError, match="1 weights for 2"):
+    with pytest.raises(ValueError, match="1 weight for 2 positives"):
         ranking([1], [1, 2], [1])
     with pytest.raises(ValueError, match="limit"):
         metrics.partial_auc(ranking([1], [2]), 0)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from unflaw.config import MFRNetOptions, make_config
+from unflaw.config import MFRNetOptions, Weights, make_config
 from unflaw.detector import Detector
 from unflaw.methods.layers import gradient_magnitude_similarity, ssim_map
 from unflaw.methods.mfrnet import SCALES, STABLE, WINDOW, HybridBlock, MFRNet, RestorationNetwork, crossed_masks
@@ -26,7 +26,9 @@ def network(tiny, **changes) -> MFRNet:
     """Without a memory, as in the paper, unless asked for."""
     torch.manual_seed(0)
     changes = {"prototypes": 0, **changes}
-    return MFRNet(tiny("mfrnet", **{f"network.{name}": value for name, value in changes.items()}), "random").eval()
+    return MFRNet(
+        tiny("mfrnet", **{f"network.{name}": value for name, value in changes.items()}), Weights.RANDOM
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +55,14 @@ def train(made: MFRNet, features: Tensor, steps: int) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def trained(tiny, features) -> tuple[MFRNet, list[dict[str, float]]]:
     torch.manual_seed(0)
-    made = MFRNet(tiny("mfrnet", **{"training.learning_rate": 3e-3, "network.prototypes": 0}), "random")
+    made = MFRNet(tiny("mfrnet", **{"training.learning_rate": 3e-3, "network.prototypes": 0}), Weights.RANDOM)
     return made, train(made, features, 80)
 
 
 @pytest.fixture(scope="module")
 def remembering(tiny, features) -> MFRNet:
     torch.manual_seed(0)
-    made = MFRNet(tiny("mfrnet"), "random").eval()
+    made = MFRNet(tiny("mfrnet"), Weights.RANDOM).eval()
     train(made, features, 10)
     return made
 
@@ -368,14 +370,14 @@ def test_every_switch_trains_and_inspects(tiny, features, changes):
     "changes, named",
     [
         ({"network.k": (9,)}, r"cells of 9 .* grid of 8.*network\.k"),
-        ({"network.k": (8,)}, r"3 masks cannot share 1 cells.*network\.n"),
+        ({"network.k": (8,)}, r"3 masks cannot share 1 cell;.*network\.n"),
         ({"network.patch": 3}, r"grid of 8 .* patches of 3.*multiple of 6"),
         ({"network.widths": (8, 8, 8, 8)}, r"grid of 8 .* halved 3 times.*multiple of 16"),
     ],
 )
 def test_settings_that_do_not_fit_the_grid_are_named(tiny, changes, named):
     with pytest.raises(ValueError, match=named):
-        MFRNet(tiny("mfrnet", **changes), "random")
+        MFRNet(tiny("mfrnet", **changes), Weights.RANDOM)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from unflaw import training as loop
 from unflaw.cache import Cache, build_cache
 from unflaw.categories import hold_out
 from unflaw.cli import app
+from unflaw.config import Weights
 from unflaw.datasets import DatasetError, load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, TrainingError
@@ -78,7 +79,7 @@ def named(categories: list[str], rng: torch.Generator, channels: int = 8) -> Cac
 
 def unfitted(tiny, **changes) -> Detector:
     network = {"network.prototypes": 1024, "network.coarse_prototypes": 256, "features.grid": 4}
-    return Detector(config=tiny("lookup", **QUICK, **network, **changes), weights="random")
+    return Detector(config=tiny("lookup", **QUICK, **network, **changes), weights=Weights.RANDOM)
 
 
 # Learning
@@ -230,7 +231,7 @@ def test_other_methods_learn_several_categories(both, weights, tiny, tmp_path, m
 def test_finish_writes_no_buffer_but_those_of_a_category(tiny):
     """Else something of one category would stay in the network while another is inspected."""
     for method in OWN:
-        network = create(tiny(method, **{"training.steps": 0}), "random").eval()
+        network = create(tiny(method, **{"training.steps": 0}), Weights.RANDOM).eval()
         features = network.embed(torch.rand(4, 3, 64, 64))
         network.setup(features.half(), None, torch.Generator().manual_seed(0))
         before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -258,7 +259,7 @@ def test_data_of_categories_that_cannot_work_is_refused(both, weights, tiny, tmp
         untrained.fit({"a": paths, "b": same})
     for path in same:
         shutil.copy(paths[0], path)
-    with pytest.raises(TrainingError, match=r"b: 1 good pictures are too few .* 8 files are copies of others"):
+    with pytest.raises(TrainingError, match=r"b: 1 good picture is too few .* 8 files are copies of others"):
         untrained.fit({"a": paths, "b": same})
     with pytest.raises(TrainingError, match=r"a: calibration\.holdout leaves"):
         Detector(config=tiny("lookup", **{"calibration.holdout": 0.9}), weights=weights).fit({"a": paths})
@@ -279,7 +280,7 @@ def test_a_category_must_be_named_and_known(multi, detector, both, tmp_path):
     with pytest.raises(DetectorError, match="needs a category"):
         _ = multi.calibration_
     with pytest.raises(DetectorError, match="fit"):
-        Detector(config=multi.config, weights="later").select("nuts")
+        Detector(config=multi.config, weights=Weights.LATER).select("nuts")
 
 
 def test_categories_may_be_inspected_in_turns(multi, both):

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from unflaw.cli import app
 from unflaw.errors import DetectorError
 from unflaw.files import read_metadata
 from unflaw.images import Preparation, list_images, prepare
+from unflaw.runtime.verification import Comparison
 
 ALONE = """
 import sys
@@ -101,7 +103,41 @@ def test_verify_compares_and_fails_above_the_tolerance(exported, saved, parts, c
             tensor.CopyFrom(numpy_helper.from_array(values * np.float32(1.05), tensor.name))
     onnx.save(model, path)
     other = run("verify", saved, path, "--data", parts)
-    assert other.exit_code == 1 and "differ by more than 0.0001" in other.output
+    assert other.exit_code == 1 and "their scores and maps differ by more than 0.0001" in other.output
+
+
+def test_verify_gives_the_reason_why_two_do_not_agree(exported, saved, detector, parts, copy, tmp_path):
+    again = Detector.load(saved)
+    again.calibrate(list_images(parts / "test/good"))
+    again.save(tmp_path / "again.safetensors")
+    done = run("verify", tmp_path / "again.safetensors", exported, "--data", parts)
+    thresholds = f"thresholds {detector.calibration_.threshold:.4g} and {again.calibration_.threshold:.4g}"
+    assert done.exit_code == 2 and f"is calibrated otherwise than the trained detector ({thresholds})" in done.output
+    assert str(exported) in done.output and "export the trained one again" in done.output
+    model, path = copy
+    with_metadata(model, lambda m: m["config"]["preparation"].update(fit="pad"))
+    onnx.save(model, path)
+    assert "prepares images otherwise than the trained" in run("verify", saved, path, "--data", parts).output
+    with_metadata(model, lambda m: m["config"]["preparation"].update(fit="stretch"))
+    with_metadata(model, lambda m: m.update(categories={"nut": m.pop("calibration")}))
+    onnx.save(model, path)
+    assert "has other categories than the trained" in run("verify", saved, path, "--data", parts).output
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/0.png").write_bytes(b"no image")
+    done = run("verify", saved, exported, "--data", tmp_path / "torn")
+    assert done.exit_code == 1 and "no image could be read, so nothing was compared" in done.output
+    assert "differ by more" not in done.output
+
+
+def test_verdicts_that_differ_are_a_reason_of_their_own():
+    agreed = Comparison(pictures=3, score=1e-5, map=1e-5)
+    assert agreed.agrees(1e-4) and not Comparison().agrees(1e-4)
+    turned = replace(agreed, verdicts=["a.png"])
+    assert turned.faults(1e-4) == ["they give 1 image another verdict"] and not turned.agrees(1e-4)
+    assert replace(agreed, verdicts=["a", "b"], map=1).faults(1e-4) == [
+        "their maps differ by more than 0.0001",
+        "they give 2 images another verdict",
+    ]
 
 
 def test_export_on_the_command_line(saved, tmp_path):
@@ -109,6 +145,9 @@ def test_export_on_the_command_line(saved, tmp_path):
     misnamed.write_bytes(saved.read_bytes())
     assert "is the detector itself" in run("export", misnamed).output and misnamed.read_bytes() == saved.read_bytes()
     misnamed.unlink()
+    missing = run("export", misnamed)  # whose name is that of what it would become
+    assert missing.exit_code == 2 and "parts.onnx: there is no such file; check the path" in missing.output
+    assert "lost" not in missing.output
     assert run("export", saved, "--to", "tflite").exit_code == 2
     assert "is called parts.xml" in run("export", saved, "--to", "openvino", "--out", tmp_path / "parts.onnx").output
     assert "--data" in run("export", saved, "--precision", "int8", "--out", tmp_path / "parts.onnx").output

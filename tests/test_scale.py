@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from unflaw.cli import app
 from unflaw.images import ImageError, list_images
+from unflaw.results import Result
 from unflaw.scale import partitions, plan, store, worker
 from unflaw.scale.sources import Columns, Item, listed, pictures
 from unflaw.scale.store import OWN, Store, StoreError
@@ -560,10 +561,9 @@ def test_bytes_with_a_name_are_inspected_like_files(detector, parts):
     named = [(f"n{i}", path.read_bytes() if i % 2 else path) for i, path in enumerate(paths)]
     named[1:1] = [("broken", b"x"), ("gone", ImageError("gone: was never there")), ("none", Path("none.png"))]
     found = list(detector.inspect_named(named))
-    failed = [outcome for outcome in found if isinstance(outcome, tuple)]
-    assert [name for name, _ in failed] == ["broken", "gone", "none"]
-    assert [str(error).partition(":")[0] for _, error in failed] == ["broken", "gone", "none"]
+    failed = [outcome for outcome in found if isinstance(outcome, ImageError)]
+    assert [str(error).partition(":")[0] for error in failed] == ["broken", "gone", "none"]
     plain = list(detector.inspect_many(paths))
-    whole = [outcome for outcome in found if not isinstance(outcome, tuple)]
+    whole = [outcome for outcome in found if isinstance(outcome, Result)]
     assert [outcome.path for outcome in whole] == [f"n{i}" for i in range(8)]
     assert [outcome.score for outcome in whole] == [outcome.score for outcome in plain]

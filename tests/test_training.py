@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Training
+from unflaw.config import Training, Weights
 from unflaw.errors import InUseError, TrainingError
 from unflaw.files import steps_of
 from unflaw.methods import create
@@ -305,7 +305,7 @@ def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch, capabilities, 
 @pytest.mark.parametrize("method", ["uranet", "mfrnet", "memae"])
 def test_weights_decay_and_biases_norms_and_deviations_do_not(tiny, method):
     """Decay of log-deviations would pull the deviations of Bayesian weights towards 1."""
-    network = create(tiny(method), "random")
+    network = create(tiny(method), Weights.RANDOM)
     decaying, fixed = decay_groups(network, 0.3)
     assert (decaying["weight_decay"], fixed["weight_decay"]) == (0.3, 0.0)
     names = {id(parameter): name for name, parameter in network.named_parameters() if parameter.requires_grad}

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from unflaw.config import Perception, Restoration
+from unflaw.config import Perception, Restoration, Weights
 from unflaw.methods.base import Batch
 from unflaw.methods.layers import to_grid, to_tokens
 from unflaw.methods.uranet import RAM, SUREST, UIAPM, URANet, length, mean_logit
@@ -48,7 +48,7 @@ def train(network: URANet, features: Tensor, textures: Tensor | None, steps: int
 @pytest.fixture(scope="module")
 def trained(tiny, features, textures) -> tuple[URANet, list[dict[str, float]]]:
     torch.manual_seed(0)
-    network = URANet(tiny(**{"training.learning_rate": 3e-3, "network.perception.width": 32}), "random")
+    network = URANet(tiny(**{"training.learning_rate": 3e-3, "network.perception.width": 32}), Weights.RANDOM)
     return network, train(network, features, textures, 100)
 
 
@@ -144,7 +144,7 @@ def test_untrained_restoration_is_recall_where_unmarked(features):
 
 def test_what_is_not_normal_is_not_recalled(tiny, features):
     """However far off features are, what the untrained network restores of them lies among the prototypes."""
-    network = URANet(tiny(), "random")
+    network = URANet(tiny(), Weights.RANDOM)
     network.setup(features, None, rng())
     network.perception.thresholds.copy_(torch.tensor([0.999, 1.0]))
     network.perception.narrow.weight.data *= 0.001  # so that it marks none
@@ -204,7 +204,7 @@ def test_a_patch_is_hidden_if_any_of_its_cells_is_marked(features):
 
 def test_a_grid_that_patches_do_not_divide_is_named(tiny):
     with pytest.raises(ValueError, match=r"8 cells.*patches of 3"):
-        URANet(tiny(**{"network.restoration.patch": 3}), "random")
+        URANet(tiny(**{"network.restoration.patch": 3}), Weights.RANDOM)
 
 
 # The whole
@@ -226,7 +226,7 @@ def test_the_same_anomalies_are_perceived_better_than_before(trained, features, 
             return sum(network.loss(batch, rng(seed))["perception"].item() for seed in range(5))
 
     torch.manual_seed(0)
-    assert losses(trained[0]) < 0.8 * losses(URANet(trained[0].config, "random"))
+    assert losses(trained[0]) < 0.8 * losses(URANet(trained[0].config, Weights.RANDOM))
 
 
 def test_inspection_is_what_the_contract_says(trained, features):
@@ -288,7 +288,7 @@ def seen_by(network: URANet, features: Tensor, pictures: Tensor | None = None, w
 def extended(tiny, features, textures) -> URANet:
     """Set up, a little trained, and shown held-out pictures of which it knew nothing."""
     torch.manual_seed(1)
-    network = URANet(tiny(**{"training.learning_rate": 3e-3}), "random")
+    network = URANet(tiny(**{"training.learning_rate": 3e-3}), Weights.RANDOM)
     train(network, features, textures, 5)
     network.extend(held_out(features), rng(7))
     return network
@@ -317,7 +317,7 @@ def test_perception_sees_how_far_features_are_from_normal_in_units_of_the_radius
 
 
 def test_without_prototypes_perception_sees_the_features(tiny):
-    network = URANet(tiny(**{"network.restoration.prototypes": 0}), "random")
+    network = URANet(tiny(**{"network.restoration.prototypes": 0}), Weights.RANDOM)
     x = torch.randn(2, CHANNELS, GRID, GRID, generator=rng())
     with torch.no_grad():
         assert torch.equal(network(x).layers["mean"], network.perception(x)[0])
@@ -344,7 +344,7 @@ def test_what_was_learned_after_calibration_speaks_for_a_picture_and_never_again
 def test_after_extending_the_residual_is_the_same_and_the_rest_can_only_fall(tiny, features, seed):
     """Whatever the network is like: were U to rise anywhere, its old value would hold."""
     torch.manual_seed(seed)
-    network = URANet(tiny(), "random")
+    network = URANet(tiny(), Weights.RANDOM)
     for parameter in network.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.4)
@@ -385,7 +385,7 @@ def test_training_pictures_are_recalled_and_judged_without_themselves(trained, f
 
 def test_what_is_cached_of_a_picture_is_recalled_without_itself(tiny, features):
     many = torch.cat([features, features.flip(0) + 0.05 * torch.randn(features.shape, generator=rng(8)).half()])
-    network = URANet(tiny(), "random")
+    network = URANet(tiny(), Weights.RANDOM)
     batch = batch_of(network, many, None)
     recalled, distance, _ = network.memory(many.float(), torch.arange(24))
     assert set(batch) == {"features", "recalled", "distance", "picture"}
@@ -463,7 +463,7 @@ PAPER_PARTS = {"network.restoration.prototypes": 0, "network.restoration.coarse_
 
 def test_without_prototypes_the_picture_alone_is_restored(tiny, features):
     """As in the paper: one kind of evidence, no memory, nothing to cache."""
-    network = URANet(tiny(**PAPER_PARTS), "random")
+    network = URANet(tiny(**PAPER_PARTS), Weights.RANDOM)
     assert network.memory is None and network.judge is None and network.setup(features, None, rng()) == {}
     with torch.no_grad():
         found = network(features.float())
@@ -475,7 +475,7 @@ def test_without_prototypes_the_picture_alone_is_restored(tiny, features):
 def test_a_foreign_patch_that_nothing_marks_is_not_copied_to_the_restoration(tiny, features, textures, seed):
     """Without a memory what RAM predicts is all: its residual shows the patch, several times its surroundings."""
     torch.manual_seed(seed)
-    network = URANet(tiny(**PAPER_PARTS, **{"training.learning_rate": 3e-3, "training.seed": seed}), "random")
+    network = URANet(tiny(**PAPER_PARTS, **{"training.learning_rate": 3e-3, "training.seed": seed}), Weights.RANDOM)
     train(network, features, textures, 300)
     network.perception.thresholds.fill_(2)  # no probability reaches that
     changed, patch = features.float().clone(), (..., slice(3, 5), slice(3, 5))
@@ -500,7 +500,7 @@ SWITCHES = {
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_each_of_our_additions_has_a_switch_of_its_own(tiny, features, switch):
     """What one switches off the others keep; without a memory there is no distance for UIAPM to see."""
-    network = URANet(tiny(**{switch: SWITCHES[switch]}), "random")
+    network = URANet(tiny(**{switch: SWITCHES[switch]}), Weights.RANDOM)
     train(network, features, None, 2)
     with torch.no_grad():
         found = network(features.float())
@@ -516,7 +516,7 @@ def marking(tiny, features: Tensor) -> URANet:
     """Thresholds of 0, so that they are what good pictures say."""
     torch.manual_seed(0)
     zero = {"network.perception.mean_threshold": 0.0, "network.perception.deviation_threshold": 0.0}
-    network = URANet(tiny(**zero), "random")
+    network = URANet(tiny(**zero), Weights.RANDOM)
     network.setup(features, None, rng())
     return network
 
@@ -561,7 +561,7 @@ ABLATIONS = {
 
 @pytest.mark.parametrize("changes", ABLATIONS.values(), ids=ABLATIONS)
 def test_every_switch_trains_and_inspects(tiny, features, textures, changes):
-    network = URANet(tiny(**changes), "random")
+    network = URANet(tiny(**changes), Weights.RANDOM)
     history = train(network, features, textures, 2)
     assert len(history) == 2
     with torch.no_grad():
@@ -576,7 +576,7 @@ def test_every_switch_trains_and_inspects(tiny, features, textures, changes):
 
 
 def test_it_trains_without_any_texture_picture(tiny, features):
-    assert len(train(URANet(tiny(), "random"), features, None, 2)) == 2
+    assert len(train(URANet(tiny(), Weights.RANDOM), features, None, 2)) == 2
 
 
 def test_the_mean_of_probabilities_keeps_its_digits_in_logarithms():

@@ -54,6 +54,13 @@ def test_variants_of_another_form_are_refused(text):
         parse(text)
 
 
+def test_a_variant_that_has_a_name_is_chosen_by_it():
+    with pytest.raises(ValueError, match="'lookup' is a variant that has a name; choose it with --only lookup"):
+        choose("uranet", own=["lookup"])
+    with pytest.raises(ValueError, match="name: setting=value"):
+        choose("draem", own=["lookup"])  # has none of that name
+
+
 def test_configurations_have_what_is_common_then_what_is_their_own():
     common = {"training.steps": 7, "network.restoration.depth": 2, "training.display_steps": 5}
     config = parse("a: training.steps=9").config("uranet", common, 4)

@@ -10,19 +10,30 @@ from unflaw._version import __version__ as __version__
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from unflaw.config import Config, make_config
+    from unflaw.config import Config, Weights, make_config
     from unflaw.datasets import load_categories, load_dataset
     from unflaw.detector import Detector
     from unflaw.evaluation import evaluate
     from unflaw.inspector import Inspector
     from unflaw.results import Result
 
-__all__ = ["Config", "Detector", "Result", "evaluate", "load", "load_categories", "load_dataset", "make_config"]
+__all__ = [
+    "Config",
+    "Detector",
+    "Result",
+    "Weights",
+    "evaluate",
+    "load",
+    "load_categories",
+    "load_dataset",
+    "make_config",
+]
 
 _HOMES = {
     "Config": "config",
     "Detector": "detector",
     "Result": "results",
+    "Weights": "config",
     "evaluate": "evaluation",
     "load_categories": "datasets",
     "load_dataset": "datasets",
@@ -59,3 +70,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'unflaw' has no attribute {name!r}")
     return _attribute(name)
+
+
+def __dir__() -> list[str]:
+    """Public names are listed before their first use too, for completion."""
+    return sorted({*globals(), *_HOMES})

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from unflaw._version import __version__
-from unflaw.config import Config
+from unflaw.config import Config, Weights, WeightSource
 from unflaw.datasets import Dataset
 from unflaw.runs import Finished, Log
 from unflaw.tables import comma_separated, short, summary, write_text
@@ -89,7 +89,7 @@ def ablate(
     seeds: int,
     out: Path,
     cache: Path,
-    weights: str | Path | None = None,
+    weights: WeightSource = None,
     progress: Progress,
 ) -> list[Record]:
     """Does the runs that are not in `out/runs.jsonl` yet; `out/table.md`, `.csv` and `.json` are made anew after each.
@@ -173,7 +173,7 @@ def _record(laboratory: Laboratory, run: Run, common: dict[str, Any], progress: 
         seed=run.config.training.seed,
         method=run.config.method,
         backbone=run.config.features.backbone,
-        weights=Path(fitted["weights"]).name,
+        weights=Weights.name_of(laboratory.weights, short=True),
         overrides=run.variant.overrides,
         common=common,
         metrics={name: metrics[name] for name in (*METRICS, *KEPT)},

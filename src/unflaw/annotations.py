@@ -11,6 +11,7 @@ from typing import Any
 from unflaw.files import write_atomically
 from unflaw.images import ImageError
 from unflaw.results import Result
+from unflaw.words import count
 
 LABEL = "anomaly"
 
@@ -57,7 +58,7 @@ class Coco:
             "annotations": self.annotations,
         }
         write_atomically(self.file, lambda file: file.write_text(json.dumps(written), "utf-8"))
-        return f"{self.file}: {len(self.annotations)} regions on {len(self.images)} pictures (COCO)"
+        return f"{self.file}: {count(len(self.annotations), 'region')} on {count(len(self.images), 'picture')} (COCO)"
 
 
 class LabelMe:
@@ -102,7 +103,7 @@ class LabelMe:
         self._written += 1
 
     def close(self) -> str:
-        return f"{self.folder}: {self._written} files (LabelMe)"
+        return f"{self.folder}: {count(self._written, 'file')} (LabelMe)"
 
 
 def numbered(number: int, path: Path) -> str:

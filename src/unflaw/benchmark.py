@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel
 
+from unflaw.config import Weights
 from unflaw.grid import Run
 from unflaw.results import METRICS
 from unflaw.runs import Finished, Log
+from unflaw.words import count
 
 if TYPE_CHECKING:
     from unflaw.detector import Detector
@@ -47,7 +49,7 @@ class Record(Finished):
     Attributes:
         digest: Of configuration, data, weights and version.
         data, method, backbone, size, seed: What was run; the backbone of a method on pixels is "".
-        weights: Name of the backbone's weight file, or "default".
+        weights: Name of the backbone's weight file, or "default" or "random".
         settings: What was changed for the whole grid.
         metrics: KEPT; None where undefined.
         skipped: Pictures that could not be read, and why.
@@ -177,7 +179,7 @@ def measure(run: Run, out: Path, progress: Progress) -> Record:
         backbone=run.backbone,
         size=run.size,
         seed=run.seed,
-        weights=Path(run.weights).name if run.weights else "default",
+        weights=Weights.name_of(run.weights, short=True),
         settings=run.settings,
         metrics={name: evaluation.metrics.get(name) for name in KEPT},
         **found,
@@ -242,7 +244,7 @@ def _measure_peer(run: Run, progress: Progress) -> dict[str, Any]:
         "memory": record["peak_bytes"],
         "file": None,
         "latency": {"1": record["seconds_per_image"]},
-        "machine": f"{platform.machine()}, {record['threads']} threads",
+        "machine": f"{platform.machine()}, {count(record['threads'], 'thread')}",
         "unflaw": f"{__version__}, anomalib {record['anomalib']}",
         "torch": record["torch"],
     }

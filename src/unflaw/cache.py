@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -14,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from unflaw.brief import brief
 from unflaw.errors import TrainingError
 from unflaw.features import Extractor
 from unflaw.files import scratch
 from unflaw.images import ImageError, Picture, Prepared, image_size, try_show
+from unflaw.inputs import Input
 from unflaw.layout import Preparation, Window, layout
 from unflaw.streams import Progress, ahead, batched, silent
 from unflaw.team import ALONE, Team
+from unflaw.words import count
 
 THUMBNAIL = 128  # side of the pictures that the display decoder learns to draw
 MINIMUM = 8  # good pictures of a category to learn from
@@ -39,7 +41,7 @@ def cells(windows: Sequence[Window], grid: int) -> Tensor | None:
     return torch.from_numpy(np.stack([window.cells(grid) for window in windows]))
 
 
-def count_windows(path: Path, preparation: Preparation) -> int:
+def count_windows(path: Input, preparation: Preparation) -> int:
     """How many a picture has; 0 where it cannot be read."""
     if preparation.tile is None:
         return 1
@@ -62,6 +64,7 @@ def allocate(shape: tuple[int, ...], budget: float) -> tuple[Tensor, IO[bytes] |
     return torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape)), file
 
 
+@brief
 @dataclass
 class Cache:
     """What training needs of each good picture, in random order.
@@ -80,7 +83,7 @@ class Cache:
     thumbnails: Tensor
     windows: list[Window]
     described: Tensor
-    paths: list[Path]
+    paths: list[Input]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
     _file: IO[bytes] | None = None
@@ -163,6 +166,7 @@ class Cache:
         return Cache(*own, self.skipped, categories, folder)
 
 
+@brief
 @dataclass
 class Part:
     """Some pictures on their way into a cache.
@@ -173,7 +177,7 @@ class Part:
         thumbnails, windows, described, skipped: As in `Cache`. A picture in tiles may go on in the next part.
     """
 
-    paths: list[Path]
+    paths: list[Input]
     raw: Tensor
     thumbnails: Tensor
     windows: list[Window]
@@ -181,7 +185,7 @@ class Part:
     skipped: list[tuple[str, str]]
 
 
-Source = Callable[[Sequence[Path], int], Iterator[Part]]  # pictures and how many make a part
+Source = Callable[[Sequence[Input], int], Iterator[Part]]  # pictures and how many make a part
 
 
 def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
@@ -189,10 +193,10 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
 
     tiled = preparation.tile is not None
 
-    def load(path: Path) -> tuple[Path, Picture | ImageError]:
+    def load(path: Input) -> tuple[Input, Picture | ImageError]:
         return path, try_show(path, preparation)
 
-    def stream(paths: Sequence[Path]) -> Iterator[tuple[Path, Prepared | ImageError, Tensor]]:
+    def stream(paths: Sequence[Input]) -> Iterator[tuple[Input, Prepared | ImageError, Tensor]]:
         loaded = ahead(load, paths, 1, 1) if tiled else ahead(load, paths)  # pictures in tiles wait whole
         for path, picture in loaded:
             if isinstance(picture, ImageError):
@@ -201,7 +205,7 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
                 described = torch.from_numpy(picture.described)
                 yield from ((path, window, described) for window in picture.windows)
 
-    def parts(paths: Sequence[Path], batch: int) -> Iterator[Part]:
+    def parts(paths: Sequence[Input], batch: int) -> Iterator[Part]:
         for group in batched(stream(paths), batch):
             skipped = [(str(path), str(found)) for path, found, _ in group if isinstance(found, ImageError)]
             good = [(path, found, said) for path, found, said in group if isinstance(found, Prepared)]
@@ -230,7 +234,7 @@ def take_turns(source: Source, team: Team, whole: bool) -> Source:
             the backbone computes in other batches may be rounded otherwise.
     """
 
-    def parts(paths: Sequence[Path], batch: int) -> Iterator[Part]:
+    def parts(paths: Sequence[Input], batch: int) -> Iterator[Part]:
         turns = list(batched(paths, batch))
         own = turns[team.rank :: team.size]
         made = (
@@ -247,14 +251,14 @@ def take_turns(source: Source, team: Team, whole: bool) -> Source:
 
 def build_cache(
     extractor: Extractor,
-    paths: Sequence[Path],
+    paths: Sequence[Input],
     preparation: Preparation,
     budget: float,
     *,
     seed: int = 0,
     fit: bool = True,
     held_out: float = 0.0,
-    categories: Mapping[Path, str] | None = None,
+    categories: Mapping[Input, str] | None = None,
     batch: int = 16,
     source: Source | None = None,
     progress: Progress = silent,
@@ -287,7 +291,7 @@ def build_cache(
     folder = None
     filled = done = 0  # rows and pictures
     first: list[Tensor] = []  # raw features of the first pictures, until there are enough to fit
-    kept: list[Path] = []
+    kept: list[Input] = []
     names: list[str] = []  # their categories
     windows: list[Window] = []
     thumbnails: list[Tensor] = []
@@ -329,15 +333,17 @@ def build_cache(
                 fit_first()
         else:
             keep(part.raw)
+    named = {str(path): own for path, own in category.items()}
     pictures = torch.cat(thumbnails) if thumbnails else torch.empty(0)
     for name in dict.fromkeys(category.get(path, "") for path in order) or [""]:
         of = f"{name}: " if name else ""
         found = sum(own == name and window.number == 0 for own, window in zip(names, windows, strict=True))
         if found < (MINIMUM if fit else 1):
-            broken = [reason for path, reason in skipped if category.get(Path(path), "") == name]
+            broken = [reason for path, reason in skipped if named.get(path, "") == name]
             reasons = f"; {len(broken)} could not be read, first: {broken[0]}" if broken else ""
             purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
-            raise TrainingError(f"{of}{found} good pictures are too few to {purpose}{reasons}")
+            few = f"{count(found, 'good picture')} {'is' if found == 1 else 'are'}"
+            raise TrainingError(f"{of}{few} too few to {purpose}{reasons}")
         own = pictures[torch.tensor([each == name for each in names])]
         if fit and bool((own == own[:1]).all()):
             raise TrainingError(f"{of}all good pictures are identical; give pictures of different parts")
@@ -347,9 +353,9 @@ def build_cache(
     return Cache(features[:filled], pictures, windows, torch.cat(described), kept, sorted(skipped), names, folder)
 
 
-def _shuffled(paths: Sequence[Path], category: Mapping[Path, str], seed: int) -> list[Path]:
+def _shuffled(paths: Sequence[Input], category: Mapping[Input, str], seed: int) -> list[Input]:
     """Random order in which any first part holds about the same share of every category."""
-    groups: dict[str, list[Path]] = defaultdict(list)
+    groups: dict[str, list[Input]] = defaultdict(list)
     for path in paths:
         groups[category.get(path, "")].append(path)
     rng = Generator().manual_seed(seed)

@@ -11,12 +11,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from unflaw import conformal
+from unflaw.brief import brief
 from unflaw.config import CalibrationOptions
 from unflaw.images import Box
 from unflaw.results import Region, Scale, Verdict
 from unflaw.scoring import region_level
 
 
+@brief
 class Calibration(BaseModel):
     """What good pictures outside of training say about scores and maps.
 

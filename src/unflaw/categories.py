@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from unflaw.brief import brief
 from unflaw.cache import Cache
 from unflaw.calibration import Calibration
 from unflaw.datasets import Dataset, load_dataset
 from unflaw.datasets.samples import distinct
 from unflaw.drift import Reference
 from unflaw.errors import TrainingError
+from unflaw.inputs import ImageLike, Input, inputs
 from unflaw.methods import Method
+from unflaw.words import count
 
-Data = str | Path | Dataset | Sequence[str | Path]  # what `load_dataset` recognises, or pictures
+Data = str | Path | Dataset | Iterable[ImageLike]  # what `load_dataset` recognises, or images as `inputs` takes them
 
 
+@brief
 class Category(NamedTuple):
     """What a detector knows of one category alone; all else is common to its categories."""
 
@@ -27,25 +31,26 @@ class Category(NamedTuple):
     reference: Reference | None = None
 
 
-def gather(data: Data | Mapping[str, Data]) -> tuple[list[Path], list[Path], dict[Path, str]]:
+def gather(data: Data | Mapping[str, Data]) -> tuple[list[Input], list[Input], dict[Input, str]]:
     """Pictures to train on and to calibrate with, and the category of each.
 
     Raises:
-        TrainingError, DatasetError: Data that cannot work, of any category.
+        TrainingError, DatasetError: Data that cannot work, of any category. TypeError: As `inputs`.
     """
     if isinstance(data, Mapping) and not (data and all(data)):
         raise TrainingError("there is no category, or one without a name; give {name: data, …}")
-    train: list[Path] = []
-    validation: list[Path] = []
-    categories: dict[Path, str] = {}
+    train: list[Input] = []
+    validation: list[Input] = []
+    categories: dict[Input, str] = {}
     for name, given in (data if isinstance(data, Mapping) else {"": data}).items():
         found = load_dataset(given) if isinstance(given, str | Path) else given
-        title = name
+        title, pictures, calibrating = name, list[Input](), list[Input]()
         if isinstance(found, Dataset):
             title = name or found.name
-            pictures, calibrating = ([sample.path for sample in part] for part in (found.train, found.validation))
+            pictures += [sample.path for sample in found.train]
+            calibrating += [sample.path for sample in found.validation]
         else:
-            pictures, calibrating = [Path(path) for path in found], []
+            pictures += inputs(found, f"{name} image".lstrip())
         if title and not pictures:
             raise TrainingError(f"{title}: there are no good pictures to train on")
         for path in [*pictures, *calibrating]:
@@ -57,8 +62,8 @@ def gather(data: Data | Mapping[str, Data]) -> tuple[list[Path], list[Path], dic
 
 
 def without_copies(
-    train: Sequence[Path], validation: Sequence[Path], categories: Mapping[Path, str], contents: Mapping[Path, str]
-) -> tuple[list[Path], list[Path], list[tuple[str, str]]]:
+    train: Sequence[Input], validation: Sequence[Input], categories: Mapping[Input, str], contents: Mapping[Input, str]
+) -> tuple[list[Input], list[Input], list[tuple[str, str]]]:
     """Training and validation pictures without those that another file of the category shows already.
 
     A picture that is trained on and calibrates as well, or does so twice, would look more normal than new ones, and
@@ -70,7 +75,7 @@ def without_copies(
     Returns:
         What is left of both, and (path, reason) of what is not.
     """
-    copies: dict[Path, Path] = {}
+    copies: dict[Input, Input] = {}
     for name in dict.fromkeys(categories.values()):
         own = [path for path in [*train, *validation] if categories[path] == name]
         copies |= distinct(own, contents)[1]
@@ -105,7 +110,7 @@ def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float
             left = len(heads) - max(2, round(share * len(heads)))
             if left < 2:
                 of = f"{name}: " if name else ""
-                raise TrainingError(f"{of}calibration.holdout leaves {left} pictures to train on; lower it")
+                raise TrainingError(f"{of}calibration.holdout leaves {count(left, 'picture')} to train on; lower it")
             first = rows.index(heads[left])  # the windows of one picture stay together
             calibrating[name] = cache.take(rows[first:], budget)
         trained += rows[:first]

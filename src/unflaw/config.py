@@ -5,6 +5,10 @@ Defaults are the CPU profile; `make_config("uranet", "paper")` gives the paper-s
 
 from __future__ import annotations
 
+import difflib
+import enum
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -295,6 +299,29 @@ class Config(Settings):
         return self.network.method
 
 
+class Weights(enum.Enum):
+    """Backbone weights that are in no file of their own."""
+
+    RANDOM = "random"  # for tests and comparisons
+    LATER = "later"  # whatever timm begins with: they come with the file of a detector, or with another backbone
+
+    @classmethod
+    def parse(cls, text: str | Path | None) -> WeightSource:
+        """Reads what the command line and grids call weights: `random` is RANDOM, `./random` a file of that name."""
+        return cls.RANDOM if text == cls.RANDOM.value else text
+
+    @staticmethod
+    def name_of(source: WeightSource, short: bool = False) -> str:
+        """Returns what records call a source: "default", "random", "later" or its path; if `short`, its file name."""
+        if source is None or isinstance(source, Weights):
+            return "default" if source is None else source.value
+        name = Path(source).name if short else str(source)
+        return f"./{name}" if name in ("default", *(known.value for known in Weights)) else name
+
+
+# Of a backbone: a file (.safetensors or .pth), or None: those of an installed package, else of the hub that timm uses.
+WeightSource = str | Path | Weights | None
+
 # What the paper-scale profile changes: WideResNet-50 on a 64×64 grid, eight 768-wide blocks.
 PAPER: dict[str, Any] = {
     "features.backbone": "wide_resnet50_2",
@@ -365,7 +392,39 @@ def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str,
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != method)
+        if first["type"] == "extra_forbidden":
+            name = next((name for name in changes or {} if f"{name}.".startswith(f"{where}.")), where)
+            value = (changes or {}).get(name, first["input"])
+            raise ValueError(
+                f"setting {name}: {method} has no such setting; {_nearest(name, method)} (given: {value!r})"
+            ) from error
         raise ValueError(f"setting {where}: {first['msg']} (given: {first['input']!r})") from error
+
+
+def _nearest(name: str, method: str) -> str:
+    """For a message: the settings of a method that are most like an unknown one, else those of the group it names."""
+    known = list(_names(Config, method))
+    group, _, leaf = name.rpartition(".")
+    for others in ([other for other in known if other.rpartition(".")[0] == group], known):
+        leaves = {other.rpartition(".")[2] for other in others}
+        near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
+        if near:
+            return f"did you mean {' or '.join(other for other in others if other.rpartition('.')[2] == near[0])}?"
+    while group and not any(other.startswith(f"{group}.") for other in known):
+        group = group.rpartition(".")[0]
+    start = f"{group}." if group else ""
+    there = dict.fromkeys(o.removeprefix(start).partition(".")[0] for o in known if o.startswith(start))
+    return f"{group or 'a configuration'} has {', '.join(there)}"
+
+
+def _names(settings: type[BaseModel], method: str, start: str = "") -> Iterator[str]:
+    """The dotted names of all settings that a method has."""
+    for name, field in settings.model_fields.items():
+        inner = _OPTIONS[method] if settings is Config and name == "network" else field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _names(inner, method, f"{start}{name}.")
+        elif name != "method":
+            yield start + name
 
 
 def applies(name: str, method: str) -> bool:

@@ -13,6 +13,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin
 from PIL import WebPImagePlugin as WebP
 
 from unflaw import containers
+from unflaw.inputs import InMemory, check_kind
 
 PIXEL, OVERHEAD = 16, 2**26  # bytes of a file: for a pixel at most, four floats, and for all else in it
 AT_ONCE = 2**24  # pixels that are converted at once: above, in strips
@@ -44,7 +45,7 @@ class ImageError(ValueError):
 
 
 def read(
-    source: str | Path | bytes | Readable | Image.Image | np.ndarray,
+    source: str | Path | bytes | Readable | InMemory | Image.Image | np.ndarray,
     *,
     max_pixels: int = 200_000_000,
     name: str | None = None,
@@ -65,8 +66,10 @@ def read(
 
     Raises:
         ImageError: Missing, unreadable, empty, damaged, no picture of a supported format, several frames or pages, too
-            large, transparent everywhere, or values outside the ranges above.
+            large, transparent everywhere, or values outside the ranges above. TypeError: Anything else than these
+            sources.
     """
+    check_kind(source, name or name_of(source))
     with _named(name or name_of(source)):
         decoded = _decode(source, max_pixels)
         if isinstance(decoded, np.ndarray):
@@ -105,8 +108,10 @@ def _rgb(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
     return np.ascontiguousarray(pixels) if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2), seen
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: str | Path | InMemory) -> tuple[int, int]:
     """(width, height) in pixels that `read` would return, from the header alone where the format allows."""
+    if isinstance(path, InMemory):
+        return read(path).shape[1::-1]
     with _named(str(path)):
         data = _bytes(path)
         if data[:4] in _TIFF:  # many kinds, two readers: decoding is the one sure way
@@ -194,6 +199,7 @@ def _refuse(fault: str) -> None:
 
 def _decode(source: Any, max_pixels: int) -> np.ndarray | Image.Image:
     """An array (H, W) or (H, W, channels), or a picture of Pillow; upright, in the depth of the source."""
+    source = source.source if isinstance(source, InMemory) else source
     if isinstance(source, np.ndarray):
         return source
     data, given = b"", isinstance(source, Image.Image)
@@ -245,7 +251,9 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or not pixels.size:
-        raise ImageError(f"has the shape {pixels.shape}; give (height, width) or (height, width, 1 to 4 channels)")
+        several = ", and several images to inspect_many" * (pixels.ndim > 3)
+        given = f"has the shape {pixels.shape}"
+        raise ImageError(f"{given}; give (height, width) or (height, width, 1 to 4 channels){several}")
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == bool:

@@ -22,34 +22,40 @@ from unflaw._version import __version__
 from unflaw.cache import Cache, build_cache, cells, stack
 from unflaw.calibration import Calibration, calibrations
 from unflaw.categories import Category, Data, gather, hold_out, remembered, without_copies
-from unflaw.config import Config, make_config
+from unflaw.config import Config, Weights, WeightSource, make_config
 from unflaw.crossfit import cross_fit, find_outliers, finish, judge_held_out, leave_one_out
-from unflaw.datasets.samples import SHORT, Sample, digest, sha256, sha256_if_readable
+from unflaw.datasets.samples import SHORT, digest, sha256, sha256_if_readable
 from unflaw.display import DisplayDecoder, fit_display
 from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.features import PixelExtractor, WeightsError
-from unflaw.files import FORMAT, read_metadata, write_atomically
+from unflaw.files import FORMAT, check_name, read_metadata, write_atomically
 from unflaw.graph import Graph
 from unflaw.images import Prepared
+from unflaw.inputs import ImageLike, Input, inputs
 from unflaw.inspector import Inspector, Outputs
 from unflaw.methods import Method, create
 from unflaw.outliers import ALL, HELD_OUT, outliers
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.team import ALONE, Team
-from unflaw.training import step_rng
+from unflaw.training import seeded, step_rng
+from unflaw.words import count
 
 
 class Detector(Inspector):
     """Learns what good looks like and says of a new picture whether and where it differs.
 
     Args:
-        method: "uranet", "lookup", "mfrnet", "draem" or "memae".
+        method: "uranet" (default), "lookup", "mfrnet", "draem" or "memae".
         profile: "cpu" (default) or "paper".
-        weights: Backbone weight file; see `FeatureExtractor` for what happens without.
+        weights: Backbone weight file, or `Weights.RANDOM`; see `FeatureExtractor` for what happens without.
         config: A whole configuration, instead of method, profile and settings.
         **settings: Dotted settings with `__` for the dot, such as `training__seed=1`, `features__backbone="resnet18"`.
+
+    Raises:
+        ValueError: Unknown method, profile or setting, a value out of range, or any of these beside `config`.
+        WeightsError: As `create_backbone`.
 
     Attributes set by `fit`:
         categories_: What is known of each category, by name; of a detector of one, which needs no name, that is "".
@@ -64,19 +70,25 @@ class Detector(Inspector):
 
     def __init__(
         self,
-        method: str = "uranet",
+        method: str | None = None,
         *,
-        profile: str = "cpu",
-        weights: str | Path | None = None,
+        profile: str | None = None,
+        weights: WeightSource = None,
         config: Config | None = None,
         **settings: Any,
     ) -> None:
         changes = {name.replace("__", "."): value for name, value in settings.items()}
-        self.config = config or make_config(method, profile, changes)
-        self.weights = str(weights) if weights is not None else None
+        if config is not None and (ignored := [*filter(None, (method, profile)), *settings]):
+            raise ValueError(
+                f"{ignored[0]} cannot be given beside config, which is a whole configuration; "
+                "give config alone, or method, profile and settings without it"
+            )
+        self.config = config or make_config(method or "uranet", profile or "cpu", changes)
+        self.weights = Weights.name_of(weights)
+        self._source: Path | None = None  # the file that it was loaded from, whatever that is called
         self.categories_: dict[str, Category] = {}
         self.record_ = {}
-        self.network = create(self.config, self.weights).eval()
+        self.network = create(self.config, weights).eval()
         self.display: DisplayDecoder | None = None
 
     @property
@@ -95,9 +107,10 @@ class Detector(Inspector):
         """Learns from good pictures: features once, training on them, calibration on those held out.
 
         Args:
-            data: A data set that `load_dataset` recognises, or pictures. Its validation part calibrates; where there is
-                none, a share `calibration.holdout` of the training part is kept out of training for that. Of files
-                that are the same, byte for byte, one counts: a copy of a training picture must not calibrate.
+            data: A data set that `load_dataset` recognises, or images as `inspect_many` takes them: paths or arrays.
+                Its validation part calibrates; where there is none, a share `calibration.holdout` of the training part
+                is kept out of training for that. Of files that are the same, byte for byte, and of equal arrays, one
+                counts: a copy of a training picture must not calibrate.
                 Several, by name (`load_categories` finds them), make a detector of these categories: one network,
                 trained on all of them as they come, but what is normal, and the calibration, are each category's own.
             progress: Called as `progress(stage, done, total, loss)`.
@@ -107,8 +120,14 @@ class Detector(Inspector):
                 share caching and training, and every one gets the detector.
 
         Raises:
-            TrainingError, DatasetError: Data that cannot work, of any category.
+            TrainingError, DatasetError: Data that cannot work, of any category. TypeError: Something that is no image.
         """
+        with seeded(self.config.training.seed):
+            return self._fit(data, progress, checkpoint, team)
+
+    def _fit(
+        self, data: Data | Mapping[str, Data], progress: Progress, checkpoint: Path | None, team: Team
+    ) -> Detector:
         started = time.perf_counter()
         settings = self.config.training
         given, calibrating, categories = gather(data)
@@ -116,9 +135,8 @@ class Detector(Inspector):
         train, validation, copies = without_copies(given, calibrating, categories, known)
         self.categories_, self.display, self.record_ = {}, None, {}
         textures = self._textures()
-        torch.manual_seed(settings.seed)
         backbone = self.network.features.backbone
-        self.network = create(self.config, "later").eval()  # the same start, however often `fit` is called
+        self.network = create(self.config, Weights.LATER).eval()  # the same start, however often `fit` is called
         self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
         spared = {categories[path] for path in train} <= {categories[path] for path in validation}
         share = 0.0 if spared or self.config.calibration.folds else self.config.calibration.holdout
@@ -128,8 +146,9 @@ class Detector(Inspector):
                 cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress, **common)
             except TrainingError as error:
                 if copies:
+                    copied = "1 file is a copy" if len(copies) == 1 else f"{len(copies)} files are copies"
                     raise TrainingError(
-                        f"{error}; {len(copies)} files are copies of others and do not count"
+                        f"{error}; {copied} of others and {'does' if len(copies) == 1 else 'do'} not count"
                     ) from error
                 raise
             held = self._cache(validation, fit=False, **common) if validation else None
@@ -140,11 +159,11 @@ class Detector(Inspector):
         self.record_ = {
             "unflaw": __version__,
             "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" + team.described,
+            "machine": f"{platform.machine()}, {count(torch.get_num_threads(), 'thread')}" + team.described,
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "weights": self.weights or "default",
+            "weights": self.weights,
             "good_pictures": cache.count,
-            "digest": digest([Sample(path, 0) for path in dict.fromkeys(cache.paths)], contents),
+            "digest": digest(dict.fromkeys(cache.paths), contents),
             "seen": sorted(content[:SHORT] for content in contents.values()),
             "skipped": copies + cache.skipped + (held.skipped if held else []),
             **learned,
@@ -254,8 +273,8 @@ class Detector(Inspector):
 
     def calibrate(
         self,
-        good: Iterable[str | Path],
-        defects: Iterable[str | Path] = (),
+        good: Iterable[ImageLike],
+        defects: Iterable[ImageLike] = (),
         *,
         rate: float | None = None,
         miss_rate: float | None = None,
@@ -271,7 +290,8 @@ class Detector(Inspector):
         entry: when, on how many pictures, what came of it, and which good images stand out among those given.
 
         Args:
-            good: Good pictures that it has not learned from. Of pictures that are the same, byte for byte, one counts.
+            good: Good images that it has not learned from, as `inspect_many` takes them. Of those that are the same,
+                byte for byte, one counts.
             defects, miss_rate, cost_ratio: As for `calibration.calibrate`.
             rate: False-alarm rate asked for; None: that of the configuration.
             category: Of a detector of several.
@@ -289,8 +309,8 @@ class Detector(Inspector):
 
         return recalibrate(
             self,
-            [Path(path) for path in good],
-            [Path(path) for path in defects],
+            list(inputs(good, "good image")),
+            list(inputs(defects, "defective image")),
             rate=rate,
             miss_rate=miss_rate,
             cost_ratio=cost_ratio,
@@ -301,7 +321,14 @@ class Detector(Inspector):
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the detector as one `.safetensors` file, backbone included; never a half-written one."""
+        """Writes the detector as one `.safetensors` file, backbone included; never a half-written one.
+
+        Raises:
+            DetectorError: Not fitted, or `path` is neither a `.safetensors` file nor the one that it was loaded from.
+            WriteError: It cannot be written.
+        """
+        if Path(path) != self._source:
+            check_name(Path(path))
         self.select(next(iter(self.categories_), None))  # fails where there is none
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         if self.display is not None:
@@ -343,7 +370,7 @@ class Detector(Inspector):
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
                 _check_shapes(config, shapes)
                 tensors = {name: file.get_tensor(name) for name in shapes}
-            detector = cls(config=config, weights="later")
+            detector = cls(config=config, weights=Weights.LATER)
         except (KeyError, ValueError, WeightsError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise DetectorError(f"{path}: its metadata cannot be used ({reason}); train it again") from error
@@ -365,9 +392,11 @@ class Detector(Inspector):
         except (RuntimeError, KeyError) as error:
             raise DetectorError(f"{path}: its tensors do not fit its configuration ({error})") from error
         detector.record_ = metadata.get("record", {})
+        detector._source = Path(path)
+        detector.weights = detector.record_.get("weights", "unknown")  # of the backbone that another `fit` will use
         return detector
 
-    def _cache(self, paths: list[Path], **options: Any) -> Cache:
+    def _cache(self, paths: list[Input], **options: Any) -> Cache:
         """What is learned from, or calibrated with; `options` are those of `build_cache`."""
         budget = self.config.training.cache_gb * 2**30
         return build_cache(self.network.features, paths, self.config.preparation, budget, **options)
@@ -385,7 +414,7 @@ class Detector(Inspector):
         return training.train(network, cache, textures, rng, progress=progress, checkpoint=checkpoint, team=team)
 
     @staticmethod
-    def _contents(paths: Iterable[Path]) -> dict[Path, str]:
+    def _contents(paths: Iterable[Input]) -> dict[Input, str]:
         """SHA-256 of what is learned from, taken before the work, since files may go meanwhile."""
         try:
             return {path: sha256(path) for path in paths}
@@ -413,7 +442,7 @@ class Detector(Inspector):
 def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises: ValueError: The configuration asks for other tensors than there are. No memory is taken for them."""
     with torch.device("meta"):
-        wanted = {f"network.{name}": tuple(t.shape) for name, t in create(config, "later").state_dict().items()}
+        wanted = {f"network.{name}": tuple(t.shape) for name, t in create(config, Weights.LATER).state_dict().items()}
     for name, shape in wanted.items():
         if shapes.get(name) != shape:
             raise ValueError(f"its tensors do not fit its configuration: {name} is {shapes.get(name)}, not {shape}")

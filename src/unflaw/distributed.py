@@ -36,6 +36,7 @@ from unflaw.errors import TrainingError
 from unflaw.launching import OURS
 from unflaw.team import Engine, Loss, Share, Team, Terms, batch_norms
 from unflaw.training import uses_bfloat16
+from unflaw.words import count
 
 T = TypeVar("T")
 
@@ -85,7 +86,9 @@ class FabricTeam(Team):
                 )
                 self.fabric.launch()
         except (MisconfigurationException, RuntimeError, ValueError) as error:
-            raise TrainingError(f"{devices} devices ({accelerator}) on {nodes} nodes cannot be had: {error}") from error
+            raise TrainingError(
+                f"{count(devices, 'device')} ({accelerator}) on {count(nodes, 'node')} cannot be had: {error}"
+            ) from error
         self.rank, self.size, self.near = self.fabric.global_rank, self.fabric.world_size, devices
         self.device = self.fabric.device
         if self.size > 1:

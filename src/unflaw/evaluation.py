@@ -15,6 +15,7 @@ from unflaw.measurement import Measurement
 from unflaw.results import Evaluation, Inspected, Result
 from unflaw.risk import risk
 from unflaw.streams import Progress, silent
+from unflaw.words import count
 
 SHOWN = 40  # pictures kept whole for the report
 
@@ -81,7 +82,9 @@ def evaluate(
     elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
     rows = measured.rows
     if not rows:
-        raise TrainingError(f"{dataset.name}: none of the {len(skipped)} test pictures could be read; {skipped[0][1]}")
+        raise TrainingError(
+            f"{dataset.name}: none of {count(len(skipped), 'test picture')} could be read; {skipped[0][1]}"
+        )
     started_metrics = time.perf_counter()
     risks, curves = risk(rows, calibration)
     metrics: dict[str, Any] = {
@@ -118,12 +121,12 @@ def _inspected(
     skipped: list[tuple[str, str]],
     progress: Progress,
 ) -> Iterator[tuple[Sample, Result]]:
-    outcomes = detector.inspect_many((sample.path for sample in samples), category=category)
+    outcomes = detector.inspect_many((sample.path for sample in samples), category=category, on_error="yield")
     for i, (sample, outcome) in enumerate(zip(samples, outcomes, strict=True)):
         if isinstance(outcome, Result):
             yield sample, outcome
         else:
-            skipped.append((outcome[0], str(outcome[1])))
+            skipped.append((str(sample.path), str(outcome)))
         progress("evaluating", i + 1, len(samples), None)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from unflaw._version import __version__
 from unflaw.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
-from unflaw.config import Config
+from unflaw.config import Config, Weights, WeightSource
 from unflaw.crossfit import pieced
 from unflaw.datasets import Dataset, fingerprint
 from unflaw.datasets.samples import sha256
@@ -29,6 +29,7 @@ from unflaw.drift import STATISTICS
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.files import make_folder, write_atomically
 from unflaw.images import ImageError, try_show
+from unflaw.inputs import Input
 from unflaw.layout import Preparation, Window, layout
 from unflaw.methods import create
 from unflaw.results import Region, Result
@@ -36,6 +37,7 @@ from unflaw.scoring import find_regions
 from unflaw.shelf import Shelf, ShelfFull
 from unflaw.streams import Progress, batched, silent
 from unflaw.synthesis import texture_files
+from unflaw.training import seeded
 
 BATCH = 16  # pictures that pass the backbone together
 
@@ -67,7 +69,7 @@ class FeatureFile:
         progress: Progress = silent,
         limit: float | None = None,
     ) -> None:
-        self.rows: dict[Path, range] = {}
+        self.rows: dict[Input, range] = {}
         self.preparation, count = preparation, 0
         for path in dict.fromkeys(paths):
             self.rows[path] = range(count, count := count + count_windows(path, preparation))
@@ -87,7 +89,7 @@ class FeatureFile:
         broken = [path for path, rows in self.rows.items() if not rows or not sizes[rows.start].any()]
         self.skipped = {path: str(try_show(path, preparation)) for path in broken}
 
-    def part(self, group: Sequence[Path]) -> Part:
+    def part(self, group: Sequence[Input]) -> Part:
         """What there is of some of the pictures."""
         good = [path for path in group if path not in self.skipped]
         found = self.records[[row for path in good for row in self.rows[path]]]
@@ -101,7 +103,7 @@ class FeatureFile:
         skipped = [(str(path), self.skipped[path]) for path in group if path in self.skipped]
         return Part([path for path in good for _ in self.rows[path]], raw, thumbnails, windows, described, skipped)
 
-    def parts(self, paths: Sequence[Path], batch: int) -> Iterator[Part]:
+    def parts(self, paths: Sequence[Input], batch: int) -> Iterator[Part]:
         """A `Source` for `build_cache`."""
         return map(self.part, batched(paths, batch if self.preparation.tile is None else 1))
 
@@ -153,21 +155,21 @@ class CachedDetector(Detector):
     """
 
     def __init__(self, config: Config, backbone: nn.Module, file: FeatureFile) -> None:
-        super().__init__(config=config, weights="later")
+        super().__init__(config=config, weights=Weights.LATER)
         self.network.features.backbone = backbone
         self.file = file
 
-    def inspect_many(
-        self, paths: Iterable[str | Path], *, category: str | None = None, batch: int = 8
-    ) -> Iterator[Result | tuple[str, ImageError]]:
-        """As `Detector.inspect_many`."""
+    def inspect_named(
+        self, pictures: Iterable[tuple[str, Any]], *, category: str | None = None, batch: int = 8
+    ) -> Iterator[Result | ImageError]:
+        """As `Detector.inspect_named`, of paths in the feature file."""
         tiled = self.config.preparation.tile is not None
-        for group in batched(map(Path, paths), 1 if tiled else batch):
+        for group in batched((Path(name) for name, _ in pictures), 1 if tiled else batch):
             part = self.file.part(group)
             results = iter(self._results(part, category) if part.paths else [])
             for path in group:
                 reason = self.file.skipped.get(path)
-                yield next(results) if reason is None else (str(path), ImageError(reason))
+                yield next(results) if reason is None else ImageError(reason)
 
     @torch.inference_mode()
     def _results(self, part: Part, category: str | None) -> list[Result]:
@@ -189,7 +191,7 @@ class CachedDetector(Detector):
             results.append(Result(s, *verdict, found["map"], (), nothing, box, counted=counted))
         return results
 
-    def _cache(self, paths: list[Path], **options: Any) -> Cache:
+    def _cache(self, paths: list[Input], **options: Any) -> Cache:
         return super()._cache(paths, source=self.file.parts, **options)
 
 
@@ -198,12 +200,12 @@ class Laboratory:
 
     Args:
         folder: For feature files; one folder may serve many experiments.
-        weights: Of the backbone, as for `Detector`; "random" ones are the same in every process.
+        weights: Of the backbone, as for `Detector`; `Weights.RANDOM` are the same in every process.
         limit: Bytes of feature files in the folder, of all who share it; None: as many as there are.
     """
 
-    def __init__(self, folder: Path, weights: str | Path | None = None, limit: float | None = None) -> None:
-        self.folder, self.weights, self.limit = folder, weights if weights is None else str(weights), limit
+    def __init__(self, folder: Path, weights: WeightSource = None, limit: float | None = None) -> None:
+        self.folder, self.weights, self.limit = folder, weights, limit
         self._extractors: dict[tuple[Any, ...], tuple[Extractor, str]] = {}
         self._backbones: dict[tuple[str, tuple[int, ...]], tuple[nn.Module, str]] = {}
         self._last: tuple[Path, FeatureFile] | None = None
@@ -224,12 +226,12 @@ class Laboratory:
             try:
                 self._last = path, FeatureFile(path, paths, extractor, config.preparation, progress, self.limit)
             except ShelfFull:
-                detector = Detector(config=config, weights="later")
+                detector = Detector(config=config, weights=Weights.LATER)
                 detector.network.features.backbone = extractor.backbone
-                detector.weights = self.weights
+                detector.weights = Weights.name_of(self.weights)
                 return detector.fit(dataset, progress=progress)
         detector = CachedDetector(config, extractor.backbone, self._last[1])
-        detector.weights = self.weights
+        detector.weights = Weights.name_of(self.weights)
         return detector.fit(dataset, progress=progress)
 
     def path(self, config: Config, dataset: Dataset) -> Path:
@@ -262,7 +264,7 @@ class Laboratory:
         """The extractor of a method, not fitted, and the digest of its weights. The whole method is created for it."""
         key = config.network, config.features, config.preparation, config.scoring
         if key not in self._extractors:
-            extractor, weights = create(config, "later").features, ""
+            extractor, weights = create(config, Weights.LATER).features, ""
             if isinstance(extractor, FeatureExtractor):
                 extractor.backbone, weights = self._backbone(config)
             self._extractors[key] = extractor, weights
@@ -271,8 +273,8 @@ class Laboratory:
     def _backbone(self, config: Config) -> tuple[nn.Module, str]:
         key = config.features.backbone, config.features.levels
         if key not in self._backbones:
-            torch.manual_seed(0)
-            backbone = FeatureExtractor(config.features, self.weights).backbone
+            with seeded(0):
+                backbone = FeatureExtractor(config.features, self.weights).backbone
             digest = hashlib.sha256()
             for tensor in backbone.state_dict().values():
                 digest.update(tensor.contiguous().numpy().tobytes())

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from timm.layers.format import Format
 from torch import Tensor, nn
 
-from unflaw.config import Features
+from unflaw.config import Features, Weights, WeightSource
+from unflaw.words import count
 
 # Packages that carry real ImageNet weights, as `backbone: (package, path of the weight file inside)`. Their tensors
 # stand in the order of timm's own state_dict, under other names.
@@ -43,15 +44,15 @@ class FeatureExtractor(nn.Module):
     Args:
         config: Backbone, levels, grid and reduction.
         weights: A `.safetensors` or `.pth` file with the backbone's state_dict. Without it: an installed package
-            (`WEIGHT_PACKAGES`), then the hub that timm uses. "random" and "later" load nothing; the first is for
-            tests, the second for a detector whose file brings the weights.
+            (`WEIGHT_PACKAGES`), then the hub that timm uses. `Weights.RANDOM` and `Weights.LATER` load nothing; the
+            first is for tests, the second for a detector whose file brings the weights.
         size: Side of the canvas, where it is known already. Some transformers take pictures of one size only.
 
     Raises:
         WeightsError: As `create_backbone`; the backbone takes no pictures of this size.
     """
 
-    def __init__(self, config: Features, weights: str | Path | None = None, size: int | None = None) -> None:
+    def __init__(self, config: Features, weights: WeightSource = None, size: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.grid = config.grid
@@ -173,7 +174,7 @@ class PixelExtractor(nn.Module):
         self.backbone = nn.Module()  # none
         if self.grid % 2**halvings:
             raise ValueError(
-                f"a side of {self.grid} pixels cannot be halved {halvings} times; "
+                f"a side of {self.grid} pixels cannot be halved {count(halvings, 'time')}; "
                 f"choose a multiple of {2**halvings} for preparation.size or network.side"
             )
 
@@ -206,7 +207,7 @@ def resize(features: Tensor, side: int) -> Tensor:
     return F.interpolate(features, (side, side), mode="bilinear", align_corners=False)
 
 
-def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | None = None) -> nn.Module:
+def create_backbone(name: str, levels: tuple[int, ...], weights: WeightSource = None) -> nn.Module:
     """A timm backbone that returns the given levels, with weights loaded.
 
     Raises:
@@ -223,7 +224,7 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | No
         there = _levels(name)
         remedy = f"it has 0 to {there - 1}, name some with --levels" if there else "choose another --backbone"
         raise WeightsError(f"{name} does not give the levels {', '.join(map(str, levels))}; {remedy}") from error
-    if weights in ("random", "later"):
+    if isinstance(weights, Weights):
         return model
     if weights is None and not _package_file(name):
         return _from_hub(name, levels)
@@ -243,7 +244,7 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: str | Path | No
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{source}: its tensors are not those of {name} ({reason}); name weights of it") from error
     if missing:
-        raise WeightsError(f"{source}: does not hold {len(missing)} tensors of {name} (first: {missing[0]})")
+        raise WeightsError(f"{source}: does not hold {count(len(missing), 'tensor')} of {name} (first: {missing[0]})")
     return model
 
 
@@ -291,7 +292,8 @@ def _from_hub(name: str, levels: tuple[int, ...]) -> nn.Module:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise WeightsError(f"{path}: no such weight file")
+        hint = ", or for random weights give Weights.RANDOM (--weights random)" if path == Path("random") else ""
+        raise WeightsError(f"{path}: no such weight file; check the path{hint}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

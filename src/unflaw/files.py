@@ -351,7 +351,9 @@ def kind_of(path: str | Path) -> Literal["safetensors", "onnx", "openvino"]:
     if path.is_dir():
         raise DetectorError(f"{path}: is a folder; name a detector file")
     if not path.is_file():
-        raise DetectorError(f"{path}: there is no such file; `unflaw train … --out {path}` makes one")
+        made = {".safetensors": "train", ".onnx": "export", ".xml": "export"}.get(path.suffix)
+        how = f", or make one with `unflaw {made} … --out {path}`" if made else ""
+        raise DetectorError(f"{path}: there is no such file; check the path{how}")
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -364,6 +366,16 @@ def kind_of(path: str | Path) -> Literal["safetensors", "onnx", "openvino"]:
     if path.suffix == ".bin" and path.with_suffix(".xml").is_file():
         raise DetectorError(f"{path}: is the weights of {path.with_suffix('.xml').name}; name that file")
     return "onnx" if path.suffix == ".onnx" else "safetensors"
+
+
+def check_name(path: Path) -> None:
+    """Refuses to write a trained detector under a name by which it would be taken for something else.
+
+    Raises:
+        DetectorError: The suffix is not `.safetensors`.
+    """
+    if path.suffix != ".safetensors":
+        raise DetectorError(f"{path}: a trained detector is a .safetensors file; name it {path.stem}.safetensors")
 
 
 def weights_of(path: Path) -> Path:

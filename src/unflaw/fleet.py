@@ -21,7 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
-from unflaw.config import Config
+from unflaw.config import Config, WeightSource
 from unflaw.datasets import Dataset, DatasetError, load_dataset
 from unflaw.datasets.layouts import layout_of
 from unflaw.datasets.samples import pictures, sha256, sha256_if_readable, subfolders
@@ -84,7 +84,7 @@ class Told:
 
     cache: Path
     limit: float | None
-    weights: str | None
+    weights: WeightSource
     threads: int
 
 

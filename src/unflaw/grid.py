@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from unflaw.config import METHODS, Config, applies, make_config
+from unflaw.config import METHODS, Config, Weights, WeightSource, applies, make_config
 from unflaw.datasets import Dataset
 from unflaw.variants import written
 
@@ -27,7 +27,7 @@ class Grid(BaseModel):
 
     methods: list[str] = ["uranet"]
     data: list[Path] = Field(min_length=1)
-    backbones: list[str] = Field([], description="NAME or NAME=WEIGHTS; none: the default one")
+    backbones: list[str] = Field([], description="NAME or NAME=WEIGHTS, a file or random; none: the default one")
     sizes: list[int] = Field([], description="sides in pixels; none: the default one")
     seeds: int = Field(3, ge=1, le=10_000, description="the seeds 0 to seeds - 1")
     profile: str = "cpu"
@@ -49,7 +49,7 @@ class Run:
 
     dataset: Dataset
     config: Config
-    weights: str | None
+    weights: WeightSource
     settings: str
     digest: str
     peer: tuple[str, dict[str, Any], Path] | None = None
@@ -137,11 +137,13 @@ def _load_yaml(path: Path) -> Any:
 
 
 def _beside(folder: Path, field: str, text: str) -> str:
-    """The path of a data set, or `NAME` or `NAME=PATH` of a backbone, with the path as seen from here."""
+    """The path of a data set, or `NAME` or `NAME=WEIGHTS` of a backbone, with paths as seen from here."""
     if field == "data":
         return str(folder / text)
     name, equals, path = text.partition("=")
-    return f"{name}={folder / path}" if equals and ("/" in path or (folder / path).exists()) else text
+    if not equals or path == Weights.RANDOM.value or not ("/" in path or (folder / path).exists()):
+        return text
+    return f"{name}={(folder / path).absolute()}"  # never `random`
 
 
 def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
@@ -173,7 +175,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
     for dataset, method in product(datasets, [*grid.methods, *grid.peers]):
         peer = None if method in METHODS else method
         for (name, weights), size in product([("", "")] if method in ON_PIXELS else backbones, grid.sizes or [0]):
-            laboratory = laboratories.setdefault(weights, Laboratory(Path(), weights or None))
+            laboratory = laboratories.setdefault(weights, Laboratory(Path(), Weights.parse(weights or None)))
             for seed in range(grid.seeds):
                 changes = {} if peer else dict(settings[method])
                 changes |= {"training.seed": seed}
@@ -185,7 +187,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
                     assert grid.peer_python is not None
                     of, given = (peer, grid.peers[peer], grid.peer_python), written(grid.peers[peer])
                     digest = hashlib.sha256(json.dumps([digest, *of[:2]], sort_keys=True).encode()).hexdigest()
-                run = Run(dataset, config, weights or None, given, digest, of, grid.features)
+                run = Run(dataset, config, laboratory.weights, given, digest, of, grid.features)
                 if runs.setdefault((*run.row, seed), run).digest != digest:
                     raise ValueError(f"{name}: has two weight files; a table holds one, give each an --out of its own")
     return list(runs.values())

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from unflaw.brief import brief
 from unflaw.decoding import ImageError, Readable, image_size, name_of, read
 from unflaw.drift import describe
+from unflaw.inputs import InMemory
 from unflaw.layout import Box, Layout, Preparation, Window, layout
 from unflaw.listing import SUFFIXES, list_images, visible_files
 
@@ -53,6 +55,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     return (red > over) | (green > over) | (blue > over)
 
 
+@brief
 @dataclass(frozen=True)
 class Prepared:
     """What a window shows of a picture."""
@@ -146,6 +149,7 @@ def _resized(image: np.ndarray, laid: Layout, box: Box) -> np.ndarray:
     return pixels.clip(0, 1)  # rounding may leave the range
 
 
+@brief
 class Picture(NamedTuple):
     """A picture that has been read.
 
@@ -171,7 +175,7 @@ def show(image: np.ndarray, preparation: Preparation) -> Picture:
 
 
 def try_show(
-    source: Path | bytes | Readable, preparation: Preparation, name: str | None = None
+    source: Path | bytes | Readable | InMemory, preparation: Preparation, name: str | None = None
 ) -> Picture | ImageError:
     """`show` of a file, or why it could not be read: one bad file must not end a batch.
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
+from unflaw.brief import brief
 from unflaw.calibration import Calibration
 from unflaw.config import Config
 from unflaw.drift import Reference
 from unflaw.errors import DetectorError
 from unflaw.images import ImageError, Picture, Prepared, Readable, read, show, try_show
+from unflaw.inputs import ImageLike, InMemory, Input, inputs
 from unflaw.mosaic import Mosaic
 from unflaw.results import Result
 from unflaw.scoring import find_regions
 from unflaw.streams import ahead, batched
 
 
+@brief
 @dataclass(frozen=True)
 class Outputs:
     """What is computed of N windows, before any decision.
@@ -98,63 +102,112 @@ class Inspector(ABC):
         """The category to `select` for a data set of this name: the one called so, where there are several."""
         return dataset if len(self.calibrations) > 1 else None
 
-    def inspect(self, image: str | Path | bytes | np.ndarray, *, category: str | None = None) -> Result:
-        """Inspects one picture.
+    def inspect(self, image: ImageLike, *, category: str | None = None) -> Result:
+        """Inspects one image.
 
         Args:
-            image: Whatever `images.read` takes.
+            image: A path, or whatever else `images.read` takes, such as a NumPy array (H, W) or (H, W, 1 to 4
+                channels) of uint8, uint16, or floats from 0 to 1.
             category: Of what it shows, for a detector of several categories.
 
         Raises:
-            ImageError: The picture cannot be read. DetectorError: as for `select`.
+            ImageError: The image cannot be read. TypeError: It is none. DetectorError: as for `select`.
         """
         path = str(image) if isinstance(image, str | Path) else None
         found = next(self._inspected([(path, show(read(image), self.config.preparation))], category, 8))
         assert isinstance(found, Result)
         return found
 
+    @overload
     def inspect_many(
-        self, paths: Iterable[str | Path], *, category: str | None = None, batch: int = 8
-    ) -> Iterator[Result | tuple[str, ImageError]]:
-        """Inspects files in order, decoding ahead in threads. A file that cannot be read comes as (path, error).
-
-        Raises:
-            DetectorError: As for `select`, with the first file.
-        """
-        yield from self.inspect_named(((str(path), Path(path)) for path in paths), category=category, batch=batch)
-
-    def inspect_named(
         self,
-        pictures: Iterable[tuple[str, Path | bytes | Readable | ImageError]],
+        images: Iterable[ImageLike],
         *,
         category: str | None = None,
         batch: int = 8,
-    ) -> Iterator[Result | tuple[str, ImageError]]:
-        """As `inspect_many`, of pictures that are not all files: each with its name, which is the `path` of its result.
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Iterator[Result]: ...
 
-        A picture is a path, the bytes of a file, what reads them when a thread that reads ahead asks for it, or why
-        there is none.
+    @overload
+    def inspect_many(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        category: str | None = None,
+        batch: int = 8,
+        on_error: Literal["yield"],
+    ) -> Iterator[Result | ImageError]: ...
+
+    def inspect_many(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        category: str | None = None,
+        batch: int = 8,
+        on_error: Literal["raise", "skip", "yield"] = "raise",
+    ) -> Iterator[Result | ImageError]:
+        """Inspects images in order, reading ahead in threads.
+
+        Args:
+            images: Each as `inspect` takes it; an array (N, H, W, C) is N images.
+            category: Of what they show, for a detector of several categories.
+            batch: Images, or windows of images in tiles, that are computed together.
+            on_error: What becomes of an image that cannot be read. "raise": its error is raised once the results before
+                it have been taken. "skip": it is left out, with a warning. "yield": its error takes the place of the
+                result, so that there are as many as images.
+
+        Yields:
+            A `Result` for each image; with "yield", the `ImageError` of one that cannot be read.
+
+        Raises:
+            ImageError: With "raise", as said. TypeError: Something that is no image, or not several.
+            DetectorError: As for `select`, with the first image. ValueError: Another `on_error`.
+        """
+        if on_error not in ("raise", "skip", "yield"):
+            raise ValueError(f"on_error={on_error!r} is not known; give raise, skip or yield")
+        named = ((str(image), image) for image in inputs(images))
+        return self._handled(self.inspect_named(named, category=category, batch=batch), on_error)
+
+    @staticmethod
+    def _handled(outcomes: Iterator[Result | ImageError], on_error: str) -> Iterator[Result | ImageError]:
+        for outcome in outcomes:
+            if isinstance(outcome, Result) or on_error == "yield":
+                yield outcome
+            elif on_error == "raise":
+                raise outcome
+            else:
+                warnings.warn(f"skipped {outcome}", stacklevel=2)
+
+    def inspect_named(
+        self,
+        pictures: Iterable[tuple[str, Input | bytes | Readable | ImageError]],
+        *,
+        category: str | None = None,
+        batch: int = 8,
+    ) -> Iterator[Result | ImageError]:
+        """As `inspect_many` with "yield", of images with names; that of a file is the `path` of its result.
+
+        An image is a path, the bytes of a file, what reads them when a thread that reads ahead asks for it, one in
+        memory, or why there is none.
         """
         self.select(category)
 
-        def load(named: tuple[str, Path | bytes | Readable | ImageError]) -> tuple[str, Picture | ImageError]:
+        def load(named: tuple[str, Input | bytes | Readable | ImageError]) -> tuple[str | None, Picture | ImageError]:
             name, source = named
             if isinstance(source, ImageError):
                 return name, source
-            return name, try_show(source, self.config.preparation, name)
+            return None if isinstance(source, InMemory) else name, try_show(source, self.config.preparation, name)
 
         # pictures in tiles wait whole, and may be large
         tiled = self.config.preparation.tile is not None
-        loaded = ahead(load, pictures, 1, 1) if tiled else ahead(load, pictures)
-        for found in self._inspected(loaded, category, batch):
-            yield found if isinstance(found, Result) else (str(found[0]), found[1])
+        yield from self._inspected(ahead(load, pictures, 1, 1) if tiled else ahead(load, pictures), category, batch)
 
     def _inspected(
         self,
         pictures: Iterable[tuple[str | None, Picture | ImageError]],
         category: str | None,
         batch: int,
-    ) -> Iterator[Result | tuple[str | None, ImageError]]:
+    ) -> Iterator[Result | ImageError]:
         """Pictures in order; windows of several are computed together, and no more are held than a batch."""
         name = self.category(category)
         waiting: deque[tuple[str | None, Picture | ImageError, Mosaic | None]] = deque()
@@ -171,14 +224,14 @@ class Inspector(ABC):
                         waiting.append((path, picture, mosaic))
                     yield mosaic, window
 
-        def finished() -> Iterator[Result | tuple[str | None, ImageError]]:
+        def finished() -> Iterator[Result | ImageError]:
             while waiting:
                 path, picture, mosaic = waiting[0]
                 if mosaic is not None and not mosaic.complete:
                     return
                 waiting.popleft()
                 if isinstance(picture, ImageError):
-                    yield path, picture
+                    yield picture
                 elif mosaic is not None:
                     yield self._concluded(mosaic, picture.described, path, name)
 

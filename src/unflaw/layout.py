@@ -18,12 +18,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from unflaw.brief import brief
+
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are outside
 ROI_SIDE = 1024  # a mask travels in the detector file at no larger side
 MAP_PIXELS = 2**22  # of a map at most: above, it is kept at a fraction of the canvas
 _PNG = "data:image/png;base64,"
 
 
+@brief
 class Preparation(BaseModel):
     """How pictures are brought to the canvas of a detector.
 

@@ -17,6 +17,7 @@ from unflaw.results import METRICS, defined
 from unflaw.statistics import METRICS as RESAMPLED
 from unflaw.statistics import PerPicture, interval, resampled
 from unflaw.tables import comma_separated, short, summary, write_text
+from unflaw.words import count
 
 HEADS = {
     "image_auroc": "image AUROC",
@@ -198,20 +199,21 @@ def measured(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def heading(data: str, rows: Sequence[Row]) -> str:
-    return data or f"Mean over {max(row['n'] for row in rows)} data sets"
+    return data or f"Mean over {count(max(row['n'] for row in rows), 'data set')}"
 
 
 def preamble(made: Mapping[str, Any]) -> str:
     """How the figures were made and what they mean, in a few sentences."""
     seeds = f"medians over the seeds 0 to {made['seeds'] - 1}" if made["seeds"] > 1 else "seed 0"
-    left = made["runs"] - made["finished"]
+    left, sharing = made["runs"] - made["finished"], made["shared"]
+    unfinished = f"; {left} {'is' if left == 1 else 'are'} not finished" if left else ""
     parts = [
-        f"{made['finished']} runs, {seeds}" + (f"; {left} are not finished" if left else ""),
+        f"{count(made['finished'], 'run')}, {seeds}{unfinished}",
         *([f"Weights: {', '.join(made['weights'])}"] if made["weights"] else []),
         *([f"Settings: {'; '.join(made['settings'])}"] if made["settings"] else []),
         *[", ".join(part) for part in (made["machines"], made["versions"]) if part],
     ]
-    shared = f"Of {made['shared']} runs it counts from features on that they shared. " if made["shared"] else ""
+    shared = f"Of {count(sharing, 'run')} with shared features it counts from these on. " if sharing else ""
     return (
         f"{'. '.join(parts)}. [In brackets]: where 95 % of bootstrap resamples of the test pictures lie. AUPRO: up to "
         "a rate of false positives of 0.3. Training: from files to saved detector, in a process of its own, whose "

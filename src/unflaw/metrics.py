@@ -18,10 +18,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from unflaw.brief import brief
+from unflaw.words import count
+
 Array = NDArray[Any]
 SUMMARY = 64  # a full buffer of n values is summarised with its n / 64 highest exact
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Ranking:
     """How positives rank among negatives, for the T distinct values of the positives from the highest down."""
@@ -46,7 +50,7 @@ def ranking(negatives: ArrayLike, positives: ArrayLike, weights: ArrayLike | Non
     negatives, positives = np.sort(negatives, axis=None), np.ravel(positives)
     weights = np.ones(len(positives)) if weights is None else np.asarray(weights, np.float64).ravel()
     if len(weights) != len(positives):
-        raise ValueError(f"{len(weights)} weights for {len(positives)} positives")
+        raise ValueError(f"{count(len(weights), 'weight')} for {count(len(positives), 'positive')}")
     if not (np.isfinite(negatives).all() and np.isfinite(positives).all()):
         raise ValueError("scores hold NaN or infinite values")
     thresholds, tp = _distinct(*_descending(positives, weights[:, None]))

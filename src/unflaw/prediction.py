@@ -66,7 +66,7 @@ def predict(
         folder.mkdir(parents=True, exist_ok=True)
     amend = [sink.amend for sink in sinks if isinstance(sink, Amending)]
     with growing(out / "results.jsonl", amend) as file:
-        for i, outcome in enumerate(detector.inspect_many(paths, category=category)):
+        for i, outcome in enumerate(detector.inspect_many(paths, category=category, on_error="yield")):
             if isinstance(outcome, Result):
                 counts[outcome.verdict] += 1
                 described += [] if outcome.described is None else [outcome.described]
@@ -77,11 +77,11 @@ def predict(
                     line["picture"] = f"{PANELS}/{name}"
             else:
                 counts["error"] += 1
-                line = {"path": outcome[0], "error": str(outcome[1])}
+                line = {"path": str(paths[i]), "error": str(outcome)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             for sink in sinks:
-                sink.add(paths[i], outcome if isinstance(outcome, Result) else outcome[1])
+                sink.add(paths[i], outcome)
             progress("inspecting", i + 1, len(paths), None)
     drift = None if reference is None or not described else reference.test(described, drift_rate)
     write_text(out / "drift.json", json.dumps(drift and drift.to_json(), indent=2) + "\n")

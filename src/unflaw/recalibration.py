@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unflaw.calibration import Calibration, Evidence
 from unflaw.config import CalibrationOptions
-from unflaw.datasets.samples import SHORT, Sample, digest, distinct, sha256_if_readable
+from unflaw.datasets.samples import SHORT, digest, distinct, sha256_if_readable
 from unflaw.detector import Detector
 from unflaw.drift import Reference
 from unflaw.errors import TrainingError
+from unflaw.inputs import Input
 from unflaw.outliers import ALL, outliers
 from unflaw.results import Result
 from unflaw.streams import Progress
@@ -22,8 +22,8 @@ from unflaw.streams import Progress
 
 def recalibrate(
     detector: Detector,
-    good: Sequence[Path],
-    defects: Sequence[Path],
+    good: Sequence[Input],
+    defects: Sequence[Input],
     *,
     rate: float | None,
     miss_rate: float | None,
@@ -60,9 +60,10 @@ def recalibrate(
     found, missable, described = Evidence(options.minimum_area), list[float](), list[np.ndarray]()
     total = len(skipped) + sum(map(len, paths))
     for kind, part in enumerate(paths):
-        for outcome in detector.inspect_many(part, category=category):
+        outcomes = detector.inspect_named(((str(path), path) for path in part), category=category)
+        for path, outcome in zip(part, outcomes, strict=True):
             if not isinstance(outcome, Result):
-                skipped.append([outcome[0], str(outcome[1])])
+                skipped.append([str(path), str(outcome)])
             elif kind == 0:
                 found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty, outcome.counted)
                 found.paths.append(str(outcome.path))
@@ -90,7 +91,7 @@ def recalibrate(
         "defects": len(missable),
         "skipped": skipped,
         "kept": len(before.scores) if keep else 0,
-        "digest": digest([Sample(path, kind) for kind, part in enumerate(paths) for path in part], contents),
+        "digest": digest([path for part in paths for path in part], contents),
         "pictures": sorted(short for short, path in digests.items() if str(path) not in left_out),
         "threshold": after.threshold,
         "described": after.describe(),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from unflaw.brief import brief
+
 if TYPE_CHECKING:
     from unflaw.statistics import PerPicture
 
@@ -21,6 +23,7 @@ METRICS = (
 RARE = ("aupimo", "spro_05")
 
 
+@brief
 @dataclass(frozen=True)
 class Region:
     """A connected area of the anomaly map above the detector's pixel threshold.
@@ -47,6 +50,7 @@ class Region:
         return found | ({"contour": [list(point) for point in self.contour]} if contour else {})
 
 
+@brief
 @dataclass(frozen=True)
 class Result:
     """The inspection of one picture. All maps are (h, w) float32 on the prepared canvas (see `Preparation`).
@@ -127,6 +131,7 @@ class Scale:
         return np.clip(0.5 * (anomaly_map - self.low) / max(self.threshold - self.low, 1e-12), 0, 1)
 
 
+@brief
 @dataclass(frozen=True)
 class Inspected:
     """One labelled test picture and its inspection."""
@@ -137,6 +142,7 @@ class Inspected:
     mask: np.ndarray | None
 
 
+@brief
 @dataclass
 class Evaluation:
     """A detector measured on a labelled set.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unflaw.brief import brief
 from unflaw.files import write_atomically
 from unflaw.metrics import Array, Ranking, region_weights
 
@@ -20,6 +21,7 @@ THRESHOLDS = 512
 METRICS = ("image_auroc", "pixel_auroc", "aupro_30")
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class PixelTables:
     """Counts of I pictures at T falling thresholds; rows of pictures without part in pixel metrics are 0.
@@ -35,6 +37,7 @@ class PixelTables:
     overlap: Array
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class PerPicture:
     """What a method makes of the I test pictures of a data set.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from unflaw.brief import brief
 from unflaw.config import Synthesis
 from unflaw.images import ImageError, Preparation, list_images, prepare, read
 from unflaw.team import WHOLE, Share
@@ -22,6 +23,7 @@ from unflaw.team import WHOLE, Share
 PACKAGED_TEXTURES = ("brick", "grass", "gravel", "coins", "camera", "cell", "coffee", "chelsea", "text", "rocket")
 
 
+@brief
 @dataclass(frozen=True)
 class Anomalies:
     """FASM's output.

@@ -23,12 +23,13 @@ from torch import Generator, Tensor, nn
 from unflaw.cache import Cache
 from unflaw.config import Training
 from unflaw.crossfit import arrange
-from unflaw.datasets.samples import Sample, digest
+from unflaw.datasets.samples import digest
 from unflaw.errors import TrainingError
 from unflaw.files import damaged_checkpoint, holding, write_atomically
 from unflaw.methods import Method
 from unflaw.streams import Progress, silent
 from unflaw.team import ALONE, WHOLE, Engine, Loss, Share, Team, Terms, batch_norms
+from unflaw.words import count
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -67,6 +68,17 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 def step_rng(seed: int, step: int) -> Generator:
     """Randomness of one step, a function of seed and step alone: resuming needs no generator state."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Makes what new modules begin with a function of the seed, and leaves the global generators as they were.
+
+    Modules are made on the CPU: only its generator is seeded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def optimise(
@@ -240,7 +252,7 @@ def _identity(network: Method, cache: Cache) -> str:
     backbone = hashlib.sha256()
     for tensor in network.features.backbone.state_dict().values():
         backbone.update(tensor.numpy().tobytes())
-    samples = {name: [Sample(cache.paths[row], 0) for row in cache.heads(rows)] for name, rows in cache.rows().items()}
+    samples = {name: [cache.paths[row] for row in cache.heads(rows)] for name, rows in cache.rows().items()}
     pictures = " ".join(name + digest(own) for name, own in samples.items())
     return f"{pictures} {backbone.hexdigest()} {network.config.model_dump_json()}"
 
@@ -248,8 +260,9 @@ def _identity(network: Method, cache: Cache) -> str:
 def _check_shares(module: nn.Module, settings: Training, team: Team) -> None:
     among = team.size * settings.accumulate
     if settings.batch < among:
+        passes = count(settings.accumulate, "pass", "passes")
         raise TrainingError(
-            f"a batch of {settings.batch} cannot be shared by {team.size} processes in {settings.accumulate} passes "
+            f"a batch of {settings.batch} cannot be shared by {count(team.size, 'process', 'processes')} in {passes} "
             f"each; raise it with --set training.batch={among}"
         )
     if settings.accumulate > 1 and batch_norms(module):

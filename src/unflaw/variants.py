@@ -164,6 +164,8 @@ def choose(method: str, only: Sequence[str] = (), own: Sequence[str] = ()) -> tu
         raise ValueError(f"{method} has no variant {unknown[0]!r}; there are {', '.join(names)}")
     chosen = [variant for variant in known if not only or variant.name in (FULL.name, *only)]
     for text in own:
+        if text.strip() in names:
+            raise ValueError(f"{text!r} is a variant that has a name; choose it with --only {text.strip()}")
         variant = parse(text)
         if variant.name in [other.name for other in chosen]:
             raise ValueError(f"two variants are called {variant.name!r}; give another name")

@@ -1,14 +1,12 @@
-"""Words for messages."""
-
-from __future__ import annotations
+"""Numbers in messages, in singular and plural."""
 
 
 def count(number: int, singular: str, plural: str | None = None) -> str:
-    """A number with its noun: "1 image", "2 images".
+    """Returns a number with its noun: "1 image", "2 images", "0 images".
 
     Args:
-        number: Of things.
-        singular: Their name, of one.
-        plural: Their name, of several; None: the singular with an s.
+        number: How many.
+        singular: The noun for exactly one.
+        plural: The noun for all other numbers; None: the singular with an "s".
     """
     return f"{number} {singular if number == 1 else plural or singular + 's'}"

@@ -56,6 +56,14 @@ Several = Annotated[
     list[Path],
     typer.Option("--data", help=f"{_KINDS} May be repeated; a folder of categories stands for all of them."),
 ]
+WeightFile = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Backbone weights, .safetensors or .pth; random: random ones (a file of that name is ./random).",
+    ),
+]
 Category = Annotated[str | None, typer.Option(help="What the pictures show, if the detector has several categories.")]
 ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors, or exported: .onnx, .xml).")]
 TrainedFile = Annotated[Path, typer.Argument(help="A detector file as it was trained (.safetensors).")]
@@ -92,8 +100,9 @@ def writable(path: Path) -> None:
 
 def detector_file(path: Path) -> None:
     """As `writable`, for a trained detector: under another name it would be taken for something else."""
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: a detector is a .safetensors file; name it {path.stem}.safetensors")
+    from unflaw.files import check_name
+
+    check_name(path)
     writable(path)
 
 

@@ -13,6 +13,7 @@ from unflaw.cli.common import (
     Category,
     Several,
     TrainedFile,
+    WeightFile,
     app,
     detector_file,
     errors,
@@ -27,6 +28,7 @@ from unflaw.cli.common import (
     writable,
 )
 from unflaw.launching import launch, launched, watch_parent
+from unflaw.words import count
 
 # Fabric's names for what the setting `training.precision` is
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
@@ -41,7 +43,7 @@ def train(
     method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
     profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Backbone weights, .safetensors or .pth.")] = None,
+    weights: WeightFile = None,
     levels: Annotated[str | None, typer.Option(help="Feature levels, such as 1,2,3.")] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to.")] = None,
     fit: Annotated[str | None, typer.Option(help="stretch, or pad to keep the aspect ratio.")] = None,
@@ -89,7 +91,7 @@ def train(
         return "stopped before a step was saved; the same command begins again"
 
     with errors(stopped):
-        from unflaw.config import make_config
+        from unflaw.config import Weights, make_config
         from unflaw.files import holding, steps_of
 
         config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
@@ -124,7 +126,7 @@ def train(
                 report_dataset_problems(datasets)
                 if not resume:
                     checkpoint.unlink(missing_ok=True)
-            detector = Detector(config=config, weights=weights)
+            detector = Detector(config=config, weights=Weights.parse(weights))
             if textures and not detector.network.uses_textures:
                 raise ValueError(f"--textures {textures}: {method} uses none as it is set; leave --textures out")
             with progress_bars(team.leads) as progress:
@@ -148,7 +150,7 @@ def fleet(
     method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
     profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Backbone weights, .safetensors or .pth.")] = None,
+    weights: WeightFile = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same detectors.")] = None,
     rate: Annotated[float | None, typer.Option(help="False-alarm rate to calibrate for, such as 0.01.")] = None,
@@ -178,13 +180,15 @@ def fleet(
             raise ValueError(f"--engine {engine}: there are processes and ray")
         if address is not None and engine != "ray":
             raise ValueError("--address is that of a Ray cluster; add --engine ray")
-        from unflaw.config import make_config
+        from unflaw.config import Weights, make_config
         from unflaw.fleet import Told, members, seats, shares, summary, train_fleet
 
         changes |= dict(map(setting_of, setting or []))
+        source = Weights.parse(weights)
         if engine == "ray":  # whose workers have working folders of their own
             data, out = data.absolute(), out.absolute()
-            cache, weights = cache and cache.absolute(), weights and weights.absolute()
+            cache = cache and cache.absolute()
+            source = Path(source).absolute() if isinstance(source, str) else source
             if textures := changes.get("training.textures"):
                 changes["training.textures"] = str(Path(str(textures)).absolute())
         config = make_config(method, profile, changes)
@@ -192,9 +196,9 @@ def fleet(
         report_dataset_problems(found)
         from unflaw.detector import Detector
 
-        Detector(config=config, weights=weights)  # what cannot work fails here, once
+        Detector(config=config, weights=source)  # what cannot work fails here, once
         count, each = shares(workers, threads, len(found))
-        told = Told(cache or out / "features", cache_gb * 1e9, None if weights is None else str(weights), each)
+        told = Told(cache or out / "features", cache_gb * 1e9, source, each)
         with seats(told, count, engine, address) as places, progress_bars() as progress:
             records, failed = train_fleet(found, config, out, places, progress, failed)
         report_problems(f"skipped {reason}" for record in records for reason in record.skipped.values())
@@ -285,8 +289,8 @@ def demo(
         with holding(out):
             if not is_whole(data):
                 make_demo_data(data, seed)
-            count = len(load_dataset(data).train)
-            typer.echo(f"{data}: {count} good pictures to learn from; defects are synthetic, on real textures")
+            found = count(len(load_dataset(data).train), "good picture")
+            typer.echo(f"{data}: {found} to learn from; defects are synthetic, on real textures")
             train(data=[data], out=model, seed=seed)
             note = (
                 "The defects are synthetic, drawn on a real photograph of gravel: this shows that the parts work "

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from unflaw.cli.common import (
+    WeightFile,
     app,
     errors,
     progress_bars,
@@ -40,7 +41,7 @@ def ablate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Backbone weights, .safetensors or .pth.")] = None,
+    weights: WeightFile = None,
     seeds: Annotated[int, typer.Option(min=1, help="Every variant is run with the seeds 0 to SEEDS - 1.")] = 3,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="A named variant; full is always run. Without it: all of them.")
@@ -72,6 +73,7 @@ def ablate(
         if not data or out is None:
             raise ValueError("name the data with --data and a folder for the results with --out")
         from unflaw.ablation import ablate as run
+        from unflaw.config import Weights
         from unflaw.datasets import load_categories
 
         datasets = load_categories(data)
@@ -85,7 +87,7 @@ def ablate(
                 seeds=seeds,
                 out=out,
                 cache=cache or out / "features",
-                weights=weights,
+                weights=Weights.parse(weights),
                 progress=progress,
             )
         skipped = {path: reason for record in records for path, reason in record.skipped.items()}
@@ -105,7 +107,7 @@ def benchmark(
         typer.Option(help="Data set with test pictures, or a folder of categories; may be repeated."),
     ] = None,
     backbone: Annotated[
-        list[str] | None, typer.Option(help="Any timm model, or MODEL=WEIGHTS with a file; may be repeated.")
+        list[str] | None, typer.Option(help="Any timm model, or MODEL=WEIGHTS with a file or random; may be repeated.")
     ] = None,
     size: Annotated[list[int] | None, typer.Option(help="Side in pixels; may be repeated.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="The seeds 0 to SEEDS - 1; 3 without.")] = None,

@@ -19,6 +19,7 @@ from unflaw.cli.common import (
     report_problems,
     writable,
 )
+from unflaw.words import count
 
 if TYPE_CHECKING:
     from unflaw.datasets import Dataset
@@ -44,13 +45,13 @@ def export(
         from unflaw.runtime.export import CALIBRATED_ON, SUFFIX
         from unflaw.runtime.export import export as write
 
+        detector = load_trained(model)
         out = out or model.with_suffix(SUFFIX[to])
         if out.suffix != SUFFIX[to]:
             raise ValueError(f"{out}: a detector for {to} is called {out.stem}{SUFFIX[to]}")
         if out.resolve() == model.resolve():
             raise ValueError(f"{out}: is the detector itself, which would be lost; name another file with --out")
         writable(out)
-        detector = load_trained(model)
         pictures = []
         if precision == "int8" and data is not None:
             from unflaw.datasets import load_dataset
@@ -78,11 +79,13 @@ def verify(
     Example:  unflaw verify parts.safetensors parts.onnx --data parts
     """
     with errors():
-        from unflaw.runtime.verification import compare
+        from unflaw.runtime.verification import compare, mismatch
 
+        detectors = load_trained(trained), load_detector(exported)
+        if reason := mismatch(*detectors):
+            raise ValueError(f"{exported}: {reason}")
         dataset = _dataset(data)
         samples = dataset.test or [*dataset.train, *dataset.validation]
-        detectors = load_trained(trained), load_detector(exported)
         with progress_bars() as progress:
             found = compare(
                 *detectors,
@@ -92,16 +95,18 @@ def verify(
                 progress=progress,
             )
         report_problems(f"skipped {reason}" for _, reason in found.skipped)
-        typer.echo(f"{found.pictures} pictures, {trained.name} and {exported.name}, largest relative differences")
+        typer.echo(
+            f"{count(found.pictures, 'picture')}, {trained.name} and {exported.name}, largest relative differences"
+        )
         typer.echo(f"scores    {found.score:.2e}  {found.score_path}")
         typer.echo(f"maps      {found.map:.2e}  {found.map_path}  (mean over a picture; at one place {found.cell:.2e})")
         for name, difference in sorted(found.layers.items()):
             typer.echo(f"{name:9} {difference:.2e}")
         typer.echo(f"verdicts  {len(found.verdicts)} differ  {' '.join(found.verdicts[:3])}".rstrip())
         if found.edge:
-            typer.echo(f"{len(found.edge)} more verdicts differ where the score is a threshold, to rounding")
-        if not found.agrees(tolerance):
-            typer.echo(f"they differ by more than {tolerance:g}", err=True)
+            typer.echo(f"verdicts  {len(found.edge)} more differ where the score is a threshold, to rounding")
+        if faults := found.faults(tolerance):
+            typer.echo(f"{exported}: does not agree with {trained}: {'; '.join(faults)}", err=True)
             raise typer.Exit(1)
 
 
@@ -133,7 +138,8 @@ def bench(
                 paths = [sample.path for sample in dataset.test or dataset.train]
             detectors = {model.name: unflaw.load(model, threads=threads) for model in models}
             use_threads(threads)
-            typer.echo(f"{threads} thread{'s' * (threads > 1)}, {rounds} rounds, {len(paths)} pictures\n\n{HEAD}")
+            given = count(threads, "thread"), count(rounds, "round"), count(len(paths), "picture")
+            typer.echo(f"{', '.join(given)}\n\n{HEAD}")
             for batch in (1, 32):
                 for name, detector in detectors.items():
                     turns = rounds if batch == 1 else max(1, rounds // 8)

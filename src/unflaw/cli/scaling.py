@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from unflaw.cli.common import progress_bars, report_problems
+from unflaw.words import count
 
 Engine = Annotated[
     str | None, typer.Option(help="'ray': many workers, here or on a cluster; needs --input and --output.")
@@ -105,12 +106,13 @@ def predict(
     counts, missing = totals.counts, totals.partitions - totals.finished
     before = f", {totals.before} found finished" if totals.before else ""
     typer.echo(
-        f"{output}: {totals.finished} of {totals.partitions} partitions{before}: {counts['good']} good, "
+        f"{output}: {totals.finished} of {count(totals.partitions, 'partition')}{before}: {counts['good']} good, "
         f"{counts['review']} for review, {counts['defect']} defective, {counts['failed']} failed"
     )
     report_problems(f"partition {number}: {reason}" for number, reason in sorted(totals.errors.items()))
     if missing:
-        raise ValueError(f"{missing} partitions are not finished; the same command goes on with them")
+        unfinished = f"{count(missing, 'partition')} {'is' if missing == 1 else 'are'} not finished"
+        raise ValueError(f"{unfinished}; the same command goes on")
     if counts["failed"]:
         typer.echo("note: column error of the failed says why; --retry does them anew", err=True)
     if exit_code and counts["defect"]:

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from unflaw.decoding import ImageError, read
+from unflaw.inputs import InMemory, Input
 from unflaw.listing import Entry, counted, is_passed_over, list_images, note, visible_files
 
 SHORT = 16  # digits of a SHA-256 that are enough to know a picture again
@@ -51,12 +53,12 @@ class Dataset:
 Found = tuple[list[Sample], list[Sample], list[Sample], list[str]]  # train, validation, test, problems
 
 
-def digest(samples: Iterable[Sample], contents: Mapping[Path, str] | None = None) -> str:
+def digest(samples: Iterable[Sample | Input], contents: Mapping[Input, str] | None = None) -> str:
     """SHA-256, in hex, of the names and contents of pictures: the same in any order, and wherever their folder lies.
 
     `contents`: the `sha256` of each file, where it is known already.
     """
-    return _digest((sample.path for sample in samples), contents)
+    return _digest((sample.path if isinstance(sample, Sample) else sample for sample in samples), contents)
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -75,28 +77,37 @@ def fingerprint(dataset: Dataset) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """SHA-256, in hex, of a file. Raises OSError, with its name, where it cannot be read."""
+def sha256(path: Input) -> str:
+    """SHA-256, in hex, of a file, or of the pixels of an array.
+
+    Raises:
+        OSError: The file cannot be read; with its name. ImageError: The array is no image.
+    """
+    if isinstance(path, InMemory):
+        if isinstance(path.source, bytes):
+            return hashlib.sha256(path.source).hexdigest()
+        pixels = read(path)
+        return hashlib.sha256(f"{pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()).hexdigest()
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:  # the name is missing where opening succeeds and reading does not
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def sha256_if_readable(path: Path) -> str:
+def sha256_if_readable(path: Input) -> str:
     """As `sha256`; "" where the file cannot be read, which is said where it is needed as a picture."""
     try:
         return sha256(path)
-    except OSError:
+    except (OSError, ImageError):
         return ""
 
 
-def distinct(paths: Sequence[Path], contents: Mapping[Path, str]) -> tuple[list[Path], list[tuple[Path, Path]]]:
+def distinct(paths: Sequence[Input], contents: Mapping[Input, str]) -> tuple[list[Input], list[tuple[Input, Input]]]:
     """The first file of each content, in order; and the others, each with that first one.
 
     `contents`: the `sha256` of each file, "" where it cannot be read: such files are all kept.
     """
-    first: dict[str, Path] = {}
+    first: dict[str, Input] = {}
     for path in paths:
         first.setdefault(contents[path] or str(path), path)
     own = {path: first[contents[path] or str(path)] for path in paths}
@@ -216,10 +227,11 @@ def _content(mask: Path) -> str:
     return _digest(list_images(mask)) if mask.is_dir() else sha256(mask)
 
 
-def _digest(files: Iterable[Path], contents: Mapping[Path, str] | None = None) -> str:
+def _digest(files: Iterable[Input], contents: Mapping[Input, str] | None = None) -> str:
     paths = list(files)
-    root = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
-    names = [path.absolute().relative_to(root).as_posix() for path in paths]
+    folders = [path.absolute().parent for path in paths if isinstance(path, Path)]
+    root = os.path.commonpath(folders) if folders else ""
+    names = [path.absolute().relative_to(root).as_posix() if isinstance(path, Path) else path.name for path in paths]
     known = [sha256(path) if contents is None else contents[path] for path in paths]
     lines = sorted(f"{name}\0{content}\n" for name, content in zip(names, known, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

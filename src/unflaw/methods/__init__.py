@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unflaw.config import Config
+from unflaw.config import Config, WeightSource
 from unflaw.methods.base import Inspection, Method
 from unflaw.methods.draem import DRAEM
 from unflaw.methods.lookup import Lookup
@@ -21,6 +21,6 @@ _CLASSES: dict[str, type[Method]] = {
 }
 
 
-def create(config: Config, weights: str | None = None) -> Method:
+def create(config: Config, weights: WeightSource = None) -> Method:
     """The method that a configuration names, untrained, its backbone loaded as `FeatureExtractor` says."""
     return _CLASSES[config.method](config, weights)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, Synthesis
+from unflaw.config import Config, Synthesis, WeightSource
 from unflaw.features import Extractor, FeatureExtractor, PixelExtractor
 from unflaw.methods.layers import coarser, gaussian_blur
 from unflaw.methods.memory import Judge, Memory
@@ -58,7 +58,7 @@ class Method(nn.Module):
     uses_textures = False  # whether `setup` wants texture pictures
     finishes: tuple[str, ...] = ("normal", "normal_scores", "fine_say")  # buffers that `finish` writes
 
-    def __init__(self, config: Config, weights: str | None = None) -> None:
+    def __init__(self, config: Config, weights: WeightSource = None) -> None:
         super().__init__()
         self.config = config
         self.features = self.extractor(config, weights)
@@ -71,7 +71,7 @@ class Method(nn.Module):
         self.fine_say: Tensor
         self.register_buffer("fine_say", torch.tensor(1.0))
 
-    def extractor(self, config: Config, weights: str | None) -> Extractor:
+    def extractor(self, config: Config, weights: WeightSource) -> Extractor:
         """What makes F of pictures; a method on pixels has its own, which uses no weights."""
         return FeatureExtractor(config.features, weights, config.preparation.size)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, DRAEMOptions, Synthesis
+from unflaw.config import Config, DRAEMOptions, Synthesis, WeightSource
 from unflaw.features import PixelExtractor
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import local_mean, ssim_map
@@ -61,7 +61,7 @@ class UNet(nn.Module):
 class DRAEM(Method):
     """Assembly; see the module."""
 
-    def __init__(self, config: Config, weights: str | None = None) -> None:
+    def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
         assert isinstance(options, DRAEMOptions)
         self.options = options
@@ -73,7 +73,7 @@ class DRAEM(Method):
         self.textures: Tensor | None = None
         self.to(memory_format=torch.channels_last)  # a third less time per step
 
-    def extractor(self, config: Config, weights: str | None) -> PixelExtractor:
+    def extractor(self, config: Config, weights: WeightSource) -> PixelExtractor:
         assert isinstance(config.network, DRAEMOptions)
         return PixelExtractor(config.preparation.size, config.network.side, halvings=5)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Generator, Tensor
 
-from unflaw.config import Config, LookupOptions
+from unflaw.config import Config, LookupOptions, WeightSource
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.memory import Judge, Memory
 from unflaw.methods.stages import Stage, Stages
@@ -17,7 +17,7 @@ from unflaw.methods.stages import Stage, Stages
 class Lookup(Method):
     """See the module."""
 
-    def __init__(self, config: Config, weights: str | None = None) -> None:
+    def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
         assert isinstance(options, LookupOptions)
         self.judges = options.coarse_prototypes > 0

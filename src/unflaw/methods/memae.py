@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, MemAEOptions
+from unflaw.config import Config, MemAEOptions, WeightSource
 from unflaw.features import PixelExtractor
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import to_grid, to_tokens
@@ -50,7 +50,7 @@ class AddressedMemory(nn.Module):
 class MemAE(Method):
     """Assembly; see the module."""
 
-    def __init__(self, config: Config, weights: str | None = None) -> None:
+    def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
         assert isinstance(options, MemAEOptions)
         self.options = options
@@ -63,7 +63,7 @@ class MemAE(Method):
         last = nn.ConvTranspose2d(b, a, 3, 2, padding=1, output_padding=1)
         self.decoder = nn.Sequential(*(_double(b, a) for a, b in inner), last)
 
-    def extractor(self, config: Config, weights: str | None) -> PixelExtractor:
+    def extractor(self, config: Config, weights: WeightSource) -> PixelExtractor:
         options = config.network
         assert isinstance(options, MemAEOptions)
         return PixelExtractor(config.preparation.size, options.side, halvings=len(options.widths))

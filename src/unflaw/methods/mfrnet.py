@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, MFRNetOptions
+from unflaw.config import Config, MFRNetOptions, WeightSource
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import (
     Attention,
@@ -30,6 +30,7 @@ from unflaw.methods.layers import (
 from unflaw.methods.memory import Judge, Memory
 from unflaw.methods.stages import Row, Stage, Stages
 from unflaw.team import WHOLE, Share
+from unflaw.words import count
 
 WINDOW = 5  # of SSIM, in feature cells
 SCALES = 3  # of gradient magnitude similarity
@@ -49,7 +50,7 @@ def crossed_masks(side: int, k: int, n: int, rng: Generator) -> Tensor:
         raise ValueError(f"mask cells of {k} are larger than the grid of {side}; choose a smaller network.k")
     cells = -(-side // k)
     if n > cells**2:
-        raise ValueError(f"{n} masks cannot share {cells**2} cells; choose a smaller network.n or network.k")
+        raise ValueError(f"{n} masks cannot share {count(cells**2, 'cell')}; choose a smaller network.n or network.k")
     subset = torch.randperm(cells**2, generator=rng).view(cells, cells) % n
     subset = subset.repeat_interleave(k, 0).repeat_interleave(k, 1)[:side, :side]
     return (subset != torch.arange(n).view(-1, 1, 1)).float()
@@ -92,7 +93,8 @@ class RestorationNetwork(nn.Module):
         multiple = p * 2 ** (len(widths) - 1)
         if grid % multiple:
             raise ValueError(
-                f"the grid of {grid} cells cannot be cut into patches of {p} and halved {len(widths) - 1} times; "
+                f"the grid of {grid} cells cannot be cut into patches of {p} and halved "
+                f"{count(len(widths) - 1, 'time')}; "
                 f"choose a multiple of {multiple} for features.grid, another network.patch or fewer network.widths"
             )
         self.patch = p
@@ -137,7 +139,7 @@ class RestorationNetwork(nn.Module):
 class MFRNet(Method):
     """Assembly; see the module. The hybrid loss of every cell is the evidence, beside the distance to the memory."""
 
-    def __init__(self, config: Config, weights: str | None = None) -> None:
+    def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
         assert isinstance(options, MFRNetOptions)
         self.options = options

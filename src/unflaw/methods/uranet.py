@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, Perception, Restoration, URANetOptions
+from unflaw.config import Config, Perception, Restoration, URANetOptions, WeightSource
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
 from unflaw.methods.memory import Judge, Memory
@@ -160,7 +160,7 @@ class URANet(Method):
 
     finishes = (*Method.finishes, "perception.thresholds")
 
-    def __init__(self, config: Config, weights: str | None = None) -> None:
+    def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
         assert isinstance(options, URANetOptions)
         self.kinds = 2 if options.restoration.prototypes else 1  # residual and, with a memory, distance to it

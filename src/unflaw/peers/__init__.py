@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
+from unflaw.config import WeightSource
 from unflaw.datasets import Dataset, Sample
 from unflaw.errors import TrainingError
 from unflaw.features import create_backbone
@@ -25,6 +26,7 @@ from unflaw.images import Box, ImageError, Preparation, try_prepare
 from unflaw.measurement import Measurement
 from unflaw.results import Evaluation
 from unflaw.streams import Progress, ahead, silent
+from unflaw.words import count
 
 ADAPTER = Path(__file__).with_name("anomalib_adapter.py")
 LEVELS = {"patchcore": (2, 3), "padim": (1, 2, 3), "reverse_distillation": (1, 2, 3)}  # anomalib's defaults
@@ -63,7 +65,7 @@ def run_peer(
     preparation: Preparation,
     *,
     backbone: str = "resnet18",
-    weights: str | Path | None = None,
+    weights: WeightSource = None,
     levels: tuple[int, ...] | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
@@ -169,7 +171,7 @@ def _write(
             boxes.append(picture.box)
         progress("pictures", i + 1, len(samples), None)
     if not kept:
-        raise TrainingError(f"none of the {len(samples)} pictures could be read; {skipped[before][1]}")
+        raise TrainingError(f"none of {count(len(samples), 'picture')} could be read; {skipped[before][1]}")
     if len(kept) < len(samples):
         np.save(f"{file}.part.npy", pixels[: len(kept)])
         Path(f"{file}.part.npy").replace(file)

@@ -161,7 +161,7 @@ def _load(backbone: Any, path: Path, purpose: str) -> None:
     except Exception as error:  # damaged files raise many kinds, and tensors of other shapes RuntimeError
         raise JobError(f"{path}: cannot serve {purpose} ({error})") from error
     if missing:
-        raise JobError(f"{path}: cannot serve {purpose}: lacks {len(missing)} tensors (first: {missing[0]})")
+        raise JobError(f"{path}: cannot serve {purpose}: lacks {len(missing)} of its tensors (first: {missing[0]})")
 
 
 def _train(module: Any, job: dict[str, Any], pictures: Any, images: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 from unflaw.files import write_atomically
 from unflaw.report.panels import heat_map, label, views
 from unflaw.results import Evaluation, Inspected, Scale, defined, mean_metrics
+from unflaw.words import count
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -142,12 +143,14 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
     for kind, (mistake, happened) in kinds.items():
         outcomes = [row["outcome"] for row in rows if bool(row["label"]) == (kind == "defective")]
         if outcomes:
-            count, total = outcomes.count(mistake), len(outcomes)
-            clauses.append(f"{count} of {total} {kind} pictures ({count / total:.1%}) {happened}")
+            n, total = outcomes.count(mistake), len(outcomes)
+            clauses.append(f"{n} of {count(total, f'{kind} picture')} ({n / total:.1%}) {happened}")
     if not clauses:
         return "No picture was inspected."
     review = sum(row["outcome"] == "review" for row in rows)
-    reviewed = f" {review} of all {len(rows)} pictures ({review / len(rows):.1%}) went to review." if review else ""
+    reviewed = (
+        f" {review} of {count(len(rows), 'picture')} ({review / len(rows):.1%}) went to review." if review else ""
+    )
     return f"At the calibrated threshold, {' and '.join(clauses)}.{reviewed}"
 
 

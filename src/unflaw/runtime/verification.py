@@ -12,6 +12,7 @@ from unflaw.errors import DetectorError
 from unflaw.images import ImageError
 from unflaw.inspector import Inspector
 from unflaw.streams import Progress, silent
+from unflaw.words import count
 
 
 @dataclass
@@ -42,7 +43,35 @@ class Comparison:
 
     def agrees(self, tolerance: float) -> bool:
         """Scores, maps and verdicts of at least one picture, and all of them."""
-        return bool(self.pictures) and max(self.score, self.map) <= tolerance and not self.verdicts
+        return not self.faults(tolerance)
+
+    def faults(self, tolerance: float) -> list[str]:
+        """Why they do not agree, a clause for each reason; none where they do."""
+        if not self.pictures:
+            return ["no image could be read, so nothing was compared"]
+        above = [name for name, largest in (("scores", self.score), ("maps", self.map)) if largest > tolerance]
+        found = [f"their {' and '.join(above)} differ by more than {tolerance:g}"] if above else []
+        if self.verdicts:
+            found.append(f"they give {count(len(self.verdicts), 'image')} another verdict")
+        return found
+
+
+def mismatch(trained: Inspector, exported: Inspector) -> str:
+    """Why one is not made of the other as it is now, so that comparing them says nothing; "" where it may be."""
+    if trained.config.preparation != exported.config.preparation:
+        return "prepares images otherwise than the trained detector and was not made from it; export that one"
+    if list(trained.calibrations) != list(exported.calibrations):
+        return "has other categories than the trained detector and was not made from it; export that one"
+    for name, calibration in trained.calibrations.items():
+        other = exported.calibrations[name]
+        if calibration != other:
+            of = f" for the category {name}" if name else ""
+            return (
+                f"is calibrated otherwise than the trained detector{of} (thresholds {other.threshold:.4g} and "
+                f"{calibration.threshold:.4g}): one of them was calibrated again since, or they belong to different "
+                "trainings; export the trained one again"
+            )
+    return ""
 
 
 def compare(
@@ -67,12 +96,11 @@ def compare(
         tolerance: How near to a threshold a score may be for its verdict not to count.
 
     Raises:
-        DetectorError: They are not made for the same pictures or categories, or a category is missing.
+        DetectorError: They are not made for the same pictures or categories, or not calibrated alike; see `mismatch`.
+            A category is missing.
     """
-    if list(trained.calibrations) != list(exported.calibrations) or (
-        trained.config.preparation != exported.config.preparation
-    ):
-        raise DetectorError("the two detectors differ in preparation or categories: one is not made of the other")
+    if reason := mismatch(trained, exported):
+        raise DetectorError(f"the exported detector {reason}")
     calibration = trained.select(category)
     deviation = max(float(np.std(calibration.scores)), 1e-12)
     scale = calibration.scale

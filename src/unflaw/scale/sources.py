@@ -14,10 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unflaw.brief import brief
 from unflaw.images import ImageError
 from unflaw.listing import Entry, Scan, counted, is_image, is_passed_over, note, walk
 from unflaw.outputs import HEAD, SORTED, is_drawn, may_be_drawn, sorted_folders
 from unflaw.scale.store import OWN, is_local, opened
+from unflaw.words import count
 
 TABLES = (".parquet",)
 SHARDS = (".tar", ".tar.gz", ".tgz")
@@ -54,6 +56,7 @@ class Item(NamedTuple):
         return None if self.kind == "shard" else self.stop - self.start
 
 
+@brief
 class Found(NamedTuple):
     """A picture of an item.
 
@@ -374,7 +377,7 @@ def _members(item: Item, extension: str | None) -> Iterator[Found]:
                 yield Found(member.name, item.name, number, data)
                 number += 1
     except Exception as error:
-        reason = f"{item.name}: cannot be read beyond {number} pictures ({error}); copy it again, then --retry"
+        reason = f"{item.name}: cannot be read beyond {count(number, 'picture')} ({error}); copy it again, then --retry"
         yield Found(f"{item.name}#{number}", item.name, number, ImageError(reason))
 
 

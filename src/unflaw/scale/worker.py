@@ -120,19 +120,19 @@ class Worker:
         for i, found in enumerate(wanted):
             if notes.deaths(i) >= DEATHS:
                 reason = "the worker that inspected it died, more than once; look at the picture"
-                yield self._row(found, (found.name, ImageError(f"{found.name}: {reason}")))
+                yield self._row(found, ImageError(f"{found.name}: {reason}"))
                 continue
             notes.begin(i)
             try:
                 outcome = next(self.detector.inspect_named([(found.name, found.data)], category=self.plan.category))
             except Exception as error:
                 reason = f"could not be inspected ({type(error).__name__}: {error}); look at the picture"
-                outcome = found.name, ImageError(f"{found.name}: {reason}")
+                outcome = ImageError(f"{found.name}: {reason}")
             yield self._row(found, outcome)
         notes.begin(None)
 
-    def _row(self, found: Found, outcome: Result | tuple[str, ImageError]) -> partitions.Row:
-        return partitions.row_of(found, outcome[1] if isinstance(outcome, tuple) else outcome, self.digest)
+    def _row(self, found: Found, outcome: Result | ImageError) -> partitions.Row:
+        return partitions.row_of(found, outcome, self.digest)
 
 
 def notes_of(partition: int) -> str:

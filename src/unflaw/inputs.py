@@ -1,0 +1,88 @@
+"""What users hand over as images: paths, and what is in memory. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from unflaw.decoding import Readable
+
+TAKEN = (
+    "a path, the bytes of a file, an open file, a Pillow image, or a NumPy array (H, W) or (H, W, 1 to 4 channels) of "
+    "bool, uint8, uint16, or floats from 0 to 1"
+)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """An image that is no file. Two of the same name are the same.
+
+    Attributes:
+        name: What messages and records call it.
+        source: The bytes of a file, a Pillow image or an array, as `images.read` takes them.
+    """
+
+    name: str
+    source: bytes | Image.Image | np.ndarray = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ImageLike: TypeAlias = "str | Path | bytes | Readable | Image.Image | np.ndarray"
+Input = Path | InMemory
+
+
+def check_kind(image: Any, name: str) -> None:
+    """Refuses what is no image of a kind that is taken.
+
+    Raises:
+        TypeError: The message says what is taken instead.
+    """
+    if isinstance(image, str | Path | bytes | InMemory | Image.Image | np.ndarray) or hasattr(image, "read"):
+        return
+    kind = type(image)
+    called = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    remedy = f"give {TAKEN}"
+    if isinstance(image, list | tuple):
+        remedy = "give one image to inspect, and several to inspect_many"
+    elif kind.__module__.partition(".")[0] == "torch" and hasattr(image, "permute"):
+        remedy = f"{remedy}: convert (C, H, W) with .permute(1, 2, 0).numpy(force=True)"
+    elif hasattr(image, "__array__"):
+        remedy = f"{remedy}: convert it with numpy.asarray"
+    raise TypeError(f"{name}: has the type {called} and is not an image; {remedy}")
+
+
+def inputs(images: Any, called: str = "image") -> Iterator[Input]:
+    """Several images, each as a path or under a name such as "image 0".
+
+    Args:
+        images: An iterable of images, or an array (N, H, W, C).
+        called: What the names of images in memory begin with; their place, counted from 0, follows.
+
+    Raises:
+        TypeError: One image instead of several; or, when its turn comes, something that is no image.
+    """
+    if isinstance(images, str | Path | bytes | Image.Image) or not isinstance(images, Iterable):
+        given = str(images) if isinstance(images, str | Path) else f"an object of the type {type(images).__name__}"
+        raise TypeError(f"{given}: is not a list of images; give a list of paths or arrays, such as [image]")
+    if isinstance(images, np.ndarray) and images.ndim != 4:
+        raise TypeError(
+            f"an array of the shape {images.shape} is not a list of images; give (N, H, W, C), or a list of arrays"
+        )
+    return (_input(image, f"{called} {number}") for number, image in enumerate(images))
+
+
+def _input(image: Any, name: str) -> Input:
+    check_kind(image, name)
+    if isinstance(image, InMemory):
+        return image
+    if isinstance(image, str | Path):
+        return Path(image)
+    return InMemory(name, image if isinstance(image, bytes | Image.Image | np.ndarray) else image.read())
