@@ -17,7 +17,8 @@ import tifffile
 from PIL import Image
 
 import unflaw
-from unflaw.images import list_images, read
+from unflaw.decoding import read
+from unflaw.listing import list_images
 from unflaw.runtime.verification import compare
 
 MODES = ("L", "RGB", "RGBA", "P", "1", "grey16", "colour16")

@@ -16,8 +16,10 @@ import numpy as np
 from scipy import ndimage
 
 from unflaw.datasets import load_dataset
+from unflaw.decoding import read
 from unflaw.drift import Reference
-from unflaw.images import Preparation, read, show
+from unflaw.images import show
+from unflaw.layout import Preparation
 
 Change = Callable[[np.ndarray], np.ndarray]
 BATCHES = 100  # random ones, of each size

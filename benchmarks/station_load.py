@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unflaw.images import list_images
+from unflaw.listing import list_images
 
 
 @dataclass

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 
 from conftest import OWN, TINY, make_parts
-from unflaw.ablation import METRICS, Record, Run, ablate, comma_separated, markdown, tabulate
+from unflaw.ablation import METRICS, Record, Run, ablate, markdown, tabulate
 from unflaw.config import Weights, make_config
 from unflaw.datasets import load_dataset
 from unflaw.errors import TrainingError
 from unflaw.evaluation import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.runs import Log
+from unflaw.tables import comma_separated
 from unflaw.variants import FULL, choose, parse
 
 SMALL = TINY | {"features.backbone": "test_efficientnet", "training.steps": 2}

@@ -17,7 +17,7 @@ from unflaw.batch import Discoveries, Parts, part_of
 from unflaw.calibration import calibrate
 from unflaw.cli import app
 from unflaw.conformal import COMBINATIONS
-from unflaw.images import ImageError
+from unflaw.errors import ImageError
 from unflaw.words import count
 
 N = 39

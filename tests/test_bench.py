@@ -5,7 +5,8 @@ from typer.testing import CliRunner
 
 from unflaw import load
 from unflaw.cli import app
-from unflaw.images import list_images, read
+from unflaw.decoding import read
+from unflaw.listing import list_images
 from unflaw.runtime.bench import COMPUTED, made_up, measure, throughput
 
 

@@ -21,10 +21,9 @@ from unflaw.cache import Cache
 from unflaw.config import Weights
 from unflaw.datasets import DatasetError, Sample, load_dataset
 from unflaw.detector import Detector
-from unflaw.errors import DetectorError, TrainingError
+from unflaw.errors import DetectorError, ImageError, TrainingError
 from unflaw.features import WeightsError
 from unflaw.files import FORMAT, read_metadata
-from unflaw.images import ImageError
 from unflaw.layout import Preparation, Window, layout
 from unflaw.results import Result
 

@@ -12,11 +12,12 @@ from unflaw import evaluation as module
 from unflaw.cli import app
 from unflaw.datasets import Dataset, Sample, load_dataset
 from unflaw.detector import Detector
+from unflaw.errors import TrainingError
 from unflaw.evaluation import evaluate
-from unflaw.images import Preparation, prepare_mask, read_mask
+from unflaw.images import prepare_mask, read_mask
+from unflaw.layout import Preparation
 from unflaw.results import Evaluation
 from unflaw.tables import lines
-from unflaw.training import TrainingError
 
 IMAGE = ("image_auroc", "image_ap", "image_f1_max")
 PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_30", "aupro_05")

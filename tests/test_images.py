@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from unflaw.decoding import image_size, read
 from unflaw.detector import Detector
-from unflaw.errors import TrainingError
-from unflaw.images import ImageError, Preparation, image_size, list_images, prepare, prepare_mask, read, read_mask
+from unflaw.errors import ImageError, TrainingError
+from unflaw.images import prepare, prepare_mask, read_mask
+from unflaw.layout import Preparation
+from unflaw.listing import list_images
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8)

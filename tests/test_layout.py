@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from unflaw import layout as module
 from unflaw.config import make_config
-from unflaw.images import ImageError, prepare, prepare_mask, try_show, windows
+from unflaw.errors import ImageError
+from unflaw.images import prepare, prepare_mask, try_show, windows
 from unflaw.layout import Layout, Preparation, Window, layout
 from unflaw.mosaic import Mosaic, weights
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from unflaw.cli import app
 from unflaw.datasets import load_dataset
 from unflaw.files import write_png
-from unflaw.images import list_images
+from unflaw.listing import list_images
 from unflaw.outputs import SORTED, Earlier, drawn, note_sorted
 from unflaw.scale.sources import listed
 from unflaw.scale.store import OWN

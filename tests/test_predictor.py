@@ -18,7 +18,9 @@ from unflaw import Detector, evaluate, load, load_dataset
 from unflaw.cli import app
 from unflaw.errors import DetectorError
 from unflaw.files import read_metadata
-from unflaw.images import Preparation, list_images, prepare
+from unflaw.images import prepare
+from unflaw.layout import Preparation
+from unflaw.listing import list_images
 from unflaw.runtime.verification import Comparison
 
 ALONE = """

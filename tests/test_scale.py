@@ -19,7 +19,8 @@ from pyarrow import dataset
 from typer.testing import CliRunner
 
 from unflaw.cli import app
-from unflaw.images import ImageError, list_images
+from unflaw.errors import ImageError
+from unflaw.listing import list_images
 from unflaw.results import Result
 from unflaw.scale import partitions, plan, store, worker
 from unflaw.scale.sources import Columns, Item, listed, pictures

@@ -6,7 +6,8 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from scipy import ndimage
 
-from unflaw.images import Preparation, Prepared, prepare
+from unflaw.images import Prepared, prepare
+from unflaw.layout import Preparation
 from unflaw.scoring import EIGHT_CONNECTED, find_regions, flagged, outline, region_level
 
 RNG = np.random.default_rng(0)

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from unflaw.errors import DetectorError
-from unflaw.images import ImageError
+from unflaw.errors import DetectorError, ImageError
 from unflaw.station.detectors import Served
 from unflaw.station.log import Filter, Log, sha256
 from unflaw.station.watch import Watcher

@@ -7,7 +7,8 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from unflaw.config import Synthesis
-from unflaw.images import ImageError, Preparation
+from unflaw.errors import ImageError
+from unflaw.layout import Preparation
 from unflaw.synthesis import perlin, perlin_masks, synthesise, texture_files, texture_pictures
 
 SOURCES = ("textures", "others", "shuffles", "jitter")

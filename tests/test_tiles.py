@@ -10,11 +10,11 @@ from unflaw import load
 from unflaw.cache import build_cache
 from unflaw.categories import hold_out
 from unflaw.datasets import load_dataset
+from unflaw.decoding import read
 from unflaw.detector import Detector
 from unflaw.evaluation import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor
-from unflaw.images import read
 from unflaw.layout import Preparation
 from unflaw.report.figures import write_figures
 from unflaw.results import Result

@@ -8,8 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from unflaw.errors import ImageError
 from unflaw.files import write_atomically
-from unflaw.images import ImageError
 from unflaw.results import Result
 from unflaw.words import count
 

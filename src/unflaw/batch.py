@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from unflaw import conformal
 from unflaw.calibration import Calibration
+from unflaw.errors import ImageError
 from unflaw.files import write_atomically
-from unflaw.images import ImageError
 from unflaw.results import Result, Verdict
 from unflaw.words import count
 

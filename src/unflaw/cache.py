@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unflaw.brief import brief
-from unflaw.errors import TrainingError
+from unflaw.decoding import image_size
+from unflaw.errors import ImageError, TrainingError
 from unflaw.features import Extractor
 from unflaw.files import scratch
-from unflaw.images import ImageError, Picture, Prepared, image_size, try_show
+from unflaw.images import Picture, Prepared, try_show
 from unflaw.inputs import Input
 from unflaw.layout import Preparation, Window, layout
 from unflaw.streams import Progress, ahead, batched, silent

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from unflaw import conformal
 from unflaw.brief import brief
 from unflaw.config import CalibrationOptions
-from unflaw.images import Box
+from unflaw.layout import Box
 from unflaw.results import Region, Scale, Verdict
 from unflaw.scoring import region_level
 

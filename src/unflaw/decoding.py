@@ -13,6 +13,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin
 from PIL import WebPImagePlugin as WebP
 
 from unflaw import containers
+from unflaw.errors import ImageError
 from unflaw.inputs import InMemory, check_kind
 
 PIXEL, OVERHEAD = 16, 2**26  # bytes of a file: for a pixel at most, four floats, and for all else in it
@@ -38,10 +39,6 @@ class Readable(Protocol):
     """What reads the bytes of a file when it is asked to, such as an open file."""
 
     def read(self) -> bytes: ...
-
-
-class ImageError(ValueError):
-    """A picture that cannot be used. The message names the file, what is wrong with it and what to do."""
 
 
 def read(

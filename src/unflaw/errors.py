@@ -51,3 +51,7 @@ def remedy(number: int | None) -> str:
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "change its permissions, or name another folder"
     return "check the path, or name another folder"
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used. The message names the file, what is wrong with it and what to do."""

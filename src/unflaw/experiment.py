@@ -26,9 +26,10 @@ from unflaw.datasets import Dataset, fingerprint
 from unflaw.datasets.samples import sha256
 from unflaw.detector import Detector
 from unflaw.drift import STATISTICS
+from unflaw.errors import ImageError
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.files import make_folder, write_atomically
-from unflaw.images import ImageError, try_show
+from unflaw.images import try_show
 from unflaw.inputs import Input
 from unflaw.layout import Preparation, Window, layout
 from unflaw.methods import create

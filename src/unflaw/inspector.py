@@ -15,9 +15,10 @@ import numpy as np
 from unflaw.brief import brief
 from unflaw.calibration import Calibration
 from unflaw.config import Config
+from unflaw.decoding import Readable, read
 from unflaw.drift import Reference
-from unflaw.errors import DetectorError
-from unflaw.images import ImageError, Picture, Prepared, Readable, read, show, try_show
+from unflaw.errors import DetectorError, ImageError
+from unflaw.images import Picture, Prepared, show, try_show
 from unflaw.inputs import ImageLike, InMemory, Input, inputs
 from unflaw.mosaic import Mosaic
 from unflaw.results import Result

@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unflaw.decoding import ImageError
+from unflaw.errors import ImageError
 from unflaw.outputs import drawn, sorted_into
 from unflaw.words import count
 

@@ -13,7 +13,9 @@ from scipy import ndimage
 
 from unflaw.datasets import Dataset, Sample
 from unflaw.datasets.samples import some
-from unflaw.images import Box, ImageError, Preparation, marked, prepare_mask, read_mask
+from unflaw.errors import ImageError
+from unflaw.images import marked, prepare_mask, read_mask
+from unflaw.layout import Box, Preparation
 from unflaw.metrics import (
     Array,
     OverlapAccumulator,

@@ -16,7 +16,11 @@ from torch import Generator, Tensor
 
 from unflaw.brief import brief
 from unflaw.config import Synthesis
-from unflaw.images import ImageError, Preparation, list_images, prepare, read
+from unflaw.decoding import read
+from unflaw.errors import ImageError
+from unflaw.images import prepare
+from unflaw.layout import Preparation
+from unflaw.listing import list_images
 from unflaw.team import WHOLE, Share
 
 # Photographs of textures and things inside the scikit-image package (its data/README names origins and licences).

@@ -13,7 +13,8 @@ from PIL import ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
 from unflaw.containers import paged
-from unflaw.decoding import AT_ONCE, SIDEWAYS, TRANSPARENT, ImageError, check, visible
+from unflaw.decoding import AT_ONCE, SIDEWAYS, TRANSPARENT, check, visible
+from unflaw.errors import ImageError
 
 SAMPLES = 16  # of a pixel at most
 SPARE = 2**22  # pixels by which strips and tiles may be larger than the picture

@@ -25,8 +25,10 @@ from unflaw.datasets.samples import (
     stem,
     subfolders,
 )
-from unflaw.images import ImageError, list_images, read, read_mask
-from unflaw.listing import is_image, walk
+from unflaw.decoding import read
+from unflaw.errors import ImageError
+from unflaw.images import read_mask
+from unflaw.listing import is_image, list_images, walk
 
 TEST_EVERY = 5  # where a benchmark has no official split, one good picture in so many is for testing
 

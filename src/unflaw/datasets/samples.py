@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from unflaw.decoding import ImageError, read
+from unflaw.decoding import read
+from unflaw.errors import ImageError
 from unflaw.inputs import InMemory, Input
 from unflaw.listing import Entry, counted, is_passed_over, list_images, note, visible_files
 

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 
 from unflaw.config import WeightSource
 from unflaw.datasets import Dataset, Sample
-from unflaw.errors import TrainingError
+from unflaw.errors import ImageError, TrainingError
 from unflaw.features import create_backbone
-from unflaw.images import Box, ImageError, Preparation, try_prepare
+from unflaw.images import try_prepare
+from unflaw.layout import Box, Preparation
 from unflaw.measurement import Measurement
 from unflaw.results import Evaluation
 from unflaw.streams import Progress, ahead, silent

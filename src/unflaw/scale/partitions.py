@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from unflaw.images import ImageError
+from unflaw.errors import ImageError
 from unflaw.results import Result
 from unflaw.scale.sources import Found
 from unflaw.scale.store import Store

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unflaw.brief import brief
-from unflaw.images import ImageError
+from unflaw.errors import ImageError
 from unflaw.listing import Entry, Scan, counted, is_image, is_passed_over, note, walk
 from unflaw.outputs import HEAD, SORTED, is_drawn, may_be_drawn, sorted_folders
 from unflaw.scale.store import OWN, is_local, opened

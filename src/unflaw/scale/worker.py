@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import unflaw
-from unflaw.images import ImageError, Readable
+from unflaw.decoding import Readable
+from unflaw.errors import ImageError
 from unflaw.inspector import Inspector
 from unflaw.results import Result
 from unflaw.scale import partitions

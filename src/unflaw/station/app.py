@@ -26,8 +26,7 @@ from starlette.requests import ClientDisconnect
 
 from unflaw._version import __version__
 from unflaw.calibration import Calibration
-from unflaw.errors import DetectorError, WriteError
-from unflaw.images import ImageError
+from unflaw.errors import DetectorError, ImageError, WriteError
 from unflaw.station import schemas
 from unflaw.station.detectors import Served
 from unflaw.station.forms import read_form

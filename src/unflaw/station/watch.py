@@ -14,8 +14,8 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from unflaw.errors import ImageError
 from unflaw.files import write_atomically
-from unflaw.images import ImageError
 from unflaw.listing import Entry, counted, is_image, note, visible_files
 from unflaw.outputs import is_drawn, note_sorted
 from unflaw.station.detectors import Served
