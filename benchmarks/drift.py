@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from unflaw.calibration.drift import Reference
 from unflaw.datasets import load_dataset
 from unflaw.decoding import read
-from unflaw.drift import Reference
 from unflaw.images import show
 from unflaw.layout import Preparation
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from unflaw.calibration import calibrate
+from unflaw.calibration.thresholds import calibrate
 from unflaw.config import make_config
 from unflaw.datasets import Dataset, load_dataset
 from unflaw.experiment import CachedDetector, FeatureFile

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from test_report import make_result
 from unflaw.batch import Discoveries, Parts, part_of
-from unflaw.calibration import calibrate
+from unflaw.calibration.conformal import COMBINATIONS
+from unflaw.calibration.thresholds import calibrate
 from unflaw.cli import app
-from unflaw.conformal import COMBINATIONS
 from unflaw.errors import ImageError
 from unflaw.words import count
 

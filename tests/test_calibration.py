@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from unflaw.calibration import Calibration, Evidence, calibrate, calibrations
+from unflaw.calibration.thresholds import Calibration, Evidence, calibrate, calibrations
 from unflaw.config import Config, make_config
 from unflaw.results import Region
 from unflaw.scoring import flagged

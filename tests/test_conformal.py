@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from unflaw.conformal import (
+from unflaw.calibration.conformal import (
     COMBINATIONS,
     certifiable,
     combination_factor,

@@ -10,8 +10,8 @@ from scipy import ndimage
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from unflaw import load
+from unflaw.calibration.drift import KEPT, SHUFFLES, STATISTICS, Drift, Reference, describe, references
 from unflaw.decoding import read
-from unflaw.drift import KEPT, SHUFFLES, STATISTICS, Drift, Reference, describe, references
 from unflaw.errors import DetectorError
 from unflaw.files import read_metadata
 from unflaw.prediction import predict

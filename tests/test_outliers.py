@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from conftest import textured
 from test_detector import good_ones, unfitted
-from unflaw import crossfit
+from unflaw.calibration import crossfit
+from unflaw.calibration.outliers import DEVIATIONS, MOST, describe_outliers, outliers
 from unflaw.cli import app
 from unflaw.datasets import Sample, load_dataset
 from unflaw.detector import Detector
-from unflaw.outliers import DEVIATIONS, MOST, describe_outliers, outliers
 from unflaw.training import train
 
 

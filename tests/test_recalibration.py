@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import make_parts, textured
-from unflaw.calibration import calibrate
+from unflaw.calibration.thresholds import calibrate
 from unflaw.cli import app
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unflaw.calibration import calibrate
+from unflaw.calibration.thresholds import calibrate
 from unflaw.risk import errors_left, review_order, risk
 
 GOOD = [float(i) for i in range(9)]  # the threshold is 8, that of review 6; regions are dominated from 0.3 on

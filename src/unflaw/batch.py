@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from unflaw import conformal
-from unflaw.calibration import Calibration
+from unflaw.calibration import conformal
+from unflaw.calibration.thresholds import Calibration
 from unflaw.errors import ImageError
 from unflaw.files import write_atomically
 from unflaw.results import Result, Verdict

@@ -10,10 +10,10 @@ import numpy as np
 
 from unflaw.brief import brief
 from unflaw.cache import Cache
-from unflaw.calibration import Calibration
+from unflaw.calibration.drift import Reference
+from unflaw.calibration.thresholds import Calibration
 from unflaw.datasets import Dataset, load_dataset
 from unflaw.datasets.samples import distinct
-from unflaw.drift import Reference
 from unflaw.errors import TrainingError
 from unflaw.inputs import ImageLike, Input, inputs
 from unflaw.methods import Method

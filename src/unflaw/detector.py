@@ -20,13 +20,14 @@ from torch import Tensor
 from unflaw import training
 from unflaw._version import __version__
 from unflaw.cache import Cache, build_cache, cells, stack
-from unflaw.calibration import Calibration, calibrations
+from unflaw.calibration.crossfit import cross_fit, find_outliers, finish, judge_held_out, leave_one_out
+from unflaw.calibration.drift import Reference, references
+from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
+from unflaw.calibration.thresholds import Calibration, calibrations
 from unflaw.categories import Category, Data, gather, hold_out, remembered, without_copies
 from unflaw.config import Config, Weights, WeightSource, make_config
-from unflaw.crossfit import cross_fit, find_outliers, finish, judge_held_out, leave_one_out
 from unflaw.datasets.samples import SHORT, digest, sha256, sha256_if_readable
 from unflaw.display import DisplayDecoder, fit_display
-from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.features import PixelExtractor, WeightsError
 from unflaw.files import FORMAT, check_name, read_metadata, write_atomically
@@ -35,7 +36,6 @@ from unflaw.images import Prepared
 from unflaw.inputs import ImageLike, Input, inputs
 from unflaw.inspector import Inspector, Outputs
 from unflaw.methods import Method, create
-from unflaw.outliers import ALL, HELD_OUT, outliers
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures
 from unflaw.team import ALONE, Team
@@ -305,7 +305,7 @@ class Detector(Inspector):
             TrainingError: No good picture that can be read, one that it has learned from, or, with `keep`, one that
                 counts already. DetectorError: as for `select`. ValueError: As for `calibration.calibrate`.
         """
-        from unflaw.recalibration import recalibrate
+        from unflaw.calibration.recalibrate import recalibrate
 
         return recalibrate(
             self,

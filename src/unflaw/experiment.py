@@ -20,12 +20,12 @@ from torch import nn
 
 from unflaw._version import __version__
 from unflaw.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
+from unflaw.calibration.crossfit import pieced
+from unflaw.calibration.drift import STATISTICS
 from unflaw.config import Config, Weights, WeightSource
-from unflaw.crossfit import pieced
 from unflaw.datasets import Dataset, fingerprint
 from unflaw.datasets.samples import sha256
 from unflaw.detector import Detector
-from unflaw.drift import STATISTICS
 from unflaw.errors import ImageError
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.files import make_folder, write_atomically

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from unflaw.brief import brief
+from unflaw.calibration.drift import describe
 from unflaw.decoding import Readable, image_size, name_of, read
-from unflaw.drift import describe
 from unflaw.errors import ImageError
 from unflaw.inputs import InMemory
 from unflaw.layout import Box, Layout, Preparation, Window, layout

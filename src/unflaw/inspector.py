@@ -13,10 +13,10 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from unflaw.brief import brief
-from unflaw.calibration import Calibration
+from unflaw.calibration.drift import Reference
+from unflaw.calibration.thresholds import Calibration
 from unflaw.config import Config
 from unflaw.decoding import Readable, read
-from unflaw.drift import Reference
 from unflaw.errors import DetectorError, ImageError
 from unflaw.images import Picture, Prepared, show, try_show
 from unflaw.inputs import ImageLike, InMemory, Input, inputs

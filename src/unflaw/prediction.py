@@ -12,7 +12,7 @@ import numpy as np
 
 from unflaw.annotations import numbered
 from unflaw.batch import Amending, Sink
-from unflaw.drift import RATE, Drift, check_rate
+from unflaw.calibration.drift import RATE, Drift, check_rate
 from unflaw.files import growing, write_png
 from unflaw.inspector import Inspector
 from unflaw.outputs import PANELS

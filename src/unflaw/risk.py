@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from unflaw.calibration import Calibration
+from unflaw.calibration.thresholds import Calibration
 from unflaw.metrics import Array
 
 

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from unflaw.cache import Cache
+from unflaw.calibration.crossfit import arrange
 from unflaw.config import Training
-from unflaw.crossfit import arrange
 from unflaw.datasets.samples import digest
 from unflaw.errors import TrainingError
 from unflaw.files import damaged_checkpoint, holding, write_atomically

@@ -170,7 +170,7 @@ def predict(
         assert inputs and out is not None
         from unflaw.annotations import Coco, LabelMe
         from unflaw.batch import Discoveries, Parts, Sink, Unread
-        from unflaw.conformal import COMBINATIONS
+        from unflaw.calibration.conformal import COMBINATIONS
         from unflaw.files import holding, make_folder
         from unflaw.outputs import LABELS, PARTS, Earlier
         from unflaw.prediction import predict as run
@@ -235,7 +235,7 @@ def info(model: ModelFile) -> None:
     Example:  unflaw info parts.safetensors
     """
     with errors():
-        from unflaw.calibration import calibrations
+        from unflaw.calibration.thresholds import calibrations
         from unflaw.files import kind_of, read_metadata, weights_of
 
         metadata = read_metadata(model)

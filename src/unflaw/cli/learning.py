@@ -99,9 +99,9 @@ def train(
             if value not in _KNOWN[option]:
                 raise ValueError(f"--{option} {value} is not known; there are {', '.join(_KNOWN[option])}")
         detector_file(out)
+        from unflaw.calibration.outliers import describe_outliers
         from unflaw.datasets import load_categories, load_dataset
         from unflaw.detector import Detector
-        from unflaw.outliers import describe_outliers
         from unflaw.team import ALONE
 
         if len(data) > 1 and not multi_class:
@@ -245,8 +245,8 @@ def calibrate(
             raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
         if not defect and (miss_rate is not None or cost_ratio is not None):
             raise ValueError("a miss rate and a cost ratio need labelled defects; name them with --defect")
+        from unflaw.calibration.outliers import describe_outliers
         from unflaw.files import holding
-        from unflaw.outliers import describe_outliers
 
         writable(model) if out is None else detector_file(out)
         held.enter_context(holding(out or model))  # else the entry of another calibration could be lost

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from unflaw.calibration import Calibration, calibrations
+from unflaw.calibration.drift import Reference, references
+from unflaw.calibration.thresholds import Calibration, calibrations
 from unflaw.config import Config
-from unflaw.drift import Reference, references
 from unflaw.errors import DetectorError
 from unflaw.files import kind_of, read_metadata, read_weights
 from unflaw.images import Prepared

@@ -25,7 +25,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from unflaw._version import __version__
-from unflaw.calibration import Calibration
+from unflaw.calibration.thresholds import Calibration
 from unflaw.errors import DetectorError, ImageError, WriteError
 from unflaw.station import schemas
 from unflaw.station.detectors import Served

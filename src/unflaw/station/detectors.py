@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import unflaw
-from unflaw.calibration import Calibration
+from unflaw.calibration.thresholds import Calibration
 from unflaw.datasets.samples import SHORT
 from unflaw.datasets.samples import sha256 as file_digest
 from unflaw.decoding import read
@@ -161,7 +161,7 @@ class Served:
             raise TrainingError("calibrating needs pictures, and this station keeps none; start it with --keep")
         if file_digest(self.path) != self.digest:
             raise TrainingError(f"{self.path.name} has changed since the station loaded it; restart the station")
-        from unflaw.recalibration import counted  # which needs torch
+        from unflaw.calibration.recalibrate import counted  # which needs torch
 
         fresh: Any = unflaw.load(str(self.path))
         learned, known = set(fresh.record_.get("seen", [])), counted(fresh.record_, category) if keep else set()

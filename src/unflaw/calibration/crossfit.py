@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unflaw.cache import Cache, cells
-from unflaw.calibration import Evidence
+from unflaw.calibration.outliers import MOST, outliers
+from unflaw.calibration.thresholds import Evidence
 from unflaw.config import CalibrationOptions
 from unflaw.errors import TrainingError
 from unflaw.layout import Window
@@ -39,7 +40,6 @@ from unflaw.methods import Method
 from unflaw.methods.base import highest
 from unflaw.methods.memory import Memory
 from unflaw.mosaic import Mosaic
-from unflaw.outliers import MOST, outliers
 
 FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
 

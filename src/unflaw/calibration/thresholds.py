@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from unflaw import conformal
 from unflaw.brief import brief
+from unflaw.calibration import conformal
 from unflaw.config import CalibrationOptions
 from unflaw.layout import Box
 from unflaw.results import Region, Scale, Verdict

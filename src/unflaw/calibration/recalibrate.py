@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from unflaw.calibration import Calibration, Evidence
+from unflaw.calibration.drift import Reference
+from unflaw.calibration.outliers import ALL, outliers
+from unflaw.calibration.thresholds import Calibration, Evidence
 from unflaw.config import CalibrationOptions
 from unflaw.datasets.samples import SHORT, digest, distinct, sha256_if_readable
 from unflaw.detector import Detector
-from unflaw.drift import Reference
 from unflaw.errors import TrainingError
 from unflaw.inputs import Input
-from unflaw.outliers import ALL, outliers
 from unflaw.results import Result
 from unflaw.streams import Progress
 
