@@ -17,7 +17,7 @@ import tifffile
 from PIL import Image
 
 import unflaw
-from unflaw.decoding import read
+from unflaw.imaging.reading import read
 from unflaw.listing import list_images
 from unflaw.runtime.verification import compare
 

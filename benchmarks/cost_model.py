@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unflaw.cache import stack
 from unflaw.datasets import load_dataset
-from unflaw.decoding import read
 from unflaw.detector import Detector
 from unflaw.graph import Graph
-from unflaw.images import prepare
+from unflaw.imaging.reading import read
+from unflaw.imaging.transforms import prepare
 from unflaw.runtime.bench import measure
 
 STAGES = ("decode", "prepare", "backbone", "method", "map and layers")

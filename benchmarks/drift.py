@@ -17,9 +17,9 @@ from scipy import ndimage
 
 from unflaw.calibration.drift import Reference
 from unflaw.datasets import load_dataset
-from unflaw.decoding import read
-from unflaw.images import show
-from unflaw.layout import Preparation
+from unflaw.imaging.reading import read
+from unflaw.imaging.tiling import Preparation
+from unflaw.imaging.transforms import show
 
 Change = Callable[[np.ndarray], np.ndarray]
 BATCHES = 100  # random ones, of each size

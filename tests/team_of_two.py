@@ -12,10 +12,10 @@ from conftest import OWN, TINY
 from unflaw import training
 from unflaw.cache import build_cache
 from unflaw.config import Features, Training, Weights, make_config
-from unflaw.decoding import read
 from unflaw.detector import Detector
 from unflaw.features import FeatureExtractor
-from unflaw.layout import Preparation
+from unflaw.imaging.reading import read
+from unflaw.imaging.tiling import Preparation
 from unflaw.listing import list_images
 from unflaw.methods import create
 from unflaw.team import ALONE, Share, Team

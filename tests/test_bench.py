@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from unflaw import load
 from unflaw.cli import app
-from unflaw.decoding import read
+from unflaw.imaging.reading import read
 from unflaw.listing import list_images
 from unflaw.runtime.bench import COMPUTED, made_up, measure, throughput
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from unflaw.brief import brief
 from unflaw.config import make_config
-from unflaw.decoding import read
-from unflaw.images import show
+from unflaw.imaging.reading import read
+from unflaw.imaging.transforms import show
 from unflaw.results import Evaluation, Inspected, Region
 
 LIMIT = 1000  # letters

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from unflaw.cache import Cache, allocate, build_cache, stack
 from unflaw.config import Features, Weights
-from unflaw.decoding import read
 from unflaw.errors import ImageError, TrainingError
 from unflaw.features import FeatureExtractor
-from unflaw.images import prepare, try_prepare
-from unflaw.layout import Preparation
+from unflaw.imaging.reading import read
+from unflaw.imaging.tiling import Preparation
+from unflaw.imaging.transforms import prepare, try_prepare
 from unflaw.streams import ahead, batched
 
 PREPARATION = Preparation(size=32)

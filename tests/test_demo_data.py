@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from unflaw.datasets import digest, load_dataset
-from unflaw.decoding import read
-from unflaw.images import read_mask
+from unflaw.imaging.reading import read, read_mask
 
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
 from unflaw import demo_data

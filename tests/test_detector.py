@@ -24,7 +24,7 @@ from unflaw.detector import Detector
 from unflaw.errors import DetectorError, ImageError, TrainingError
 from unflaw.features import WeightsError
 from unflaw.files import FORMAT, read_metadata
-from unflaw.layout import Preparation, Window, layout
+from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.results import Result
 
 

@@ -14,8 +14,9 @@ from unflaw.datasets import Dataset, Sample, load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
 from unflaw.evaluation import evaluate
-from unflaw.images import prepare_mask, read_mask
-from unflaw.layout import Preparation
+from unflaw.imaging.reading import read_mask
+from unflaw.imaging.tiling import Preparation
+from unflaw.imaging.transforms import prepare_mask
 from unflaw.results import Evaluation
 from unflaw.tables import lines
 

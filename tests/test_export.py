@@ -8,11 +8,11 @@ import pytest
 
 from conftest import OWN
 from unflaw import load
-from unflaw.decoding import read
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError
 from unflaw.files import read_metadata
-from unflaw.images import prepare
+from unflaw.imaging.reading import read
+from unflaw.imaging.transforms import prepare
 from unflaw.listing import list_images
 from unflaw.runtime.export import export
 from unflaw.runtime.verification import compare

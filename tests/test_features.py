@@ -367,8 +367,8 @@ def test_the_packaged_weights_are_what_is_loaded():
 def test_with_the_packaged_weights_a_cat_is_a_cat():
     """All tensors stand under the right names: the whole classifier knows ImageNet's cats, 281 to 285."""
     skimage_data = pytest.importorskip("skimage.data")
-    from unflaw.images import prepare
-    from unflaw.layout import Preparation
+    from unflaw.imaging.tiling import Preparation
+    from unflaw.imaging.transforms import prepare
 
     model = timm.create_model(LITE, pretrained=False).eval()
     model.load_state_dict(module._package_state(LITE))

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from conftest import OWN, SIDE, make_parts, textured
 from unflaw.cli import app
 from unflaw.datasets import DatasetError, load_dataset
-from unflaw.decoding import read
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, ImageError
-from unflaw.images import prepare
+from unflaw.imaging.reading import read
+from unflaw.imaging.transforms import prepare
 from unflaw.report import figures, outline, overlay
 from unflaw.report.figures import write_figures
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, sheet

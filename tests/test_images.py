@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from unflaw.decoding import image_size, read
 from unflaw.detector import Detector
 from unflaw.errors import ImageError, TrainingError
-from unflaw.images import prepare, prepare_mask, read_mask
-from unflaw.layout import Preparation
+from unflaw.imaging.reading import image_size, read, read_mask
+from unflaw.imaging.tiling import Preparation
+from unflaw.imaging.transforms import prepare, prepare_mask
 from unflaw.listing import list_images
 
 RNG = np.random.default_rng(0)
@@ -128,7 +128,7 @@ def test_an_image_that_is_transparent_everywhere_is_refused(tmp_path, value):
 
 
 def test_one_pixel_that_is_not_transparent_is_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr("unflaw.decoding.AT_ONCE", 5)  # a row at once
+    monkeypatch.setattr("unflaw.imaging.limits.AT_ONCE", 5)  # a row at once
     alpha = np.zeros((7, 5), np.uint8)
     alpha[5, 2] = 255
     for name, source in with_alpha(alpha, tmp_path).items():
@@ -170,7 +170,7 @@ def test_16_bit_colour_that_needs_another_package_is_not_called_damaged(tmp_path
     path = tiff(tmp_path / "lzw.tif", WIDE_COLOUR, photometric="rgb")
     with tifffile.TiffFile(path, mode="r+") as file:
         file.pages[0].tags["Compression"].overwrite(5)  # to write LZW takes imagecodecs as well
-    monkeypatch.setattr("unflaw.tiff.find_spec", lambda _: None)
+    monkeypatch.setattr("unflaw.imaging.tiff.find_spec", lambda _: None)
     with pytest.raises(ImageError, match="save it with Deflate or uncompressed"):
         read(path)
 
@@ -393,7 +393,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_tiff_that_is_not_read_is_refused_with_the_reason(tmp_path, monkeypatch, case):
-    monkeypatch.setattr("unflaw.tiff.find_spec", lambda _: None)
+    monkeypatch.setattr("unflaw.imaging.tiff.find_spec", lambda _: None)
     kind, options, tags, reason = REFUSED[case]
     stored = np.full((4, 5), -5 if kind == "i2" else 70_000 if kind in ("u4", "u8") else 1, kind)
     path = retagged(tiff(tmp_path / "x.tif", stored, **options), **tags)

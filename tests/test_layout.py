@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from unflaw import layout as module
 from unflaw.config import make_config
 from unflaw.errors import ImageError
-from unflaw.images import prepare, prepare_mask, try_show, windows
-from unflaw.layout import Layout, Preparation, Window, layout
+from unflaw.imaging import tiling as module
+from unflaw.imaging.tiling import Layout, Preparation, Window, layout
+from unflaw.imaging.transforms import prepare, prepare_mask, try_show, windows
 from unflaw.mosaic import Mosaic, weights
 
 RNG = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def test_windows_are_cut_out_of_one_resized_picture(kind):
 
 
 def test_large_pictures_are_resized_in_strips_to_the_same(monkeypatch):
-    from unflaw import images
+    from unflaw.imaging import transforms as images
 
     image, preparation = picture(300, 400), Preparation(size=64, fit="pad")
     expected = prepare(image, preparation).pixels
@@ -221,7 +221,7 @@ def test_mistakes_of_geometry_are_not_damaged_files(tmp_path, monkeypatch, tile)
     preparation = Preparation(size=32, tile=tile, roi=str(tmp_path / "specks.png"))
     error = try_show(path, preparation)
     assert str(error).startswith(f"{path}: has 600 × 600 pixels, of which the mask") and "damaged" not in str(error)
-    monkeypatch.setattr("unflaw.images.describe", lambda _: 1 / 0)
+    monkeypatch.setattr("unflaw.imaging.transforms.describe", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         try_show(path, Preparation(size=32))
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from unflaw.datasets import Dataset, Sample, Saturated
-from unflaw.layout import Preparation
+from unflaw.imaging.tiling import Preparation
 from unflaw.measurement import Measurement, RegionTally
 from unflaw.metrics import PixelAccumulator
 

@@ -28,7 +28,7 @@ from unflaw.evaluation import evaluate, evaluate_all
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor
 from unflaw.files import FORMAT, read_metadata
-from unflaw.layout import Preparation, Window, layout
+from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.methods import create
 from unflaw.methods.memory import Memory
 from unflaw.report.figures import write_figures

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from conftest import make_parts
 from unflaw.cli import app
 from unflaw.datasets import Dataset, load_dataset
-from unflaw.decoding import read
 from unflaw.errors import TrainingError
-from unflaw.images import prepare, prepare_mask, read_mask
-from unflaw.layout import Preparation
+from unflaw.imaging.reading import read, read_mask
+from unflaw.imaging.tiling import Preparation
+from unflaw.imaging.transforms import prepare, prepare_mask
 from unflaw.metrics import PixelAccumulator, image_metrics
 from unflaw.peers import PeerError, run_peer
 

@@ -18,8 +18,8 @@ from unflaw import Detector, evaluate, load, load_dataset
 from unflaw.cli import app
 from unflaw.errors import DetectorError
 from unflaw.files import read_metadata
-from unflaw.images import prepare
-from unflaw.layout import Preparation
+from unflaw.imaging.tiling import Preparation
+from unflaw.imaging.transforms import prepare
 from unflaw.listing import list_images
 from unflaw.runtime.verification import Comparison
 

@@ -18,7 +18,7 @@ from unflaw.cli import app
 from unflaw.datasets import Dataset, DatasetError, Saturated, fingerprint, load_categories, load_dataset, public
 from unflaw.datasets.layouts import held_out, layout_of
 from unflaw.datasets.public import COLLECTIONS, Counts, check, describe, find, recognise
-from unflaw.images import read_mask
+from unflaw.imaging.reading import read_mask
 
 BY_NAME = {collection.name: collection for collection in COLLECTIONS}
 numbers = itertools.count()

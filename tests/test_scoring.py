@@ -6,8 +6,8 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from scipy import ndimage
 
-from unflaw.images import Prepared, prepare
-from unflaw.layout import Preparation
+from unflaw.imaging.tiling import Preparation
+from unflaw.imaging.transforms import Prepared, prepare
 from unflaw.scoring import EIGHT_CONNECTED, find_regions, flagged, outline, region_level
 
 RNG = np.random.default_rng(0)

@@ -10,12 +10,12 @@ from unflaw import load
 from unflaw.cache import build_cache
 from unflaw.categories import hold_out
 from unflaw.datasets import load_dataset
-from unflaw.decoding import read
 from unflaw.detector import Detector
 from unflaw.evaluation import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor
-from unflaw.layout import Preparation
+from unflaw.imaging.reading import read
+from unflaw.imaging.tiling import Preparation
 from unflaw.report.figures import write_figures
 from unflaw.results import Result
 
@@ -160,13 +160,14 @@ def test_nothing_outside_is_a_token_of_the_memory(masked, parts):
 
 def _stacked(detector, image):
     from unflaw.cache import stack
-    from unflaw.images import prepare
+    from unflaw.imaging.transforms import prepare
 
     return stack([prepare(image, detector.config.preparation)])
 
 
 def test_pixel_metrics_are_those_inside(masked, parts):
-    from unflaw.images import prepare_mask, read_mask
+    from unflaw.imaging.reading import read_mask
+    from unflaw.imaging.transforms import prepare_mask
     from unflaw.metrics import PixelAccumulator
 
     dataset = load_dataset(parts)

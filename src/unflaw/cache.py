@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unflaw.brief import brief
-from unflaw.decoding import image_size
 from unflaw.errors import ImageError, TrainingError
 from unflaw.features import Extractor
 from unflaw.files import scratch
-from unflaw.images import Picture, Prepared, try_show
-from unflaw.inputs import Input
-from unflaw.layout import Preparation, Window, layout
+from unflaw.imaging.inputs import Input
+from unflaw.imaging.reading import image_size
+from unflaw.imaging.tiling import Preparation, Window, layout
+from unflaw.imaging.transforms import Picture, Prepared, try_show
 from unflaw.streams import Progress, ahead, batched, silent
 from unflaw.team import ALONE, Team
 from unflaw.words import count

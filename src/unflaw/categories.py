@@ -15,7 +15,7 @@ from unflaw.calibration.thresholds import Calibration
 from unflaw.datasets import Dataset, load_dataset
 from unflaw.datasets.samples import distinct
 from unflaw.errors import TrainingError
-from unflaw.inputs import ImageLike, Input, inputs
+from unflaw.imaging.inputs import ImageLike, Input, inputs
 from unflaw.methods import Method
 from unflaw.words import count
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from unflaw.layout import Preparation
+from unflaw.imaging.tiling import Preparation
 
 
 class Settings(BaseModel):

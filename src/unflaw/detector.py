@@ -32,8 +32,8 @@ from unflaw.errors import DetectorError, TrainingError
 from unflaw.features import PixelExtractor, WeightsError
 from unflaw.files import FORMAT, check_name, read_metadata, write_atomically
 from unflaw.graph import Graph
-from unflaw.images import Prepared
-from unflaw.inputs import ImageLike, Input, inputs
+from unflaw.imaging.inputs import ImageLike, Input, inputs
+from unflaw.imaging.transforms import Prepared
 from unflaw.inspector import Inspector, Outputs
 from unflaw.methods import Method, create
 from unflaw.streams import Progress, silent

@@ -21,7 +21,6 @@ from torch import nn
 from unflaw._version import __version__
 from unflaw.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
 from unflaw.calibration.crossfit import pieced
-from unflaw.calibration.drift import STATISTICS
 from unflaw.config import Config, Weights, WeightSource
 from unflaw.datasets import Dataset, fingerprint
 from unflaw.datasets.samples import sha256
@@ -29,9 +28,10 @@ from unflaw.detector import Detector
 from unflaw.errors import ImageError
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.files import make_folder, write_atomically
-from unflaw.images import try_show
-from unflaw.inputs import Input
-from unflaw.layout import Preparation, Window, layout
+from unflaw.imaging.inputs import Input
+from unflaw.imaging.statistics import STATISTICS
+from unflaw.imaging.tiling import Preparation, Window, layout
+from unflaw.imaging.transforms import try_show
 from unflaw.methods import create
 from unflaw.results import Region, Result
 from unflaw.scoring import find_regions

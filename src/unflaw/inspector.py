@@ -16,10 +16,10 @@ from unflaw.brief import brief
 from unflaw.calibration.drift import Reference
 from unflaw.calibration.thresholds import Calibration
 from unflaw.config import Config
-from unflaw.decoding import Readable, read
 from unflaw.errors import DetectorError, ImageError
-from unflaw.images import Picture, Prepared, show, try_show
-from unflaw.inputs import ImageLike, InMemory, Input, inputs
+from unflaw.imaging.inputs import ImageLike, InMemory, Input, inputs
+from unflaw.imaging.reading import Readable, read
+from unflaw.imaging.transforms import Picture, Prepared, show, try_show
 from unflaw.mosaic import Mosaic
 from unflaw.results import Result
 from unflaw.scoring import find_regions

@@ -14,8 +14,9 @@ from scipy import ndimage
 from unflaw.datasets import Dataset, Sample
 from unflaw.datasets.samples import some
 from unflaw.errors import ImageError
-from unflaw.images import marked, prepare_mask, read_mask
-from unflaw.layout import Box, Preparation
+from unflaw.imaging.reading import read_mask
+from unflaw.imaging.tiling import Box, Preparation
+from unflaw.imaging.transforms import marked, prepare_mask
 from unflaw.metrics import (
     Array,
     OverlapAccumulator,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from unflaw.layout import Layout
+from unflaw.imaging.tiling import Layout
 
 
 def weights(starts: list[int], size: int, step: int = 1) -> np.ndarray:

@@ -7,7 +7,7 @@ from itertools import groupby
 import numpy as np
 from scipy import ndimage
 
-from unflaw.layout import Box, Layout
+from unflaw.imaging.tiling import Box, Layout
 from unflaw.results import Region
 
 EIGHT_CONNECTED = np.ones((3, 3), dtype=int)

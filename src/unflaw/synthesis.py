@@ -16,10 +16,10 @@ from torch import Generator, Tensor
 
 from unflaw.brief import brief
 from unflaw.config import Synthesis
-from unflaw.decoding import read
 from unflaw.errors import ImageError
-from unflaw.images import prepare
-from unflaw.layout import Preparation
+from unflaw.imaging.reading import read
+from unflaw.imaging.tiling import Preparation
+from unflaw.imaging.transforms import prepare
 from unflaw.listing import list_images
 from unflaw.team import WHOLE, Share
 

@@ -191,9 +191,9 @@ def targets(material: Material) -> dict[str, Target]:
     from unflaw.ablation import Record
     from unflaw.cli import app
     from unflaw.datasets import DatasetError, load_dataset
-    from unflaw.decoding import read
     from unflaw.errors import DetectorError, ImageError
     from unflaw.grid import read_grid
+    from unflaw.imaging.reading import read
     from unflaw.runs import Log
 
     pictures = sorted((material.parts / "test/good").iterdir())

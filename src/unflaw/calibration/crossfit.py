@@ -35,7 +35,7 @@ from unflaw.calibration.outliers import MOST, outliers
 from unflaw.calibration.thresholds import Evidence
 from unflaw.config import CalibrationOptions
 from unflaw.errors import TrainingError
-from unflaw.layout import Window
+from unflaw.imaging.tiling import Window
 from unflaw.methods import Method
 from unflaw.methods.base import highest
 from unflaw.methods.memory import Memory

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from unflaw.brief import brief
 from unflaw.calibration import conformal
 from unflaw.config import CalibrationOptions
-from unflaw.layout import Box
+from unflaw.imaging.tiling import Box
 from unflaw.results import Region, Scale, Verdict
 from unflaw.scoring import region_level
 

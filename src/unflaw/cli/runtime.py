@@ -55,8 +55,8 @@ def export(
         pictures = []
         if precision == "int8" and data is not None:
             from unflaw.datasets import load_dataset
-            from unflaw.decoding import read
-            from unflaw.images import prepare
+            from unflaw.imaging.reading import read
+            from unflaw.imaging.transforms import prepare
 
             train = load_dataset(data).train
             chosen = train[:: max(1, len(train) // CALIBRATED_ON)][:CALIBRATED_ON]

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from unflaw.datasets.samples import Sample, relative, sha256_if_readable, some
-from unflaw.decoding import image_size
 from unflaw.errors import ImageError
-from unflaw.images import read_mask
+from unflaw.imaging.reading import image_size, read_mask
 from unflaw.words import count
 
 # A mask that marks more than this share of its image, or of the border of its image, may be inverted

@@ -25,9 +25,8 @@ from unflaw.datasets.samples import (
     stem,
     subfolders,
 )
-from unflaw.decoding import read
 from unflaw.errors import ImageError
-from unflaw.images import read_mask
+from unflaw.imaging.reading import read, read_mask
 from unflaw.listing import is_image, list_images, walk
 
 TEST_EVERY = 5  # where a benchmark has no official split, one good picture in so many is for testing

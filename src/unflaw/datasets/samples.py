@@ -7,9 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from unflaw.decoding import read
 from unflaw.errors import ImageError
-from unflaw.inputs import InMemory, Input
+from unflaw.imaging.inputs import InMemory, Input
+from unflaw.imaging.reading import read
 from unflaw.listing import Entry, counted, is_passed_over, list_images, note, visible_files
 
 SHORT = 16  # digits of a SHA-256 that are enough to know a picture again

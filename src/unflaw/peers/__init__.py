@@ -22,8 +22,8 @@ from unflaw.config import WeightSource
 from unflaw.datasets import Dataset, Sample
 from unflaw.errors import ImageError, TrainingError
 from unflaw.features import create_backbone
-from unflaw.images import try_prepare
-from unflaw.layout import Box, Preparation
+from unflaw.imaging.tiling import Box, Preparation
+from unflaw.imaging.transforms import try_prepare
 from unflaw.measurement import Measurement
 from unflaw.results import Evaluation
 from unflaw.streams import Progress, ahead, silent

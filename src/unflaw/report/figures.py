@@ -16,11 +16,11 @@ from torch import Generator, Tensor
 
 from unflaw.cache import cells, stack
 from unflaw.datasets import Dataset, DatasetError, Sample
-from unflaw.decoding import read
 from unflaw.detector import Detector
 from unflaw.files import holding, make_folder, write_png
-from unflaw.images import Prepared, prepare_mask, read_mask, windows
-from unflaw.layout import Box
+from unflaw.imaging.reading import read, read_mask
+from unflaw.imaging.tiling import Box
+from unflaw.imaging.transforms import Prepared, prepare_mask, windows
 from unflaw.methods.stages import Stage
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
 from unflaw.results import Scale

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unflaw.decoding import read
-from unflaw.images import prepare
+from unflaw.imaging.reading import read
+from unflaw.imaging.transforms import prepare
 from unflaw.inspector import Inspector
 
 WARM = 3  # rounds that do not count

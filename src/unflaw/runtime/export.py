@@ -24,7 +24,7 @@ from unflaw.detector import Detector
 from unflaw.errors import DetectorError, WriteError
 from unflaw.files import before, holding, read_metadata, read_weights, write_atomically
 from unflaw.graph import Graph
-from unflaw.images import Prepared
+from unflaw.imaging.transforms import Prepared
 
 Target = Literal["onnx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8"]

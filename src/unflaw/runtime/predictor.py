@@ -14,7 +14,7 @@ from unflaw.calibration.thresholds import Calibration, calibrations
 from unflaw.config import Config
 from unflaw.errors import DetectorError
 from unflaw.files import kind_of, read_metadata, read_weights
-from unflaw.images import Prepared
+from unflaw.imaging.transforms import Prepared
 from unflaw.inspector import Inspector, Outputs
 
 INPUTS = ("pictures", "cells", "category")  # of which every graph has the first

@@ -17,7 +17,7 @@ import onnx
 from onnx import ModelProto
 
 from unflaw.errors import DetectorError
-from unflaw.images import Prepared
+from unflaw.imaging.transforms import Prepared
 
 BACKBONE = "network.features.backbone"
 

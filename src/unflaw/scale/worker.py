@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import unflaw
-from unflaw.decoding import Readable
 from unflaw.errors import ImageError
+from unflaw.imaging.reading import Readable
 from unflaw.inspector import Inspector
 from unflaw.results import Result
 from unflaw.scale import partitions

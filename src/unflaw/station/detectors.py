@@ -15,8 +15,8 @@ import unflaw
 from unflaw.calibration.thresholds import Calibration
 from unflaw.datasets.samples import SHORT
 from unflaw.datasets.samples import sha256 as file_digest
-from unflaw.decoding import read
 from unflaw.errors import DetectorError, TrainingError
+from unflaw.imaging.reading import read
 from unflaw.inspector import Inspector
 from unflaw.results import Result
 from unflaw.station.log import Entry, Filter, Log, legible, sha256

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from unflaw.decoding import read
+from unflaw.imaging.reading import read
 from unflaw.report.panels import colour_map, grey_map, heat_map, veil
 from unflaw.results import Result
 from unflaw.station.detectors import Recalibrated, Served

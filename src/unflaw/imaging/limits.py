@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
+
+from unflaw.errors import ImageError
+
 BLOCKS = 10_000  # of any picture; decoders take some microseconds for each
 PER_BLOCK = {b"\x89P": 1024, b"\xff\xd8": 1024, b"GI": 128, b"II": 32, b"MM": 32}  # and one more for so many bytes
 SCANS, SCANNED = 16, 2_000_000_000  # of a progressive JPEG; and pixels that the scans beyond may pass
@@ -105,3 +109,26 @@ def _order(data: bytes) -> tuple[Literal["little", "big"], bool]:
 
 
 _WALKS = {b"\x89P": _png, b"\xff\xd8": _jpeg, b"GI": _gif, b"II": _tiff, b"MM": _tiff}
+
+
+SIDEWAYS = (5, 6, 7, 8)
+
+
+def check(size: tuple[int, int], several: bool, max_pixels: int) -> None:
+    """Refuses, by ImageError, what is too large and what is several pictures."""
+    if size[0] * size[1] > max_pixels:
+        raise ImageError(f"has {size[0]} × {size[1]} pixels, over the limit of {max_pixels:,}; scale it down or cut it")
+    if several:
+        raise ImageError("has several frames or pages; save the one that counts as a picture of its own")
+
+
+AT_ONCE = 2**24  # pixels that are converted at once: above, in strips
+
+
+TRANSPARENT = "is transparent everywhere: its alpha channel is 0, as if never filled; save it without an alpha channel"
+
+
+def visible(alpha: np.ndarray) -> bool:
+    """Whether an alpha channel, of uint8, uint16 or floats in [0, 1], is more than 1/255 anywhere."""
+    full = 1 if np.issubdtype(alpha.dtype, np.floating) else np.iinfo(alpha.dtype).max
+    return not alpha.max() <= 1.5 / 255 * full  # so written, NaN is left to the check of values

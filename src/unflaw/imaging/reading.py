@@ -12,12 +12,13 @@ import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 from PIL import WebPImagePlugin as WebP
 
-from unflaw import containers
 from unflaw.errors import ImageError
-from unflaw.inputs import InMemory, check_kind
+from unflaw.imaging import limits as containers
+from unflaw.imaging.inputs import InMemory, check_kind
+from unflaw.imaging.limits import AT_ONCE, SIDEWAYS, TRANSPARENT, check, visible
+from unflaw.listing import list_images
 
 PIXEL, OVERHEAD = 16, 2**26  # bytes of a file: for a pixel at most, four floats, and for all else in it
-AT_ONCE = 2**24  # pixels that are converted at once: above, in strips
 
 # Content decides, not the suffix. The decoders are called directly rather than through PIL.Image.open: no other format
 # is ever parsed, and the limit on pixels is ours instead of a process-wide setting that at first only warns.
@@ -31,8 +32,6 @@ _DECODERS: dict[bytes, Any] = {
     **dict.fromkeys(_TIFF, TiffImagePlugin.TiffImageFile),
 }
 _ORIENTATION = 0x0112  # the tag in EXIF and in TIFF
-SIDEWAYS = (5, 6, 7, 8)
-TRANSPARENT = "is transparent everywhere: its alpha channel is 0, as if never filled; save it without an alpha channel"
 
 
 class Readable(Protocol):
@@ -84,12 +83,6 @@ def read(
         if not seen:
             raise ImageError(TRANSPARENT)
         return whole
-
-
-def visible(alpha: np.ndarray) -> bool:
-    """Whether an alpha channel, of uint8, uint16 or floats in [0, 1], is more than 1/255 anywhere."""
-    full = 1 if np.issubdtype(alpha.dtype, np.floating) else np.iinfo(alpha.dtype).max
-    return not alpha.max() <= 1.5 / 255 * full  # so written, NaN is left to the check of values
 
 
 def _rgb(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -203,7 +196,7 @@ def _decode(source: Any, max_pixels: int) -> np.ndarray | Image.Image:
     if not given:
         data = _bytes(source, max_pixels)
         if data[:4] in _TIFF:
-            from unflaw.tiff import decode_tiff
+            from unflaw.imaging.tiff import decode_tiff
 
             _refuse(containers.crowded(data))
             if (decoded := decode_tiff(data, max_pixels)) is not None:
@@ -215,14 +208,6 @@ def _decode(source: Any, max_pixels: int) -> np.ndarray | Image.Image:
         return ImageOps.exif_transpose(source)
     ImageOps.exif_transpose(source, in_place=True)
     return source
-
-
-def check(size: tuple[int, int], several: bool, max_pixels: int) -> None:
-    """Refuses, by ImageError, what is too large and what is several pictures."""
-    if size[0] * size[1] > max_pixels:
-        raise ImageError(f"has {size[0]} × {size[1]} pixels, over the limit of {max_pixels:,}; scale it down or cut it")
-    if several:
-        raise ImageError("has several frames or pages; save the one that counts as a picture of its own")
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -262,3 +247,23 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
     if not (pixels.min() >= 0 and pixels.max() <= 1):  # so written, it refuses NaN too
         raise ImageError("holds numbers that are not finite or outside 0 to 1; divide by the largest possible value")
     return pixels.astype(np.float32, copy=False)
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Read a mask as (H, W) bool: True where any channel is not 0; in JPEG, which blurs, where it is over half.
+
+    A folder stands for the union of the masks in it.
+
+    Raises:
+        ImageError: As `read`, or a folder without pictures or with pictures of several sizes.
+    """
+    if Path(path).is_dir():
+        masks = [read_mask(file) for file in list_images(path)]
+        if not masks:
+            raise ImageError(f"{path}: holds no masks; put them there, or remove the folder")
+        if len({mask.shape for mask in masks}) > 1:
+            raise ImageError(f"{path}: holds masks of several sizes; all must have that of the picture")
+        return np.logical_or.reduce(masks)
+    red, green, blue = np.moveaxis(read(path), 2, 0)
+    over = 127 if Path(path).suffix.lower() in {".jpg", ".jpeg"} else 0
+    return (red > over) | (green > over) | (blue > over)

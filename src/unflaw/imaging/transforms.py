@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from unflaw.brief import brief
-from unflaw.calibration.drift import describe
-from unflaw.decoding import Readable, image_size, name_of, read
 from unflaw.errors import ImageError
-from unflaw.inputs import InMemory
-from unflaw.layout import Box, Layout, Preparation, Window, layout
+from unflaw.imaging.inputs import InMemory
+from unflaw.imaging.reading import Readable, image_size, name_of, read
+from unflaw.imaging.statistics import describe
+from unflaw.imaging.tiling import Box, Layout, Preparation, Window, layout
 from unflaw.listing import SUFFIXES, list_images, visible_files
 
 __all__ = [
@@ -34,26 +34,6 @@ __all__ = [
 ]
 
 AT_ONCE = 2**24  # pixels of a picture that are resized at once: above, in strips
-
-
-def read_mask(path: str | Path) -> np.ndarray:
-    """Read a mask as (H, W) bool: True where any channel is not 0; in JPEG, which blurs, where it is over half.
-
-    A folder stands for the union of the masks in it.
-
-    Raises:
-        ImageError: As `read`, or a folder without pictures or with pictures of several sizes.
-    """
-    if Path(path).is_dir():
-        masks = [read_mask(file) for file in list_images(path)]
-        if not masks:
-            raise ImageError(f"{path}: holds no masks; put them there, or remove the folder")
-        if len({mask.shape for mask in masks}) > 1:
-            raise ImageError(f"{path}: holds masks of several sizes; all must have that of the picture")
-        return np.logical_or.reduce(masks)
-    red, green, blue = np.moveaxis(read(path), 2, 0)
-    over = 127 if Path(path).suffix.lower() in {".jpg", ".jpeg"} else 0
-    return (red > over) | (green > over) | (blue > over)
 
 
 @brief

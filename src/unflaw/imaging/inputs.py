@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from unflaw.decoding import Readable
+    from unflaw.imaging.reading import Readable
 
 TAKEN = (
     "a path, the bytes of a file, an open file, a Pillow image, or a NumPy array (H, W) or (H, W, 1 to 4 channels) of "

@@ -12,9 +12,8 @@ import numpy as np
 from PIL import ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from unflaw.containers import paged
-from unflaw.decoding import AT_ONCE, SIDEWAYS, TRANSPARENT, check, visible
 from unflaw.errors import ImageError
+from unflaw.imaging.limits import AT_ONCE, SIDEWAYS, TRANSPARENT, check, paged, visible
 
 SAMPLES = 16  # of a pixel at most
 SPARE = 2**22  # pixels by which strips and tiles may be larger than the picture

@@ -74,7 +74,7 @@ class Preparation(BaseModel):
 
 def _packed(path: str) -> str:
     """A mask file as text that can stand in a configuration: a PNG of one bit, where any white of a box counts."""
-    from unflaw.images import read_mask
+    from unflaw.imaging.reading import read_mask
 
     mask = read_mask(path)
     shrink = min(1, ROI_SIDE / max(mask.shape))
