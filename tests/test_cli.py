@@ -359,7 +359,7 @@ def test_ctrl_c_says_of_every_command_what_it_leaves(
 
     monkeypatch.chdir(tmp_path)
     for name, few in (("N_TRAIN", 8), ("N_VALIDATION", 1), ("N_GOOD", 1), ("N_PER_DEFECT", 1)):
-        monkeypatch.setattr(f"unflaw.demo_data.{name}", few)
+        monkeypatch.setattr(f"unflaw.datasets.synthetic.{name}", few)
     monkeypatch.setattr(where, pressed)
     names = {"MODEL": model, "PARTS": parts, "WEIGHTS": weights}
     words = [re.sub("|".join(names), lambda found: str(names[found[0]]), word) for word in command.split()]

@@ -5,7 +5,7 @@ from unflaw.datasets import digest, load_dataset
 from unflaw.imaging.reading import read, read_mask
 
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
-from unflaw import demo_data
+from unflaw.datasets import synthetic as demo_data
 
 
 @pytest.fixture(scope="module")

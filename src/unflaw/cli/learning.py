@@ -281,7 +281,7 @@ def demo(
 
     with errors():
         from unflaw.datasets import load_dataset
-        from unflaw.demo_data import is_whole, make_demo_data
+        from unflaw.datasets.synthetic import is_whole, make_demo_data
         from unflaw.files import holding, make_folder
 
         data, model = out / "gravel", out / "detector.safetensors"
