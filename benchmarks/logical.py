@@ -142,7 +142,7 @@ def main() -> None:
         write_plates(options.out, options.good, options.free)
     from unflaw.config import make_config
     from unflaw.datasets import load_dataset
-    from unflaw.evaluation import evaluate
+    from unflaw.evaluation.evaluate import evaluate
     from unflaw.experiment import Laboratory
 
     dataset = load_dataset(options.out)

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from unflaw.metrics import PixelAccumulator, image_metrics, partial_auc
+from unflaw.evaluation.metrics import PixelAccumulator, image_metrics, partial_auc
 
 Array = np.ndarray[Any, Any]
 

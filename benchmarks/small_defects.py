@@ -21,7 +21,7 @@ from PIL import Image
 from scipy import ndimage
 
 from unflaw import Detector
-from unflaw.metrics import PixelAccumulator, auroc, image_ranking
+from unflaw.evaluation.metrics import PixelAccumulator, auroc, image_ranking
 
 PITCH, RADIUS = 64, 17  # of the pads, pixels
 MEMORY = {"network__prototypes": 1024, "network__coarse_prototypes": 4096}  # enough for few pictures

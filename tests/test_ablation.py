@@ -10,7 +10,7 @@ from unflaw.ablation import METRICS, Record, Run, ablate, markdown, tabulate
 from unflaw.config import Weights, make_config
 from unflaw.datasets import load_dataset
 from unflaw.errors import TrainingError
-from unflaw.evaluation import evaluate
+from unflaw.evaluation.evaluate import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.runs import Log
 from unflaw.tables import comma_separated

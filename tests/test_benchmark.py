@@ -18,10 +18,10 @@ from unflaw.cli import app
 from unflaw.config import make_config
 from unflaw.datasets import load_dataset
 from unflaw.datasets.public import COLLECTIONS
+from unflaw.evaluation.bootstrap import PerPicture
 from unflaw.grid import Grid, Run, plan, read_grid
 from unflaw.leaderboard import intervals, latex, markdown, published, tabulate
 from unflaw.report.leaderboard import page, plot
-from unflaw.statistics import PerPicture
 
 SETTINGS = TINY | {"training.steps": 2, "training.display_steps": 0} | OWN["lookup"]
 SILENT = lambda *_: None  # noqa: E731

@@ -10,9 +10,10 @@ from pydantic import BaseModel
 
 from unflaw.brief import brief
 from unflaw.config import make_config
+from unflaw.evaluation.results import Evaluation, Inspected
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import show
-from unflaw.results import Evaluation, Inspected, Region
+from unflaw.results import Region
 
 LIMIT = 1000  # letters
 

@@ -321,7 +321,11 @@ def test_ctrl_c_says_how_many_images_were_inspected(model, parts, tmp_path):
 @pytest.mark.parametrize(
     "command, where, says",
     [
-        ("evaluate MODEL --data PARTS", "unflaw.evaluation.evaluate_all", "stopped; the same command begins again"),
+        (
+            "evaluate MODEL --data PARTS",
+            "unflaw.evaluation.evaluate.evaluate_all",
+            "stopped; the same command begins again",
+        ),
         (
             "calibrate MODEL --good PARTS/test/good --out c.safetensors",
             "unflaw.detector.Detector.calibrate",

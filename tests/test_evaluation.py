@@ -8,16 +8,16 @@ from PIL import Image, ImageOps
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from typer.testing import CliRunner
 
-from unflaw import evaluation as module
 from unflaw.cli import app
 from unflaw.datasets import Dataset, Sample, load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
-from unflaw.evaluation import evaluate
+from unflaw.evaluation import evaluate as module
+from unflaw.evaluation.evaluate import evaluate
+from unflaw.evaluation.results import Evaluation
 from unflaw.imaging.reading import read_mask
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare_mask
-from unflaw.results import Evaluation
 from unflaw.tables import lines
 
 IMAGE = ("image_auroc", "image_ap", "image_f1_max")

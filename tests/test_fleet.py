@@ -111,7 +111,7 @@ def test_it_goes_on_and_does_anew_what_changed(products, config, tiny, told, tmp
 def test_a_detector_is_replaced_once_all_is_known_of_it(products, config, tiny, told, tmp_path, monkeypatch):
     run(products, config, tmp_path, Here(told))
     before = (tmp_path / "bolt.safetensors").read_bytes()
-    monkeypatch.setattr("unflaw.evaluation.evaluate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("unflaw.evaluation.evaluate.evaluate", lambda *_, **__: 1 / 0)
     records, failed = run(products, tiny("lookup", **{"training.seed": 5}), tmp_path, Here(told))
     assert [record.category for record in records] == ["washer"] and "ZeroDivisionError" in failed["bolt"]
     assert (tmp_path / "bolt.safetensors").read_bytes() == before

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from unflaw.datasets import Dataset, Sample, Saturated
+from unflaw.evaluation.accumulate import Measurement, RegionTally
+from unflaw.evaluation.metrics import PixelAccumulator
 from unflaw.imaging.tiling import Preparation
-from unflaw.measurement import Measurement, RegionTally
-from unflaw.metrics import PixelAccumulator
 
 SIDE = 32
 

@@ -7,8 +7,8 @@ from scipy.integrate import trapezoid
 from skimage.measure import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from unflaw import metrics
-from unflaw.metrics import OverlapAccumulator, PixelAccumulator, image_metrics, ranking, region_weights
+from unflaw.evaluation import metrics
+from unflaw.evaluation.metrics import OverlapAccumulator, PixelAccumulator, image_metrics, ranking, region_weights
 
 RNG = np.random.default_rng
 SKEWED = {

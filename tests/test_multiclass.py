@@ -24,7 +24,8 @@ from unflaw.config import Weights
 from unflaw.datasets import DatasetError, load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, TrainingError
-from unflaw.evaluation import evaluate, evaluate_all
+from unflaw.evaluation.evaluate import evaluate, evaluate_all
+from unflaw.evaluation.results import RARE
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor
 from unflaw.files import FORMAT, read_metadata
@@ -32,7 +33,6 @@ from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.methods import create
 from unflaw.methods.memory import Memory
 from unflaw.report.figures import write_figures
-from unflaw.results import RARE
 
 QUICK = {"training.display_steps": 0}
 METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_30", "aupro_05")

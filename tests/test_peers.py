@@ -18,10 +18,10 @@ from conftest import make_parts
 from unflaw.cli import app
 from unflaw.datasets import Dataset, load_dataset
 from unflaw.errors import TrainingError
+from unflaw.evaluation.metrics import PixelAccumulator, image_metrics
 from unflaw.imaging.reading import read, read_mask
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare, prepare_mask
-from unflaw.metrics import PixelAccumulator, image_metrics
 from unflaw.peers import PeerError, run_peer
 
 SMALL = Preparation(size=64)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from unflaw.evaluation.results import Evaluation, Inspected
 from unflaw.report import heat_map, outline, overlay, panel, text, views, write_report
 from unflaw.report.text import Typeface
-from unflaw.results import Evaluation, Inspected, Region, Result, Scale
+from unflaw.results import Region, Result, Scale
 
 SIZE = 48
 SCALE = Scale(low=1.0, threshold=3.0)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unflaw.calibration.thresholds import calibrate
-from unflaw.risk import errors_left, review_order, risk
+from unflaw.evaluation.risk_coverage import errors_left, review_order, risk
 
 GOOD = [float(i) for i in range(9)]  # the threshold is 8, that of review 6; regions are dominated from 0.3 on
 CALIBRATION = calibrate(GOOD, GOOD, 0.0, 0.1, review_rate=0.3, doubts=[score / 20 for score in GOOD])

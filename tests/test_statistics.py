@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from unflaw.metrics import PixelAccumulator
-from unflaw.statistics import MapSpool, PerPicture, interval, resampled, resamples
+from unflaw.evaluation.bootstrap import MapSpool, PerPicture, interval, resampled, resamples
+from unflaw.evaluation.metrics import PixelAccumulator
 
 
 def made(seed=0, good=12, bad=9, side=64, masks=True):

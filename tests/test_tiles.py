@@ -11,7 +11,7 @@ from unflaw.cache import build_cache
 from unflaw.categories import hold_out
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
-from unflaw.evaluation import evaluate
+from unflaw.evaluation.evaluate import evaluate
 from unflaw.experiment import Laboratory
 from unflaw.features import FeatureExtractor
 from unflaw.imaging.reading import read
@@ -166,9 +166,9 @@ def _stacked(detector, image):
 
 
 def test_pixel_metrics_are_those_inside(masked, parts):
+    from unflaw.evaluation.metrics import PixelAccumulator
     from unflaw.imaging.reading import read_mask
     from unflaw.imaging.transforms import prepare_mask
-    from unflaw.metrics import PixelAccumulator
 
     dataset = load_dataset(parts)
     found, expected = evaluate(masked, dataset), PixelAccumulator()

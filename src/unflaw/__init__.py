@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from unflaw.config import Config, Weights, make_config
     from unflaw.datasets import load_categories, load_dataset
     from unflaw.detector import Detector
-    from unflaw.evaluation import evaluate
+    from unflaw.evaluation.evaluate import evaluate
     from unflaw.inspector import Inspector
     from unflaw.results import Result
 
@@ -34,7 +34,7 @@ _HOMES = {
     "Detector": "detector",
     "Result": "results",
     "Weights": "config",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.evaluate",
     "load_categories": "datasets",
     "load_dataset": "datasets",
     "make_config": "config",

@@ -162,7 +162,7 @@ def _plan(
 
 
 def _record(laboratory: Laboratory, run: Run, common: dict[str, Any], progress: Progress) -> Record:
-    from unflaw.evaluation import evaluate
+    from unflaw.evaluation.evaluate import evaluate
 
     detector = laboratory.fit(run.config, run.dataset, progress=progress)
     metrics, fitted = evaluate(detector, run.dataset, progress=progress).metrics, detector.record_

@@ -23,8 +23,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from unflaw.config import Weights
+from unflaw.evaluation.results import METRICS
 from unflaw.grid import Run
-from unflaw.results import METRICS
 from unflaw.runs import Finished, Log
 from unflaw.words import count
 
@@ -188,7 +188,7 @@ def measure(run: Run, out: Path, progress: Progress) -> Record:
 
 def _measure_ours(run: Run, progress: Progress) -> dict[str, Any]:
     from unflaw.detector import Detector
-    from unflaw.evaluation import evaluate
+    from unflaw.evaluation.evaluate import evaluate
     from unflaw.experiment import Laboratory
 
     started = time.perf_counter()

@@ -229,7 +229,7 @@ class Worker:
         pass
 
     def _train(self, task: Task) -> Record | None:
-        from unflaw.evaluation import evaluate
+        from unflaw.evaluation.evaluate import evaluate
 
         started, dataset = time.perf_counter(), task.dataset
         digest = self.laboratory.digest(task.config, dataset, task.category)

@@ -12,10 +12,10 @@ from typing import Any
 
 from unflaw.benchmark import Record, pictures_file
 from unflaw.datasets.public import COLLECTIONS
+from unflaw.evaluation.bootstrap import METRICS as RESAMPLED
+from unflaw.evaluation.bootstrap import PerPicture, interval, resampled
+from unflaw.evaluation.results import METRICS, defined
 from unflaw.grid import Run
-from unflaw.results import METRICS, defined
-from unflaw.statistics import METRICS as RESAMPLED
-from unflaw.statistics import PerPicture, interval, resampled
 from unflaw.tables import comma_separated, short, summary, write_text
 from unflaw.words import count
 

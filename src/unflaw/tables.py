@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from unflaw.evaluation.results import defined
 from unflaw.files import write_atomically
-from unflaw.results import defined
 from unflaw.words import count
 
 

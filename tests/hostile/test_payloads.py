@@ -56,7 +56,7 @@ def test_a_pickle_is_executed_under_no_name(tmp_path, name, archived):
 
 
 def test_a_pickle_as_calibration_or_feature_file_is_not_executed(tmp_path):
-    from unflaw.statistics import PerPicture
+    from unflaw.evaluation.bootstrap import PerPicture
 
     mark, path = tmp_path / "executed", tmp_path / "x.npz"
     np.savez(path, names=np.array([Payload(mark)], dtype=object))

@@ -58,8 +58,8 @@ def run_evaluation(
         for path in filter(None, (json_file, report)):
             writable(path)
         from unflaw.datasets import load_categories
-        from unflaw.evaluation import evaluate_all
-        from unflaw.results import mean_metrics
+        from unflaw.evaluation.evaluate import evaluate_all
+        from unflaw.evaluation.results import mean_metrics
         from unflaw.tables import lines, table, write_text
 
         detector = load_detector(model)

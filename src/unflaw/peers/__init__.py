@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from unflaw.config import WeightSource
 from unflaw.datasets import Dataset, Sample
 from unflaw.errors import ImageError, TrainingError
+from unflaw.evaluation.accumulate import Measurement
+from unflaw.evaluation.results import Evaluation
 from unflaw.features import create_backbone
 from unflaw.imaging.tiling import Box, Preparation
 from unflaw.imaging.transforms import try_prepare
-from unflaw.measurement import Measurement
-from unflaw.results import Evaluation
 from unflaw.streams import Progress, ahead, silent
 from unflaw.words import count
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from unflaw.evaluation.results import Evaluation, Inspected, defined, mean_metrics
 from unflaw.files import write_atomically
 from unflaw.report.panels import heat_map, label, views
-from unflaw.results import Evaluation, Inspected, Scale, defined, mean_metrics
+from unflaw.results import Scale
 from unflaw.words import count
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from unflaw.evaluation.bootstrap import METRICS as RESAMPLED
 from unflaw.leaderboard import (
     HEADS,
     MEANING,
@@ -20,7 +21,6 @@ from unflaw.leaderboard import (
     shown,
 )
 from unflaw.report.html import templates
-from unflaw.statistics import METRICS as RESAMPLED
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 720, 360, 56, 44  # of the plot, its margins for text
 APART = 13  # pixels between labels

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from unflaw.calibration.thresholds import Calibration
-from unflaw.metrics import Array
+from unflaw.evaluation.metrics import Array
 
 
 def review_order(rows: Sequence[Mapping[str, Any]], calibration: Calibration, *, uncertainty: bool = False) -> Array:

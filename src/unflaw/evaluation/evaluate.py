@@ -10,10 +10,11 @@ from typing import Any
 
 from unflaw.datasets import Dataset, Sample
 from unflaw.errors import TrainingError
+from unflaw.evaluation.accumulate import Measurement
+from unflaw.evaluation.results import Evaluation, Inspected
+from unflaw.evaluation.risk_coverage import risk
 from unflaw.inspector import Inspector
-from unflaw.measurement import Measurement
-from unflaw.results import Evaluation, Inspected, Result
-from unflaw.risk import risk
+from unflaw.results import Result
 from unflaw.streams import Progress, silent
 from unflaw.words import count
 

@@ -14,10 +14,8 @@ from scipy import ndimage
 from unflaw.datasets import Dataset, Sample
 from unflaw.datasets.samples import some
 from unflaw.errors import ImageError
-from unflaw.imaging.reading import read_mask
-from unflaw.imaging.tiling import Box, Preparation
-from unflaw.imaging.transforms import marked, prepare_mask
-from unflaw.metrics import (
+from unflaw.evaluation.bootstrap import MapSpool, PerPicture
+from unflaw.evaluation.metrics import (
     Array,
     OverlapAccumulator,
     PixelAccumulator,
@@ -27,8 +25,10 @@ from unflaw.metrics import (
     precision_recall_curve,
     roc_curve,
 )
+from unflaw.imaging.reading import read_mask
+from unflaw.imaging.tiling import Box, Preparation
+from unflaw.imaging.transforms import marked, prepare_mask
 from unflaw.scoring import EIGHT_CONNECTED, flagged
-from unflaw.statistics import MapSpool, PerPicture
 
 
 class RegionTally:

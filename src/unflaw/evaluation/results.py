@@ -1,0 +1,73 @@
+"""Results of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unflaw.brief import brief
+from unflaw.results import Result
+
+if TYPE_CHECKING:
+    from unflaw.evaluation.bootstrap import PerPicture
+
+
+# Figures of an evaluation that can be compared, in the order in which they are shown.
+METRICS = (
+    *("image_auroc", "image_ap", "image_f1_max"),
+    *("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_30", "aupro_05", "aupimo", "spro_05"),
+)
+
+
+RARE = ("aupimo", "spro_05")
+
+
+@brief
+@dataclass(frozen=True)
+class Inspected:
+    """One labelled test picture and its inspection."""
+
+    result: Result
+    label: int
+    defect: str
+    mask: np.ndarray | None
+
+
+@brief
+@dataclass
+class Evaluation:
+    """A detector measured on a labelled set.
+
+    Attributes:
+        metrics: The JSON record: METRICS, `per_defect n_images`, verdict counts, timing and configuration. None where a
+            metric is undefined. "category" where the detector has several.
+        rows: Per picture `path label defect score p_value verdict`.
+        curves: Points for plots, `name -> (x, y)`: "roc" and "pr" over images, "pro" over pixels.
+        shown: Pictures kept whole for the report: mistakes and a sample of each defect type, worst mistakes first.
+        skipped: `(path, reason)` of pictures that could not be read.
+        pictures: For `statistics`, where asked for.
+    """
+
+    metrics: dict[str, Any]
+    rows: list[dict[str, Any]]
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    shown: list[Inspected]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    pictures: PerPicture | None = None
+
+
+def mean_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float | None]:
+    """Mean of each of METRICS over the data sets where it is defined; None where it is in none."""
+    found = {name: [evaluation.metrics.get(name) for evaluation in evaluations.values()] for name in METRICS}
+    known = {name: [value for value in values if value is not None] for name, values in found.items()}
+    return {name: fmean(values) if values else None for name, values in known.items()}
+
+
+def defined(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Those of METRICS to show: all, except that the rarer ones must be defined on one data set at least."""
+    found = list(metrics)
+    return [name for name in METRICS if name not in RARE or any(row.get(name) is not None for row in found)]
