@@ -143,7 +143,7 @@ def main() -> None:
     from unflaw.config import make_config
     from unflaw.datasets import load_dataset
     from unflaw.evaluation.evaluate import evaluate
-    from unflaw.experiment import Laboratory
+    from unflaw.experiments.feature_store import Laboratory
 
     dataset = load_dataset(options.out)
     laboratory = Laboratory(options.out.with_name(f"{options.out.name}-features"), options.weights)

@@ -32,7 +32,7 @@ from scipy import stats
 from unflaw.calibration.thresholds import calibrate
 from unflaw.config import make_config
 from unflaw.datasets import Dataset, load_dataset
-from unflaw.experiment import CachedDetector, FeatureFile
+from unflaw.experiments.feature_store import CachedDetector, FeatureFile
 from unflaw.methods import create
 
 RATES = (0.1, 0.05, 0.02, 0.01)

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 
 from conftest import OWN, TINY, make_parts
-from unflaw.ablation import METRICS, Record, Run, ablate, markdown, tabulate
 from unflaw.config import Weights, make_config
 from unflaw.datasets import load_dataset
 from unflaw.errors import TrainingError
 from unflaw.evaluation.evaluate import evaluate
-from unflaw.experiment import Laboratory
-from unflaw.runs import Log
-from unflaw.tables import comma_separated
-from unflaw.variants import FULL, choose, parse
+from unflaw.experiments.ablation import METRICS, Record, Run, ablate, markdown, tabulate
+from unflaw.experiments.feature_store import Laboratory
+from unflaw.experiments.run_log import Log
+from unflaw.experiments.tables import comma_separated
+from unflaw.experiments.variants import FULL, choose, parse
 
 SMALL = TINY | {"features.backbone": "test_efficientnet", "training.steps": 2}
 COMMON = SMALL | OWN["lookup"]

@@ -12,16 +12,17 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import OWN, TINY, make_parts
-from unflaw import benchmark as module
-from unflaw.benchmark import Record, RunError, benchmark, measure, pictures_file
 from unflaw.cli import app
 from unflaw.config import make_config
 from unflaw.datasets import load_dataset
 from unflaw.datasets.public import COLLECTIONS
 from unflaw.evaluation.bootstrap import PerPicture
-from unflaw.grid import Grid, Run, plan, read_grid
-from unflaw.leaderboard import intervals, latex, markdown, published, tabulate
-from unflaw.report.leaderboard import page, plot
+from unflaw.experiments import benchmark as module
+from unflaw.experiments.benchmark import RunError, benchmark, measure
+from unflaw.experiments.grid import Grid, Run, plan, read_grid
+from unflaw.experiments.leaderboard import intervals, latex, markdown, published, tabulate
+from unflaw.experiments.leaderboard_page import page, plot
+from unflaw.experiments.records import Record, pictures_file
 
 SETTINGS = TINY | {"training.steps": 2, "training.display_steps": 0} | OWN["lookup"]
 SILENT = lambda *_: None  # noqa: E731

@@ -335,17 +335,17 @@ def test_ctrl_c_says_how_many_images_were_inspected(model, parts, tmp_path):
         ("demo --out out", "unflaw.detector.Detector.fit", "stopped; the same command begins again"),
         (
             "ablate --data PARTS --weights WEIGHTS --only full --out out",
-            "unflaw.experiment.Laboratory.fit",
+            "unflaw.experiments.feature_store.Laboratory.fit",
             "stopped; 0 finished runs stay in out/runs.jsonl, and the same command goes on with the others",
         ),
         (
             "benchmark --data PARTS --method lookup --backbone resnet18=WEIGHTS --out out",
-            "unflaw.benchmark._in_own_process",
+            "unflaw.experiments.benchmark._in_own_process",
             "stopped; 0 finished runs stay in out/runs.jsonl, and the same command goes on with the others",
         ),
         (
             "fleet PARTS/.. --weights WEIGHTS --backbone resnet18 --workers 1 --out out",
-            "unflaw.fleet.ProcessSeat.train",
+            "unflaw.experiments.per_category.ProcessSeat.train",
             "stopped; finished detectors stay in out, and the same command goes on with the others",
         ),
         (

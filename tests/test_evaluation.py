@@ -15,10 +15,10 @@ from unflaw.errors import TrainingError
 from unflaw.evaluation import evaluate as module
 from unflaw.evaluation.evaluate import evaluate
 from unflaw.evaluation.results import Evaluation
+from unflaw.experiments.tables import lines
 from unflaw.imaging.reading import read_mask
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare_mask
-from unflaw.tables import lines
 
 IMAGE = ("image_auroc", "image_ap", "image_f1_max")
 PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_30", "aupro_05")

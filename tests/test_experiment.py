@@ -12,7 +12,7 @@ from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError, WriteError
 from unflaw.evaluation.evaluate import evaluate
-from unflaw.experiment import Laboratory
+from unflaw.experiments.feature_store import Laboratory
 from unflaw.features import FeatureExtractor, WeightsError
 from unflaw.results import Result
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from unflaw import files
 from unflaw.errors import InUseError, WriteError
+from unflaw.experiments.run_log import Finished
+from unflaw.experiments.run_log import Log as Runs
 from unflaw.files import growing, holding, make_folder, scratch, write_atomically, write_png
-from unflaw.runs import Finished
-from unflaw.runs import Log as Runs
 from unflaw.station.log import Log
 
 

@@ -10,12 +10,22 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import OWN, TINY, make_parts
-from unflaw import fleet as module
 from unflaw.cli import app
 from unflaw.datasets import DatasetError
 from unflaw.detector import Detector
-from unflaw.experiment import Laboratory
-from unflaw.fleet import FleetError, ProcessSeat, Record, Told, Worker, members, seats, shares, train_fleet
+from unflaw.experiments import per_category as module
+from unflaw.experiments.feature_store import Laboratory
+from unflaw.experiments.per_category import (
+    FleetError,
+    ProcessSeat,
+    Record,
+    Told,
+    Worker,
+    members,
+    seats,
+    shares,
+    train_fleet,
+)
 
 SETTINGS = TINY | {"training.display_steps": 0} | OWN["lookup"]
 
@@ -121,7 +131,9 @@ def test_features_serve_again_within_a_limit(products, config, tiny, told, tmp_p
     run(products, config, tmp_path, Here(told))
     files = {path.name: path.stat().st_size for path in told.cache.glob("*.npy")}
     assert len(files) == 4  # the one with too few pictures was read too
-    monkeypatch.setattr("unflaw.experiment.read_parts", lambda *_: pytest.fail("pictures are read again"))
+    monkeypatch.setattr(
+        "unflaw.experiments.feature_store.read_parts", lambda *_: pytest.fail("pictures are read again")
+    )
     run(products, tiny("lookup", **{"training.seed": 1}), tmp_path, Here(told))
     monkeypatch.undo()
     shutil.rmtree(told.cache)

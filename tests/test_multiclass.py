@@ -26,7 +26,7 @@ from unflaw.detector import Detector
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.evaluation.evaluate import evaluate, evaluate_all
 from unflaw.evaluation.results import RARE
-from unflaw.experiment import Laboratory
+from unflaw.experiments.feature_store import Laboratory
 from unflaw.features import FeatureExtractor
 from unflaw.files import FORMAT, read_metadata
 from unflaw.imaging.tiling import Preparation, Window, layout

@@ -18,7 +18,7 @@ from conftest import make_parts, textured
 from unflaw import scale
 from unflaw.cli import app
 from unflaw.detector import Detector
-from unflaw.fleet import RaySeat, Told, members, seats, train_fleet
+from unflaw.experiments.per_category import RaySeat, Told, members, seats, train_fleet
 from unflaw.scale import partitions
 from unflaw.scale.on_ray import running
 from unflaw.scale.store import OWN, Store

@@ -3,8 +3,8 @@ import time
 
 import pytest
 
+from unflaw.experiments.disk_cache import ABANDONED, Shelf, ShelfFull
 from unflaw.files import write_atomically
-from unflaw.shelf import ABANDONED, Shelf, ShelfFull
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from unflaw.categories import hold_out
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
 from unflaw.evaluation.evaluate import evaluate
-from unflaw.experiment import Laboratory
+from unflaw.experiments.feature_store import Laboratory
 from unflaw.features import FeatureExtractor
 from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation

@@ -1,7 +1,7 @@
 import pytest
 
 from unflaw.config import METHODS
-from unflaw.variants import FULL, Variant, choose, named, parse
+from unflaw.experiments.variants import FULL, Variant, choose, named, parse
 
 
 @pytest.mark.parametrize("method", METHODS)

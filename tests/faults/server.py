@@ -40,9 +40,9 @@ def preload(weights: str) -> None:
     import torch.onnx
     from safetensors.torch import save_file
 
-    import unflaw.ablation
     import unflaw.cli
     import unflaw.detector
+    import unflaw.experiments.ablation
     import unflaw.report
     import unflaw.station.watch  # noqa: F401
     from unflaw.runtime import export

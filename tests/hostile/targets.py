@@ -188,13 +188,13 @@ def targets(material: Material) -> dict[str, Target]:
     import typer
     from typer.testing import CliRunner
 
-    from unflaw.ablation import Record
     from unflaw.cli import app
     from unflaw.datasets import DatasetError, load_dataset
     from unflaw.errors import DetectorError, ImageError
-    from unflaw.grid import read_grid
+    from unflaw.experiments.ablation import Record
+    from unflaw.experiments.grid import read_grid
+    from unflaw.experiments.run_log import Log
     from unflaw.imaging.reading import read
-    from unflaw.runs import Log
 
     pictures = sorted((material.parts / "test/good").iterdir())
     deep = st.integers(100, 5000).map(lambda n: '{"format":1,"x":' + "[" * n + "]" * n + "}")

@@ -181,7 +181,7 @@ def fleet(
         if address is not None and engine != "ray":
             raise ValueError("--address is that of a Ray cluster; add --engine ray")
         from unflaw.config import Weights, make_config
-        from unflaw.fleet import Told, members, seats, shares, summary, train_fleet
+        from unflaw.experiments.per_category import Told, members, seats, shares, summary, train_fleet
 
         changes |= dict(map(setting_of, setting or []))
         source = Weights.parse(weights)

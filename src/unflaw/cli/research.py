@@ -63,7 +63,7 @@ def ablate(
     """
     changes = ({"features.backbone": backbone} if backbone else {}) | dict(map(setting_of, setting or []))
     with errors(lambda: stopped_runs(out)):
-        from unflaw.variants import choose
+        from unflaw.experiments.variants import choose
 
         variants = choose(method, only or [], variant or [])
         if listed:
@@ -72,9 +72,9 @@ def ablate(
             return
         if not data or out is None:
             raise ValueError("name the data with --data and a folder for the results with --out")
-        from unflaw.ablation import ablate as run
         from unflaw.config import Weights
         from unflaw.datasets import load_categories
+        from unflaw.experiments.ablation import ablate as run
 
         datasets = load_categories(data)
         report_dataset_problems(datasets)
@@ -134,10 +134,10 @@ def benchmark(
     given: dict[str, Any] = {"methods": method, "data": data, "backbones": backbone, "sizes": size, "seeds": seeds}
     given |= {"profile": profile, "peer_python": peer_python, "features": features}
     with errors(lambda: stopped_runs(out)):
-        from unflaw.benchmark import benchmark as run
         from unflaw.datasets import load_categories
-        from unflaw.grid import plan, read_grid
-        from unflaw.variants import parse
+        from unflaw.experiments.benchmark import benchmark as run
+        from unflaw.experiments.grid import plan, read_grid
+        from unflaw.experiments.variants import parse
 
         changes = {name: value for name, value in given.items() if value}
         if peer:

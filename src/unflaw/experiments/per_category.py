@@ -25,8 +25,8 @@ from unflaw.config import Config, WeightSource
 from unflaw.datasets import Dataset, DatasetError, load_dataset
 from unflaw.datasets.layouts import layout_of
 from unflaw.datasets.samples import pictures, sha256, sha256_if_readable, subfolders
-from unflaw.runs import Finished, Log
-from unflaw.tables import comma_separated, short, write_text
+from unflaw.experiments.run_log import Finished, Log
+from unflaw.experiments.tables import comma_separated, short, write_text
 
 if TYPE_CHECKING:
     from unflaw.streams import Progress
@@ -214,7 +214,7 @@ class Worker:
     def __init__(self, told: Told) -> None:
         import torch
 
-        from unflaw.experiment import Laboratory
+        from unflaw.experiments.feature_store import Laboratory
 
         torch.set_num_threads(told.threads)
         self.laboratory = Laboratory(told.cache, told.weights, told.limit)

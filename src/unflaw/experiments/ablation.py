@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from unflaw._version import __version__
 from unflaw.config import Config, Weights, WeightSource
 from unflaw.datasets import Dataset
-from unflaw.runs import Finished, Log
-from unflaw.tables import comma_separated, short, summary, write_text
-from unflaw.variants import FULL, Variant, written
+from unflaw.experiments.run_log import Finished, Log
+from unflaw.experiments.tables import comma_separated, short, summary, write_text
+from unflaw.experiments.variants import FULL, Variant, written
 
 if TYPE_CHECKING:
-    from unflaw.experiment import Laboratory
+    from unflaw.experiments.feature_store import Laboratory
     from unflaw.streams import Progress
 
 # What the table shows, and what else a run keeps of its evaluation.
@@ -115,7 +115,7 @@ def ablate(
         TrainingError: A run that fails. The finished ones stay.
     """
     from unflaw.errors import TrainingError
-    from unflaw.experiment import Laboratory
+    from unflaw.experiments.feature_store import Laboratory
 
     for dataset in data:
         if not (dataset.train and dataset.test):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unflaw.evaluation.bootstrap import METRICS as RESAMPLED
-from unflaw.leaderboard import (
+from unflaw.experiments.leaderboard import (
     HEADS,
     MEANING,
     Row,

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel
 
 from unflaw.config import Weights
-from unflaw.evaluation.results import METRICS
-from unflaw.grid import Run
-from unflaw.runs import Finished, Log
+from unflaw.experiments.grid import Run
+from unflaw.experiments.records import KEPT, Latency, Record, pictures_file
+from unflaw.experiments.run_log import Log
 from unflaw.words import count
 
 if TYPE_CHECKING:
@@ -33,53 +32,6 @@ if TYPE_CHECKING:
     from unflaw.streams import Progress
 
 BATCH = 32
-KEPT = (*METRICS, "n_images", "n_good", "false_alarms", "missed")
-
-
-class Latency(BaseModel):
-    """Wall seconds per picture, from file to result, warm."""
-
-    median: float
-    p95: float
-
-
-class Record(Finished):
-    """A finished run, a line of `runs.jsonl`.
-
-    Attributes:
-        digest: Of configuration, data, weights and version.
-        data, method, backbone, size, seed: What was run; the backbone of a method on pixels is "".
-        weights: Name of the backbone's weight file, or "default" or "random".
-        settings: What was changed for the whole grid.
-        metrics: KEPT; None where undefined.
-        skipped: Pictures that could not be read, and why.
-        seconds: "training", from files to saved detector (of a peer: from prepared pictures on), and "metrics".
-        memory: Largest resident size of the training process, bytes, that of the libraries included; None where the
-            system does not tell.
-        file: Size of the detector file, bytes.
-        latency: By batch, "1" and "32".
-        shared: Its features were shared with other runs: "training" is without them, memory and latency are unknown.
-        machine: Processor architecture and threads.
-        unflaw, torch: Versions.
-    """
-
-    data: str
-    method: str
-    backbone: str
-    size: int
-    seed: int
-    weights: str
-    settings: str
-    metrics: dict[str, int | float | None]
-    skipped: dict[str, str]
-    seconds: dict[str, float]
-    memory: int | None
-    file: int | None
-    latency: dict[str, Latency]
-    machine: str
-    unflaw: str
-    torch: str
-    shared: bool = False
 
 
 def benchmark(runs: Sequence[Run], out: Path, progress: Progress) -> tuple[list[Record], dict[str, str]]:
@@ -97,7 +49,7 @@ def benchmark(runs: Sequence[Run], out: Path, progress: Progress) -> tuple[list[
     Raises:
         ValueError: `out` cannot be used. InUseError: Another ablation or benchmark writes to it.
     """
-    from unflaw.leaderboard import write_tables
+    from unflaw.experiments.outputs import write_tables
 
     failed: dict[str, str] = {}
     with Log(out / "runs.jsonl", Record) as log:
@@ -189,7 +141,7 @@ def measure(run: Run, out: Path, progress: Progress) -> Record:
 def _measure_ours(run: Run, progress: Progress) -> dict[str, Any]:
     from unflaw.detector import Detector
     from unflaw.evaluation.evaluate import evaluate
-    from unflaw.experiment import Laboratory
+    from unflaw.experiments.feature_store import Laboratory
 
     started = time.perf_counter()
     if run.features:
@@ -248,11 +200,6 @@ def _measure_peer(run: Run, progress: Progress) -> dict[str, Any]:
         "unflaw": f"{__version__}, anomalib {record['anomalib']}",
         "torch": record["torch"],
     }
-
-
-def pictures_file(out: Path, digest: str) -> Path:
-    """Where the scores and counts of every test picture of a run are kept."""
-    return out / "pictures" / f"{digest[:16]}.npz"
 
 
 def peak_memory() -> int | None:

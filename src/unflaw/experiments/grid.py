@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unflaw.config import METHODS, Config, Weights, WeightSource, applies, make_config
 from unflaw.datasets import Dataset
-from unflaw.variants import written
+from unflaw.experiments.variants import written
 
 LARGEST, DEEPEST = 1_000_000, 32  # bytes of a file, and lists within lists
 ON_PIXELS = ("draem", "memae")  # have no backbone: they are run once, whatever the backbones
@@ -152,7 +152,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
     Raises:
         ValueError, WeightsError, OSError: Settings, weights or data that cannot be used.
     """
-    from unflaw.experiment import Laboratory
+    from unflaw.experiments.feature_store import Laboratory
 
     for dataset in datasets:
         if not (dataset.train and dataset.test):

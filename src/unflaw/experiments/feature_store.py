@@ -26,6 +26,7 @@ from unflaw.datasets import Dataset, fingerprint
 from unflaw.datasets.samples import sha256
 from unflaw.detector import Detector
 from unflaw.errors import ImageError
+from unflaw.experiments.disk_cache import Shelf, ShelfFull
 from unflaw.features import Extractor, FeatureExtractor
 from unflaw.files import make_folder, write_atomically
 from unflaw.imaging.inputs import Input
@@ -35,7 +36,6 @@ from unflaw.imaging.transforms import try_show
 from unflaw.methods import create
 from unflaw.results import Region, Result
 from unflaw.scoring import find_regions
-from unflaw.shelf import Shelf, ShelfFull
 from unflaw.streams import Progress, batched, silent
 from unflaw.synthesis import texture_files
 from unflaw.training import seeded

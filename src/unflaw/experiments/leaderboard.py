@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -10,13 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from unflaw.benchmark import Record, pictures_file
 from unflaw.datasets.public import COLLECTIONS
 from unflaw.evaluation.bootstrap import METRICS as RESAMPLED
 from unflaw.evaluation.bootstrap import PerPicture, interval, resampled
 from unflaw.evaluation.results import METRICS, defined
-from unflaw.grid import Run
-from unflaw.tables import comma_separated, short, summary, write_text
+from unflaw.experiments.grid import Run
+from unflaw.experiments.records import Record, pictures_file
+from unflaw.experiments.tables import short, summary
 from unflaw.words import count
 
 HEADS = {
@@ -150,34 +149,6 @@ def _point(samples: Sequence[PerPicture], metric: str) -> list[float]:
 
 def _label(method: str, backbone: str) -> str:
     return f"{method}, {backbone}" if backbone else method
-
-
-def write_tables(out: Path, runs: Sequence[Run], records: Mapping[str, Record]) -> None:
-    """`table.md`, `table.csv`, `table.json`, `table.tex` and `table.html`: each whole, or as it was before.
-
-    Raises:
-        OSError: `out` cannot be written. ImportError: Jinja2 is not installed.
-    """
-    rows, (bounds, pairs) = tabulate(runs, records), intervals(runs, records, out)
-    finished = [records[run.digest] for run in runs if run.digest in records]
-    made = {
-        "runs": len(runs),
-        "finished": len(finished),
-        "seeds": max(run.seed for run in runs) + 1,
-        "settings": sorted({run.settings for run in runs if run.settings}),
-        "weights": sorted({f"{r.backbone}: {r.weights}" for r in finished if r.backbone}),
-        "machines": sorted({record.machine for record in finished}),
-        "versions": sorted({f"unflaw {record.unflaw}, torch {record.torch}" for record in finished}),
-        "shared": sum(record.shared for record in finished),
-    }
-    everything = made | {"rows": rows, "intervals": bounds, "differences": pairs}
-    write_text(out / "table.md", markdown(rows, bounds, pairs, made))
-    write_text(out / "table.csv", comma_separated(rows))
-    write_text(out / "table.json", json.dumps(everything, indent=2, ensure_ascii=False) + "\n")
-    write_text(out / "table.tex", latex(rows))
-    from unflaw.report.leaderboard import page
-
-    write_text(out / "table.html", page(rows, bounds, pairs, made))
 
 
 def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
