@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from unflaw.cache import stack
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
+from unflaw.features.cache import stack
 from unflaw.graph import Graph
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import prepare

@@ -10,10 +10,10 @@ from torch import Generator, Tensor, nn
 
 from conftest import OWN, TINY
 from unflaw import training
-from unflaw.cache import build_cache
 from unflaw.config import Features, Training, Weights, make_config
 from unflaw.detector import Detector
-from unflaw.features import FeatureExtractor
+from unflaw.features.cache import build_cache
+from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
 from unflaw.listing import list_images

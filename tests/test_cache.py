@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unflaw.cache import Cache, allocate, build_cache, stack
 from unflaw.config import Features, Weights
 from unflaw.errors import ImageError, TrainingError
-from unflaw.features import FeatureExtractor
+from unflaw.features.cache import Cache, allocate, build_cache, stack
+from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare, try_prepare

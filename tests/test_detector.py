@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from conftest import textured
 from unflaw import detector as module
-from unflaw import features, load
-from unflaw.cache import Cache
+from unflaw import load
 from unflaw.config import Weights
 from unflaw.datasets import DatasetError, Sample, load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, ImageError, TrainingError
-from unflaw.features import WeightsError
+from unflaw.features import extractor as features
+from unflaw.features.backbones import WeightsError
+from unflaw.features.cache import Cache
 from unflaw.files import FORMAT, read_metadata
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.results import Result
@@ -712,7 +713,7 @@ def test_saving_never_leaves_half_a_file(monkeypatch, detector, saved, tmp_path)
 
 def test_nothing_is_learned_from_the_pictures_that_calibrate(parts, weights, tiny, monkeypatch):
     """Neither standardisation nor components: the extractor is fitted on pictures that stay in training."""
-    from unflaw.features import FeatureExtractor
+    from unflaw.features.extractor import FeatureExtractor
 
     seen: list[int] = []
     fit = FeatureExtractor.fit

@@ -13,7 +13,8 @@ from unflaw.detector import Detector
 from unflaw.errors import TrainingError, WriteError
 from unflaw.evaluation.evaluate import evaluate
 from unflaw.experiments.feature_store import Laboratory
-from unflaw.features import FeatureExtractor, WeightsError
+from unflaw.features.backbones import WeightsError
+from unflaw.features.extractor import FeatureExtractor
 from unflaw.results import Result
 
 SMALL = {"features.backbone": "test_efficientnet"}  # where weights do not matter

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unflaw import features as module
 from unflaw.config import Features, Weights
-from unflaw.features import FeatureExtractor, PixelExtractor, WeightsError, create_backbone, resize
+from unflaw.features import extractor as module
+from unflaw.features.backbones import WeightsError, create_backbone
+from unflaw.features.extractor import FeatureExtractor, PixelExtractor, resize
 
 LEVELS = [64, 128, 256]  # channels of the levels 1 to 3 of ResNet-18
 LITE = "tf_efficientnet_lite0"

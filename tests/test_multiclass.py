@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from conftest import OWN, TINY, make_parts
 from unflaw import load_categories
 from unflaw import training as loop
-from unflaw.cache import Cache, build_cache
 from unflaw.categories import hold_out
 from unflaw.cli import app
 from unflaw.config import Weights
@@ -27,7 +26,8 @@ from unflaw.errors import DetectorError, TrainingError
 from unflaw.evaluation.evaluate import evaluate, evaluate_all
 from unflaw.evaluation.results import RARE
 from unflaw.experiments.feature_store import Laboratory
-from unflaw.features import FeatureExtractor
+from unflaw.features.cache import Cache, build_cache
+from unflaw.features.extractor import FeatureExtractor
 from unflaw.files import FORMAT, read_metadata
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.methods import create

@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from unflaw import load
-from unflaw.cache import build_cache
 from unflaw.categories import hold_out
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
 from unflaw.evaluation.evaluate import evaluate
 from unflaw.experiments.feature_store import Laboratory
-from unflaw.features import FeatureExtractor
+from unflaw.features.cache import build_cache
+from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
 from unflaw.report.figures import write_figures
@@ -159,7 +159,7 @@ def test_nothing_outside_is_a_token_of_the_memory(masked, parts):
 
 
 def _stacked(detector, image):
-    from unflaw.cache import stack
+    from unflaw.features.cache import stack
     from unflaw.imaging.transforms import prepare
 
     return stack([prepare(image, detector.config.preparation)])

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from unflaw.brief import brief
-from unflaw.cache import Cache
 from unflaw.calibration.drift import Reference
 from unflaw.calibration.thresholds import Calibration
 from unflaw.datasets import Dataset, load_dataset
 from unflaw.datasets.samples import distinct
 from unflaw.errors import TrainingError
+from unflaw.features.cache import Cache
 from unflaw.imaging.inputs import ImageLike, Input, inputs
 from unflaw.methods import Method
 from unflaw.words import count

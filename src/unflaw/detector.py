@@ -19,7 +19,6 @@ from torch import Tensor
 
 from unflaw import training
 from unflaw._version import __version__
-from unflaw.cache import Cache, build_cache, cells, stack
 from unflaw.calibration.crossfit import cross_fit, find_outliers, finish, judge_held_out, leave_one_out
 from unflaw.calibration.drift import Reference, references
 from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
@@ -29,7 +28,9 @@ from unflaw.config import Config, Weights, WeightSource, make_config
 from unflaw.datasets.samples import SHORT, digest, sha256, sha256_if_readable
 from unflaw.display import DisplayDecoder, fit_display
 from unflaw.errors import DetectorError, TrainingError
-from unflaw.features import PixelExtractor, WeightsError
+from unflaw.features.backbones import WeightsError
+from unflaw.features.cache import Cache, build_cache, cells, stack
+from unflaw.features.extractor import PixelExtractor
 from unflaw.files import FORMAT, check_name, read_metadata, write_atomically
 from unflaw.graph import Graph
 from unflaw.imaging.inputs import ImageLike, Input, inputs

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.cache import Cache
 from unflaw.config import Training
+from unflaw.features.cache import Cache
 from unflaw.streams import Progress
 from unflaw.team import Share, Terms
 from unflaw.training import optimise

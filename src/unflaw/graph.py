@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unflaw.display import DisplayDecoder
-from unflaw.features import PixelExtractor
+from unflaw.features.extractor import PixelExtractor
 from unflaw.methods import Inspection, Method
 
 

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from unflaw.cache import Cache
 from unflaw.calibration.crossfit import arrange
 from unflaw.config import Training
 from unflaw.datasets.samples import digest
 from unflaw.errors import TrainingError
+from unflaw.features.cache import Cache
 from unflaw.files import damaged_checkpoint, holding, write_atomically
 from unflaw.methods import Method
 from unflaw.streams import Progress, silent

@@ -15,7 +15,7 @@ from targets import Material
 import unflaw
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError
-from unflaw.features import WeightsError, create_backbone
+from unflaw.features.backbones import WeightsError, create_backbone
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from unflaw.cache import Cache, cells
 from unflaw.calibration.outliers import MOST, outliers
 from unflaw.calibration.thresholds import Evidence
 from unflaw.config import CalibrationOptions
 from unflaw.errors import TrainingError
+from unflaw.features.cache import Cache, cells
 from unflaw.imaging.tiling import Window
 from unflaw.methods import Method
 from unflaw.methods.base import highest

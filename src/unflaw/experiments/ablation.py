@@ -149,7 +149,7 @@ def _plan(
     seeds: int,
 ) -> Iterator[Run]:
     """All runs. That the settings of each can work is checked on the way."""
-    from unflaw.features import WeightsError
+    from unflaw.features.backbones import WeightsError
 
     for dataset in data:
         for variant in variants:

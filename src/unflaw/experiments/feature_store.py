@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from unflaw._version import __version__
-from unflaw.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
 from unflaw.calibration.crossfit import pieced
 from unflaw.config import Config, Weights, WeightSource
 from unflaw.datasets import Dataset, fingerprint
@@ -27,7 +26,8 @@ from unflaw.datasets.samples import sha256
 from unflaw.detector import Detector
 from unflaw.errors import ImageError
 from unflaw.experiments.disk_cache import Shelf, ShelfFull
-from unflaw.features import Extractor, FeatureExtractor
+from unflaw.features.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
+from unflaw.features.extractor import Extractor, FeatureExtractor
 from unflaw.files import make_folder, write_atomically
 from unflaw.imaging.inputs import Input
 from unflaw.imaging.statistics import STATISTICS

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from unflaw.config import Config, Synthesis, WeightSource
-from unflaw.features import Extractor, FeatureExtractor, PixelExtractor
+from unflaw.features.extractor import Extractor, FeatureExtractor, PixelExtractor
 from unflaw.methods.layers import coarser, gaussian_blur
 from unflaw.methods.memory import Judge, Memory
 from unflaw.methods.stages import Stages

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from unflaw.config import Config, DRAEMOptions, Synthesis, WeightSource
-from unflaw.features import PixelExtractor
+from unflaw.features.extractor import PixelExtractor
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import local_mean, ssim_map
 from unflaw.methods.stages import Stage, Stages

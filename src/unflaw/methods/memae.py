@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from unflaw.config import Config, MemAEOptions, WeightSource
-from unflaw.features import PixelExtractor
+from unflaw.features.extractor import PixelExtractor
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import to_grid, to_tokens
 from unflaw.methods.stages import Stage, Stages

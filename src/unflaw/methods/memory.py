@@ -7,8 +7,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Generator, Tensor, nn
 
-from unflaw.cache import allocate
-from unflaw.features import Extractor, FeatureExtractor
+from unflaw.features.cache import allocate
+from unflaw.features.extractor import Extractor, FeatureExtractor
 from unflaw.methods.layers import coarser, greedy_coreset, largest, to_grid, to_tokens
 
 CHUNK = 256  # tokens compared with the memory at a time: their (256, M) matrix stays in the processor's cache

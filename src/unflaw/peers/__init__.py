@@ -23,7 +23,7 @@ from unflaw.datasets import Dataset, Sample
 from unflaw.errors import ImageError, TrainingError
 from unflaw.evaluation.accumulate import Measurement
 from unflaw.evaluation.results import Evaluation
-from unflaw.features import create_backbone
+from unflaw.features.backbones import create_backbone
 from unflaw.imaging.tiling import Box, Preparation
 from unflaw.imaging.transforms import try_prepare
 from unflaw.streams import Progress, ahead, silent

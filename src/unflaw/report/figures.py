@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from unflaw.cache import cells, stack
 from unflaw.datasets import Dataset, DatasetError, Sample
 from unflaw.detector import Detector
+from unflaw.features.cache import cells, stack
 from unflaw.files import holding, make_folder, write_png
 from unflaw.imaging.reading import read, read_mask
 from unflaw.imaging.tiling import Box

