@@ -21,7 +21,8 @@ from conftest import OWN, TINY, TINY_URANET, make_parts
 from unflaw import __version__, training
 from unflaw.cli import app, common
 from unflaw.detector import Detector
-from unflaw.files import read_metadata, steps_of
+from unflaw.files import steps_of
+from unflaw.io.detector_file import read_metadata
 
 
 def unflaw(*arguments: object) -> Result:
@@ -331,7 +332,7 @@ def test_ctrl_c_says_how_many_images_were_inspected(model, parts, tmp_path):
             "unflaw.detector.Detector.calibrate",
             "stopped; ",
         ),
-        ("info MODEL", "unflaw.files.read_metadata", "stopped; the same command begins again"),
+        ("info MODEL", "unflaw.io.detector_file.read_metadata", "stopped; the same command begins again"),
         ("demo --out out", "unflaw.detector.Detector.fit", "stopped; the same command begins again"),
         (
             "ablate --data PARTS --weights WEIGHTS --only full --out out",

@@ -24,8 +24,8 @@ from unflaw.errors import DetectorError, ImageError, TrainingError
 from unflaw.features import extractor as features
 from unflaw.features.backbones import WeightsError
 from unflaw.features.cache import Cache
-from unflaw.files import FORMAT, read_metadata
 from unflaw.imaging.tiling import Preparation, Window, layout
+from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.results import Result
 
 

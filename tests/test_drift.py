@@ -12,9 +12,9 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from unflaw import load
 from unflaw.calibration.drift import KEPT, SHUFFLES, Drift, Reference, references
 from unflaw.errors import DetectorError
-from unflaw.files import read_metadata
 from unflaw.imaging.reading import read
 from unflaw.imaging.statistics import STATISTICS, describe
+from unflaw.io.detector_file import read_metadata
 from unflaw.prediction import predict
 
 D = len(STATISTICS)

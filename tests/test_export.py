@@ -10,9 +10,9 @@ from conftest import OWN
 from unflaw import load
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError
-from unflaw.files import read_metadata
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import prepare
+from unflaw.io.detector_file import read_metadata
 from unflaw.listing import list_images
 from unflaw.runtime.export import export
 from unflaw.runtime.verification import compare

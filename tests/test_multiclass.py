@@ -28,8 +28,8 @@ from unflaw.evaluation.results import RARE
 from unflaw.experiments.feature_store import Laboratory
 from unflaw.features.cache import Cache, build_cache
 from unflaw.features.extractor import FeatureExtractor
-from unflaw.files import FORMAT, read_metadata
 from unflaw.imaging.tiling import Preparation, Window, layout
+from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.methods import create
 from unflaw.methods.memory import Memory
 from unflaw.report.figures import write_figures

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from unflaw.runtime.onnx_file import read_properties
+from unflaw.io.onnx_metadata import read_properties
 
 
 def made(nodes=None, tensors=(), functions=(), properties=None):

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from unflaw import Detector, evaluate, load, load_dataset
 from unflaw.cli import app
 from unflaw.errors import DetectorError
-from unflaw.files import read_metadata
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare
+from unflaw.io.detector_file import read_metadata
 from unflaw.listing import list_images
 from unflaw.runtime.verification import Comparison
 

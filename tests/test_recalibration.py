@@ -14,7 +14,7 @@ from unflaw.calibration.thresholds import calibrate
 from unflaw.cli import app
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
-from unflaw.files import read_metadata
+from unflaw.io.detector_file import read_metadata
 
 
 @pytest.fixture

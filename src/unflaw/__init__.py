@@ -52,7 +52,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Inspector:
     Raises:
         DetectorError: Missing, damaged, or not a detector.
     """
-    from unflaw.files import kind_of
+    from unflaw.io.detector_file import kind_of
 
     if kind_of(path) == "safetensors":
         return _attribute("Detector").load(path)

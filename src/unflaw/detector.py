@@ -31,11 +31,12 @@ from unflaw.errors import DetectorError, TrainingError
 from unflaw.features.backbones import WeightsError
 from unflaw.features.cache import Cache, build_cache, cells, stack
 from unflaw.features.extractor import PixelExtractor
-from unflaw.files import FORMAT, check_name, read_metadata, write_atomically
+from unflaw.files import check_name, write_atomically
 from unflaw.graph import Graph
 from unflaw.imaging.inputs import ImageLike, Input, inputs
 from unflaw.imaging.transforms import Prepared
 from unflaw.inspector import Inspector, Outputs
+from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.methods import Method, create
 from unflaw.streams import Progress, silent
 from unflaw.synthesis import texture_pictures

@@ -72,7 +72,7 @@ class Material:
     def __init__(self, folder: Path) -> None:
         from unflaw.config import make_config
         from unflaw.detector import Detector
-        from unflaw.files import read_metadata
+        from unflaw.io.detector_file import read_metadata
 
         self.parts = make_parts(folder / "parts")
         self.model = folder / "parts.safetensors"

@@ -236,7 +236,7 @@ def info(model: ModelFile) -> None:
     """
     with errors():
         from unflaw.calibration.thresholds import calibrations
-        from unflaw.files import kind_of, read_metadata, weights_of
+        from unflaw.io.detector_file import kind_of, read_metadata, weights_of
 
         metadata = read_metadata(model)
         record = {name: value for name, value in metadata.get("record", {}).items() if name not in ("history", "seen")}

@@ -22,9 +22,10 @@ from unflaw._version import __version__
 from unflaw.config import URANetOptions
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, WriteError
-from unflaw.files import before, holding, read_metadata, read_weights, write_atomically
+from unflaw.files import holding, write_atomically
 from unflaw.graph import Graph
 from unflaw.imaging.transforms import Prepared
+from unflaw.io.detector_file import before, read_metadata, read_weights
 
 Target = Literal["onnx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8"]

@@ -13,9 +13,9 @@ from unflaw.calibration.drift import Reference, references
 from unflaw.calibration.thresholds import Calibration, calibrations
 from unflaw.config import Config
 from unflaw.errors import DetectorError
-from unflaw.files import kind_of, read_metadata, read_weights
 from unflaw.imaging.transforms import Prepared
 from unflaw.inspector import Inspector, Outputs
+from unflaw.io.detector_file import kind_of, read_metadata, read_weights
 
 INPUTS = ("pictures", "cells", "category")  # of which every graph has the first
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from unflaw._version import __version__
-from unflaw.files import kind_of, weights_of
+from unflaw.io.detector_file import kind_of, weights_of
 from unflaw.scale.sources import Item, listed
 from unflaw.scale.store import OWN, Store, StoreError
 

@@ -1,0 +1,1 @@
+"""Files on disk: atomic writing, the detector file format, progress."""
