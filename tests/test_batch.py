@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from test_report import make_result
-from unflaw.batch import Discoveries, Parts, part_of
 from unflaw.calibration.conformal import COMBINATIONS
 from unflaw.calibration.thresholds import calibrate
 from unflaw.cli import app
 from unflaw.errors import ImageError
+from unflaw.inference.aggregation import Discoveries, Parts, part_of
 from unflaw.words import count
 
 N = 39

@@ -14,8 +14,8 @@ from unflaw.calibration.drift import KEPT, SHUFFLES, Drift, Reference, reference
 from unflaw.errors import DetectorError
 from unflaw.imaging.reading import read
 from unflaw.imaging.statistics import STATISTICS, describe
+from unflaw.inference.predict import predict
 from unflaw.io.detector_file import read_metadata
-from unflaw.prediction import predict
 
 D = len(STATISTICS)
 NAMES = list(STATISTICS)

@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unflaw.annotations import Coco, LabelMe
 from unflaw.experiments import tables
+from unflaw.inference.annotations import Coco, LabelMe
 from unflaw.report import html
 from unflaw.results import Region, Result
 from unflaw.words import count

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unflaw.datasets import load_categories, load_dataset
     from unflaw.detector import Detector
     from unflaw.evaluation.evaluate import evaluate
-    from unflaw.inspector import Inspector
+    from unflaw.inference.base import Inspector
     from unflaw.results import Result
 
 __all__ = [

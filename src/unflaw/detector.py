@@ -35,7 +35,7 @@ from unflaw.files import check_name, write_atomically
 from unflaw.graph import Graph
 from unflaw.imaging.inputs import ImageLike, Input, inputs
 from unflaw.imaging.transforms import Prepared
-from unflaw.inspector import Inspector, Outputs
+from unflaw.inference.base import Inspector, Outputs
 from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.methods import Method, create
 from unflaw.streams import Progress, silent

@@ -18,7 +18,7 @@ from unflaw.launching import leave_word
 if TYPE_CHECKING:
     from unflaw.datasets import Dataset
     from unflaw.detector import Detector
-    from unflaw.inspector import Inspector
+    from unflaw.inference.base import Inspector
     from unflaw.streams import Progress
 
 app = typer.Typer(

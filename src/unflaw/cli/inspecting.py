@@ -168,12 +168,12 @@ def predict(
             )
             return
         assert inputs and out is not None
-        from unflaw.annotations import Coco, LabelMe
-        from unflaw.batch import Discoveries, Parts, Sink, Unread
         from unflaw.calibration.conformal import COMBINATIONS
         from unflaw.files import holding, make_folder
+        from unflaw.inference.aggregation import Discoveries, Parts, Sink, Unread
+        from unflaw.inference.annotations import Coco, LabelMe
+        from unflaw.inference.predict import predict as run
         from unflaw.outputs import LABELS, PARTS, Earlier
-        from unflaw.prediction import predict as run
 
         if combine not in COMBINATIONS:
             raise ValueError(f"--combine {combine}: there are {', '.join(COMBINATIONS)}")

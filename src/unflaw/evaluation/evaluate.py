@@ -13,7 +13,7 @@ from unflaw.errors import TrainingError
 from unflaw.evaluation.accumulate import Measurement
 from unflaw.evaluation.results import Evaluation, Inspected
 from unflaw.evaluation.risk_coverage import risk
-from unflaw.inspector import Inspector
+from unflaw.inference.base import Inspector
 from unflaw.results import Result
 from unflaw.streams import Progress, silent
 from unflaw.words import count

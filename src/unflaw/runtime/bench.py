@@ -19,7 +19,7 @@ from PIL import Image
 
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import prepare
-from unflaw.inspector import Inspector
+from unflaw.inference.base import Inspector
 
 WARM = 3  # rounds that do not count
 COMPUTED = ("backbone", "method", "map and layers")  # what `compute` is made of, where that can be told

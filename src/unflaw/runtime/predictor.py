@@ -14,7 +14,7 @@ from unflaw.calibration.thresholds import Calibration, calibrations
 from unflaw.config import Config
 from unflaw.errors import DetectorError
 from unflaw.imaging.transforms import Prepared
-from unflaw.inspector import Inspector, Outputs
+from unflaw.inference.base import Inspector, Outputs
 from unflaw.io.detector_file import kind_of, read_metadata, read_weights
 
 INPUTS = ("pictures", "cells", "category")  # of which every graph has the first

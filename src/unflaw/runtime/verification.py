@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from unflaw.errors import DetectorError, ImageError
-from unflaw.inspector import Inspector
+from unflaw.inference.base import Inspector
 from unflaw.streams import Progress, silent
 from unflaw.words import count
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import unflaw
 from unflaw.errors import ImageError
 from unflaw.imaging.reading import Readable
-from unflaw.inspector import Inspector
+from unflaw.inference.base import Inspector
 from unflaw.results import Result
 from unflaw.scale import partitions
 from unflaw.scale.partitions import text

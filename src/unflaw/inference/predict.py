@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unflaw.annotations import numbered
-from unflaw.batch import Amending, Sink
 from unflaw.calibration.drift import RATE, Drift, check_rate
 from unflaw.experiments.tables import write_text
 from unflaw.files import growing, write_png
-from unflaw.inspector import Inspector
+from unflaw.inference.aggregation import Amending, Sink
+from unflaw.inference.annotations import numbered
+from unflaw.inference.base import Inspector
 from unflaw.outputs import PANELS
 from unflaw.results import Result
 from unflaw.streams import Progress, silent
