@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
 from unflaw.features.cache import stack
-from unflaw.graph import Graph
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import prepare
+from unflaw.methods.graph import Graph
 from unflaw.runtime.bench import measure
 
 STAGES = ("decode", "prepare", "backbone", "method", "map and layers")

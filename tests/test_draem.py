@@ -10,7 +10,7 @@ from unflaw.detector import Detector
 from unflaw.methods import draem
 from unflaw.methods.draem import DRAEM, UNet, augment, focal_loss
 from unflaw.methods.layers import ssim_map
-from unflaw.synthesis import synthesise
+from unflaw.methods.synthesis import synthesise
 
 SIDE = 64
 

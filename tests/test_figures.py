@@ -16,10 +16,10 @@ from unflaw.detector import Detector
 from unflaw.errors import DetectorError, ImageError
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import prepare
+from unflaw.methods.synthesis import texture_pictures
 from unflaw.report import figures, outline, overlay
 from unflaw.report.figures import write_figures
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, sheet
-from unflaw.synthesis import texture_pictures
 
 FILES = {
     "uranet": ["perception", "restoration", "fasm"],

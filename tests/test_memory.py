@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from unflaw.methods.memory import CHUNK, MOST_TOKENS, Judge, Memory
+from unflaw.methods.memory_bank import CHUNK, MOST_TOKENS, Judge, Memory
 
 CHANNELS = 6
 
@@ -72,7 +72,7 @@ def numbered(features: Tensor) -> Tensor:
 
 def test_of_more_pictures_than_it_can_look_at_it_takes_some(monkeypatch, features):
     """Whole ones, drawn from everywhere."""
-    monkeypatch.setattr("unflaw.methods.memory.MOST_TOKENS", 2 * 64)
+    monkeypatch.setattr("unflaw.methods.memory_bank.MOST_TOKENS", 2 * 64)
     assert MOST_TOKENS > 2 * 64
     seen = set()
     for seed in range(20):

@@ -8,9 +8,9 @@ from torch import Tensor
 from unflaw.config import Synthesis, Weights
 from unflaw.methods import base, create
 from unflaw.methods.base import Inspection, Method
-from unflaw.methods.lookup import Lookup
+from unflaw.methods.nearest import Lookup
+from unflaw.methods.synthesis import Anomalies, synthesise
 from unflaw.methods.uranet import URANet
-from unflaw.synthesis import Anomalies, synthesise
 
 GRID = 8
 SHARES, COARSE_SHARE = (0.1, 1.0), 0.3

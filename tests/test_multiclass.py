@@ -31,7 +31,7 @@ from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.methods import create
-from unflaw.methods.memory import Memory
+from unflaw.methods.memory_bank import Memory
 from unflaw.report.figures import write_figures
 
 QUICK = {"training.display_steps": 0}

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from unflaw.config import Synthesis
 from unflaw.errors import ImageError
 from unflaw.imaging.tiling import Preparation
-from unflaw.synthesis import perlin, perlin_masks, synthesise, texture_files, texture_pictures
+from unflaw.methods.synthesis import perlin, perlin_masks, synthesise, texture_files, texture_pictures
 
 SOURCES = ("textures", "others", "shuffles", "jitter")
 Draw = Callable[..., Tensor]

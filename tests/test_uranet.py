@@ -6,8 +6,8 @@ from torch import Generator, Tensor
 from unflaw.config import Perception, Restoration, Weights
 from unflaw.methods.base import Batch
 from unflaw.methods.layers import to_grid, to_tokens
+from unflaw.methods.synthesis import synthesise
 from unflaw.methods.uranet import RAM, SUREST, UIAPM, URANet, length, mean_logit
-from unflaw.synthesis import synthesise
 from unflaw.team import Share
 from unflaw.training import optimise
 

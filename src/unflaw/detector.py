@@ -26,20 +26,21 @@ from unflaw.calibration.thresholds import Calibration, calibrations
 from unflaw.categories import Category, Data, gather, hold_out, remembered, without_copies
 from unflaw.config import Config, Weights, WeightSource, make_config
 from unflaw.datasets.samples import SHORT, digest, sha256, sha256_if_readable
-from unflaw.display import DisplayDecoder, fit_display
+from unflaw.display import fit_display
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.features.backbones import WeightsError
 from unflaw.features.cache import Cache, build_cache, cells, stack
 from unflaw.features.extractor import PixelExtractor
 from unflaw.files import check_name, write_atomically
-from unflaw.graph import Graph
 from unflaw.imaging.inputs import ImageLike, Input, inputs
 from unflaw.imaging.transforms import Prepared
 from unflaw.inference.base import Inspector, Outputs
 from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.methods import Method, create
+from unflaw.methods.decoder import DisplayDecoder
+from unflaw.methods.graph import Graph
+from unflaw.methods.synthesis import texture_pictures
 from unflaw.streams import Progress, silent
-from unflaw.synthesis import texture_pictures
 from unflaw.team import ALONE, Team
 from unflaw.training import seeded, step_rng
 from unflaw.words import count

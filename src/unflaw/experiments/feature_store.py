@@ -34,10 +34,10 @@ from unflaw.imaging.statistics import STATISTICS
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.imaging.transforms import try_show
 from unflaw.methods import create
+from unflaw.methods.synthesis import texture_files
 from unflaw.results import Region, Result
 from unflaw.scoring import find_regions
 from unflaw.streams import Progress, batched, silent
-from unflaw.synthesis import texture_files
 from unflaw.training import seeded
 
 BATCH = 16  # pictures that pass the backbone together

@@ -5,9 +5,9 @@ from __future__ import annotations
 from unflaw.config import Config, WeightSource
 from unflaw.methods.base import Inspection, Method
 from unflaw.methods.draem import DRAEM
-from unflaw.methods.lookup import Lookup
 from unflaw.methods.memae import MemAE
 from unflaw.methods.mfrnet import MFRNet
+from unflaw.methods.nearest import Lookup
 from unflaw.methods.uranet import URANet
 
 __all__ = ["Inspection", "Method", "create"]

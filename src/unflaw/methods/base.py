@@ -14,9 +14,9 @@ from torch import Generator, Tensor, nn
 from unflaw.config import Config, Synthesis, WeightSource
 from unflaw.features.extractor import Extractor, FeatureExtractor, PixelExtractor
 from unflaw.methods.layers import coarser, gaussian_blur
-from unflaw.methods.memory import Judge, Memory
-from unflaw.methods.stages import Stages
-from unflaw.synthesis import synthesise
+from unflaw.methods.memory_bank import Judge, Memory
+from unflaw.methods.synthesis import synthesise
+from unflaw.methods.visualization import Stages
 from unflaw.team import WHOLE, Share
 
 Batch = dict[str, Tensor]

@@ -19,8 +19,8 @@ from unflaw.config import Config, DRAEMOptions, Synthesis, WeightSource
 from unflaw.features.extractor import PixelExtractor
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import local_mean, ssim_map
-from unflaw.methods.stages import Stage, Stages
-from unflaw.synthesis import Anomalies, synthesise
+from unflaw.methods.synthesis import Anomalies, synthesise
+from unflaw.methods.visualization import Stage, Stages
 from unflaw.team import WHOLE, Share
 
 FOCUS = 2.0  # γ of the focal loss

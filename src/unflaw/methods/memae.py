@@ -18,7 +18,7 @@ from unflaw.config import Config, MemAEOptions, WeightSource
 from unflaw.features.extractor import PixelExtractor
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import to_grid, to_tokens
-from unflaw.methods.stages import Stage, Stages
+from unflaw.methods.visualization import Stage, Stages
 from unflaw.team import WHOLE, Share
 
 

@@ -27,8 +27,8 @@ from unflaw.methods.layers import (
     to_grid,
     to_tokens,
 )
-from unflaw.methods.memory import Judge, Memory
-from unflaw.methods.stages import Row, Stage, Stages
+from unflaw.methods.memory_bank import Judge, Memory
+from unflaw.methods.visualization import Row, Stage, Stages
 from unflaw.team import WHOLE, Share
 from unflaw.words import count
 

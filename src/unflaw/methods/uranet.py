@@ -24,9 +24,9 @@ from torch import Generator, Tensor, nn
 from unflaw.config import Config, Perception, Restoration, URANetOptions, WeightSource
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
-from unflaw.methods.memory import Judge, Memory
-from unflaw.methods.stages import Row, Stage, Stages
-from unflaw.synthesis import Anomalies, blend, perlin_masks, sources, synthesise
+from unflaw.methods.memory_bank import Judge, Memory
+from unflaw.methods.synthesis import Anomalies, blend, perlin_masks, sources, synthesise
+from unflaw.methods.visualization import Row, Stage, Stages
 from unflaw.team import WHOLE, Share
 
 SUREST = math.log(1e6 - 1)  # logit that counts at most

@@ -21,11 +21,11 @@ from unflaw.files import holding, make_folder, write_png
 from unflaw.imaging.reading import read, read_mask
 from unflaw.imaging.tiling import Box
 from unflaw.imaging.transforms import Prepared, prepare_mask, windows
-from unflaw.methods.stages import Stage
+from unflaw.methods.synthesis import texture_pictures
+from unflaw.methods.visualization import Stage
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
 from unflaw.results import Scale
 from unflaw.streams import Progress, silent
-from unflaw.synthesis import texture_pictures
 
 EXERCISES = 4  # good pictures that training is shown on
 _PICTURE, _HEAT_MAP = "Picture", "Heat map"

@@ -23,9 +23,9 @@ from unflaw.config import URANetOptions
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, WriteError
 from unflaw.files import holding, write_atomically
-from unflaw.graph import Graph
 from unflaw.imaging.transforms import Prepared
 from unflaw.io.detector_file import before, read_metadata, read_weights
+from unflaw.methods.graph import Graph
 
 Target = Literal["onnx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8"]

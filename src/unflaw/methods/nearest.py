@@ -10,8 +10,8 @@ from torch import Generator, Tensor
 
 from unflaw.config import Config, LookupOptions, WeightSource
 from unflaw.methods.base import Batch, Inspection, Method
-from unflaw.methods.memory import Judge, Memory
-from unflaw.methods.stages import Stage, Stages
+from unflaw.methods.memory_bank import Judge, Memory
+from unflaw.methods.visualization import Stage, Stages
 
 
 class Lookup(Method):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unflaw.display import DisplayDecoder
 from unflaw.features.extractor import PixelExtractor
 from unflaw.methods import Inspection, Method
+from unflaw.methods.decoder import DisplayDecoder
 
 
 class Graph(nn.Module):

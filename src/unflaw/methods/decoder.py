@@ -1,0 +1,32 @@
+"""The decoder that draws restored features for people; it takes no part in scores."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DisplayDecoder(nn.Module):
+    """F (N, C, g, g) → picture (N, 3, 128, 128), about [0, 1]: convolutions and two pixel shuffles.
+
+    Trained on good pictures by the mean absolute error against thumbnails.
+    """
+
+    def __init__(self, channels: int, width: int = 64, side: int = 128) -> None:
+        super().__init__()
+        self.side = side
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.PixelShuffle(2),
+            nn.GELU(),
+            nn.Conv2d(width // 2, 12, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        drawn = self.layers(features)
+        if drawn.shape[-1] == self.side:
+            return drawn
+        return F.interpolate(drawn, (self.side, self.side), mode="bilinear", align_corners=False)
