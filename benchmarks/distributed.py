@@ -29,7 +29,7 @@ def work(options: argparse.Namespace) -> None:
     from unflaw.config import make_config
     from unflaw.datasets import load_dataset
     from unflaw.detector import Detector
-    from unflaw.team import ALONE, Team
+    from unflaw.parallel.shares import ALONE, Team
 
     torch.set_num_threads(1)
     changes: dict[str, Any] = {"training.precision": "float32"}
@@ -38,7 +38,7 @@ def work(options: argparse.Namespace) -> None:
     config = make_config(options.method, "cpu", changes)
     team: Team = ALONE
     if options.work > 1:
-        from unflaw.distributed import FabricTeam
+        from unflaw.parallel.fabric import FabricTeam
 
         team = FabricTeam(config.training, devices=options.work, accelerator="cpu")
     ends: dict[str, float] = {}

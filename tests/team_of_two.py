@@ -18,7 +18,7 @@ from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
 from unflaw.listing import list_images
 from unflaw.methods import create
-from unflaw.team import ALONE, Share, Team
+from unflaw.parallel.shares import ALONE, Share, Team
 from unflaw.training import optimise
 
 METHODS = ("uranet", "mfrnet", "memae", "lookup")
@@ -114,7 +114,7 @@ def everything(team: Team, data: Path, weights: Path) -> dict[str, Any]:
 
 
 def main(data: str, weights: str, out: str) -> None:
-    from unflaw.distributed import FabricTeam
+    from unflaw.parallel.fabric import FabricTeam
 
     torch.set_num_threads(1)
     team = FabricTeam(SETTINGS, devices=2, accelerator="cpu")

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 
 import team_of_two
 from conftest import TINY, TINY_URANET
-from unflaw import launching
 from unflaw.cli import app
 from unflaw.config import Training
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
 from unflaw.files import steps_of
-from unflaw.launching import OURS, launch, launched
-from unflaw.team import ALONE, WHOLE, Share, Team
+from unflaw.parallel import launch as launching
+from unflaw.parallel.launch import OURS, launch, launched
+from unflaw.parallel.shares import ALONE, WHOLE, Share, Team
 from unflaw.training import optimise
 
 pytest.importorskip("lightning_fabric", reason="needs pip install 'unflaw[distributed]'")

@@ -13,8 +13,8 @@ from unflaw.errors import InUseError, TrainingError
 from unflaw.files import steps_of
 from unflaw.methods import create
 from unflaw.methods.layers import BayesianConv2d
-from unflaw.team import Share
-from unflaw.training import decay_groups, learning_rate, optimise, step_rng, uses_bfloat16
+from unflaw.parallel.shares import Share, uses_bfloat16
+from unflaw.training import decay_groups, learning_rate, optimise, step_rng
 
 
 class Line(nn.Module):

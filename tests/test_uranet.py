@@ -8,7 +8,7 @@ from unflaw.methods.base import Batch
 from unflaw.methods.layers import to_grid, to_tokens
 from unflaw.methods.synthesis import synthesise
 from unflaw.methods.uranet import RAM, SUREST, UIAPM, URANet, length, mean_logit
-from unflaw.team import Share
+from unflaw.parallel.shares import Share
 from unflaw.training import optimise
 
 CHANNELS, GRID = 8, 8  # components and grid of the tiny configuration

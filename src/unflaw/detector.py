@@ -40,8 +40,8 @@ from unflaw.methods import Method, create
 from unflaw.methods.decoder import DisplayDecoder
 from unflaw.methods.graph import Graph
 from unflaw.methods.synthesis import texture_pictures
+from unflaw.parallel.shares import ALONE, Team
 from unflaw.streams import Progress, silent
-from unflaw.team import ALONE, Team
 from unflaw.training import seeded, step_rng
 from unflaw.words import count
 

@@ -7,8 +7,8 @@ from torch import Generator, Tensor
 from unflaw.config import Training
 from unflaw.features.cache import Cache
 from unflaw.methods.decoder import DisplayDecoder
+from unflaw.parallel.shares import Share, Terms
 from unflaw.streams import Progress
-from unflaw.team import Share, Terms
 from unflaw.training import optimise
 
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,8 @@ from unflaw.errors import TrainingError
 from unflaw.features.cache import Cache
 from unflaw.files import damaged_checkpoint, holding, write_atomically
 from unflaw.methods import Method
+from unflaw.parallel.shares import ALONE, WHOLE, Engine, Loss, Share, Team, Terms, batch_norms, uses_bfloat16
 from unflaw.streams import Progress, silent
-from unflaw.team import ALONE, WHOLE, Engine, Loss, Share, Team, Terms, batch_norms
 from unflaw.words import count
 
 
@@ -38,16 +38,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     if step < warm:
         return peak * (step + 1) / warm
     return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm))))
-
-
-def uses_bfloat16(settings: Training, device: torch.device = ALONE.device) -> bool:
-    """Whether matrix products in training are bfloat16: faster where the device has it, slower where emulated."""
-    if settings.precision != "auto":
-        return settings.precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unflaw.launching import leave_word
+from unflaw.parallel.launch import leave_word
 
 if TYPE_CHECKING:
     from unflaw.datasets import Dataset

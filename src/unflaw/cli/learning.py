@@ -27,7 +27,7 @@ from unflaw.cli.common import (
     setting_of,
     writable,
 )
-from unflaw.launching import launch, launched, watch_parent
+from unflaw.parallel.launch import launch, launched, watch_parent
 from unflaw.words import count
 
 # Fabric's names for what the setting `training.precision` is
@@ -102,7 +102,7 @@ def train(
         from unflaw.calibration.outliers import describe_outliers
         from unflaw.datasets import load_categories, load_dataset
         from unflaw.detector import Detector
-        from unflaw.team import ALONE
+        from unflaw.parallel.shares import ALONE
 
         if len(data) > 1 and not multi_class:
             raise ValueError("one detector for several data sets needs --multi-class; add it, or give one --data")
@@ -111,7 +111,7 @@ def train(
             raise typer.Exit(launch(sys.argv[1:], devices, nodes))
         team = ALONE
         if several or strategy == "ddp" or accelerator != "cpu":
-            from unflaw.distributed import FabricTeam
+            from unflaw.parallel.fabric import FabricTeam
 
             watch_parent()
             wanted: dict[str, Any] = {"accelerator": accelerator, "strategy": strategy}

@@ -21,8 +21,8 @@ from unflaw.imaging.inputs import Input
 from unflaw.imaging.reading import image_size
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.imaging.transforms import Picture, Prepared, try_show
+from unflaw.parallel.shares import ALONE, Team
 from unflaw.streams import Progress, ahead, batched, silent
-from unflaw.team import ALONE, Team
 from unflaw.words import count
 
 THUMBNAIL = 128  # side of the pictures that the display decoder learns to draw

@@ -17,7 +17,7 @@ from unflaw.methods.layers import coarser, gaussian_blur
 from unflaw.methods.memory_bank import Judge, Memory
 from unflaw.methods.synthesis import synthesise
 from unflaw.methods.visualization import Stages
-from unflaw.team import WHOLE, Share
+from unflaw.parallel.shares import WHOLE, Share
 
 Batch = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)

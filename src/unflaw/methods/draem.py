@@ -21,7 +21,7 @@ from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import local_mean, ssim_map
 from unflaw.methods.synthesis import Anomalies, synthesise
 from unflaw.methods.visualization import Stage, Stages
-from unflaw.team import WHOLE, Share
+from unflaw.parallel.shares import WHOLE, Share
 
 FOCUS = 2.0  # γ of the focal loss
 AUGMENTATIONS = 3  # of each texture picture

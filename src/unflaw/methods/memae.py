@@ -19,7 +19,7 @@ from unflaw.features.extractor import PixelExtractor
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import to_grid, to_tokens
 from unflaw.methods.visualization import Stage, Stages
-from unflaw.team import WHOLE, Share
+from unflaw.parallel.shares import WHOLE, Share
 
 
 class AddressedMemory(nn.Module):

@@ -29,7 +29,7 @@ from unflaw.methods.layers import (
 )
 from unflaw.methods.memory_bank import Judge, Memory
 from unflaw.methods.visualization import Row, Stage, Stages
-from unflaw.team import WHOLE, Share
+from unflaw.parallel.shares import WHOLE, Share
 from unflaw.words import count
 
 WINDOW = 5  # of SSIM, in feature cells

@@ -21,7 +21,7 @@ from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare
 from unflaw.listing import list_images
-from unflaw.team import WHOLE, Share
+from unflaw.parallel.shares import WHOLE, Share
 
 # Photographs of textures and things inside the scikit-image package (its data/README names origins and licences).
 PACKAGED_TEXTURES = ("brick", "grass", "gravel", "coins", "camera", "cell", "coffee", "chelsea", "text", "rocket")

@@ -27,7 +27,7 @@ from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positio
 from unflaw.methods.memory_bank import Judge, Memory
 from unflaw.methods.synthesis import Anomalies, blend, perlin_masks, sources, synthesise
 from unflaw.methods.visualization import Row, Stage, Stages
-from unflaw.team import WHOLE, Share
+from unflaw.parallel.shares import WHOLE, Share
 
 SUREST = math.log(1e6 - 1)  # logit that counts at most
 

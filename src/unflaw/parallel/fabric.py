@@ -33,9 +33,8 @@ except ImportError as error:
 
 from unflaw.config import Training
 from unflaw.errors import TrainingError
-from unflaw.launching import OURS
-from unflaw.team import Engine, Loss, Share, Team, Terms, batch_norms
-from unflaw.training import uses_bfloat16
+from unflaw.parallel.launch import OURS
+from unflaw.parallel.shares import Engine, Loss, Share, Team, Terms, batch_norms, uses_bfloat16
 from unflaw.words import count
 
 T = TypeVar("T")

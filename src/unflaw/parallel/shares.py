@@ -6,13 +6,15 @@ process works on its `Share` of the rows. So several processes learn what one wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
+
+from unflaw.config import Training
 
 T = TypeVar("T")
 Terms = dict[str, Tensor]
@@ -162,3 +164,13 @@ class Team:
 
 
 ALONE = Team()
+
+
+def uses_bfloat16(settings: Training, device: torch.device = ALONE.device) -> bool:
+    """Whether matrix products in training are bfloat16: faster where the device has it, slower where emulated."""
+    if settings.precision != "auto":
+        return settings.precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
