@@ -13,7 +13,7 @@ from unflaw.config import make_config
 from unflaw.evaluation.results import Evaluation, Inspected
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import show
-from unflaw.results import Region
+from unflaw.postprocessing.results import Region
 
 LIMIT = 1000  # letters
 

@@ -9,8 +9,8 @@ from scipy.ndimage import gaussian_filter
 
 from unflaw.calibration.thresholds import Calibration, Evidence, calibrate, calibrations
 from unflaw.config import Config, make_config
-from unflaw.results import Region
-from unflaw.scoring import flagged
+from unflaw.postprocessing.regions import flagged
+from unflaw.postprocessing.results import Region
 
 SCORES = [3.0, 1.0, 2.0, 2.0]
 finite = st.floats(-1e6, 1e6)

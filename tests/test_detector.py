@@ -26,7 +26,7 @@ from unflaw.features.backbones import WeightsError
 from unflaw.features.cache import Cache
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.io.detector_file import FORMAT, read_metadata
-from unflaw.results import Result
+from unflaw.postprocessing.results import Result
 
 
 def network_state(detector: Detector) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from unflaw.evaluation.evaluate import evaluate
 from unflaw.experiments.feature_store import Laboratory
 from unflaw.features.backbones import WeightsError
 from unflaw.features.extractor import FeatureExtractor
-from unflaw.results import Result
+from unflaw.postprocessing.results import Result
 
 SMALL = {"features.backbone": "test_efficientnet"}  # where weights do not matter
 

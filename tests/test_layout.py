@@ -10,7 +10,7 @@ from unflaw.errors import ImageError
 from unflaw.imaging import tiling as module
 from unflaw.imaging.tiling import Layout, Preparation, Window, layout
 from unflaw.imaging.transforms import prepare, prepare_mask, try_show, windows
-from unflaw.mosaic import Mosaic, weights
+from unflaw.postprocessing.stitching import Mosaic, weights
 
 RNG = np.random.default_rng(0)
 SIDES = st.integers(1, 700)

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from unflaw.evaluation.results import Evaluation, Inspected
+from unflaw.postprocessing.results import Region, Result, Scale
 from unflaw.report import heat_map, outline, overlay, panel, text, views, write_report
 from unflaw.report.text import Typeface
-from unflaw.results import Region, Result, Scale
 
 SIZE = 48
 SCALE = Scale(low=1.0, threshold=3.0)

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import Prepared, prepare
-from unflaw.scoring import EIGHT_CONNECTED, find_regions, flagged, outline, region_level
+from unflaw.postprocessing.regions import EIGHT_CONNECTED, find_regions, flagged, outline, region_level
 
 RNG = np.random.default_rng(0)
 

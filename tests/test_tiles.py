@@ -16,8 +16,8 @@ from unflaw.features.cache import build_cache
 from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
+from unflaw.postprocessing.results import Result
 from unflaw.report.figures import write_figures
-from unflaw.results import Result
 
 TILED = {"preparation.tile": 40, "preparation.overlap": 0.25, "training.display_steps": 0}
 

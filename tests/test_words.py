@@ -5,8 +5,8 @@ import pytest
 
 from unflaw.experiments import tables
 from unflaw.inference.annotations import Coco, LabelMe
+from unflaw.postprocessing.results import Region, Result
 from unflaw.report import html
-from unflaw.results import Region, Result
 from unflaw.words import count
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from unflaw.detector import Detector
     from unflaw.evaluation.evaluate import evaluate
     from unflaw.inference.base import Inspector
-    from unflaw.results import Result
+    from unflaw.postprocessing.results import Result
 
 __all__ = [
     "Config",
@@ -32,7 +32,7 @@ __all__ = [
 _HOMES = {
     "Config": "config",
     "Detector": "detector",
-    "Result": "results",
+    "Result": "postprocessing.results",
     "Weights": "config",
     "evaluate": "evaluation.evaluate",
     "load_categories": "datasets",

@@ -39,7 +39,7 @@ from unflaw.imaging.tiling import Window
 from unflaw.methods import Method
 from unflaw.methods.base import highest
 from unflaw.methods.memory_bank import Memory
-from unflaw.mosaic import Mosaic
+from unflaw.postprocessing.stitching import Mosaic
 
 FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
 

@@ -16,7 +16,7 @@ from unflaw.datasets.samples import SHORT, digest, distinct, sha256_if_readable
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
 from unflaw.imaging.inputs import Input
-from unflaw.results import Result
+from unflaw.postprocessing.results import Result
 from unflaw.streams import Progress
 
 

@@ -14,8 +14,8 @@ from unflaw.brief import brief
 from unflaw.calibration import conformal
 from unflaw.config import CalibrationOptions
 from unflaw.imaging.tiling import Box
-from unflaw.results import Region, Scale, Verdict
-from unflaw.scoring import region_level
+from unflaw.postprocessing.regions import region_level
+from unflaw.postprocessing.results import Region, Scale, Verdict
 
 
 @brief

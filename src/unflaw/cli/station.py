@@ -210,7 +210,7 @@ def export_log(
     """
     with errors():
         from unflaw.cli.common import writable
-        from unflaw.results import Verdict
+        from unflaw.postprocessing.results import Verdict
         from unflaw.station.export import export
         from unflaw.station.log import Filter
 

@@ -28,7 +28,7 @@ from unflaw.evaluation.metrics import (
 from unflaw.imaging.reading import read_mask
 from unflaw.imaging.tiling import Box, Preparation
 from unflaw.imaging.transforms import marked, prepare_mask
-from unflaw.scoring import EIGHT_CONNECTED, flagged
+from unflaw.postprocessing.regions import EIGHT_CONNECTED, flagged
 
 
 class RegionTally:

@@ -14,7 +14,7 @@ from unflaw.evaluation.accumulate import Measurement
 from unflaw.evaluation.results import Evaluation, Inspected
 from unflaw.evaluation.risk_coverage import risk
 from unflaw.inference.base import Inspector
-from unflaw.results import Result
+from unflaw.postprocessing.results import Result
 from unflaw.streams import Progress, silent
 from unflaw.words import count
 

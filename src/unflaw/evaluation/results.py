@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unflaw.brief import brief
-from unflaw.results import Result
+from unflaw.postprocessing.results import Result
 
 if TYPE_CHECKING:
     from unflaw.evaluation.bootstrap import PerPicture

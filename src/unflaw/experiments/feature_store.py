@@ -35,8 +35,8 @@ from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.imaging.transforms import try_show
 from unflaw.methods import create
 from unflaw.methods.synthesis import texture_files
-from unflaw.results import Region, Result
-from unflaw.scoring import find_regions
+from unflaw.postprocessing.regions import find_regions
+from unflaw.postprocessing.results import Region, Result
 from unflaw.streams import Progress, batched, silent
 from unflaw.training import seeded
 

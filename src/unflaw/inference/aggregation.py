@@ -14,7 +14,7 @@ from unflaw.calibration import conformal
 from unflaw.calibration.thresholds import Calibration
 from unflaw.errors import ImageError
 from unflaw.files import write_atomically
-from unflaw.results import Result, Verdict
+from unflaw.postprocessing.results import Result, Verdict
 from unflaw.words import count
 
 SEVERITY: tuple[Verdict, ...] = ("good", "review", "defect")

@@ -10,7 +10,7 @@ from typing import Any
 
 from unflaw.errors import ImageError
 from unflaw.files import write_atomically
-from unflaw.results import Result
+from unflaw.postprocessing.results import Result
 from unflaw.words import count
 
 LABEL = "anomaly"

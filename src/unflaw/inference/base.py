@@ -20,9 +20,9 @@ from unflaw.errors import DetectorError, ImageError
 from unflaw.imaging.inputs import ImageLike, InMemory, Input, inputs
 from unflaw.imaging.reading import Readable, read
 from unflaw.imaging.transforms import Picture, Prepared, show, try_show
-from unflaw.mosaic import Mosaic
-from unflaw.results import Result
-from unflaw.scoring import find_regions
+from unflaw.postprocessing.regions import find_regions
+from unflaw.postprocessing.results import Result
+from unflaw.postprocessing.stitching import Mosaic
 from unflaw.streams import ahead, batched
 
 

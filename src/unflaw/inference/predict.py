@@ -17,7 +17,7 @@ from unflaw.inference.aggregation import Amending, Sink
 from unflaw.inference.annotations import numbered
 from unflaw.inference.base import Inspector
 from unflaw.outputs import PANELS
-from unflaw.results import Result
+from unflaw.postprocessing.results import Result
 from unflaw.streams import Progress, silent
 
 

@@ -23,8 +23,8 @@ from unflaw.imaging.tiling import Box
 from unflaw.imaging.transforms import Prepared, prepare_mask, windows
 from unflaw.methods.synthesis import texture_pictures
 from unflaw.methods.visualization import Stage
+from unflaw.postprocessing.results import Scale
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
-from unflaw.results import Scale
 from unflaw.streams import Progress, silent
 
 EXERCISES = 4  # good pictures that training is shown on

@@ -14,8 +14,8 @@ from PIL import Image
 
 from unflaw.evaluation.results import Evaluation, Inspected, defined, mean_metrics
 from unflaw.files import write_atomically
+from unflaw.postprocessing.results import Scale
 from unflaw.report.panels import heat_map, label, views
-from unflaw.results import Scale
 from unflaw.words import count
 
 if TYPE_CHECKING:

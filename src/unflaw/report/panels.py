@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from unflaw.postprocessing.results import Result, Scale
 from unflaw.report.text import Typeface
-from unflaw.results import Result, Scale
 
 # Cold up to the pixel threshold, which the scale puts at 0.5, and warm above it: nothing on a good part looks alarming.
 # Lighter throughout, so that the order of values survives grey printing and colour blindness.

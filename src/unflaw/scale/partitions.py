@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from unflaw.errors import ImageError
-from unflaw.results import Result
+from unflaw.postprocessing.results import Result
 from unflaw.scale.sources import Found
 from unflaw.scale.store import Store
 

@@ -19,7 +19,7 @@ import unflaw
 from unflaw.errors import ImageError
 from unflaw.imaging.reading import Readable
 from unflaw.inference.base import Inspector
-from unflaw.results import Result
+from unflaw.postprocessing.results import Result
 from unflaw.scale import partitions
 from unflaw.scale.partitions import text
 from unflaw.scale.plan import Plan, detector_digest, items_of

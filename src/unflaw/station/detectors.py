@@ -18,7 +18,7 @@ from unflaw.datasets.samples import sha256 as file_digest
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.imaging.reading import read
 from unflaw.inference.base import Inspector
-from unflaw.results import Result
+from unflaw.postprocessing.results import Result
 from unflaw.station.log import Entry, Filter, Log, legible, sha256
 from unflaw.words import count
 

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from unflaw.imaging.reading import read
+from unflaw.postprocessing.results import Result
 from unflaw.report.panels import colour_map, grey_map, heat_map, veil
-from unflaw.results import Result
 from unflaw.station.detectors import Recalibrated, Served
 from unflaw.station.log import Entry, Filter, Log
 from unflaw.station.metrics import Metrics

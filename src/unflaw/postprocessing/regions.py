@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from unflaw.imaging.tiling import Box, Layout
-from unflaw.results import Region
+from unflaw.postprocessing.results import Region
 
 EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
 # the four headings of a walk around an area: right, down, left, up, as (rows, columns)
