@@ -9,7 +9,6 @@ import torch
 from torch import Generator, Tensor, nn
 
 from conftest import OWN, TINY
-from unflaw import training
 from unflaw.config import Features, Training, Weights, make_config
 from unflaw.detector import Detector
 from unflaw.features.cache import build_cache
@@ -19,7 +18,8 @@ from unflaw.imaging.tiling import Preparation
 from unflaw.listing import list_images
 from unflaw.methods import create
 from unflaw.parallel.shares import ALONE, Share, Team
-from unflaw.training import optimise
+from unflaw.training import loop as training
+from unflaw.training.loop import optimise
 
 METHODS = ("uranet", "mfrnet", "memae", "lookup")
 SETTINGS = Training(batch=7, learning_rate=0.05, precision="float32", checkpoint_seconds=0)

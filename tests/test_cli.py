@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from conftest import OWN, TINY, TINY_URANET, make_parts
-from unflaw import __version__, training
+from unflaw import __version__
 from unflaw.cli import app, common
 from unflaw.detector import Detector
 from unflaw.files import steps_of
 from unflaw.io.detector_file import read_metadata
+from unflaw.training import loop as training
 
 
 def unflaw(*arguments: object) -> Result:

@@ -24,7 +24,7 @@ from unflaw.files import steps_of
 from unflaw.parallel import launch as launching
 from unflaw.parallel.launch import OURS, launch, launched
 from unflaw.parallel.shares import ALONE, WHOLE, Share, Team
-from unflaw.training import optimise
+from unflaw.training.loop import optimise
 
 pytest.importorskip("lightning_fabric", reason="needs pip install 'unflaw[distributed]'")
 

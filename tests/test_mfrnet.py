@@ -13,7 +13,7 @@ from unflaw.detector import Detector
 from unflaw.methods.layers import gradient_magnitude_similarity, ssim_map
 from unflaw.methods.mfrnet import SCALES, STABLE, WINDOW, HybridBlock, MFRNet, RestorationNetwork, crossed_masks
 from unflaw.parallel.shares import Share
-from unflaw.training import optimise
+from unflaw.training.loop import optimise
 
 CHANNELS, GRID = 8, 8  # components and grid of the tiny configuration
 

@@ -16,8 +16,6 @@ from typer.testing import CliRunner
 
 from conftest import OWN, TINY, make_parts
 from unflaw import load_categories
-from unflaw import training as loop
-from unflaw.categories import hold_out
 from unflaw.cli import app
 from unflaw.config import Weights
 from unflaw.datasets import DatasetError, load_dataset
@@ -33,6 +31,8 @@ from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.methods import create
 from unflaw.methods.memory_bank import Memory
 from unflaw.report.figures import write_figures
+from unflaw.training import loop
+from unflaw.training.splits import hold_out
 
 QUICK = {"training.display_steps": 0}
 METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_30", "aupro_05")

@@ -19,7 +19,7 @@ from unflaw.calibration.outliers import DEVIATIONS, MOST, describe_outliers, out
 from unflaw.cli import app
 from unflaw.datasets import Sample, load_dataset
 from unflaw.detector import Detector
-from unflaw.training import train
+from unflaw.training.loop import train
 
 
 def named(scores: list[float]) -> list[str]:

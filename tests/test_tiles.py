@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from unflaw import load
-from unflaw.categories import hold_out
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
 from unflaw.evaluation.evaluate import evaluate
@@ -18,6 +17,7 @@ from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
 from unflaw.postprocessing.results import Result
 from unflaw.report.figures import write_figures
+from unflaw.training.splits import hold_out
 
 TILED = {"preparation.tile": 40, "preparation.overlap": 0.25, "training.display_steps": 0}
 

@@ -14,7 +14,7 @@ from unflaw.files import steps_of
 from unflaw.methods import create
 from unflaw.methods.layers import BayesianConv2d
 from unflaw.parallel.shares import Share, uses_bfloat16
-from unflaw.training import decay_groups, learning_rate, optimise, step_rng
+from unflaw.training.loop import decay_groups, learning_rate, optimise, step_rng
 
 
 class Line(nn.Module):

@@ -9,7 +9,7 @@ from unflaw.methods.layers import to_grid, to_tokens
 from unflaw.methods.synthesis import synthesise
 from unflaw.methods.uranet import RAM, SUREST, UIAPM, URANet, length, mean_logit
 from unflaw.parallel.shares import Share
-from unflaw.training import optimise
+from unflaw.training.loop import optimise
 
 CHANNELS, GRID = 8, 8  # components and grid of the tiny configuration
 SOURCES = ("textures", "others", "shuffles", "jitter")

@@ -17,16 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unflaw import training
 from unflaw._version import __version__
 from unflaw.calibration.crossfit import cross_fit, find_outliers, finish, judge_held_out, leave_one_out
 from unflaw.calibration.drift import Reference, references
 from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
 from unflaw.calibration.thresholds import Calibration, calibrations
-from unflaw.categories import Category, Data, gather, hold_out, remembered, without_copies
 from unflaw.config import Config, Weights, WeightSource, make_config
 from unflaw.datasets.samples import SHORT, digest, sha256, sha256_if_readable
-from unflaw.display import fit_display
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.features.backbones import WeightsError
 from unflaw.features.cache import Cache, build_cache, cells, stack
@@ -42,7 +39,10 @@ from unflaw.methods.graph import Graph
 from unflaw.methods.synthesis import texture_pictures
 from unflaw.parallel.shares import ALONE, Team
 from unflaw.streams import Progress, silent
-from unflaw.training import seeded, step_rng
+from unflaw.training import loop as training
+from unflaw.training.decoder import fit_display
+from unflaw.training.loop import seeded, step_rng
+from unflaw.training.splits import Category, Data, gather, hold_out, remembered, without_copies
 from unflaw.words import count
 
 

@@ -38,7 +38,7 @@ from unflaw.methods.synthesis import texture_files
 from unflaw.postprocessing.regions import find_regions
 from unflaw.postprocessing.results import Region, Result
 from unflaw.streams import Progress, batched, silent
-from unflaw.training import seeded
+from unflaw.training.loop import seeded
 
 BATCH = 16  # pictures that pass the backbone together
 

@@ -9,7 +9,7 @@ from unflaw.features.cache import Cache
 from unflaw.methods.decoder import DisplayDecoder
 from unflaw.parallel.shares import Share, Terms
 from unflaw.streams import Progress
-from unflaw.training import optimise
+from unflaw.training.loop import optimise
 
 
 def fit_display(cache: Cache, settings: Training, progress: Progress) -> DisplayDecoder:

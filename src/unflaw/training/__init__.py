@@ -1,0 +1,1 @@
+"""From good images to a trained network."""
