@@ -18,7 +18,7 @@ from PIL import Image
 
 import unflaw
 from unflaw.imaging.reading import read
-from unflaw.listing import list_images
+from unflaw.io.listing import list_images
 from unflaw.runtime.verification import compare
 
 MODES = ("L", "RGB", "RGBA", "P", "1", "grey16", "colour16")

@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 from unflaw import scale
-from unflaw.listing import list_images
+from unflaw.io.listing import list_images
 from unflaw.scale import partitions
 from unflaw.scale.store import OWN, Store
 

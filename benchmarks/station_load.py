@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unflaw.listing import list_images
+from unflaw.io.listing import list_images
 
 
 @dataclass

@@ -15,7 +15,7 @@ from unflaw.features.cache import build_cache
 from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
-from unflaw.listing import list_images
+from unflaw.io.listing import list_images
 from unflaw.methods import create
 from unflaw.parallel.shares import ALONE, Share, Team
 from unflaw.training import loop as training

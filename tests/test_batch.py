@@ -18,7 +18,7 @@ from unflaw.calibration.thresholds import calibrate
 from unflaw.cli import app
 from unflaw.errors import ImageError
 from unflaw.inference.aggregation import Discoveries, Parts, part_of
-from unflaw.words import count
+from unflaw.io.words import count
 
 N = 39
 SCORES = [float(i) for i in range(N)]

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from unflaw import load
 from unflaw.cli import app
 from unflaw.imaging.reading import read
-from unflaw.listing import list_images
+from unflaw.io.listing import list_images
 from unflaw.runtime.bench import COMPUTED, made_up, measure, throughput
 
 

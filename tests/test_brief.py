@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from pydantic import BaseModel
 
-from unflaw.brief import brief
 from unflaw.config import make_config
 from unflaw.evaluation.results import Evaluation, Inspected
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import show
+from unflaw.io.brief import brief
 from unflaw.postprocessing.results import Region
 
 LIMIT = 1000  # letters

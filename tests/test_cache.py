@@ -16,7 +16,7 @@ from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare, try_prepare
-from unflaw.streams import ahead, batched
+from unflaw.io.progress import ahead, batched
 
 PREPARATION = Preparation(size=32)
 PLENTY, NOTHING = 1e9, 0.0  # bytes of RAM

@@ -21,8 +21,8 @@ from conftest import OWN, TINY, TINY_URANET, make_parts
 from unflaw import __version__
 from unflaw.cli import app, common
 from unflaw.detector import Detector
-from unflaw.files import steps_of
 from unflaw.io.detector_file import read_metadata
+from unflaw.io.files import steps_of
 from unflaw.training import loop as training
 
 

@@ -20,7 +20,7 @@ from unflaw.cli import app
 from unflaw.config import Training
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
-from unflaw.files import steps_of
+from unflaw.io.files import steps_of
 from unflaw.parallel import launch as launching
 from unflaw.parallel.launch import OURS, launch, launched
 from unflaw.parallel.shares import ALONE, WHOLE, Share, Team

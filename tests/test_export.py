@@ -13,7 +13,7 @@ from unflaw.errors import DetectorError
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import prepare
 from unflaw.io.detector_file import read_metadata
-from unflaw.listing import list_images
+from unflaw.io.listing import list_images
 from unflaw.runtime.export import export
 from unflaw.runtime.verification import compare
 

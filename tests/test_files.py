@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unflaw import files
 from unflaw.errors import InUseError, WriteError
 from unflaw.experiments.run_log import Finished
 from unflaw.experiments.run_log import Log as Runs
-from unflaw.files import growing, holding, make_folder, scratch, write_atomically, write_png
+from unflaw.io import files
+from unflaw.io.files import growing, holding, make_folder, scratch, write_atomically, write_png
 from unflaw.station.log import Log
 
 

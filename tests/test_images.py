@@ -17,7 +17,7 @@ from unflaw.errors import ImageError, TrainingError
 from unflaw.imaging.reading import image_size, read, read_mask
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare, prepare_mask
-from unflaw.listing import list_images
+from unflaw.io.listing import list_images
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8)

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from conftest import make_parts
 from unflaw.cli import app
 from unflaw.datasets import DatasetError, load_dataset
-from unflaw.listing import counted, is_passed_over, list_images, note, visible_files, walk
-from unflaw.words import count
+from unflaw.io.listing import counted, is_passed_over, list_images, note, visible_files, walk
+from unflaw.io.words import count
 
 
 def touch(root: Path, *names: str) -> Path:

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from unflaw.cli import app
 from unflaw.datasets import load_dataset
-from unflaw.files import write_png
-from unflaw.listing import list_images
-from unflaw.outputs import SORTED, Earlier, drawn, note_sorted
+from unflaw.io.files import write_png
+from unflaw.io.listing import list_images
+from unflaw.io.outputs import SORTED, Earlier, drawn, note_sorted
 from unflaw.scale.sources import listed
 from unflaw.scale.store import OWN
 

@@ -20,7 +20,7 @@ from unflaw.errors import DetectorError
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare
 from unflaw.io.detector_file import read_metadata
-from unflaw.listing import list_images
+from unflaw.io.listing import list_images
 from unflaw.runtime.verification import Comparison
 
 ALONE = """

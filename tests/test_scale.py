@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from unflaw.cli import app
 from unflaw.errors import ImageError
-from unflaw.listing import list_images
+from unflaw.io.listing import list_images
 from unflaw.postprocessing.results import Result
 from unflaw.scale import partitions, plan, store, worker
 from unflaw.scale.sources import Columns, Item, listed, pictures

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from unflaw.experiments.disk_cache import ABANDONED, Shelf, ShelfFull
-from unflaw.files import write_atomically
+from unflaw.io.files import write_atomically
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from unflaw.config import Training, Weights
 from unflaw.errors import InUseError, TrainingError
-from unflaw.files import steps_of
+from unflaw.io.files import steps_of
 from unflaw.methods import create
 from unflaw.methods.layers import BayesianConv2d
 from unflaw.parallel.shares import Share, uses_bfloat16

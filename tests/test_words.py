@@ -5,9 +5,9 @@ import pytest
 
 from unflaw.experiments import tables
 from unflaw.inference.annotations import Coco, LabelMe
+from unflaw.io.words import count
 from unflaw.postprocessing.results import Region, Result
 from unflaw.report import html
-from unflaw.words import count
 
 
 @pytest.mark.parametrize(

@@ -28,22 +28,22 @@ from unflaw.errors import DetectorError, TrainingError
 from unflaw.features.backbones import WeightsError
 from unflaw.features.cache import Cache, build_cache, cells, stack
 from unflaw.features.extractor import PixelExtractor
-from unflaw.files import check_name, write_atomically
 from unflaw.imaging.inputs import ImageLike, Input, inputs
 from unflaw.imaging.transforms import Prepared
 from unflaw.inference.base import Inspector, Outputs
 from unflaw.io.detector_file import FORMAT, read_metadata
+from unflaw.io.files import check_name, write_atomically
+from unflaw.io.progress import Progress, silent
+from unflaw.io.words import count
 from unflaw.methods import Method, create
 from unflaw.methods.decoder import DisplayDecoder
 from unflaw.methods.graph import Graph
 from unflaw.methods.synthesis import texture_pictures
 from unflaw.parallel.shares import ALONE, Team
-from unflaw.streams import Progress, silent
 from unflaw.training import loop as training
 from unflaw.training.decoder import fit_display
 from unflaw.training.loop import seeded, step_rng
 from unflaw.training.splits import Category, Data, gather, hold_out, remembered, without_copies
-from unflaw.words import count
 
 
 class Detector(Inspector):

@@ -97,7 +97,7 @@ def test_pipes_devices_folders_and_loops_are_refused_at_once(tmp_path):
 
 
 def test_a_folder_of_odd_names_is_listed_without_its_pipes_and_loops(tmp_path):
-    from unflaw.listing import list_images
+    from unflaw.io.listing import list_images
 
     names = ["ä.png", "\x1b[31m.png", "new\nline.png", "\udcff.png", "日本 語.PNG", "-rf.png", "'; rm.png"]
     for name in names:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from unflaw.words import count
+from unflaw.io.words import count
 
 DEVIATIONS = 7.0  # above the median from which an image stands out; docs/reliability.md says what was measured
 FEWEST = 8  # images that a median and a deviation are taken from

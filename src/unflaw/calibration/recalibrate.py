@@ -16,8 +16,8 @@ from unflaw.datasets.samples import SHORT, digest, distinct, sha256_if_readable
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
 from unflaw.imaging.inputs import Input
+from unflaw.io.progress import Progress
 from unflaw.postprocessing.results import Result
-from unflaw.streams import Progress
 
 
 def recalibrate(

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from unflaw.brief import brief
 from unflaw.calibration import conformal
 from unflaw.config import CalibrationOptions
 from unflaw.imaging.tiling import Box
+from unflaw.io.brief import brief
 from unflaw.postprocessing.regions import region_level
 from unflaw.postprocessing.results import Region, Scale, Verdict
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from unflaw.datasets import Dataset
     from unflaw.detector import Detector
     from unflaw.inference.base import Inspector
-    from unflaw.streams import Progress
+    from unflaw.io.progress import Progress
 
 app = typer.Typer(
     name="unflaw",
@@ -90,7 +90,7 @@ def setting_of(text: str) -> tuple[str, Any]:
 
 def writable(path: Path) -> None:
     """Fails before the work, not after it."""
-    from unflaw.files import make_folder, target_of
+    from unflaw.io.files import make_folder, target_of
 
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file")
@@ -100,14 +100,14 @@ def writable(path: Path) -> None:
 
 def detector_file(path: Path) -> None:
     """As `writable`, for a trained detector: under another name it would be taken for something else."""
-    from unflaw.files import check_name
+    from unflaw.io.files import check_name
 
     check_name(path)
     writable(path)
 
 
 def pictures_in(inputs: list[Path]) -> list[Path]:
-    from unflaw.listing import Entry, counted, list_images, note
+    from unflaw.io.listing import Entry, counted, list_images, note
 
     passed_over: list[Entry] = []
     paths = [p for item in inputs for p in (list_images(item, passed_over) if item.is_dir() else [item])]

@@ -60,7 +60,8 @@ def run_evaluation(
         from unflaw.datasets import load_categories
         from unflaw.evaluation.evaluate import evaluate_all
         from unflaw.evaluation.results import mean_metrics
-        from unflaw.experiments.tables import lines, table, write_text
+        from unflaw.experiments.tables import lines, table
+        from unflaw.io.files import write_text
 
         detector = load_detector(model)
         datasets = load_categories(data)
@@ -144,7 +145,7 @@ def predict(
     def stopped() -> str:
         if engine is not None:
             return f"stopped; finished partitions stay in {output}, and the same command goes on with the others"
-        from unflaw.words import count
+        from unflaw.io.words import count
 
         if not inspected or out is None:
             return "stopped before the first image; the same command begins again"
@@ -169,11 +170,11 @@ def predict(
             return
         assert inputs and out is not None
         from unflaw.calibration.conformal import COMBINATIONS
-        from unflaw.files import holding, make_folder
         from unflaw.inference.aggregation import Discoveries, Parts, Sink, Unread
         from unflaw.inference.annotations import Coco, LabelMe
         from unflaw.inference.predict import predict as run
-        from unflaw.outputs import LABELS, PARTS, Earlier
+        from unflaw.io.files import holding, make_folder
+        from unflaw.io.outputs import LABELS, PARTS, Earlier
 
         if combine not in COMBINATIONS:
             raise ValueError(f"--combine {combine}: there are {', '.join(COMBINATIONS)}")
@@ -270,7 +271,7 @@ def figures(
     """
     with errors():
         from unflaw.datasets import load_dataset
-        from unflaw.outputs import drawn
+        from unflaw.io.outputs import drawn
         from unflaw.report.figures import write_figures
 
         detector = load_trained(model)

@@ -27,8 +27,8 @@ from unflaw.cli.common import (
     setting_of,
     writable,
 )
+from unflaw.io.words import count
 from unflaw.parallel.launch import launch, launched, watch_parent
-from unflaw.words import count
 
 # Fabric's names for what the setting `training.precision` is
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
@@ -83,7 +83,7 @@ def train(
     checkpoint = out.with_name(out.name + ".checkpoint")
 
     def stopped() -> str:
-        from unflaw.files import steps_of
+        from unflaw.io.files import steps_of
 
         with suppress(ValueError):  # which --resume will say
             if held := steps_of(checkpoint):
@@ -92,7 +92,7 @@ def train(
 
     with errors(stopped):
         from unflaw.config import Weights, make_config
-        from unflaw.files import holding, steps_of
+        from unflaw.io.files import holding, steps_of
 
         config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
         for option, value in (("accelerator", accelerator), ("strategy", strategy)):
@@ -246,7 +246,7 @@ def calibrate(
         if not defect and (miss_rate is not None or cost_ratio is not None):
             raise ValueError("a miss rate and a cost ratio need labelled defects; name them with --defect")
         from unflaw.calibration.outliers import describe_outliers
-        from unflaw.files import holding
+        from unflaw.io.files import holding
 
         writable(model) if out is None else detector_file(out)
         held.enter_context(holding(out or model))  # else the entry of another calibration could be lost
@@ -282,7 +282,7 @@ def demo(
     with errors():
         from unflaw.datasets import load_dataset
         from unflaw.datasets.synthetic import is_whole, make_demo_data
-        from unflaw.files import holding, make_folder
+        from unflaw.io.files import holding, make_folder
 
         data, model = out / "gravel", out / "detector.safetensors"
         make_folder(out)

@@ -22,7 +22,7 @@ from unflaw.cli.common import (
 
 def stopped_runs(out: Path | None) -> str:
     """What Ctrl-C leaves of an experiment."""
-    from unflaw.words import count
+    from unflaw.io.words import count
 
     log = out and out / "runs.jsonl"
     if log is None or not log.is_file():

@@ -19,7 +19,7 @@ from unflaw.cli.common import (
     report_problems,
     writable,
 )
-from unflaw.words import count
+from unflaw.io.words import count
 
 if TYPE_CHECKING:
     from unflaw.datasets import Dataset

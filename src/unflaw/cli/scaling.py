@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from unflaw.cli.common import progress_bars, report_problems
-from unflaw.words import count
+from unflaw.io.words import count
 
 Engine = Annotated[
     str | None, typer.Option(help="'ray': many workers, here or on a cluster; needs --input and --output.")

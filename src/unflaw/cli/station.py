@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import typer
 
 from unflaw.cli.common import Category, app, errors, said
-from unflaw.words import count
+from unflaw.io.words import count
 
 if TYPE_CHECKING:
     from unflaw.station.log import Log

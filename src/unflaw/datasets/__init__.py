@@ -18,7 +18,7 @@ from unflaw.datasets.samples import (
     subfolders,
 )
 from unflaw.datasets.table import DEFECT_LABELS, GOOD_LABELS, TableError, read_table
-from unflaw.words import count
+from unflaw.io.words import count
 
 __all__ = [
     "DEFECT_LABELS",
@@ -47,7 +47,7 @@ def load_dataset(path: str | Path) -> Dataset:
     Layouts: that of MVTec AD (a mask is `<name>_mask.*`, `<name>.*`, or a folder `<name>` of masks; without
     ground_truth there are image labels only), those of other public benchmarks (`layouts`), a plain folder of
     good pictures, or a table, for which see `table.read_table`. Names of folders are known whatever their case. Links
-    to folders are followed; hidden files and folders of the system are passed over (`unflaw.listing`).
+    to folders are followed; hidden files and folders of the system are passed over (`unflaw.io.listing`).
 
     Masks that are unreadable, empty, or of another size than their picture are left out and reported; so are files that
     were not used, masks that fit no picture, and masks that may be inverted. The pixels of the pictures are not looked

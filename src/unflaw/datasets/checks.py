@@ -12,7 +12,7 @@ import numpy as np
 from unflaw.datasets.samples import Sample, relative, sha256_if_readable, some
 from unflaw.errors import ImageError
 from unflaw.imaging.reading import image_size, read_mask
-from unflaw.words import count
+from unflaw.io.words import count
 
 # A mask that marks more than this share of its image, or of the border of its image, may be inverted
 _AREA, _BORDER = 0.5, 0.9

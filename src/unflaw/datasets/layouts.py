@@ -27,7 +27,7 @@ from unflaw.datasets.samples import (
 )
 from unflaw.errors import ImageError
 from unflaw.imaging.reading import read, read_mask
-from unflaw.listing import is_image, list_images, walk
+from unflaw.io.listing import is_image, list_images, walk
 
 TEST_EVERY = 5  # where a benchmark has no official split, one good picture in so many is for testing
 

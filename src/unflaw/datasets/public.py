@@ -14,7 +14,7 @@ from typing import Any, Literal
 from unflaw.datasets import load_dataset
 from unflaw.datasets.layouts import LAYOUTS, TEST_EVERY, categories, layout_of
 from unflaw.datasets.samples import Dataset, DatasetError, subfolders
-from unflaw.words import count
+from unflaw.io.words import count
 
 Masks = Literal["all", "some", "none"]  # of the defective pictures; "some": at least one
 _COLUMNS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from unflaw.errors import ImageError
 from unflaw.imaging.inputs import InMemory, Input
 from unflaw.imaging.reading import read
-from unflaw.listing import Entry, counted, is_passed_over, list_images, note, visible_files
+from unflaw.io.listing import Entry, counted, is_passed_over, list_images, note, visible_files
 
 SHORT = 16  # digits of a SHA-256 that are enough to know a picture again
 

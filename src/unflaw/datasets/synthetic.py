@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, shift
 
-from unflaw.experiments.tables import write_text
-from unflaw.files import write_png
+from unflaw.io.files import write_png, write_text
 
 N_TRAIN, N_VALIDATION, N_GOOD, N_PER_DEFECT = 80, 40, 20, 10
 _BEGUN = ".unfinished"  # stands in the folder until all of it is written

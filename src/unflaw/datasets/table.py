@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from unflaw.datasets.samples import DatasetError, Found, Sample, relative
-from unflaw.listing import SUFFIXES, is_image
-from unflaw.words import count
+from unflaw.io.listing import SUFFIXES, is_image
+from unflaw.io.words import count
 
 # Case, spaces and dots do not matter. i.O. and n.i.O. are German: "in Ordnung", in order, and "nicht in Ordnung"
 GOOD_LABELS = ("good", "normal", "nominal", "ok", "i.O.", "pass", "false", "0")

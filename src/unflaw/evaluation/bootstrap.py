@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from unflaw.brief import brief
 from unflaw.evaluation.metrics import Array, Ranking, region_weights
-from unflaw.files import write_atomically
+from unflaw.io.brief import brief
+from unflaw.io.files import write_atomically
 
 THRESHOLDS = 512
 METRICS = ("image_auroc", "pixel_auroc", "aupro_30")

@@ -14,9 +14,9 @@ from unflaw.evaluation.accumulate import Measurement
 from unflaw.evaluation.results import Evaluation, Inspected
 from unflaw.evaluation.risk_coverage import risk
 from unflaw.inference.base import Inspector
+from unflaw.io.progress import Progress, silent
+from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
-from unflaw.streams import Progress, silent
-from unflaw.words import count
 
 SHOWN = 40  # pictures kept whole for the report
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from unflaw.brief import brief
-from unflaw.words import count
+from unflaw.io.brief import brief
+from unflaw.io.words import count
 
 Array = NDArray[Any]
 SUMMARY = 64  # a full buffer of n values is summarised with its n / 64 highest exact

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unflaw.brief import brief
+from unflaw.io.brief import brief
 from unflaw.postprocessing.results import Result
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ from unflaw._version import __version__
 from unflaw.config import Config, Weights, WeightSource
 from unflaw.datasets import Dataset
 from unflaw.experiments.run_log import Finished, Log
-from unflaw.experiments.tables import comma_separated, short, summary, write_text
+from unflaw.experiments.tables import comma_separated, short, summary
 from unflaw.experiments.variants import FULL, Variant, written
+from unflaw.io.files import write_text
 
 if TYPE_CHECKING:
     from unflaw.experiments.feature_store import Laboratory
-    from unflaw.streams import Progress
+    from unflaw.io.progress import Progress
 
 # What the table shows, and what else a run keeps of its evaluation.
 METRICS = {

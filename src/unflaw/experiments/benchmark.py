@@ -25,11 +25,11 @@ from unflaw.config import Weights
 from unflaw.experiments.grid import Run
 from unflaw.experiments.records import KEPT, Latency, Record, pictures_file
 from unflaw.experiments.run_log import Log
-from unflaw.words import count
+from unflaw.io.words import count
 
 if TYPE_CHECKING:
     from unflaw.detector import Detector
-    from unflaw.streams import Progress
+    from unflaw.io.progress import Progress
 
 BATCH = 32
 

@@ -28,16 +28,16 @@ from unflaw.errors import ImageError
 from unflaw.experiments.disk_cache import Shelf, ShelfFull
 from unflaw.features.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
 from unflaw.features.extractor import Extractor, FeatureExtractor
-from unflaw.files import make_folder, write_atomically
 from unflaw.imaging.inputs import Input
 from unflaw.imaging.statistics import STATISTICS
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.imaging.transforms import try_show
+from unflaw.io.files import make_folder, write_atomically
+from unflaw.io.progress import Progress, batched, silent
 from unflaw.methods import create
 from unflaw.methods.synthesis import texture_files
 from unflaw.postprocessing.regions import find_regions
 from unflaw.postprocessing.results import Region, Result
-from unflaw.streams import Progress, batched, silent
 from unflaw.training.loop import seeded
 
 BATCH = 16  # pictures that pass the backbone together

@@ -16,7 +16,7 @@ from unflaw.evaluation.results import METRICS, defined
 from unflaw.experiments.grid import Run
 from unflaw.experiments.records import Record, pictures_file
 from unflaw.experiments.tables import short, summary
-from unflaw.words import count
+from unflaw.io.words import count
 
 HEADS = {
     "image_auroc": "image AUROC",

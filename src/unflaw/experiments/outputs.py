@@ -9,7 +9,8 @@ from pathlib import Path
 from unflaw.experiments.grid import Run
 from unflaw.experiments.leaderboard import intervals, latex, markdown, tabulate
 from unflaw.experiments.records import Record
-from unflaw.experiments.tables import comma_separated, write_text
+from unflaw.experiments.tables import comma_separated
+from unflaw.io.files import write_text
 
 
 def write_tables(out: Path, runs: Sequence[Run], records: Mapping[str, Record]) -> None:

@@ -26,10 +26,11 @@ from unflaw.datasets import Dataset, DatasetError, load_dataset
 from unflaw.datasets.layouts import layout_of
 from unflaw.datasets.samples import pictures, sha256, sha256_if_readable, subfolders
 from unflaw.experiments.run_log import Finished, Log
-from unflaw.experiments.tables import comma_separated, short, write_text
+from unflaw.experiments.tables import comma_separated, short
+from unflaw.io.files import write_text
 
 if TYPE_CHECKING:
-    from unflaw.streams import Progress
+    from unflaw.io.progress import Progress
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro_30": "AUPRO"}
 COUNTS = ("n_good", "false_alarms", "n_images", "missed")

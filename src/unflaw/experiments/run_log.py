@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, field_validator
 
 from unflaw.errors import InUseError
-from unflaw.files import holding, write_atomically
+from unflaw.io.files import holding, write_atomically
 
 
 class Finished(BaseModel):

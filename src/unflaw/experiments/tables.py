@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 from unflaw.evaluation.results import defined
-from unflaw.files import write_atomically
-from unflaw.words import count
+from unflaw.io.words import count
 
 
 def lines(metrics: Mapping[str, Any]) -> str:
@@ -69,12 +67,6 @@ def summary(values: Sequence[float | None]) -> dict[str, float | None]:
 def short(value: float, sign: str = "-") -> str:
     """Three decimals, without the zero before the point, with a true minus."""
     return f"{round(value, 3) + 0.0:{sign}.3f}".replace("0.", ".", 1).replace("-", "−")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
 
 
 def comma_separated(rows: Sequence[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unflaw.config import Weights, WeightSource
-from unflaw.words import count
+from unflaw.io.words import count
 
 # Packages that carry real ImageNet weights, as `backbone: (package, path of the weight file inside)`. Their tensors
 # stand in the order of timm's own state_dict, under other names.

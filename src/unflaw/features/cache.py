@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from unflaw.brief import brief
 from unflaw.errors import ImageError, TrainingError
 from unflaw.features.extractor import Extractor
-from unflaw.files import scratch
 from unflaw.imaging.inputs import Input
 from unflaw.imaging.reading import image_size
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.imaging.transforms import Picture, Prepared, try_show
+from unflaw.io.brief import brief
+from unflaw.io.files import scratch
+from unflaw.io.progress import Progress, ahead, batched, silent
+from unflaw.io.words import count
 from unflaw.parallel.shares import ALONE, Team
-from unflaw.streams import Progress, ahead, batched, silent
-from unflaw.words import count
 
 THUMBNAIL = 128  # side of the pictures that the display decoder learns to draw
 MINIMUM = 8  # good pictures of a category to learn from

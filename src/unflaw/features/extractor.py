@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unflaw.config import Features, WeightSource
 from unflaw.features.backbones import _check_size, create_backbone
-from unflaw.words import count
+from unflaw.io.words import count
 
 COARSE_COMPONENTS = 64  # of the coarsest level, for judging whole regions
 

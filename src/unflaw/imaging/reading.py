@@ -16,7 +16,7 @@ from unflaw.errors import ImageError
 from unflaw.imaging import limits as containers
 from unflaw.imaging.inputs import InMemory, check_kind
 from unflaw.imaging.limits import AT_ONCE, SIDEWAYS, TRANSPARENT, check, visible
-from unflaw.listing import list_images
+from unflaw.io.listing import list_images
 
 PIXEL, OVERHEAD = 16, 2**26  # bytes of a file: for a pixel at most, four floats, and for all else in it
 

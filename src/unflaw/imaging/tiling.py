@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from unflaw.brief import brief
+from unflaw.io.brief import brief
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are outside
 ROI_SIDE = 1024  # a mask travels in the detector file at no larger side

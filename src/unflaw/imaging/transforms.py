@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from unflaw.brief import brief
 from unflaw.errors import ImageError
 from unflaw.imaging.inputs import InMemory
 from unflaw.imaging.reading import Readable, image_size, name_of, read
 from unflaw.imaging.statistics import describe
 from unflaw.imaging.tiling import Box, Layout, Preparation, Window, layout
-from unflaw.listing import SUFFIXES, list_images, visible_files
+from unflaw.io.brief import brief
+from unflaw.io.listing import SUFFIXES, list_images, visible_files
 
 __all__ = [
     "SUFFIXES",

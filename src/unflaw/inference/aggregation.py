@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from unflaw.calibration import conformal
 from unflaw.calibration.thresholds import Calibration
 from unflaw.errors import ImageError
-from unflaw.files import write_atomically
+from unflaw.io.files import write_atomically
+from unflaw.io.words import count
 from unflaw.postprocessing.results import Result, Verdict
-from unflaw.words import count
 
 SEVERITY: tuple[Verdict, ...] = ("good", "review", "defect")
 ROUNDING = 1e-12  # by which a p-value that equals a rate may differ from it

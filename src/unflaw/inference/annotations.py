@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from unflaw.errors import ImageError
-from unflaw.files import write_atomically
+from unflaw.io.files import write_atomically
+from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
-from unflaw.words import count
 
 LABEL = "anomaly"
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from unflaw.brief import brief
 from unflaw.calibration.drift import Reference
 from unflaw.calibration.thresholds import Calibration
 from unflaw.config import Config
@@ -20,10 +19,11 @@ from unflaw.errors import DetectorError, ImageError
 from unflaw.imaging.inputs import ImageLike, InMemory, Input, inputs
 from unflaw.imaging.reading import Readable, read
 from unflaw.imaging.transforms import Picture, Prepared, show, try_show
+from unflaw.io.brief import brief
+from unflaw.io.progress import ahead, batched
 from unflaw.postprocessing.regions import find_regions
 from unflaw.postprocessing.results import Result
 from unflaw.postprocessing.stitching import Mosaic
-from unflaw.streams import ahead, batched
 
 
 @brief

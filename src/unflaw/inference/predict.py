@@ -11,14 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from unflaw.calibration.drift import RATE, Drift, check_rate
-from unflaw.experiments.tables import write_text
-from unflaw.files import growing, write_png
 from unflaw.inference.aggregation import Amending, Sink
 from unflaw.inference.annotations import numbered
 from unflaw.inference.base import Inspector
-from unflaw.outputs import PANELS
+from unflaw.io.files import growing, write_png, write_text
+from unflaw.io.outputs import PANELS
+from unflaw.io.progress import Progress, silent
 from unflaw.postprocessing.results import Result
-from unflaw.streams import Progress, silent
 
 
 class Predicted(NamedTuple):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from unflaw.config import Config, MFRNetOptions, WeightSource
+from unflaw.io.words import count
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import (
     Attention,
@@ -30,7 +31,6 @@ from unflaw.methods.layers import (
 from unflaw.methods.memory_bank import Judge, Memory
 from unflaw.methods.visualization import Row, Stage, Stages
 from unflaw.parallel.shares import WHOLE, Share
-from unflaw.words import count
 
 WINDOW = 5  # of SSIM, in feature cells
 SCALES = 3  # of gradient magnitude similarity

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from unflaw.brief import brief
 from unflaw.config import Synthesis
 from unflaw.errors import ImageError
 from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare
-from unflaw.listing import list_images
+from unflaw.io.brief import brief
+from unflaw.io.listing import list_images
 from unflaw.parallel.shares import WHOLE, Share
 
 # Photographs of textures and things inside the scikit-image package (its data/README names origins and licences).

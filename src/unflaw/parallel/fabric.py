@@ -33,9 +33,9 @@ except ImportError as error:
 
 from unflaw.config import Training
 from unflaw.errors import TrainingError
+from unflaw.io.words import count
 from unflaw.parallel.launch import OURS
 from unflaw.parallel.shares import Engine, Loss, Share, Team, Terms, batch_norms, uses_bfloat16
-from unflaw.words import count
 
 T = TypeVar("T")
 

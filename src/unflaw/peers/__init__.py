@@ -26,8 +26,8 @@ from unflaw.evaluation.results import Evaluation
 from unflaw.features.backbones import create_backbone
 from unflaw.imaging.tiling import Box, Preparation
 from unflaw.imaging.transforms import try_prepare
-from unflaw.streams import Progress, ahead, silent
-from unflaw.words import count
+from unflaw.io.progress import Progress, ahead, silent
+from unflaw.io.words import count
 
 ADAPTER = Path(__file__).with_name("anomalib_adapter.py")
 LEVELS = {"patchcore": (2, 3), "padim": (1, 2, 3), "reverse_distillation": (1, 2, 3)}  # anomalib's defaults

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from unflaw.brief import brief
+from unflaw.io.brief import brief
 
 if TYPE_CHECKING:
     pass

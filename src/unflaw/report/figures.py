@@ -17,15 +17,15 @@ from torch import Generator, Tensor
 from unflaw.datasets import Dataset, DatasetError, Sample
 from unflaw.detector import Detector
 from unflaw.features.cache import cells, stack
-from unflaw.files import holding, make_folder, write_png
 from unflaw.imaging.reading import read, read_mask
 from unflaw.imaging.tiling import Box
 from unflaw.imaging.transforms import Prepared, prepare_mask, windows
+from unflaw.io.files import holding, make_folder, write_png
+from unflaw.io.progress import Progress, silent
 from unflaw.methods.synthesis import texture_pictures
 from unflaw.methods.visualization import Stage
 from unflaw.postprocessing.results import Scale
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
-from unflaw.streams import Progress, silent
 
 EXERCISES = 4  # good pictures that training is shown on
 _PICTURE, _HEAT_MAP = "Picture", "Heat map"

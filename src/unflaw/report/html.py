@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from unflaw.evaluation.results import Evaluation, Inspected, defined, mean_metrics
-from unflaw.files import write_atomically
+from unflaw.io.files import write_atomically
+from unflaw.io.words import count
 from unflaw.postprocessing.results import Scale
 from unflaw.report.panels import heat_map, label, views
-from unflaw.words import count
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -22,9 +22,9 @@ from unflaw._version import __version__
 from unflaw.config import URANetOptions
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, WriteError
-from unflaw.files import holding, write_atomically
 from unflaw.imaging.transforms import Prepared
 from unflaw.io.detector_file import before, read_metadata, read_weights
+from unflaw.io.files import holding, write_atomically
 from unflaw.methods.graph import Graph
 
 Target = Literal["onnx", "openvino"]

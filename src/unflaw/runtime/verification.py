@@ -10,8 +10,8 @@ import numpy as np
 
 from unflaw.errors import DetectorError, ImageError
 from unflaw.inference.base import Inspector
-from unflaw.streams import Progress, silent
-from unflaw.words import count
+from unflaw.io.progress import Progress, silent
+from unflaw.io.words import count
 
 
 @dataclass

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unflaw.streams import Progress, silent
+from unflaw.io.progress import Progress, silent
 
 if TYPE_CHECKING:
     from unflaw.scale.store import Store

@@ -14,12 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unflaw.brief import brief
 from unflaw.errors import ImageError
-from unflaw.listing import Entry, Scan, counted, is_image, is_passed_over, note, walk
-from unflaw.outputs import HEAD, SORTED, is_drawn, may_be_drawn, sorted_folders
+from unflaw.io.brief import brief
+from unflaw.io.listing import Entry, Scan, counted, is_image, is_passed_over, note, walk
+from unflaw.io.outputs import HEAD, SORTED, is_drawn, may_be_drawn, sorted_folders
+from unflaw.io.words import count
 from unflaw.scale.store import OWN, is_local, opened
-from unflaw.words import count
 
 TABLES = (".parquet",)
 SHARDS = (".tar", ".tar.gz", ".tgz")

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from unflaw.errors import InUseError
-from unflaw.files import claim, held_by, holding, write_atomically
+from unflaw.io.files import claim, held_by, holding, write_atomically
 
 OWN = "_unflaw"  # a folder in the output that readers of Parquet pass over: its name begins with an underscore
 BEAT = 20.0  # seconds between signs of life in an object store

@@ -18,9 +18,9 @@ from unflaw.datasets.samples import sha256 as file_digest
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.imaging.reading import read
 from unflaw.inference.base import Inspector
+from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
 from unflaw.station.log import Entry, Filter, Log, legible, sha256
-from unflaw.words import count
 
 
 @dataclass(frozen=True)

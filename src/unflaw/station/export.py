@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import JSON
 
-from unflaw.files import write_atomically
+from unflaw.io.files import write_atomically
 from unflaw.station.log import Entry, Filter, Log
 
 COLUMNS = [column.name for column in Entry.__table__.columns]

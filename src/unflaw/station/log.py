@@ -40,8 +40,8 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, Operati
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.types import TypeDecorator
 
-from unflaw.files import write_atomically
-from unflaw.streams import batched
+from unflaw.io.files import write_atomically
+from unflaw.io.progress import batched
 
 BUSY = 30.0  # seconds that SQLite waits for another writer
 _ORPHAN = 3600.0  # seconds after which a picture without a record was left behind by a crash, and is not on its way in

@@ -15,12 +15,12 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from unflaw.errors import ImageError
-from unflaw.files import write_atomically
-from unflaw.listing import Entry, counted, is_image, note, visible_files
-from unflaw.outputs import is_drawn, note_sorted
+from unflaw.io.files import write_atomically
+from unflaw.io.listing import Entry, counted, is_image, note, visible_files
+from unflaw.io.outputs import is_drawn, note_sorted
+from unflaw.io.words import count
 from unflaw.station.detectors import Served
 from unflaw.station.log import Log, legible, sha256
-from unflaw.words import count
 
 Mark = tuple[int, int]  # bytes and time of change, ns
 _NAMED = 5  # files that a line of several names; the others are counted

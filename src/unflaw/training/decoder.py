@@ -6,9 +6,9 @@ from torch import Generator, Tensor
 
 from unflaw.config import Training
 from unflaw.features.cache import Cache
+from unflaw.io.progress import Progress
 from unflaw.methods.decoder import DisplayDecoder
 from unflaw.parallel.shares import Share, Terms
-from unflaw.streams import Progress
 from unflaw.training.loop import optimise
 
 

@@ -25,11 +25,11 @@ from unflaw.config import Training
 from unflaw.datasets.samples import digest
 from unflaw.errors import TrainingError
 from unflaw.features.cache import Cache
-from unflaw.files import damaged_checkpoint, holding, write_atomically
+from unflaw.io.files import damaged_checkpoint, holding, write_atomically
+from unflaw.io.progress import Progress, silent
+from unflaw.io.words import count
 from unflaw.methods import Method
 from unflaw.parallel.shares import ALONE, WHOLE, Engine, Loss, Share, Team, Terms, batch_norms, uses_bfloat16
-from unflaw.streams import Progress, silent
-from unflaw.words import count
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unflaw.brief import brief
 from unflaw.calibration.drift import Reference
 from unflaw.calibration.thresholds import Calibration
 from unflaw.datasets import Dataset, load_dataset
@@ -16,8 +15,9 @@ from unflaw.datasets.samples import distinct
 from unflaw.errors import TrainingError
 from unflaw.features.cache import Cache
 from unflaw.imaging.inputs import ImageLike, Input, inputs
+from unflaw.io.brief import brief
+from unflaw.io.words import count
 from unflaw.methods import Method
-from unflaw.words import count
 
 Data = str | Path | Dataset | Iterable[ImageLike]  # what `load_dataset` recognises, or images as `inputs` takes them
 

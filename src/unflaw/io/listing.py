@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unflaw.errors import ImageError
-from unflaw.outputs import drawn, sorted_into
-from unflaw.words import count
+from unflaw.io.outputs import drawn, sorted_into
+from unflaw.io.words import count
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 

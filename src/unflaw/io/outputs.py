@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from unflaw.files import write_atomically
-from unflaw.words import count
+from unflaw.io.files import write_atomically
+from unflaw.io.words import count
 
 PANELS, LABELS, PARTS = "pictures", "labelme", "parts.jsonl"  # in a folder of results
 SORTED = ".unflaw-sorted"  # in a watched folder: a line for each folder in it that images were sorted into

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from unflaw.words import count
+from unflaw.io.words import count
 
 C = TypeVar("C", bound=type)
 _PLAIN = (bool, int, float, str, type(None))

@@ -367,3 +367,9 @@ def steps_of(checkpoint: Path) -> tuple[int, str] | None:
 
 def damaged_checkpoint(path: Path, error: Exception) -> TrainingError:
     return TrainingError(f"{path}: the checkpoint is damaged ({error}); delete it and train again")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
