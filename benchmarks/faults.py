@@ -12,10 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import Server, campaign, prepare, table  # noqa: E402
+from tests.faults.harness import Server, campaign, prepare, table  # noqa: E402
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, settings
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / name) for name in ("", "hostile")]
-from targets import Material, Target, targets  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.hostile.targets import Material, Target, targets  # noqa: E402
 
 SLOW = 10.0  # seconds
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests.conftest import textured
 
-from conftest import textured
 from unflaw import detector as module
 from unflaw import load
 from unflaw.config import Weights

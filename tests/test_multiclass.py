@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tests.conftest import OWN, TINY, make_parts
 from typer.testing import CliRunner
 
-from conftest import OWN, TINY, make_parts
 from unflaw import load_categories
 from unflaw.cli import app
 from unflaw.config import Weights

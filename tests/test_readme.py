@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.conftest import SIDE, make_parts
 from typer.testing import CliRunner
 
 import unflaw
-from conftest import SIDE, make_parts
 from unflaw.cli import app
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-
-from conftest import TINY, TINY_URANET, make_parts
+from tests.conftest import TINY, TINY_URANET, make_parts
 
 SMALL = TINY | {"features.backbone": "test_resnet"}
 LOOKUP = SMALL | {"network.prototypes": 64, "network.coarse_prototypes": 32, "training.display_steps": 3}

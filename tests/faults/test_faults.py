@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from tests.conftest import TINY, TINY_URANET, make_parts
 from typer.testing import CliRunner
 
-from conftest import TINY, TINY_URANET, make_parts
 from unflaw.cli import app
 from unflaw.detector import Detector
 from unflaw.errors import InUseError

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from harness import Server, campaign, prepare, table, twice
+from tests.faults.harness import Server, campaign, prepare, table, twice
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
@@ -22,7 +22,7 @@ def test_no_kill_loses_or_breaks_anything_and_the_next_run_ends_as_if_there_had_
 
 def test_the_harness_sees_a_file_that_is_not_written_atomically(tmp_path):
     """What it would say of `path.write_text`: it must be able to fail."""
-    from harness import Phase, judged, printed
+    from tests.faults.harness import Phase, judged, printed
 
     (tmp_path / "d.csv").write_text("old")
     phase = Phase("a", lambda _: [], "d.csv", old=printed(tmp_path))

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from corpus import cases
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-
-from conftest import OWN, TINY, make_parts
+from tests.conftest import OWN, TINY, make_parts
+from tests.hostile.corpus import cases
 
 LARGEST = 300_000  # bytes of a picture that is mutated
 # What a hostile hand puts where something else belongs.

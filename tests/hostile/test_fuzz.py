@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from targets import Material, targets
+from tests.hostile.targets import Material, targets
 
 NAMES = (
     *("pictures", "detector metadata", "unflaw info", "tensors", "detector files", "graph metadata", "graphs"),

@@ -10,7 +10,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from targets import Material
+from tests.hostile.targets import Material
 
 import unflaw
 from unflaw.detector import Detector

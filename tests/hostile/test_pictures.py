@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from corpus import READ, cases
+from tests.hostile.corpus import READ, cases
 
 SECONDS, MEGABYTES = 10, 1000
 # Reads files in a process of its own. Of each a line: seconds, megabytes that the peak grew by, and what came of it.

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from corpus import cases
 from starlette.testclient import TestClient
-from targets import Material
+from tests.hostile.corpus import cases
+from tests.hostile.targets import Material
 
 from unflaw.station.app import create_app
 from unflaw.station.detectors import load_all

@@ -1,0 +1,79 @@
+"""Cross-fitting: every good picture is judged without what was learned from it."""
+
+import math
+
+import pytest
+import torch
+from tests.test_detector import good_ones, scores_of, unfitted
+
+from unflaw.detector import Detector
+from unflaw.errors import TrainingError
+
+
+@pytest.mark.parametrize("method, folds, steps, trials", [("lookup", 2, 0, 150), ("uranet", 2, 1, 20)])
+def test_good_pictures_raise_about_as_many_alarms_as_asked_for(tiny, method, folds, steps, trials):
+    """From 19 pictures, none of them given up; at most twice as many is what theory has of `lookup`."""
+    changes = {"training.steps": steps, "calibration.folds": folds}
+    made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(0)
+    n, fresh, alarms = 19, 20, 0
+    for _ in range(trials):
+        made.learn(good_ones(n, rng))
+        alarms += sum(made.calibration_.verdict(score) == "defect" for score in scores_of(made, good_ones(fresh, rng)))
+    calibration = made.calibration_
+    assert (len(calibration.scores), calibration.rate, calibration.crossed) == (n, 0.1, True)
+    deviation = math.sqrt(0.1 * 0.9 * (1 / (n + 2) + 1 / fresh) / trials)
+    assert 0.05 - 4 * deviation < alarms / (trials * fresh) < 0.1 + 4 * deviation
+
+
+def test_what_a_picture_taught_the_memory_is_left_out(tiny):
+    made, rng = unfitted(tiny, "lookup", **{"calibration.folds": 5}), torch.Generator().manual_seed(0)
+    cache = good_ones(12, rng)
+    made.learn(cache)
+    known = sorted(scores_of(made, cache))
+    assert all(left_out >= whole - 1e-4 for left_out, whole in zip(made.calibration_.scores, known, strict=True))
+    assert sum(made.calibration_.scores) > sum(known) + 1
+
+
+def test_each_fold_is_judged_by_a_network_that_did_not_see_it(tiny):
+    made, rng = (
+        unfitted(tiny, "uranet", **{"training.steps": 1, "calibration.folds": 3}),
+        torch.Generator().manual_seed(0),
+    )
+    cache, seen = good_ones(10, rng), []
+    whole = made._train
+
+    def spy(network, part, *rest):
+        seen.append((network is made.network, {row.tobytes() for row in part.features.numpy()}))
+        return whole(network, part, *rest)
+
+    made._train = spy
+    made.learn(cache)
+    every = {row.tobytes() for row in cache.features.numpy()}
+    assert seen[0] == (True, every) and [own for own, _ in seen[1:]] == [False] * 3
+    left = [every - part for _, part in seen[1:]]
+    assert set.union(*left) == every and sum(map(len, left)) == 10
+
+
+def test_the_detector_is_the_one_that_learns_from_all(tiny, parts, weights):
+    """Folds decide thresholds only, and the file says how they came about."""
+    small = {"training.steps": 2, "training.display_steps": 0}
+    made = Detector(config=tiny(**small, **{"calibration.folds": 4}), weights=weights).fit(parts)
+    again = Detector(config=tiny(**small, **{"calibration.folds": 3}), weights=weights).fit(parts)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(made.network.state_dict().values(), again.network.state_dict().values(), strict=True)
+    )
+    assert len(made.calibration_.scores) == 12 == made.record_["good_pictures"] and made.record_["held_out"] == 0
+    assert made.calibration_.scores != again.calibration_.scores
+    assert (
+        "12 good pictures judged without what they taught give a false-alarm rate of about 7.69%"
+        in made.calibration_.describe()
+    )
+
+
+def test_more_folds_than_pictures_are_refused(tiny):
+    made = unfitted(tiny, "uranet", **{"training.steps": 0, "calibration.folds": 13})
+    with pytest.raises(TrainingError, match="12 pictures cannot make 13 folds; lower"):
+        made.learn(good_ones(12, torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="one fold leaves nothing"):
+        tiny(**{"calibration.folds": 1})
