@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.faults.harness import Server, campaign, prepare, table  # noqa: E402
+from tests.faults.harness import Server, campaign, prepare, table
 
 
 def main() -> None:

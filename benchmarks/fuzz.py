@@ -16,7 +16,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.hostile.targets import Material, Target, targets  # noqa: E402
+from tests.hostile.targets import Material, Target, targets
 
 SLOW = 10.0  # seconds
 

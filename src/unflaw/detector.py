@@ -21,8 +21,9 @@ from unflaw._version import __version__
 from unflaw.calibration.crossfit import cross_fit, find_outliers, finish, judge_held_out, leave_one_out
 from unflaw.calibration.drift import Reference, references
 from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
+from unflaw.calibration.recalibrate import recalibrate
 from unflaw.calibration.thresholds import Calibration, calibrations
-from unflaw.config import Config, Weights, WeightSource, make_config
+from unflaw.config import CalibrationOptions, Config, Weights, WeightSource, make_config
 from unflaw.datasets.samples import SHORT, digest, sha256, sha256_if_readable
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.features.backbones import WeightsError
@@ -308,20 +309,26 @@ class Detector(Inspector):
             TrainingError: No good picture that can be read, one that it has learned from, or, with `keep`, one that
                 counts already. DetectorError: as for `select`. ValueError: As for `calibration.calibrate`.
         """
-        from unflaw.calibration.recalibrate import recalibrate
-
-        return recalibrate(
-            self,
+        name = self.category(category)
+        own = self.categories_[name]
+        made = recalibrate(
+            lambda images: self.inspect_named(((str(image), image) for image in images), category=name),
+            own.calibration,
+            own.reference,
+            self.record_,
             list(inputs(good, "good image")),
             list(inputs(defects, "defective image")),
+            category=name,
+            options=CalibrationOptions.model_validate(self.config.calibration.model_dump() | settings),
             rate=rate,
             miss_rate=miss_rate,
             cost_ratio=cost_ratio,
-            category=category,
             keep=keep,
-            settings=settings,
             progress=progress,
         )
+        self.categories_[name] = own._replace(calibration=made.calibration, reference=made.reference)
+        self.record_ = made.record
+        return made.calibration
 
     def save(self, path: str | Path) -> None:
         """Writes the detector as one `.safetensors` file, backbone included; never a half-written one.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,35 +13,58 @@ from unflaw.calibration.outliers import ALL, outliers
 from unflaw.calibration.thresholds import Calibration, Evidence
 from unflaw.config import CalibrationOptions
 from unflaw.datasets.samples import SHORT, digest, distinct, sha256_if_readable
-from unflaw.detector import Detector
-from unflaw.errors import TrainingError
+from unflaw.errors import ImageError, TrainingError
 from unflaw.imaging.inputs import Input
 from unflaw.io.progress import Progress
 from unflaw.postprocessing.results import Result
 
 
+class Recalibrated(NamedTuple):
+    """A new calibration of one category of a detector, to be put in place of the old one.
+
+    Attributes:
+        calibration: Thresholds and p-values.
+        reference: The good images that drift is told from; None where there were none before.
+        record: That of the detector, with an entry for this calibration.
+    """
+
+    calibration: Calibration
+    reference: Reference | None
+    record: dict[str, Any]
+
+
 def recalibrate(
-    detector: Detector,
+    inspect: Callable[[Sequence[Input]], Iterable[Result | ImageError]],
+    before: Calibration,
+    reference: Reference | None,
+    record: Mapping[str, Any],
     good: Sequence[Input],
     defects: Sequence[Input],
     *,
+    category: str,
+    options: CalibrationOptions,
     rate: float | None,
     miss_rate: float | None,
     cost_ratio: float | None,
-    category: str | None,
     keep: bool,
-    settings: Mapping[str, Any],
     progress: Progress,
-) -> Calibration:
-    """What `Detector.calibrate` does; arguments, result and errors are said there. On an error nothing changes."""
-    before = detector.select(category)
-    options = CalibrationOptions.model_validate(detector.config.calibration.model_dump() | dict(settings))
+) -> Recalibrated:
+    """Calibrates one category of a detector anew; see `Detector.calibrate` for the other arguments and the errors.
+
+    Args:
+        inspect: Gives for each image its result, or why it cannot be read.
+        before: The present calibration.
+        reference: The present one for drift.
+        record: That of the detector.
+        category: "" where there is one that needs no name.
+        options: Those of the detector with the settings that were changed.
+    """
     contents = {path: sha256_if_readable(path) for path in [*good, *defects]}
     (good, good_again), (defects, defects_again) = distinct(good, contents), distinct(defects, contents)
     again = [*good_again, *defects_again]
     skipped = [[str(path), f"{path}: is the same picture as {first} and counts once"] for path, first in again]
     paths = [good, defects]
-    seen = set(detector.record_.get("seen", []))
+    seen = set(record.get("seen", []))
     if known := [path for path in good if contents[path] and contents[path][:SHORT] in seen]:
         raise TrainingError(
             f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
@@ -50,8 +73,7 @@ def recalibrate(
     digests = {contents[path][:SHORT]: path for path in good if contents[path]}
     if both := [path for path in defects if contents[path][:SHORT] in digests]:
         raise TrainingError(f"{both[0]}: is among the good pictures and among the defective ones; decide which it is")
-    name = detector.category(category)
-    known_already = counted(detector.record_, name) if keep else set()
+    known_already = counted(record, category) if keep else set()
     if known := [path for short, path in digests.items() if short in known_already]:
         raise TrainingError(
             f"{known[0]}: this one and {len(known) - 1} more have calibrated the detector already and would count "
@@ -60,8 +82,7 @@ def recalibrate(
     found, missable, described = Evidence(options.minimum_area), list[float](), list[np.ndarray]()
     total = len(skipped) + sum(map(len, paths))
     for kind, part in enumerate(paths):
-        outcomes = detector.inspect_named(((str(path), path) for path in part), category=category)
-        for path, outcome in zip(part, outcomes, strict=True):
+        for path, outcome in zip(part, inspect(part), strict=True):
             if not isinstance(outcome, Result):
                 skipped.append([str(path), str(outcome)])
             elif kind == 0:
@@ -78,15 +99,13 @@ def recalibrate(
         found.keep(before)
     by_defects: dict[str, Any] = {"defects": missable, "miss_rate": miss_rate, "cost_ratio": cost_ratio}
     after = found.calibrate(options, rate=rate, crossed=keep and before.crossed, **by_defects)
-    own = detector.categories_[name]
-    if described and own.reference is not None:  # today's pictures are no drift from now on
-        described += list(own.reference.described) if keep else []
-        own = own._replace(reference=Reference(np.random.default_rng(0).permutation(described)))
-    detector.categories_[name] = own._replace(calibration=after)
+    if described and reference is not None:  # today's images are no drift from now on
+        described += list(reference.described) if keep else []
+        reference = Reference(np.random.default_rng(0).permutation(described))
     left_out = {path for path, _ in skipped}
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **({"category": name} if name else {}),
+        **({"category": category} if category else {}),
         "good": len(found.scores) - (len(before.scores) if keep else 0),
         "defects": len(missable),
         "skipped": skipped,
@@ -99,11 +118,10 @@ def recalibrate(
         "strangest": strangest,
         "strangest_among": ALL,
     }
-    history = list(detector.record_.get("calibrations", []))
+    history = list(record.get("calibrations", []))
     if history and history[-1] | {"when": ""} == entry | {"when": ""}:  # the same command again, say after a power cut
         history.pop()
-    detector.record_ = detector.record_ | {"calibrations": [*history, entry]}
-    return after
+    return Recalibrated(after, reference, {**record, "calibrations": [*history, entry]})
 
 
 def counted(record: Mapping[str, Any], category: str) -> set[str]:

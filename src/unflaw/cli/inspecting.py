@@ -175,6 +175,7 @@ def predict(
         from unflaw.inference.predict import predict as run
         from unflaw.io.files import holding, make_folder
         from unflaw.io.outputs import LABELS, PARTS, Earlier
+        from unflaw.report import panel
 
         if combine not in COMBINATIONS:
             raise ValueError(f"--combine {combine}: there are {', '.join(COMBINATIONS)}")
@@ -206,7 +207,7 @@ def predict(
                     paths,
                     out,
                     category=category,
-                    pictures=pictures,
+                    draw=panel if pictures else None,
                     drift_rate=drift_rate,
                     sinks=[*sinks, unread := Unread()],
                     progress=watched,

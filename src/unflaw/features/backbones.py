@@ -77,7 +77,7 @@ def _absent(name: str, state: Mapping[str, Tensor]) -> list[str]:
     return [key for key in model.state_dict() if key not in state and not key.startswith(classifier)]
 
 
-def _check_size(backbone: nn.Module, name: str, size: int) -> None:
+def check_size(backbone: nn.Module, name: str, size: int) -> None:
     cfg: Any = getattr(backbone, "pretrained_cfg", {})
     if not cfg.get("fixed_input_size"):
         return

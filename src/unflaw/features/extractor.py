@@ -13,7 +13,7 @@ from timm.layers.format import Format
 from torch import Tensor, nn
 
 from unflaw.config import Features, WeightSource
-from unflaw.features.backbones import _check_size, create_backbone
+from unflaw.features.backbones import check_size, create_backbone
 from unflaw.io.words import count
 
 COARSE_COMPONENTS = 64  # of the coarsest level, for judging whole regions
@@ -41,7 +41,7 @@ class FeatureExtractor(nn.Module):
         self.grid = config.grid
         self.backbone = create_backbone(config.backbone, config.levels, weights).eval().requires_grad_(False)
         if size is not None:
-            _check_size(self.backbone, config.backbone, size)
+            check_size(self.backbone, config.backbone, size)
         self._channels_last = getattr(self.backbone, "output_fmt", None) == Format.NHWC  # as windowed transformers do
         self.backbone.to(memory_format=torch.channels_last)
         feature_info: Any = self.backbone.feature_info

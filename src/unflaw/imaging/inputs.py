@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
-
-if TYPE_CHECKING:
-    from unflaw.imaging.reading import Readable
 
 TAKEN = (
     "a path, the bytes of a file, an open file, a Pillow image, or a NumPy array (H, W) or (H, W, 1 to 4 channels) of "
     "bool, uint8, uint16, or floats from 0 to 1"
 )
+
+
+class Readable(Protocol):
+    """An object that reads the bytes of a file when it is asked to, such as an open file."""
+
+    def read(self) -> bytes: ...
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
@@ -14,7 +14,7 @@ from PIL import WebPImagePlugin as WebP
 
 from unflaw.errors import ImageError
 from unflaw.imaging import limits as containers
-from unflaw.imaging.inputs import InMemory, check_kind
+from unflaw.imaging.inputs import InMemory, Readable, check_kind
 from unflaw.imaging.limits import AT_ONCE, SIDEWAYS, TRANSPARENT, check, visible
 from unflaw.io.listing import list_images
 
@@ -32,12 +32,6 @@ _DECODERS: dict[bytes, Any] = {
     **dict.fromkeys(_TIFF, TiffImagePlugin.TiffImageFile),
 }
 _ORIENTATION = 0x0112  # the tag in EXIF and in TIFF
-
-
-class Readable(Protocol):
-    """What reads the bytes of a file when it is asked to, such as an open file."""
-
-    def read(self) -> bytes: ...
 
 
 def read(

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from unflaw.errors import ImageError
-from unflaw.imaging.inputs import InMemory
-from unflaw.imaging.reading import Readable, image_size, name_of, read
+from unflaw.imaging.inputs import InMemory, Readable
+from unflaw.imaging.reading import image_size, name_of, read
 from unflaw.imaging.statistics import describe
 from unflaw.imaging.tiling import Box, Layout, Preparation, Window, layout
 from unflaw.io.brief import brief

@@ -16,8 +16,8 @@ from unflaw.calibration.drift import Reference
 from unflaw.calibration.thresholds import Calibration
 from unflaw.config import Config
 from unflaw.errors import DetectorError, ImageError
-from unflaw.imaging.inputs import ImageLike, InMemory, Input, inputs
-from unflaw.imaging.reading import Readable, read
+from unflaw.imaging.inputs import ImageLike, InMemory, Input, Readable, inputs
+from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import Picture, Prepared, show, try_show
 from unflaw.io.brief import brief
 from unflaw.io.progress import ahead, batched

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL.Image import Image
 
 from unflaw.calibration.drift import RATE, Drift, check_rate
 from unflaw.inference.aggregation import Amending, Sink
@@ -17,7 +18,7 @@ from unflaw.inference.base import Inspector
 from unflaw.io.files import growing, write_png, write_text
 from unflaw.io.outputs import PANELS
 from unflaw.io.progress import Progress, silent
-from unflaw.postprocessing.results import Result
+from unflaw.postprocessing.results import Result, Scale
 
 
 class Predicted(NamedTuple):
@@ -33,7 +34,7 @@ def predict(
     out: Path,
     *,
     category: str | None = None,
-    pictures: bool = False,
+    draw: Callable[[Result, Scale], Image] | None = None,
     drift_rate: float = RATE,
     sinks: Sequence[Sink] = (),
     progress: Progress = silent,
@@ -43,10 +44,12 @@ def predict(
     So an interruption loses no line, and `out/results.jsonl` is of this time or, whole, of an earlier one.
 
     A line holds path, score, p_value, verdict, drift and regions, or path and error. `out/drift.json` says whether all
-    pictures together differ from those learned from (`drift.Reference.test`). With `pictures`, also
-    `out/pictures/<number>_<name>.png`: picture, heat map on the detector's fixed scale, and the method's own maps.
+    pictures together differ from those learned from (`drift.Reference.test`). With `draw`, also
+    `out/pictures/<number>_<name>.png`.
 
     Args:
+        draw: Draws a result with the detector's fixed scale, such as `report.panel`: image, heat map and the method's
+            own maps.
         drift_rate: False-alarm rate of the drift alarm.
         sinks: See every outcome, after its line is written. The caller closes them.
 
@@ -59,9 +62,7 @@ def predict(
     counts: Counter[str] = Counter()
     described: list[np.ndarray] = []
     folder = out / PANELS
-    if pictures:
-        from unflaw.report import panel
-
+    if draw is not None:
         folder.mkdir(parents=True, exist_ok=True)
     amend = [sink.amend for sink in sinks if isinstance(sink, Amending)]
     with growing(out / "results.jsonl", amend) as file:
@@ -70,9 +71,9 @@ def predict(
                 counts[outcome.verdict] += 1
                 described += [] if outcome.described is None else [outcome.described]
                 line = outcome.to_json()
-                if pictures:
+                if draw is not None:
                     name = f"{numbered(i, paths[i])}.png"
-                    write_png(folder / name, panel(outcome, scale), drawn=True)
+                    write_png(folder / name, draw(outcome, scale), drawn=True)
                     line["picture"] = f"{PANELS}/{name}"
             else:
                 counts["error"] += 1

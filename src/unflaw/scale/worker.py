@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import unflaw
 from unflaw.errors import ImageError
-from unflaw.imaging.reading import Readable
+from unflaw.imaging.inputs import Readable
 from unflaw.inference.base import Inspector
 from unflaw.postprocessing.results import Result
 from unflaw.scale import partitions
