@@ -398,8 +398,12 @@ def test_all_is_written_before_the_first_word_that_finds_no_reader(model, parts,
 
 
 def test_a_watcher_whose_reader_has_gone_files_what_it_has_begun(model, parts, tmp_path, monkeypatch):
-    def gone(*_: object, **__: object) -> None:
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+    said: list[object] = []
+
+    def gone(line: object, **_: object) -> None:
+        said.append(line)
+        if len(said) > 1:  # the first one tells what is watched
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     camera, out = tmp_path / "camera", tmp_path / "sorted"
     shutil.copytree(parts / "test/good", camera)
@@ -594,7 +598,7 @@ def test_a_missing_picture_is_a_line_like_any_other(model, parts, tmp_path):
 
 def test_ablate_lists_its_variants():
     done = unflaw("ablate", "--list")
-    assert "no-memory: network.restoration.prototypes=0\n    the paper's" in done.stdout
+    assert "paper-parts: network.restoration.prototypes=0; network.restoration.coarse_prototypes=0\n" in done.stdout
     assert "lookup: method=lookup" in done.stdout and done.stdout.startswith("full:")
     done = unflaw("ablate", "--method", "mfrnet", "--only", "k-8", "--variant", "deep: network.depth=4", "--list")
     assert [line for line in done.stdout.splitlines() if line[0] != " "] == [
