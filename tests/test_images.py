@@ -267,6 +267,29 @@ def packed(path: Path, numbers: np.ndarray, bits: int, **options) -> Path:
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
+def test_planes_of_grey_and_alpha_keep_their_alpha(tmp_path, compression):
+    planes = np.stack([np.full((5, 6), 200), np.full((5, 6), 255)]).astype(np.uint8)
+    planes[1, 0] = 0
+    path = tmp_path / "planes.tif"
+    tifffile.imwrite(
+        path, planes, photometric="minisblack", planarconfig="separate", compression=compression, extrasamples=[2]
+    )
+    expected = np.full((5, 6), 200, np.uint8)
+    expected[0] = 0
+    np.testing.assert_array_equal(read(path), triple(expected))
+
+
+def test_bits_in_reverse_order_are_put_right_or_refused(tmp_path):
+    values = np.arange(60, dtype=np.uint8).reshape(6, 10)
+    stored = np.array([int(f"{i:08b}"[::-1], 2) for i in range(256)], np.uint8)[values]
+    path = tmp_path / "reverse.tif"
+    Image.fromarray(stored).save(path, tiffinfo={266: 2})
+    np.testing.assert_array_equal(read(path), triple(values))
+    with pytest.raises(ImageError, match=r"reverse order \(FillOrder 2\)"):
+        read(retagged(path, PhotometricInterpretation=0))
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("zero", ["minisblack", "miniswhite"])
 @pytest.mark.parametrize("kind", ["u1", "u2", "i1", "i2", "f2", "f4", "f8"])

@@ -40,6 +40,7 @@ from unflaw.methods.base import highest
 from unflaw.methods.memory import Memory
 from unflaw.mosaic import Mosaic
 from unflaw.outliers import MOST, outliers
+from unflaw.words import count
 
 FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
 
@@ -217,9 +218,10 @@ def cross_fit(
     """
     rows = {name: own for name, own in train.rows().items() if name not in spared}
     for name, own in rows.items():
-        if (count := len(train.heads(own))) < max(options.folds, 4):
+        if (heads := len(train.heads(own))) < max(options.folds, 4):
             of = f"{name}: " if name else ""
-            raise TrainingError(f"{of}{count} pictures cannot make {options.folds} folds; lower calibration.folds")
+            few = count(heads, "picture")
+            raise TrainingError(f"{of}{few} cannot make {options.folds} folds; lower calibration.folds")
     found = {name: Evidence(options.minimum_area) for name in rows}
     for fold in range(options.folds):
         left = {name: _fold(train, own, fold, options.folds) for name, own in rows.items()}

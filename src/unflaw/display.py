@@ -9,7 +9,7 @@ from unflaw.cache import Cache
 from unflaw.config import Training
 from unflaw.streams import Progress
 from unflaw.team import Share, Terms
-from unflaw.training import optimise
+from unflaw.training import optimise, seeded
 
 
 class DisplayDecoder(nn.Module):
@@ -40,7 +40,8 @@ class DisplayDecoder(nn.Module):
 
 def fit_display(cache: Cache, settings: Training, progress: Progress) -> DisplayDecoder:
     """A decoder that has learned to draw the features of a cache."""
-    decoder = DisplayDecoder(cache.features.shape[1])
+    with seeded(settings.seed):
+        decoder = DisplayDecoder(cache.features.shape[1])
 
     def loss(indices: Tensor, rng: Generator, share: Share) -> Terms:
         indices = share.take(indices)
