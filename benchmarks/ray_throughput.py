@@ -43,8 +43,8 @@ def plain(model: Path, folder: Path, out: Path) -> tuple[float, float]:
     """Pictures/s of plain `predict` after its first line, and seconds to that line."""
     os.environ["OMP_NUM_THREADS"] = "1"
     code = (
-        "import sys, unflaw\nfrom pathlib import Path\nfrom unflaw.prediction import predict\n"
-        "from unflaw.images import list_images\n"
+        "import sys, unflaw\nfrom pathlib import Path\nfrom unflaw.inference.predict import predict\n"
+        "from unflaw.io.listing import list_images\n"
         "if sys.argv[1].endswith('.safetensors'):\n import torch; torch.set_num_threads(1)\n"
         "detector = unflaw.load(sys.argv[1], threads=1)\n"
         "predict(detector, list_images(sys.argv[2]), Path(sys.argv[3]), "

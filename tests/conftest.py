@@ -121,7 +121,7 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 @pytest.fixture
 def holder() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
     """`holder(path)`: a process of its own that holds a file or folder, as a run does that writes there."""
-    code = "import sys; from pathlib import Path; from unflaw.files import holding\n"
+    code = "import sys; from pathlib import Path; from unflaw.io.files import holding\n"
     code += "with holding(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     started: list[subprocess.Popen[str]] = []
 

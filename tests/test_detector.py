@@ -2,6 +2,7 @@ import io
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from unflaw.config import Weights
 from unflaw.datasets import DatasetError, Sample, load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, ImageError, TrainingError
-from unflaw.features import extractor as features
+from unflaw.features import backbones
 from unflaw.features.backbones import WeightsError
 from unflaw.features.cache import Cache
 from unflaw.imaging.tiling import Preparation, Window, layout
@@ -499,11 +500,13 @@ def test_what_is_no_image_is_refused_by_name_of_what_is_taken(detector, good, ti
         (str(good[0]), r"000\.png: is not a list of images; give a list of paths or arrays"),
         (good[0].read_bytes(), "an object of the type bytes: is not a list of images"),
         (7, "an object of the type int: is not a list of images"),
+        ({"a": array}, "an object of the type dict: is not a list of images"),
+        (io.BytesIO(good[0].read_bytes()), "an object of the type BytesIO: is not a list of images"),
         (array, r"an array of the shape \(64, 64, 3\) is not a list of images; give \(N, H, W, C\), or a list"),
     ]:
         for several in (detector.inspect_many, detector.calibrate, untrained.fit):
-            if several == untrained.fit and isinstance(wrong, str):
-                continue  # which is a data set
+            if several == untrained.fit and isinstance(wrong, str | dict):
+                continue  # which is a data set, or several categories
             with pytest.raises(TypeError, match=sentence):
                 several(wrong)
     with pytest.raises(ImageError, match=r"has the shape \(2, 64, 64, 3\).* several images to inspect_many"):
@@ -539,6 +542,19 @@ def test_settings_by_name(weights):
 def test_a_configuration_is_whole_and_nothing_beside_it_is_ignored(tiny, given, named):
     with pytest.raises(ValueError, match=f"{named} cannot be given beside config"):
         Detector(config=tiny("lookup"), weights=Weights.RANDOM, **given)
+
+
+def test_threads_may_train_at_the_same_time(parts, weights, tiny):
+    """Each as if alone, and the global generator stays where it was."""
+
+    def trained(seed: int) -> float:
+        config = tiny("uranet", **{"training.seed": seed, "training.steps": 3})
+        return Detector(config=config, weights=weights).fit(parts).calibration_.threshold
+
+    alone, state = [trained(seed) for seed in (1, 2)], torch.get_rng_state()
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(trained, (1, 2))) == alone
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_fit_leaves_the_global_generators_as_they_were(parts, weights, tiny):
@@ -644,7 +660,7 @@ def test_loading_needs_neither_network_nor_weight_files(monkeypatch, detector, s
         raise AssertionError(f"{args} was read")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    monkeypatch.setattr(features, "_read_state", unreadable)
+    monkeypatch.setattr(backbones, "_read_state", unreadable)
     monkeypatch.setattr(torch, "load", unreadable)
     assert Detector.load(saved).inspect(bad[0]).score == detector.inspect(bad[0]).score
 

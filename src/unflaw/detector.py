@@ -92,7 +92,8 @@ class Detector(Inspector):
         self._source: Path | None = None  # the file that it was loaded from, whatever that is called
         self.categories_: dict[str, Category] = {}
         self.record_ = {}
-        self.network = create(self.config, weights).eval()
+        with seeded(self.config.training.seed):
+            self.network = create(self.config, weights).eval()
         self.display: DisplayDecoder | None = None
 
     @property
@@ -126,12 +127,6 @@ class Detector(Inspector):
         Raises:
             TrainingError, DatasetError: Data that cannot work, of any category. TypeError: Something that is no image.
         """
-        with seeded(self.config.training.seed):
-            return self._fit(data, progress, checkpoint, team)
-
-    def _fit(
-        self, data: Data | Mapping[str, Data], progress: Progress, checkpoint: Path | None, team: Team
-    ) -> Detector:
         started = time.perf_counter()
         settings = self.config.training
         given, calibrating, categories = gather(data)
@@ -140,7 +135,8 @@ class Detector(Inspector):
         self.categories_, self.display, self.record_ = {}, None, {}
         textures = self._textures()
         backbone = self.network.features.backbone
-        self.network = create(self.config, Weights.LATER).eval()  # the same start, however often `fit` is called
+        with seeded(settings.seed):  # the same start, however often `fit` is called
+            self.network = create(self.config, Weights.LATER).eval()
         self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
         spared = {categories[path] for path in train} <= {categories[path] for path in validation}
         share = 0.0 if spared or self.config.calibration.folds else self.config.calibration.holdout
@@ -393,7 +389,8 @@ class Detector(Inspector):
                 raise RuntimeError(f"unknown parts {sorted(set(parts) - {'network', 'display', 'categories'})}")
             detector.network.load_state_dict(parts["network"], assign=True)
             if parts["display"]:
-                detector.display = DisplayDecoder(detector.network.features.channels).eval()
+                with seeded(0):
+                    detector.display = DisplayDecoder(detector.network.features.channels).eval()
                 detector.display.load_state_dict(parts["display"])
             for i, (name, calibration) in enumerate(known.items()):
                 normal = {buffer: tensors[f"{_place(name, i)}.{buffer}"] for buffer in detector.network.finished}

@@ -74,7 +74,7 @@ def test_defects_set_the_threshold(loaded, today, tmp_path):
 def test_pictures_that_it_learned_from_are_refused(loaded, parts, today, tmp_path):
     before, record = loaded.calibration_, loaded.record_
     shutil.copy(parts / "train/good/003.png", tmp_path / "renamed.png")
-    with pytest.raises(TrainingError, match=r"renamed.png: the detector has learned from this one and 0 more"):
+    with pytest.raises(TrainingError, match=r"renamed.png: the detector has learned from this one, and finds"):
         loaded.calibrate([*today[0].iterdir(), tmp_path / "renamed.png"])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(TrainingError, match=r"no good pictures to calibrate with; .*broken.png"):
@@ -108,6 +108,10 @@ def test_a_defective_image_among_the_good_ones_is_named(saved, today, tmp_path):
     assert f"\n  {good / 'odd.png'} (" in done.output
     (entry,) = Detector.load(model).record_["calibrations"]
     assert [Path(each["path"]).name for each in entry["strangest"]] == ["odd.png"]
+    loaded, files = Detector.load(saved), sorted(good.iterdir())
+    loaded.calibrate([np.asarray(Image.open(path)) for path in files])  # in memory they have names of their own
+    (found,) = loaded.record_["calibrations"][-1]["strangest"]
+    assert found["path"] == f"good image {files.index(good / 'odd.png')}"
 
 
 def test_a_copy_does_not_count_and_is_named(loaded, today, tmp_path):
@@ -139,7 +143,7 @@ def test_no_picture_counts_twice(loaded, today):
     loaded.calibrate(good[:5])
     assert loaded.record_["calibrations"][-1]["kept"] == 0
     loaded.calibrate(good[5:], keep=True)
-    with pytest.raises(TrainingError, match=r"0\.png: this one and 8 more have calibrated the detector already"):
+    with pytest.raises(TrainingError, match=r"0\.png: this one and 8 more .* calibrated the detector before"):
         loaded.calibrate(good, keep=True)
     assert len(loaded.calibrate(good).scores) == 9
 

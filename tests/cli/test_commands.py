@@ -424,6 +424,12 @@ def test_another_pipe_that_breaks_is_an_error_like_others(capfd):
 # Without a terminal
 
 
+def test_a_service_without_standard_error_has_no_progress(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with common.progress_bars() as progress:
+        progress("training", 1, 2, 0.5)
+
+
 def test_progress_is_a_line_now_and_then(capfd, monkeypatch):
     with common.progress_bars() as progress:
         for i in range(100):

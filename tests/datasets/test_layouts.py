@@ -171,6 +171,23 @@ def test_inverted_masks_are_named_and_used_as_they_are(bolt):
     assert "crack (2 of 2 masks, such as ground_truth/crack/0_mask.png), dent (2 of 2" in only_problem(bolt)
 
 
+def test_half_of_several_masks_inverted_are_named(bolt):
+    for i in range(2, 4):
+        picture(bolt / f"test/crack/{i}.png", 60 + i)
+        mask(bolt / f"ground_truth/crack/{i}_mask.png")
+    for i in range(2):
+        inverted(bolt / f"ground_truth/crack/{i}_mask.png")
+    assert "crack (2 of 4 masks" in only_problem(bolt)
+
+
+def test_masks_of_a_kind_that_is_not_read_are_named(bolt):
+    for path in (bolt / "ground_truth/crack").iterdir():
+        path.unlink()
+    (bolt / "ground_truth/crack/0_mask.npy").write_bytes(b"an array")
+    told = "Files among the masks that are no images: ground_truth/crack/0_mask.npy (1 in all). Save masks as PNG."
+    assert told in load_dataset(bolt).problems
+
+
 def test_masks_that_mark_the_border_are_named(bolt):
     size = (60, 40)
     for i in range(2):

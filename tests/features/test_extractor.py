@@ -385,7 +385,7 @@ def test_with_the_packaged_weights_a_cat_is_a_cat():
 def test_packaged_tensors_that_do_not_match_are_refused(monkeypatch, tmp_path):
     packaged = torch.load(backbones._package_file(LITE), weights_only=True)
     torch.save(dict(list(packaged.items())[1:]), tmp_path / "short.pth")
-    monkeypatch.setattr(module, "_package_file", lambda name: tmp_path / "short.pth")
+    monkeypatch.setattr(backbones, "_package_file", lambda name: tmp_path / "short.pth")
     with pytest.raises(WeightsError, match=r"short\.pth"):
         create_backbone(LITE, (1, 2, 3))
 

@@ -14,7 +14,8 @@ SECONDS, MEGABYTES = 10, 1000
 READER = """
 import resource, sys, time, warnings
 warnings.simplefilter("ignore")
-from unflaw.images import ImageError, read
+from unflaw.errors import ImageError
+from unflaw.imaging.reading import read
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 for path in sys.stdin.read().split("\\0"):

@@ -128,7 +128,7 @@ def test_an_image_that_is_transparent_everywhere_is_refused(tmp_path, value):
 
 
 def test_one_pixel_that_is_not_transparent_is_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr("unflaw.imaging.limits.AT_ONCE", 5)  # a row at once
+    monkeypatch.setattr("unflaw.imaging.reading.AT_ONCE", 5)  # a row at once
     alpha = np.zeros((7, 5), np.uint8)
     alpha[5, 2] = 255
     for name, source in with_alpha(alpha, tmp_path).items():
@@ -267,6 +267,29 @@ def packed(path: Path, numbers: np.ndarray, bits: int, **options) -> Path:
     if numbers.ndim == 3:
         values |= {"BitsPerSample": (bits,) * 3, "SamplesPerPixel": 3, "PhotometricInterpretation": 2}
     return retagged(tiff(path, rows.astype(np.uint8), **options), **values)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_planes_of_grey_and_alpha_keep_their_alpha(tmp_path, compression):
+    planes = np.stack([np.full((5, 6), 200), np.full((5, 6), 255)]).astype(np.uint8)
+    planes[1, 0] = 0
+    path = tmp_path / "planes.tif"
+    tifffile.imwrite(
+        path, planes, photometric="minisblack", planarconfig="separate", compression=compression, extrasamples=[2]
+    )
+    expected = np.full((5, 6), 200, np.uint8)
+    expected[0] = 0
+    np.testing.assert_array_equal(read(path), triple(expected))
+
+
+def test_bits_in_reverse_order_are_put_right_or_refused(tmp_path):
+    values = np.arange(60, dtype=np.uint8).reshape(6, 10)
+    stored = np.array([int(f"{i:08b}"[::-1], 2) for i in range(256)], np.uint8)[values]
+    path = tmp_path / "reverse.tif"
+    Image.fromarray(stored).save(path, tiffinfo={266: 2})
+    np.testing.assert_array_equal(read(path), triple(values))
+    with pytest.raises(ImageError, match=r"reverse order \(FillOrder 2\)"):
+        read(retagged(path, PhotometricInterpretation=0))
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])

@@ -5,12 +5,14 @@ import os
 import pickle
 import platform
 import re
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -397,3 +399,19 @@ def test_the_error_goes_to_other_processes_whole():
         str(error) == "a.txt: cannot be written (Read-only file system); change its permissions, or name another folder"
     )
     assert WriteError(Path("a"), RuntimeError("Os { code: 28, kind: StorageFull }")).errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize(("mask", "rights"), [(0o077, 0o600), (0o002, 0o664)])
+def test_a_library_that_replaces_the_file_does_not_decide_its_rights(tmp_path, mask, rights):
+    """As safetensors does, which makes a file of its own that only its owner may read."""
+    from safetensors.numpy import save_file
+
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "new.safetensors", lambda file: save_file({"a": np.zeros(3)}, file))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new.safetensors").stat().st_mode) == rights
+    (tmp_path / "new.safetensors").chmod(0o640)
+    write_atomically(tmp_path / "new.safetensors", lambda file: save_file({"a": np.ones(3)}, file))
+    assert stat.S_IMODE((tmp_path / "new.safetensors").stat().st_mode) == 0o640

@@ -199,3 +199,12 @@ def test_figures_of_another_method_are_named(saved, parts, tmp_path):
     said = unflaw("figures", saved, "--data", parts, "--out", out, "--count", 1, "--width", 600)
     assert f"note: {out / 'masks.png'}: stays from an earlier run\n" in said and said.count("note: ") == 1
     assert time.time() - (out / "fasm.png").stat().st_mtime < 600
+
+
+@pytest.mark.parametrize("name", ["panels/00001_x.png", "00001_x.png", "Pictures (1)/00001_a.PNG", "masks2.png"])
+def test_what_was_drawn_is_known_wherever_it_lies_and_however_it_is_called(tmp_path, name):
+    mine, theirs = tmp_path / name, tmp_path / f"own-{Path(name).name}"
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    write_png(mine, Image.new("RGB", (4, 4)), drawn=True)
+    write_png(theirs, Image.new("RGB", (4, 4)))
+    assert list_images(tmp_path) == [theirs]

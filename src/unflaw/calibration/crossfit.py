@@ -36,6 +36,7 @@ from unflaw.config import CalibrationOptions
 from unflaw.errors import TrainingError
 from unflaw.features.cache import Cache, cells
 from unflaw.imaging.tiling import Window
+from unflaw.io.words import count
 from unflaw.methods import Method
 from unflaw.methods.base import highest
 from unflaw.methods.memory_bank import Memory
@@ -217,9 +218,10 @@ def cross_fit(
     """
     rows = {name: own for name, own in train.rows().items() if name not in spared}
     for name, own in rows.items():
-        if (count := len(train.heads(own))) < max(options.folds, 4):
+        if (heads := len(train.heads(own))) < max(options.folds, 4):
             of = f"{name}: " if name else ""
-            raise TrainingError(f"{of}{count} pictures cannot make {options.folds} folds; lower calibration.folds")
+            few = count(heads, "picture")
+            raise TrainingError(f"{of}{few} cannot make {options.folds} folds; lower calibration.folds")
     found = {name: Evidence(options.minimum_area) for name in rows}
     for fold in range(options.folds):
         left = {name: _fold(train, own, fold, options.folds) for name, own in rows.items()}

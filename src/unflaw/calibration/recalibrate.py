@@ -67,8 +67,8 @@ def recalibrate(
     seen = set(record.get("seen", []))
     if known := [path for path in good if contents[path] and contents[path][:SHORT] in seen]:
         raise TrainingError(
-            f"{known[0]}: the detector has learned from this one and {len(known) - 1} more of the good pictures, "
-            "and finds them more normal than new ones. Leave them out"
+            f"{known[0]}: the detector has learned from this one{_more(known)}, and finds such images more normal "
+            "than new ones. Leave out what it has learned from"
         )
     digests = {contents[path][:SHORT]: path for path in good if contents[path]}
     if both := [path for path in defects if contents[path][:SHORT] in digests]:
@@ -76,8 +76,8 @@ def recalibrate(
     known_already = counted(record, category) if keep else set()
     if known := [path for short, path in digests.items() if short in known_already]:
         raise TrainingError(
-            f"{known[0]}: this one and {len(known) - 1} more have calibrated the detector already and would count "
-            "twice; leave them out, or calibrate without keeping"
+            f"{known[0]}: this one{_more(known)} calibrated the detector before and would count twice; leave out "
+            "what did, or calibrate without keeping"
         )
     found, missable, described = Evidence(options.minimum_area), list[float](), list[np.ndarray]()
     total = len(skipped) + sum(map(len, paths))
@@ -87,7 +87,7 @@ def recalibrate(
                 skipped.append([str(path), str(outcome)])
             elif kind == 0:
                 found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty, outcome.counted)
-                found.paths.append(str(outcome.path))
+                found.paths.append(str(path))
                 described += [] if outcome.described is None else [outcome.described]
             else:
                 missable.append(outcome.score)
@@ -122,6 +122,11 @@ def recalibrate(
     if history and history[-1] | {"when": ""} == entry | {"when": ""}:  # the same command again, say after a power cut
         history.pop()
     return Recalibrated(after, reference, {**record, "calibrations": [*history, entry]})
+
+
+def _more(known: Sequence[Input]) -> str:
+    """How many images there are beside the first."""
+    return f" and {len(known) - 1} more of the good pictures" if len(known) > 1 else ""
 
 
 def counted(record: Mapping[str, Any], category: str) -> set[str]:

@@ -14,6 +14,7 @@ from unflaw.calibration import conformal
 from unflaw.config import CalibrationOptions
 from unflaw.imaging.tiling import Box
 from unflaw.io.brief import brief
+from unflaw.io.words import count
 from unflaw.postprocessing.regions import region_level
 from unflaw.postprocessing.results import Region, Scale, Verdict
 
@@ -158,8 +159,9 @@ class Calibration(BaseModel):
         found = conformal.certifiable(len(self.scores))
         words = "give about" if self.crossed else "could certify" if self.defects else "certify"
         more = ", ".join(f"{rate:.2%} takes {conformal.needed(rate)}" for rate in (0.01, 0.001) if rate < found.rate)
+        good = count(found.n, "good picture")
         return (
-            f"{found.n} good pictures {words} {found.rate:.2%} at best, on average over calibrations; 95 of 100 "
+            f"{good} {words} {found.rate:.2%} at best, on average over calibrations; 95 of 100 "
             f"calibrations stay below {found.unlucky:.2%}" + (f"; {more}" if more else "")
         )
 
@@ -172,11 +174,12 @@ class Calibration(BaseModel):
                 if self.miss_rate
                 else "threshold of least cost, set"
             )
+            are = "is" if found == 1 else "are"
             return (
-                f"{by} by {len(self.defects)} labelled defects, of which {found} are found; false-alarm rate about "
-                f"{self.rate:.2%}, from {n} good pictures"
+                f"{by} by {count(len(self.defects), 'labelled defect')}, of which {found} {are} found; "
+                f"false-alarm rate about {self.rate:.2%}, from {count(n, 'good picture')}"
             )
-        pictures = f"{n} good pictures " + (
+        pictures = f"{count(n, 'good picture')} " + (
             "judged without what they taught" if self.crossed else "outside of training"
         )
         if self.certified:
@@ -369,7 +372,7 @@ def _by_defects(
         j = math.floor(miss_rate * (len(bad) + 1) + 1e-9)
         if j < 1:
             need = conformal.needed(miss_rate)
-            raise ValueError(f"{len(bad)} defects cannot certify a miss rate of {miss_rate:.2%}; {need} would")
+            raise ValueError(f"{count(len(bad), 'defect')} cannot certify a miss rate of {miss_rate:.2%}; {need} would")
         return math.nextafter(bad[j - 1], -math.inf), j / (len(bad) + 1)
     assert cost_ratio is not None
     candidates = [math.nextafter(bad[0], -math.inf), *sorted({*good, *bad})]

@@ -149,6 +149,7 @@ def report_dataset_problems(datasets: dict[str, Dataset]) -> None:
 @contextmanager
 def progress_bars(shown: bool = True, every: float = 30.0) -> Iterator[Progress]:
     """A bar per stage with loss and remaining time; where there is no terminal, a line in so many seconds instead."""
+    shown = shown and sys.stderr is not None  # as for a service
     if shown and not sys.stderr.isatty():
         yield _progress_lines(every)
         return

@@ -120,7 +120,7 @@ def train(
             if team.leads and resume:
                 if (held := steps_of(checkpoint)) is None:
                     raise ValueError(f"{checkpoint}: there is no such checkpoint to go on from; leave --resume out")
-                report_problems([f"{checkpoint}: training goes on at {held[1]}"])
+                report_problems([f"{checkpoint}: holds {held[1]}, where the same training goes on"])
             datasets = load_categories(data) if multi_class else {"": load_dataset(data[0])}
             if team.leads:
                 report_dataset_problems(datasets)

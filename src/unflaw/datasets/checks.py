@@ -24,7 +24,7 @@ def check_masks(samples: list[Sample], root: Path) -> tuple[list[Sample], list[s
     """The samples without the masks that cannot be used, and what is wrong, a sentence each.
 
     Masks of good pictures are left out, too. Masks that may be inverted are reported, and used as they are: per kind of
-    defect, where most of them mark more than half of the image or nearly all of its border.
+    defect, where half of them or more mark more than half of the image or nearly all of its border.
     """
     wrong: dict[str, list[str]] = defaultdict(list)
     kinds: dict[str, list[tuple[Sample, bool]]] = defaultdict(list)
@@ -75,7 +75,7 @@ def _inverted(kinds: dict[str, list[tuple[Sample, bool]]], root: Path) -> list[s
     named = []
     for kind, masks in kinds.items():
         odd = [sample.mask for sample, implausible in masks if implausible and sample.mask]
-        if len(odd) > len(masks) / 2:
+        if len(odd) > len(masks) / 2 or len(odd) >= max(2, len(masks) / 2):  # one of two may be large
             named.append(f"{kind} ({len(odd)} of {count(len(masks), 'mask')}, such as {relative(odd[0], root)})")
     if not named:
         return []

@@ -142,8 +142,9 @@ def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
         below = sample.path.relative_to(tested).with_suffix("").as_posix()
         return f"{truth.name}/{below}_mask.* or {truth.name}/{below}.*"
 
-    files = [path for folder in _truths(tree) for path in tree.pictures(folder)]
-    return test, problems + tree.unfitting(files, test, name)
+    truths = _truths(tree)
+    files = [path for folder in truths for path in tree.pictures(folder)]
+    return test, problems + tree.unfitting(files, test, name) + tree.unread(truths)
 
 
 def _loco(tree: Tree) -> Found:
@@ -233,6 +234,7 @@ def _bmad(tree: Tree) -> Found:
     train, test = found["train", "good"], found["test", "Ungood"] + found["test", "good"]
     truth = (_bmad_folders(home, "test", "Ungood") or (home.root, home.root))[1]
     problems = home.unfitting(truths, test, lambda s: f"{relative(truth, home.root)}/{s.path.stem}.*")
+    problems += home.unread([truth])
     return train, [], test, problems + home.unused(folders, [s.path for s in train + test]) + home.notes()
 
 
@@ -276,6 +278,7 @@ def _visa(tree: Tree) -> Found:
     problems += tree.unfitting(
         masks, test, lambda sample: listed[sample.path] or f"what {table.name} says, if anything"
     )
+    problems += tree.unread([tree.path("Data/Masks")])
     used = [sample.path for sample in [*train, *test]]
     return train, [], test, problems + tree.unused([tree.path("Data/Images")], used)
 
@@ -405,6 +408,7 @@ def _aitex(tree: Tree) -> Found:
     known = {path.stem for path in several}
     left = [path for path, name in parts.items() if name not in known]
     problems += tree.unfitting(left, test, lambda sample: f"{truth.name}/{sample.path.stem}_mask.*")
+    problems += tree.unread([truth])
     return train, [], test, problems + tree.unused([fine, broken], [sample.path for sample in [*train, *test]])
 
 

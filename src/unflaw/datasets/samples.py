@@ -10,7 +10,7 @@ from pathlib import Path
 from unflaw.errors import ImageError
 from unflaw.imaging.inputs import InMemory, Input
 from unflaw.imaging.reading import read
-from unflaw.io.listing import Entry, counted, is_passed_over, list_images, note, visible_files
+from unflaw.io.listing import Entry, counted, is_image, is_passed_over, list_images, note, visible_files
 
 SHORT = 16  # digits of a SHA-256 that are enough to know a picture again
 
@@ -164,6 +164,12 @@ class Tree:
         there = [path for folder in folders if folder.is_dir() for path in visible_files(folder, self._passed_over)]
         files = [relative(path, self.root) for path in there if path not in known]
         return [f"Files that were not used: {some(files)}."] if files else []
+
+    def unread(self, folders: Iterable[Path]) -> list[str]:
+        """A sentence on files in folders of masks that are of a kind that is not read, or none."""
+        there = [path for folder in folders if folder.is_dir() for path in visible_files(folder, self._passed_over)]
+        files = [relative(path, self.root) for path in there if not is_image(path)]
+        return [f"Files among the masks that are no images: {some(files)}. Save masks as PNG."] if files else []
 
     def unfitting(self, masks: Iterable[Path], samples: Sequence[Sample], name: Callable[[Sample], str]) -> list[str]:
         """A sentence on masks that fit no picture, or none.

@@ -6,9 +6,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from unflaw.datasets import Dataset, Sample
+from unflaw.datasets import Dataset, Sample, load_dataset
 from unflaw.errors import TrainingError
 from unflaw.evaluation.accumulate import Measurement
 from unflaw.evaluation.results import Evaluation, Inspected
@@ -44,7 +45,7 @@ def evaluate_all(
 
 def evaluate(
     detector: Inspector,
-    dataset: Dataset,
+    dataset: Dataset | str | Path,
     *,
     category: str | None = None,
     shown: int | None = None,
@@ -56,6 +57,7 @@ def evaluate(
     For the metrics see `Measurement`. Training pictures never take part.
 
     Args:
+        dataset: What `load_dataset` gives, or what it takes.
         category: What the pictures show, for a detector of several; None: the one that is called like the data set.
         shown: Pictures kept whole for the report; None: SHOWN.
         spool: Also gives what `statistics` needs of each picture; maps are kept in a temporary file meanwhile.
@@ -64,6 +66,7 @@ def evaluate(
         TrainingError: The data set has no test pictures, or none could be read. DetectorError: as for
             `Inspector.select`.
     """
+    dataset = load_dataset(dataset) if isinstance(dataset, str | Path) else dataset
     category = detector.match(dataset.name) if category is None else category
     calibration = detector.select(category)
     if not dataset.test:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -72,7 +72,8 @@ def inputs(images: Any, called: str = "image") -> Iterator[Input]:
     Raises:
         TypeError: One image instead of several; or, when its turn comes, something that is no image.
     """
-    if isinstance(images, str | Path | bytes | Image.Image) or not isinstance(images, Iterable):
+    one = isinstance(images, str | Path | bytes | Mapping | Image.Image) or hasattr(images, "read")
+    if one or not isinstance(images, Iterable):
         given = str(images) if isinstance(images, str | Path) else f"an object of the type {type(images).__name__}"
         raise TypeError(f"{given}: is not a list of images; give a list of paths or arrays, such as [image]")
     if isinstance(images, np.ndarray) and images.ndim != 4:

@@ -83,8 +83,10 @@ def _is_plain(page: Any, data: bytes) -> bool:
     deep = bits == 16 and page.samplesperpixel == 1 and page.photometric == _BLACK_IS_ZERO
     if page.sampleformat != _UNSIGNED or not (deep or bits in (1, 2, 4, 8)):
         return False
-    if page.planarconfig == 2 and page.extrasamples and page.compression == 1:
-        return False
+    if page.planarconfig == 2 and page.extrasamples and (page.compression == 1 or page.samplesperpixel == 2):
+        return False  # Pillow reads the planes of the former as one, and no alpha of the latter
+    if page.fillorder != 1 and bits == 8 and (page.planarconfig == 2 or page.photometric == _WHITE_IS_ZERO):
+        return False  # which Pillow overlooks in planes, and knows not where zero is white
     try:
         TiffImageFile(io.BytesIO(data))
     except (OSError, SyntaxError, ValueError):
@@ -138,8 +140,10 @@ def _undecodable(page: Any) -> str:
     bits = page.bitspersample
     if len(page.dataoffsets) < prod(page.chunked) or not all(page.dataoffsets) or not all(page.databytecounts):
         return "lacks some of its strips or tiles; save it again"
-    if bits % 8 and (page.is_tiled or page.fillorder != 1 or page.predictor != 1):
-        return f"holds {bits} bits per value in tiles, with a predictor or in reverse order; save it in 16 bits"
+    if page.fillorder != 1:
+        return "holds the bits of each byte in reverse order (FillOrder 2); save it again without"
+    if bits % 8 and (page.is_tiled or page.predictor != 1):
+        return f"holds {bits} bits per value in tiles or with a predictor; save it in 16 bits"
     if not (_is_unpacked(page) or _is_left_to_pillow(page)):
         predictor = "" if page.predictor == 1 else f" with predictor {_name(page.predictor)}"
         how = f"{_name(page.compression)}{predictor}"

@@ -179,7 +179,7 @@ class Unread:
             self.reasons.append(str(outcome))
 
     def close(self) -> str:
-        return f"{len(self.reasons)} pictures could not be read"
+        return f"{count(len(self.reasons), 'picture')} could not be read"
 
 
 class Discoveries:

@@ -49,7 +49,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         return
     target = target_of(path)
     with _telling(path, target), _beside(target) as temporary:
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
+        temporary.chmod(mode)  # some libraries replace the file that they were told to write by one of other rights
         _rename(temporary, target)
 
 
@@ -202,7 +204,7 @@ def _rename(temporary: Path, path: Path) -> None:
     """Flushes a file to disk and gives it its name; that, too, is on disk when this returns."""
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
-    _take_rights(temporary, path)  # once more: some libraries replace the file that they were told to write
+    _take_rights(temporary, path)
     temporary.replace(path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)

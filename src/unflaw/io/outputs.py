@@ -1,7 +1,8 @@
 """What unflaw has written itself: it is no input of a later run, and a later run into the same folder clears it away.
 
-The images that it draws, panels and figures, say so in the file: they are known wherever they lie, and nothing else is
-taken for them. Where `unflaw watch` sorts into a folder within the watched one, a hidden file of the latter says so.
+The images that it draws, panels and figures, say so in the file: on this machine they are known wherever they lie and
+however they are called, on a remote store by the names that they are written with. Nothing else is taken for them.
+Where `unflaw watch` sorts into a folder within the watched one, a hidden file of the latter says so.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _NUMBERED = re.compile(r"\d{5,}_.*", re.DOTALL)
 
 
 def may_be_drawn(path: str) -> bool:
-    """Whether a path, with slashes, is such as panels and figures have: only then it is worth looking into the file."""
+    """Whether a path, with slashes, is such as panels and figures have when they are written.
+
+    On a remote store each look into a file is a request, so only these are looked into.
+    """
     return _NAMES.fullmatch(path) is not None
 
 
@@ -39,7 +43,7 @@ def is_drawn(head: bytes) -> bool:
 
 def drawn(path: Path) -> bool:
     """Whether a file is an image that unflaw drew."""
-    return may_be_drawn(path.as_posix()) and is_drawn(_head(path))
+    return path.suffix.lower() == ".png" and is_drawn(_head(path))
 
 
 def _head(path: Path) -> bytes:

@@ -9,12 +9,13 @@ from unflaw.features.cache import Cache
 from unflaw.io.progress import Progress
 from unflaw.methods.decoder import DisplayDecoder
 from unflaw.parallel.shares import Share, Terms
-from unflaw.training.loop import optimise
+from unflaw.training.loop import optimise, seeded
 
 
 def fit_display(cache: Cache, settings: Training, progress: Progress) -> DisplayDecoder:
     """A decoder that has learned to draw the features of a cache."""
-    decoder = DisplayDecoder(cache.features.shape[1])
+    with seeded(settings.seed):
+        decoder = DisplayDecoder(cache.features.shape[1])
 
     def loss(indices: Tensor, rng: Generator, share: Share) -> Terms:
         indices = share.take(indices)

@@ -60,13 +60,16 @@ def step_rng(seed: int, step: int) -> Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+_SEEDING = threading.RLock()
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Makes what new modules begin with a function of the seed, and leaves the global generators as they were.
 
-    Modules are made on the CPU: only its generator is seeded.
+    Modules are made on the CPU: only its generator is seeded. Threads that make modules wait for each other.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
