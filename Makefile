@@ -1,4 +1,5 @@
-# Two commands do everything on a fresh machine with Python and make: `make demo` and `make test`.
+# Two commands do everything on a fresh machine with Python and make: `make demo` and `make test`. `make check` is the
+# quick part of the latter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ STAMP := $(VENV)/installed
 TOOLS := .venv-tools
 LOCKED := 3 11 linux x86_64
 
-.PHONY: demo test lint lock audit sbom clean
+.PHONY: demo check test lint lock audit sbom clean
 
 # install(environment, lock file and more, what to install where there is no lock for this Python)
 # Locked, every file is checked against its hash before anything of it runs.
@@ -34,6 +35,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+check: lint  ## for daily work: lint, types, import rules and the fast tests
+	$(BIN)/pytest -n logical --dist worksteal -m "not slow"
+
 test: lint  ## everything that CI runs
 	$(BIN)/pytest -n logical --dist worksteal
 
@@ -54,4 +58,4 @@ sbom: $(TOOLS)/installed $(STAMP)  ## what is installed, as CycloneDX: sbom.json
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json $(BIN)/python
 
 clean:
-	rm -rf $(VENV) $(TOOLS) demo sbom.json .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) demo sbom.json .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -29,6 +29,8 @@ from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.postprocessing.results import Result
 
+pytestmark = pytest.mark.slow
+
 
 def network_state(detector: Detector) -> dict[str, torch.Tensor]:
     return detector.network.state_dict()

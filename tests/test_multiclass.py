@@ -34,6 +34,8 @@ from unflaw.report.figures import write_figures
 from unflaw.training import loop
 from unflaw.training.splits import hold_out
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"training.display_steps": 0}
 METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_30", "aupro_05")
 

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 import unflaw
 from unflaw.cli import app
 
+pytestmark = pytest.mark.slow
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SHORT = {"preparation.size": SIDE, "features.grid": 8, "training.steps": 4, "training.display_steps": 2}
 

@@ -20,6 +20,8 @@ from unflaw.calibration.conformal import (
     rank,
 )
 
+pytestmark = pytest.mark.slow
+
 probabilities = st.lists(st.floats(1e-6, 1), min_size=1, max_size=12)
 
 

@@ -9,6 +9,8 @@ from tests.test_detector import good_ones, scores_of, unfitted
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method, folds, steps, trials", [("lookup", 2, 0, 150), ("uranet", 2, 1, 20)])
 def test_good_pictures_raise_about_as_many_alarms_as_asked_for(tiny, method, folds, steps, trials):

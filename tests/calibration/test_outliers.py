@@ -21,6 +21,8 @@ from unflaw.datasets import Sample, load_dataset
 from unflaw.detector import Detector
 from unflaw.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 
 def named(scores: list[float]) -> list[str]:
     return [entry["path"] for entry in outliers({str(i): score for i, score in enumerate(scores)})]

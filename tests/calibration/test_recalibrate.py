@@ -16,6 +16,8 @@ from unflaw.detector import Detector
 from unflaw.errors import TrainingError
 from unflaw.io.detector_file import read_metadata
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def loaded(saved):

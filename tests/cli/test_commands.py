@@ -25,6 +25,8 @@ from unflaw.io.detector_file import read_metadata
 from unflaw.io.files import steps_of
 from unflaw.training import loop as training
 
+pytestmark = pytest.mark.slow
+
 
 def unflaw(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])

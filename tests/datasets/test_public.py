@@ -20,6 +20,8 @@ from unflaw.datasets.layouts import held_out, layout_of
 from unflaw.datasets.public import COLLECTIONS, Counts, check, describe, find, recognise
 from unflaw.imaging.reading import read_mask
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {collection.name: collection for collection in COLLECTIONS}
 numbers = itertools.count()
 

@@ -24,6 +24,8 @@ from unflaw.experiments.leaderboard import intervals, latex, markdown, published
 from unflaw.experiments.leaderboard_page import page, plot
 from unflaw.experiments.records import Record, pictures_file
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = TINY | {"training.steps": 2, "training.display_steps": 0} | OWN["lookup"]
 SILENT = lambda *_: None  # noqa: E731
 

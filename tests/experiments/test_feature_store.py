@@ -17,6 +17,8 @@ from unflaw.features.backbones import WeightsError
 from unflaw.features.extractor import FeatureExtractor
 from unflaw.postprocessing.results import Result
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"features.backbone": "test_efficientnet"}  # where weights do not matter
 
 

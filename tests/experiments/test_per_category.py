@@ -27,6 +27,8 @@ from unflaw.experiments.per_category import (
     train_fleet,
 )
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = TINY | {"training.display_steps": 0} | OWN["lookup"]
 
 

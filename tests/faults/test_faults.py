@@ -20,6 +20,8 @@ from unflaw.detector import Detector
 from unflaw.errors import InUseError
 from unflaw.station.log import Filter, Log
 
+pytestmark = pytest.mark.slow
+
 MEGABYTE = 2**20
 
 

@@ -5,6 +5,8 @@ import sys
 import pytest
 from tests.faults.harness import Server, campaign, prepare, table, twice
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
 def test_no_kill_loses_or_breaks_anything_and_the_next_run_ends_as_if_there_had_been_none(request, tmp_path):

@@ -14,6 +14,8 @@ from unflaw.features import extractor as module
 from unflaw.features.backbones import WeightsError, create_backbone
 from unflaw.features.extractor import FeatureExtractor, PixelExtractor, resize
 
+pytestmark = pytest.mark.slow
+
 LEVELS = [64, 128, 256]  # channels of the levels 1 to 3 of ResNet-18
 LITE = "tf_efficientnet_lite0"
 needs_package = pytest.mark.skipif(

@@ -17,6 +17,8 @@ from unflaw.detector import Detector
 from unflaw.errors import DetectorError
 from unflaw.features.backbones import WeightsError, create_backbone
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tests.hostile.corpus import READ, cases
 
+pytestmark = pytest.mark.slow
+
 SECONDS, MEGABYTES = 10, 1000
 # Reads files in a process of its own. Of each a line: seconds, megabytes that the peak grew by, and what came of it.
 READER = """

@@ -15,6 +15,8 @@ from unflaw.station.detectors import load_all
 from unflaw.station.log import Filter, Log
 from unflaw.station.service import Limits, Station
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTED = {400, 403, 404, 405, 413, 422, 429}
 LIMIT = 300_000  # bytes
 

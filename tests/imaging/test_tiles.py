@@ -19,6 +19,8 @@ from unflaw.postprocessing.results import Result
 from unflaw.report.figures import write_figures
 from unflaw.training.splits import hold_out
 
+pytestmark = pytest.mark.slow
+
 TILED = {"preparation.tile": 40, "preparation.overlap": 0.25, "training.display_steps": 0}
 
 

@@ -20,6 +20,8 @@ from unflaw.errors import ImageError
 from unflaw.inference.aggregation import Discoveries, Parts, part_of
 from unflaw.io.words import count
 
+pytestmark = pytest.mark.slow
+
 N = 39
 SCORES = [float(i) for i in range(N)]
 CALIBRATION = calibrate(SCORES, SCORES, 0.0, 0.05, review_rate=0.2)

@@ -18,6 +18,8 @@ from unflaw.io.outputs import SORTED, Earlier, drawn, note_sorted
 from unflaw.scale.sources import listed
 from unflaw.scale.store import OWN
 
+pytestmark = pytest.mark.slow
+
 
 def unflaw(*words: object) -> str:
     """All that a command says that must succeed."""

@@ -12,6 +12,8 @@ from unflaw.methods.nearest import Lookup
 from unflaw.methods.synthesis import Anomalies, synthesise
 from unflaw.methods.uranet import URANet
 
+pytestmark = pytest.mark.slow
+
 GRID = 8
 SHARES, COARSE_SHARE = (0.1, 1.0), 0.3
 ALONE = {"network.restoration.prototypes": 0, "network.restoration.coarse_prototypes": 0}

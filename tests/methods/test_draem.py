@@ -12,6 +12,8 @@ from unflaw.methods.draem import DRAEM, UNet, augment, focal_loss
 from unflaw.methods.layers import ssim_map
 from unflaw.methods.synthesis import synthesise
 
+pytestmark = pytest.mark.slow
+
 SIDE = 64
 
 

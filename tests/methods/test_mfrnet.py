@@ -15,6 +15,8 @@ from unflaw.methods.mfrnet import SCALES, STABLE, WINDOW, HybridBlock, MFRNet, R
 from unflaw.parallel.shares import Share
 from unflaw.training.loop import optimise
 
+pytestmark = pytest.mark.slow
+
 CHANNELS, GRID = 8, 8  # components and grid of the tiny configuration
 
 

@@ -11,6 +11,8 @@ from unflaw.methods.uranet import RAM, SUREST, UIAPM, URANet, length, mean_logit
 from unflaw.parallel.shares import Share
 from unflaw.training.loop import optimise
 
+pytestmark = pytest.mark.slow
+
 CHANNELS, GRID = 8, 8  # components and grid of the tiny configuration
 SOURCES = ("textures", "others", "shuffles", "jitter")
 

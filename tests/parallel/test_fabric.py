@@ -26,6 +26,8 @@ from unflaw.parallel.launch import OURS, launch, launched
 from unflaw.parallel.shares import ALONE, WHOLE, Share, Team
 from unflaw.training.loop import optimise
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lightning_fabric", reason="needs pip install 'unflaw[distributed]'")
 
 

@@ -24,6 +24,8 @@ from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare, prepare_mask
 from unflaw.peers import PeerError, run_peer
 
+pytestmark = pytest.mark.slow
+
 SMALL = Preparation(size=64)
 STAND_IN = '''
 from types import SimpleNamespace

@@ -21,6 +21,8 @@ from unflaw.report import figures, outline, overlay
 from unflaw.report.figures import write_figures
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, sheet
 
+pytestmark = pytest.mark.slow
+
 FILES = {
     "uranet": ["perception", "restoration", "fasm"],
     "lookup": ["recall"],

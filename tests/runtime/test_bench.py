@@ -9,6 +9,8 @@ from unflaw.imaging.reading import read
 from unflaw.io.listing import list_images
 from unflaw.runtime.bench import COMPUTED, made_up, measure, throughput
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_stages_of_a_trained_detector_add_up(detector, parts, batch):

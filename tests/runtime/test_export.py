@@ -17,6 +17,8 @@ from unflaw.io.listing import list_images
 from unflaw.runtime.export import export
 from unflaw.runtime.verification import compare
 
+pytestmark = pytest.mark.slow
+
 
 def agree(detector, path, pictures, tolerance=1e-4, **options):
     found = compare(detector, load(path, threads=1), pictures, tolerance=tolerance, **options)

@@ -23,6 +23,8 @@ from unflaw.scale import partitions
 from unflaw.scale.on_ray import running
 from unflaw.scale.store import OWN, Store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cluster():

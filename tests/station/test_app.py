@@ -33,6 +33,8 @@ from unflaw.station.log import Filter, Log, sha256
 from unflaw.station.schemas import Inspection
 from unflaw.station.service import Limits, Station
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "a token of sixteen letters or more".replace(" ", "-")
 
 

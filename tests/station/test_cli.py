@@ -15,6 +15,8 @@ from typer.testing import CliRunner, Result
 from unflaw.cli import app
 from unflaw.station.log import Entry, Filter, Log, sha256
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -9,11 +9,14 @@ import threading
 import time
 
 import numpy as np
+import pytest
 from PIL import Image
 from sqlalchemy import text
 from tests.conftest import textured
 
 from unflaw.station.log import Filter, Log, sha256
+
+pytestmark = pytest.mark.slow
 
 
 def picture(seed: int) -> bytes:

@@ -30,7 +30,10 @@ FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-co
 CAMERA = "--no-first-run --use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
 expect.set_options(timeout=15_000)  # other tests may keep the processors busy
 TOKEN = "sixteen-letters-or-more"
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)"),
+]
 
 
 @pytest.fixture(scope="module")
