@@ -143,10 +143,10 @@ def main() -> None:
     from unflaw.config import make_config
     from unflaw.datasets import load_dataset
     from unflaw.evaluation.evaluate import evaluate
-    from unflaw.experiments.feature_store import Laboratory
+    from unflaw.experiments.feature_store import ExperimentRunner
 
     dataset = load_dataset(options.out)
-    laboratory = Laboratory(options.out.with_name(f"{options.out.name}-features"), options.weights)
+    laboratory = ExperimentRunner(options.out.with_name(f"{options.out.name}-features"), options.weights)
     for method in options.method or ["lookup"]:
         changes = {} if options.weights is None else {"features.backbone": "resnet18"}
         changes |= {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}

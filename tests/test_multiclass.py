@@ -23,16 +23,16 @@ from unflaw.detector import Detector
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.evaluation.evaluate import evaluate, evaluate_all
 from unflaw.evaluation.results import RARE
-from unflaw.experiments.feature_store import Laboratory
+from unflaw.experiments.feature_store import ExperimentRunner
 from unflaw.features.cache import Cache, build_cache
 from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.methods import create
-from unflaw.methods.memory_bank import Memory
+from unflaw.methods.memory_bank import MemoryBank
 from unflaw.report.figures import write_figures
 from unflaw.training import loop
-from unflaw.training.splits import hold_out
+from unflaw.training.splits import split_calibration
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +133,7 @@ def test_the_memory_of_a_category_leaves_out_the_picture_itself(tiny):
     made = unfitted(tiny)
     cache = named(list("aabbabababbbabbabbbb"), torch.Generator().manual_seed(0))
     made.learn(cache)
-    train, calibrating = hold_out(cache, None, 0.2, 1e9)
+    train, calibrating = split_calibration(cache, None, 0.2, 1e9)
     assert {name: len(held) for name, held in calibrating.items()} == {"a": 2, "b": 3}
     tokens = train.features.float().flatten(2).transpose(1, 2)  # (N, T, C)
     for name, rows in train.rows().items():
@@ -182,7 +182,7 @@ def test_the_extractor_is_fitted_on_no_picture_that_calibrates(both, weights, ti
     (cache,), (raw,) = caches, seen
     every = torch.cat(aggregated)
     rows = [int((every == one).flatten(1).all(1).nonzero()[0]) for one in raw]
-    train, _ = hold_out(cache, None, 0.4, 1e9)
+    train, _ = split_calibration(cache, None, 0.4, 1e9)
     fitted = {cache.paths[row] for row in rows}
     assert fitted <= set(train.paths) and len(fitted) >= 10
     assert {cache.categories[row] for row in rows} == {"bolts", "nuts"}
@@ -368,7 +368,7 @@ def test_figures_show_the_category_of_the_data(multi, both, tmp_path):
 
 def test_the_laboratory_is_for_one_category_as_ever(both, weights, tiny, tmp_path):
     dataset = load_dataset(both / "nuts")
-    made = Laboratory(tmp_path, weights).fit(tiny("lookup", **QUICK), dataset)
+    made = ExperimentRunner(tmp_path, weights).fit(tiny("lookup", **QUICK), dataset)
     assert list(made.categories_) == [""] and evaluate(made, dataset).metrics["n_images"] == 8
 
 
@@ -584,7 +584,7 @@ def test_training_pictures_of_mixed_batches_are_recalled_by_their_own_category()
     features[1::2] += 10  # the second category lies far off, and varies more
     features[1::2] *= 3
     categories = torch.tensor([0, 1] * 4)
-    memory = Memory(12, 4)
+    memory = MemoryBank(12, 4)
     memory.fit(features, torch.Generator().manual_seed(0), categories)
     mixed = memory(features, torch.arange(8))
     assert memory.unit(torch.arange(8)).flatten()[:2].unique().numel() == 2
@@ -592,6 +592,6 @@ def test_training_pictures_of_mixed_batches_are_recalled_by_their_own_category()
         rows = torch.arange(8)[number::2]
         alone = memory(features[rows], rows)
         assert all(torch.allclose(m[rows], a) for m, a in zip(mixed, alone, strict=True))
-        memory.turn_to(number)
+        memory.select_category(number)
         assert torch.allclose(memory.unit(), memory.unit(rows)[0].flatten())
         assert (categories[memory.banks[number].owners] == number).all()

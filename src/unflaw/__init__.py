@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unflaw.datasets import load_categories, load_dataset
     from unflaw.detector import Detector
     from unflaw.evaluation.evaluate import evaluate
-    from unflaw.inference.base import Inspector
+    from unflaw.inference.base import BasePredictor
     from unflaw.postprocessing.results import Result
 
 __all__ = [
@@ -41,7 +41,7 @@ _HOMES = {
 }
 
 
-def load(path: str | Path, *, threads: int | None = None) -> Inspector:
+def load(path: str | Path, *, threads: int | None = None) -> BasePredictor:
     """A detector from a file: a `Detector` that was saved, or one that `unflaw export` wrote, which needs no torch.
 
     Args:

@@ -244,7 +244,7 @@ class Scoring(Settings):
         description="the image score looks at these highest shares of the witnesses",
     )
     coarse_share: float = Field(0.4, gt=0, le=1, description="and at this highest share of the coarse evidence")
-    coarse_say: float = Field(1.0, ge=0, description="weight of the coarse evidence in the image score")
+    regional_weight: float = Field(1.0, ge=0, description="weight of the coarse evidence in the image score")
     coarse_weight: float = Field(0.4, ge=0, description="weight of the coarse evidence in the map")
 
 

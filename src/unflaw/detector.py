@@ -30,8 +30,8 @@ from unflaw.features.backbones import WeightsError
 from unflaw.features.cache import Cache, build_cache, cells, stack
 from unflaw.features.extractor import PixelExtractor
 from unflaw.imaging.inputs import ImageLike, Input, inputs
-from unflaw.imaging.transforms import Prepared
-from unflaw.inference.base import Inspector, Outputs
+from unflaw.imaging.transforms import ModelInput
+from unflaw.inference.base import BasePredictor, Outputs
 from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.io.files import check_name, write_atomically
 from unflaw.io.progress import Progress, silent
@@ -44,10 +44,10 @@ from unflaw.parallel.shares import ALONE, Team
 from unflaw.training import loop as training
 from unflaw.training.decoder import fit_display
 from unflaw.training.loop import seeded, step_rng
-from unflaw.training.splits import Category, Data, gather, hold_out, remembered, without_copies
+from unflaw.training.splits import Category, Data, build_drift_reference, gather, split_calibration, without_copies
 
 
-class Detector(Inspector):
+class Detector(BasePredictor):
     """Learns what good looks like and says of a new picture whether and where it differs.
 
     Args:
@@ -196,7 +196,7 @@ class Detector(Inspector):
         """
         rng, options, network = step_rng(self.config.training.seed, 2**31), self.config.calibration, self.network
         budget, share = self.config.training.cache_gb * 2**30, 0.0 if options.folds else options.holdout
-        train, calibrating = hold_out(cache, validation, share, budget)
+        train, calibrating = split_calibration(cache, validation, share, budget)
         given = {} if validation is None else validation.rows()
         trains = any(p.requires_grad for p in network.parameters())
         start = copy.deepcopy(network) if options.folds and trains else network
@@ -232,7 +232,7 @@ class Detector(Inspector):
                 among = among if name in crossed else HELD_OUT
             strangest += [entry | ({"category": name} if name else {}) for entry in far]
             calibration = found.calibrate(options, crossed=taught)
-            reference = remembered(train, rows, held, self.config.training.seed)
+            reference = build_drift_reference(train, rows, held, self.config.training.seed)
             categories[name] = Category(calibration, network.with_category(network.finished_state()), reference)
         self.categories_ = categories
         counts = {
@@ -438,8 +438,8 @@ class Detector(Inspector):
         return texture_pictures(self.config.training.textures, self.config.preparation)
 
     @torch.inference_mode()
-    def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
-        """What the network finds in windows, of pictures of a category; see `Inspector.compute`."""
+    def compute(self, pictures: Sequence[ModelInput], category: str) -> Outputs:
+        """What the network finds in windows, of pictures of a category; see `BasePredictor.compute`."""
         network = self.network_of(category)
         inside = cells([picture.window for picture in pictures], network.features.grid)
         found = Graph(network, self.display)(stack(pictures), inside)

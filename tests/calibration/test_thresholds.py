@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from unflaw.calibration.thresholds import Calibration, Evidence, calibrate, calibrations
+from unflaw.calibration.thresholds import Calibration, CalibrationScores, calibrate, calibrations
 from unflaw.config import Config, make_config
 from unflaw.postprocessing.regions import flagged
 from unflaw.postprocessing.results import Region
@@ -244,14 +244,14 @@ def test_without_review_the_false_alarm_rate_says_what_is_uncertain():
     assert made.verdict(99, [doubtful]) == "review"
     by_cost = calibrate(scores, scores, 0.0, 0.05, defects=[2.0], cost_ratio=100.0, **options)
     assert by_cost.rate > 0.9 and by_cost.uncertainty_threshold == 0.37  # of the rate asked for, not of what follows
-    again = Evidence()
+    again = CalibrationScores()
     again.doubts = [0.9]
     again.keep(made)
     assert sorted(again.doubts) == [0.35] * 36 + [0.9] * 4  # three of 39 exceed it, nobody knows how far
 
 
 def test_evidence_is_gathered_within_the_picture():
-    found = Evidence()
+    found = CalibrationScores()
     anomaly_map, doubt = np.zeros((2, 8, 8))
     anomaly_map[0], doubt[0] = 9, 9  # padding
     anomaly_map[3, 3], doubt[4, 4] = 2, 0.25
@@ -260,7 +260,7 @@ def test_evidence_is_gathered_within_the_picture():
     made = found.calibrate(make_config(changes={"calibration.review_uncertain": True}).calibration, rate=0.04)
     assert made.scores == tuple(range(24)) and made.pixel_threshold == 2 + 23 and made.low == 11.5
     assert made.uncertainty_threshold == 0.25 and made.review_rate is None  # 5 % are no more pictures than 4 %
-    again = Evidence()
+    again = CalibrationScores()
     again.add(99.0, anomaly_map, (0, 2, 8, 8), doubt)
     again.keep(made)
     assert sorted(again.scores)[-2:] == [23, 99] and sorted(again.peaks)[0] == 2 and again.peaks.count(25) == 24
@@ -274,7 +274,7 @@ def test_kept_pictures_leave_the_pixel_rate_as_promised(rate):
     for _ in range(trials):
         first, second, new = rng.exponential(size=(2, n)), rng.exponential(size=(2, n)), rng.exponential(size=fresh)
         old = calibrate(*first.tolist(), 0.0, 0.1)
-        found = Evidence()
+        found = CalibrationScores()
         found.scores, found.peaks, found.medians = [*second[0]], [*second[1]], [0.0] * n
         found.keep(old)
         made = found.calibrate(make_config().calibration, rate=rate)
@@ -293,7 +293,7 @@ def test_regions_show_on_no_more_good_pictures_than_promised(minimum):
         maps = gaussian_filter(rng.normal(size=(n + fresh, 24, 24)), (0, 1.5, 1.5)) * rng.gamma(
             4, size=(n + fresh, 1, 1)
         )
-        found = Evidence(minimum)
+        found = CalibrationScores(minimum)
         for anomaly_map in maps[:n]:
             found.add(0.0, anomaly_map, valid)
         made = found.calibrate(options)

@@ -11,7 +11,7 @@ from unflaw.datasets import load_dataset
 from unflaw.errors import TrainingError
 from unflaw.evaluation.evaluate import evaluate
 from unflaw.experiments.ablation import METRICS, Record, Run, ablate, markdown, tabulate
-from unflaw.experiments.feature_store import Laboratory
+from unflaw.experiments.feature_store import ExperimentRunner
 from unflaw.experiments.run_log import Log
 from unflaw.experiments.tables import comma_separated
 from unflaw.experiments.variants import FULL, choose, parse
@@ -62,7 +62,7 @@ def test_an_ablation_runs_every_variant_and_seed(run, dataset, features, tmp_pat
     assert reports == [(i, 6) for i in range(7)]
     assert lines(tmp_path) == [record.model_dump(mode="json") for record in records]
     config = make_config("lookup", "cpu", COMMON | {"network.prototypes": 16, "training.seed": 1})
-    expected = evaluate(Laboratory(features, Weights.RANDOM).fit(config, dataset), dataset).metrics
+    expected = evaluate(ExperimentRunner(features, Weights.RANDOM).fit(config, dataset), dataset).metrics
     assert records[3].metrics == {name: expected[name] for name in records[3].metrics}
     assert {*METRICS, "false_alarms", "missed"} < records[3].metrics.keys()
     assert records[3].overrides == "network.prototypes=16" and records[3].common["features.grid"] == 8
@@ -112,7 +112,7 @@ def test_pictures_that_cannot_be_read_are_named(run, tmp_path):
 
 
 def test_finished_runs_are_not_done_again(run, tmp_path, monkeypatch):
-    fit, fitted = Laboratory.fit, []
+    fit, fitted = ExperimentRunner.fit, []
 
     def counted(self, config, *arguments, **options):
         fitted.append((config.network.prototypes, config.training.seed))
@@ -122,7 +122,7 @@ def test_finished_runs_are_not_done_again(run, tmp_path, monkeypatch):
         detector.record_["seconds"] = {"features": 5.0, "training": 2.0, "total": 7.0}
         return detector
 
-    monkeypatch.setattr(Laboratory, "fit", counted)
+    monkeypatch.setattr(ExperimentRunner, "fit", counted)
     with pytest.raises(KeyboardInterrupt):
         run("small: network.prototypes=16")
     assert fitted == [(64, 0), (64, 1), (16, 0)]
@@ -173,7 +173,7 @@ def test_places_that_cannot_be_written_are_named(run, tmp_path):
 
 
 def test_all_variants_are_checked_before_the_first_run(run, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(Laboratory, "fit", lambda *_, **__: pytest.fail("a run has started"))
+    monkeypatch.setattr(ExperimentRunner, "fit", lambda *_, **__: pytest.fail("a run has started"))
     with pytest.raises(ValueError, match=r"variant 'odd'.*network\.k"):
         run("odd: method=mfrnet; network.k=[9]")
     with pytest.raises(ValueError, match=r"variant 'odd'.*prototypes"):

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from unflaw.experiments.disk_cache import ABANDONED, Shelf, ShelfFull
+from unflaw.experiments.disk_cache import ABANDONED, DiskCache, DiskCacheFull
 from unflaw.io.files import write_atomically
 
 
@@ -13,7 +13,7 @@ def put(tmp_path):
 
     def write(name, size, limit=100):
         def fill(temporary):
-            Shelf(tmp_path, limit).reserve(temporary, size)
+            DiskCache(tmp_path, limit).reserve(temporary, size)
             with temporary.open("rb+") as file:
                 file.write(b"x" * size)
 
@@ -52,7 +52,7 @@ def test_what_fits_deletes_nothing(put, tmp_path):
 
 def test_one_larger_than_the_limit_is_refused_and_leaves_all(put, tmp_path):
     put("a", 60)
-    with pytest.raises(ShelfFull, match="do not fit"):
+    with pytest.raises(DiskCacheFull, match="do not fit"):
         put("b", 101)
     assert there(tmp_path) == ["a"]
 
@@ -60,9 +60,9 @@ def test_one_larger_than_the_limit_is_refused_and_leaves_all(put, tmp_path):
 def test_what_others_write_counts_and_stays_unless_it_is_abandoned(put, tmp_path):
     other = tmp_path / ".other.tmp"
     other.touch()
-    Shelf(tmp_path, 100).reserve(other, 80)
+    DiskCache(tmp_path, 100).reserve(other, 80)
     assert other.stat().st_size == 80
-    with pytest.raises(ShelfFull, match="others are writing"):
+    with pytest.raises(DiskCacheFull, match="others are writing"):
         put("a", 30)
     aged(other, ABANDONED + 1)
     put("a", 30)

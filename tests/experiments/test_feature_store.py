@@ -12,7 +12,7 @@ from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError, WriteError
 from unflaw.evaluation.evaluate import evaluate
-from unflaw.experiments.feature_store import Laboratory
+from unflaw.experiments.feature_store import ExperimentRunner
 from unflaw.features.backbones import WeightsError
 from unflaw.features.extractor import FeatureExtractor
 from unflaw.postprocessing.results import Result
@@ -70,14 +70,14 @@ def same(found: Detector, expected: Detector, dataset) -> None:
 
 def test_a_detector_from_a_file_is_that_of_the_pictures(detector, parts, weights, tmp_path):
     dataset = load_dataset(parts)
-    same(Laboratory(tmp_path, weights).fit(detector.config, dataset), detector, dataset)
+    same(ExperimentRunner(tmp_path, weights).fit(detector.config, dataset), detector, dataset)
 
 
 @pytest.mark.parametrize("method, seed", [("lookup", 1), ("draem", 2)])
 def test_that_holds_for_motley_pictures_too(motley, weights, tiny, tmp_path, method, seed):
     few = {"training.steps": 2, "training.seed": seed, "preparation.fit": "pad", "training.display_steps": 0}
     config, dataset = tiny(method, **few), load_dataset(motley)
-    found = Laboratory(tmp_path, weights).fit(config, dataset)
+    found = ExperimentRunner(tmp_path, weights).fit(config, dataset)
     same(found, Detector(config=config, weights=weights).fit(dataset), dataset)
     measured = evaluate(found, dataset).metrics
     assert measured["n_images"] == 6 and len(measured["skipped"]) == 2 and len(found.record_["skipped"]) == 2
@@ -95,7 +95,7 @@ def test_features_are_computed_once(parts, tiny, tmp_path, monkeypatch):
         return aggregate(extractor, images)
 
     monkeypatch.setattr(FeatureExtractor, "aggregate", counted)
-    laboratory = Laboratory(tmp_path, Weights.RANDOM)
+    laboratory = ExperimentRunner(tmp_path, Weights.RANDOM)
     for smooth in (4.0, 1.0):
         config = tiny("lookup", **SMALL | {"scoring.smooth": smooth, "training.display_steps": 0})
         detector = laboratory.fit(config, dataset, progress=lambda *report: stages.append(report))
@@ -103,13 +103,13 @@ def test_features_are_computed_once(parts, tiny, tmp_path, monkeypatch):
     assert sum(n for n in passed if n > 1) == 20  # all pictures of train and test
     assert {report[1:3] for report in stages if report[0] == "features"} > {(16, 20), (20, 20)}
     passed.clear()
-    Laboratory(tmp_path, Weights.RANDOM).fit(tiny("lookup", **SMALL | {"training.display_steps": 0}), dataset)
+    ExperimentRunner(tmp_path, Weights.RANDOM).fit(tiny("lookup", **SMALL | {"training.display_steps": 0}), dataset)
     assert sum(n for n in passed if n > 1) == 0  # in another process neither
     assert list(tmp_path.iterdir()) == [laboratory.path(config, dataset)]
 
 
 def test_a_file_serves_all_settings_that_features_do_not_depend_on(parts, tiny, tmp_path):
-    dataset, laboratory = load_dataset(parts), Laboratory(tmp_path, Weights.RANDOM)
+    dataset, laboratory = load_dataset(parts), ExperimentRunner(tmp_path, Weights.RANDOM)
 
     def path(method="lookup", **changes):
         return laboratory.path(tiny(method, **SMALL | changes), dataset)
@@ -125,7 +125,7 @@ def test_a_file_serves_all_settings_that_features_do_not_depend_on(parts, tiny, 
 
 
 def test_digests_stand_for_all_that_decides_figures(parts, weights, tiny, tmp_path):
-    dataset, laboratory = load_dataset(parts), Laboratory(tmp_path, weights)
+    dataset, laboratory = load_dataset(parts), ExperimentRunner(tmp_path, weights)
     config = tiny("lookup")
     first, second = dataset.train[:2]
     fewer = replace(dataset, train=dataset.train[1:])
@@ -136,12 +136,12 @@ def test_digests_stand_for_all_that_decides_figures(parts, weights, tiny, tmp_pa
     data = [dataset, fewer, turned, moved, unmasked, relabelled]
     digests = [laboratory.digest(config, each) for each in data]
     digests += [laboratory.digest(tiny("lookup", **{"training.seed": 1}), dataset)]
-    digests += [Laboratory(tmp_path, Weights.RANDOM).digest(config, dataset)]
+    digests += [ExperimentRunner(tmp_path, Weights.RANDOM).digest(config, dataset)]
     assert len(set(digests)) == 8
-    assert laboratory.path(config, dataset) != Laboratory(tmp_path, Weights.RANDOM).path(config, dataset)
+    assert laboratory.path(config, dataset) != ExperimentRunner(tmp_path, Weights.RANDOM).path(config, dataset)
     torch.manual_seed(4)
     assert (
-        Laboratory(tmp_path / "other", Weights.RANDOM).digest(config, dataset) == digests[-1]
+        ExperimentRunner(tmp_path / "other", Weights.RANDOM).digest(config, dataset) == digests[-1]
     )  # random, yet always the same
     copy = load_dataset(shutil.copytree(parts, tmp_path / "elsewhere"))
     assert laboratory.digest(config, copy) == digests[0]
@@ -156,7 +156,7 @@ def test_what_is_doubtful_is_for_review_as_in_the_detector(parts, weights, tiny,
     dataset, verdicts = load_dataset(parts), []
     for asked in (False, True):
         config = tiny(**{"calibration.review_uncertain": asked, "calibration.review_rate": 0.0})
-        detector = Laboratory(tmp_path, weights).fit(config, dataset)
+        detector = ExperimentRunner(tmp_path, weights).fit(config, dataset)
         known = detector.categories_[""]
         low = {"threshold": -1e9, "pixel_threshold": -1e9, "uncertainty_threshold": -1.0}
         doubted = known.calibration.model_copy(update=low)
@@ -166,7 +166,7 @@ def test_what_is_doubtful_is_for_review_as_in_the_detector(parts, weights, tiny,
 
 
 def test_methods_on_pixels_need_no_weights(parts, tiny, tmp_path):
-    laboratory = Laboratory(tmp_path, tmp_path / "nowhere.safetensors")
+    laboratory = ExperimentRunner(tmp_path, tmp_path / "nowhere.safetensors")
     laboratory.digest(tiny("memae"), load_dataset(parts))
     with pytest.raises(WeightsError, match="nowhere"):
         laboratory.digest(tiny("lookup"), load_dataset(parts))
@@ -175,7 +175,7 @@ def test_methods_on_pixels_need_no_weights(parts, tiny, tmp_path):
 @pytest.mark.parametrize("harm", ["cut", "foreign", "other"])
 def test_a_damaged_feature_file_is_named(parts, tiny, tmp_path, harm):
     config, dataset = tiny("lookup", **SMALL | {"training.display_steps": 0}), load_dataset(parts)
-    Laboratory(tmp_path, Weights.RANDOM).fit(config, dataset)
+    ExperimentRunner(tmp_path, Weights.RANDOM).fit(config, dataset)
     (file,) = tmp_path.iterdir()
     if harm == "cut":
         file.write_bytes(file.read_bytes()[:-1000])
@@ -184,18 +184,22 @@ def test_a_damaged_feature_file_is_named(parts, tiny, tmp_path, harm):
     else:
         np.save(file, np.zeros(20, np.float32))
     with pytest.raises(ValueError, match=rf"{file.name}.*delete it"):
-        Laboratory(tmp_path, Weights.RANDOM).fit(config, dataset)
+        ExperimentRunner(tmp_path, Weights.RANDOM).fit(config, dataset)
 
 
 def test_a_folder_that_cannot_hold_features_is_named(parts, tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WriteError, match=r"file: cannot be written.*name another folder"):
-        Laboratory(tmp_path / "file", Weights.RANDOM).fit(tiny("lookup", **SMALL), load_dataset(parts))
+        ExperimentRunner(tmp_path / "file", Weights.RANDOM).fit(tiny("lookup", **SMALL), load_dataset(parts))
 
 
 def test_what_cannot_be_learned_from_is_said_as_ever(parts, tiny, tmp_path):
     dataset = load_dataset(parts)
     with pytest.raises(TrainingError, match="too few to learn from"):
-        Laboratory(tmp_path, Weights.RANDOM).fit(tiny("lookup", **SMALL), replace(dataset, train=dataset.train[:5]))
+        ExperimentRunner(tmp_path, Weights.RANDOM).fit(
+            tiny("lookup", **SMALL), replace(dataset, train=dataset.train[:5])
+        )
     with pytest.raises(ValueError, match="patches of 3"):
-        Laboratory(tmp_path, Weights.RANDOM).fit(tiny("uranet", **SMALL | {"network.restoration.patch": 3}), dataset)
+        ExperimentRunner(tmp_path, Weights.RANDOM).fit(
+            tiny("uranet", **SMALL | {"network.restoration.patch": 3}), dataset
+        )

@@ -14,13 +14,13 @@ from unflaw.cli import app
 from unflaw.datasets import DatasetError
 from unflaw.detector import Detector
 from unflaw.experiments import per_category as module
-from unflaw.experiments.feature_store import Laboratory
+from unflaw.experiments.feature_store import ExperimentRunner
 from unflaw.experiments.per_category import (
     FleetError,
-    ProcessSeat,
+    ProcessWorker,
     Record,
-    Told,
     Worker,
+    WorkerConfig,
     members,
     seats,
     shares,
@@ -63,7 +63,7 @@ def products(tmp_path_factory):
 
 @pytest.fixture
 def told(tmp_path, weights):
-    return Told(tmp_path / "features", None, str(weights), 1)
+    return WorkerConfig(tmp_path / "features", None, str(weights), 1)
 
 
 @pytest.fixture
@@ -139,11 +139,11 @@ def test_features_serve_again_within_a_limit(products, config, tiny, told, tmp_p
     run(products, tiny("lookup", **{"training.seed": 1}), tmp_path, Here(told))
     monkeypatch.undo()
     shutil.rmtree(told.cache)
-    little = Told(told.cache, 1.5 * max(files.values()), told.weights, 1)
+    little = WorkerConfig(told.cache, 1.5 * max(files.values()), told.weights, 1)
     records, _ = run(products, tiny("lookup", **{"training.seed": 2}), tmp_path, Here(little))
     kept = [path.stat().st_size for path in told.cache.iterdir()]
     assert len(records) == 3 and 0 < sum(kept) <= little.limit
-    nothing = Told(told.cache, 1.0, told.weights, 1)
+    nothing = WorkerConfig(told.cache, 1.0, told.weights, 1)
     with_room = [record.metrics for record in records]
     again, _ = run(products, tiny("lookup", **{"training.seed": 2}), tmp_path / "other", Here(nothing))
     for found, expected in zip([record.metrics for record in again], with_room, strict=True):
@@ -151,12 +151,12 @@ def test_features_serve_again_within_a_limit(products, config, tiny, told, tmp_p
 
 
 def test_a_file_that_vanishes_is_made_again(products, config, told, weights):
-    laboratory, dataset = Laboratory(told.cache, weights), members(products)[0]["bolt"]
+    laboratory, dataset = ExperimentRunner(told.cache, weights), members(products)[0]["bolt"]
     path = laboratory.path(config, dataset)
     laboratory.fit(config, dataset)
     assert path.is_file()
     path.unlink()
-    Laboratory(told.cache, weights).fit(config, dataset)
+    ExperimentRunner(told.cache, weights).fit(config, dataset)
     assert path.is_file()
 
 
@@ -194,7 +194,7 @@ def _serve_killed(told, pipe):
 
 def test_a_process_that_is_killed_ends_its_category_only(products, config, told, tmp_path, monkeypatch):
     started = []
-    real = ProcessSeat.train
+    real = ProcessWorker.train
 
     def train(self, task):
         try:
@@ -202,7 +202,7 @@ def test_a_process_that_is_killed_ends_its_category_only(products, config, told,
         finally:
             started.append(self.process)
 
-    monkeypatch.setattr(ProcessSeat, "train", train)
+    monkeypatch.setattr(ProcessWorker, "train", train)
     monkeypatch.setattr(module, "_serve", _serve_killed)
     found, _ = members(products)
     found = {name: found[name] for name in ("bolt", "nut", "washer")}

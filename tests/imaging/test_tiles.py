@@ -10,14 +10,14 @@ from unflaw import load
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
 from unflaw.evaluation.evaluate import evaluate
-from unflaw.experiments.feature_store import Laboratory
+from unflaw.experiments.feature_store import ExperimentRunner
 from unflaw.features.cache import build_cache
 from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
 from unflaw.postprocessing.results import Result
 from unflaw.report.figures import write_figures
-from unflaw.training.splits import hold_out
+from unflaw.training.splits import split_calibration
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def test_windows_of_a_picture_stay_together(parts, tiny, weights):
     cache = build_cache(extractor, paths, Preparation(size=64, tile=40), 1e9)
     assert len(cache) == 12 * 4 and cache.count == 12
     assert cache.pictures.tolist() == [number for number in range(12) for _ in range(4)]
-    train, held = hold_out(cache, None, 0.25, 1e9)
+    train, held = split_calibration(cache, None, 0.25, 1e9)
     assert train.count == 9 and held[""].count == 3 and not set(train.paths) & set(held[""].paths)
     first = cache.mixed(range(len(cache)))[:12]
     assert sorted(cache.pictures[first].tolist()) == list(range(12))
@@ -116,7 +116,7 @@ def test_a_file_an_evaluation_a_prediction_and_figures(tiled, parts, tmp_path):
 def test_features_from_a_file_are_the_same(parts, weights, tiny, tmp_path, more):
     dataset = load_dataset(parts)
     config = tiny("lookup", **{"training.display_steps": 0} | more)
-    found, expected = Laboratory(tmp_path, weights).fit(config, dataset), Detector(config=config, weights=weights)
+    found, expected = ExperimentRunner(tmp_path, weights).fit(config, dataset), Detector(config=config, weights=weights)
     expected.fit(dataset)
     assert found.calibration_.scores == pytest.approx(expected.calibration_.scores, rel=1e-3)
     paths = [sample.path for sample in dataset.test]

@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from unflaw.config import make_config
 from unflaw.errors import ImageError
 from unflaw.imaging import tiling as module
-from unflaw.imaging.tiling import Layout, Preparation, Window, layout
+from unflaw.imaging.tiling import Preparation, TilingGeometry, Window, layout
 from unflaw.imaging.transforms import prepare, prepare_mask, try_show, windows
-from unflaw.postprocessing.stitching import Mosaic, weights
+from unflaw.postprocessing.stitching import TileStitcher, weights
 
 RNG = np.random.default_rng(0)
 SIDES = st.integers(1, 700)
@@ -42,7 +42,7 @@ def picture(width: int, height: int) -> np.ndarray:
 @settings(max_examples=80)
 @given(SIDES, SIDES, PREPARATIONS)
 def test_windows_cover_every_pixel_and_stay_on_the_canvas(width, height, preparation):
-    laid, size = Layout(width, height, preparation), preparation.size
+    laid, size = TilingGeometry(width, height, preparation), preparation.size
     covered = np.zeros(laid.canvas[::-1], int)
     for x, y in laid.places:
         assert 0 <= x <= laid.canvas[0] - size and 0 <= y <= laid.canvas[1] - size
@@ -57,7 +57,7 @@ def test_windows_cover_every_pixel_and_stay_on_the_canvas(width, height, prepara
 @settings(max_examples=80)
 @given(SIDES, SIDES, PREPARATIONS, st.data())
 def test_boxes_come_back_to_the_picture(width, height, preparation, data):
-    laid = Layout(width, height, preparation)
+    laid = TilingGeometry(width, height, preparation)
     h, w = laid.shape
     assert laid.to_original(laid.box) == laid.to_original((0, 0, w, h)) == (0, 0, width, height)
     x0, y0 = data.draw(st.integers(0, w - 1)), data.draw(st.integers(0, h - 1))
@@ -233,13 +233,13 @@ def test_mistakes_of_geometry_are_not_damaged_files(tmp_path, monkeypatch, tile)
 @given(st.integers(30, 400), st.integers(30, 400), st.integers(20, 120), st.floats(0, 0.7), st.booleans())
 def test_what_windows_agree_on_is_blended_without_seams(width, height, tile, overlap, small):
     preparation = Preparation(size=32, tile=tile, overlap=overlap)
-    laid = Layout(width, height, preparation)
+    laid = TilingGeometry(width, height, preparation)
     if small:
         laid.step = 2
         laid = _stepped(laid)
     whole = RNG.random(laid.canvas[::-1]).astype(np.float32)
     colours = RNG.integers(0, 256, (*laid.canvas[::-1], 3), dtype=np.uint8)
-    mosaic = Mosaic(laid)
+    mosaic = TileStitcher(laid)
     for number, (x, y) in enumerate(laid.places):
         assert not mosaic.complete
         here = np.s_[y : y + 32, x : x + 32]
@@ -254,7 +254,7 @@ def test_what_windows_agree_on_is_blended_without_seams(width, height, tile, ove
     assert (found["mask"] == 1).all()
 
 
-def _stepped(laid: Layout) -> Layout:
+def _stepped(laid: TilingGeometry) -> TilingGeometry:
     """As if the map were too large for every pixel of the canvas."""
     laid.canvas = tuple(max(32, -(-side // 2) * 2) for side in laid.canvas)
     laid.columns, laid.rows = (module._spread(side, 32, laid.preparation.overlap, 2) for side in laid.canvas)
@@ -264,7 +264,7 @@ def _stepped(laid: Layout) -> Layout:
 
 def test_one_window_comes_out_as_it_went_in():
     laid = layout(50, 80, Preparation(size=32))
-    mosaic, values = Mosaic(laid), RNG.normal(size=(32, 32)).astype(np.float32)
+    mosaic, values = TileStitcher(laid), RNG.normal(size=(32, 32)).astype(np.float32)
     mosaic.add(3.25, {"map": values})
     score, found = mosaic.result()
     assert score == 3.25 and np.array_equal(found["map"], values) and found["map"].dtype == np.float32
@@ -272,6 +272,6 @@ def test_one_window_comes_out_as_it_went_in():
 
 def test_what_does_not_count_has_the_lowest_value(mask_file):
     laid = layout(200, 100, Preparation(size=32, roi=str(mask_file)))
-    mosaic = Mosaic(laid)
+    mosaic = TileStitcher(laid)
     mosaic.add(0.0, {"map": np.where(laid.counted, 5.0, 99.0).astype(np.float32)})
     assert (mosaic.result()[1]["map"] == 5).all()

@@ -37,7 +37,7 @@ def method(request, tiny) -> Method:
         "scoring.shares": SHARES,
         "scoring.coarse_share": COARSE_SHARE,
         "scoring.coarse_weight": 0.5,
-        "scoring.coarse_say": 2,
+        "scoring.regional_weight": 2,
     }
     if request.param != "alone":
         return create(tiny(request.param, **settings), Weights.RANDOM)
@@ -72,7 +72,7 @@ def test_kinds_of_evidence_are_counted(tiny):
         assert network.normal_scores.shape == (shares * (1 + perceives) + judges, 2)
         with torch.no_grad():
             found = network(torch.randn(3, network.features.channels, GRID, GRID))
-        assert found.witnesses.shape == (3, kinds, GRID, GRID)
+        assert found.anomaly_maps.shape == (3, kinds, GRID, GRID)
         assert found.coarse.shape == (3, 1, GRID // 2, GRID // 2) if judges else found.coarse is None
         assert found.perceived.shape == (3, 1, GRID, GRID) if perceives else found.perceived is None
 
@@ -120,7 +120,7 @@ def test_evidence_counts_in_its_own_deviations(method):
     if coarse is not None:
         rows, coarse = torch.cat([rows, torch.tensor([[7.0, 0.1]])]), 0.1 * coarse + 7
     method.normal.copy_(rows)
-    scaled = inspection.witnesses * deviation.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    scaled = inspection.anomaly_maps * deviation.view(-1, 1, 1) + mean.view(-1, 1, 1)
     for a, b in zip(method.fuse(Inspection(scaled, inspection.perceived, coarse)), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
@@ -147,7 +147,7 @@ def holding_any(valid: np.ndarray) -> np.ndarray:
 def scores_by_hand(inspection: Inspection, valid: np.ndarray, normal: np.ndarray) -> list[float]:
     scores = []
     for i, inside in enumerate(valid):
-        found = statistics_by_hand(inspection, inspection.witnesses[i].mean(0).numpy(), inside, i)
+        found = statistics_by_hand(inspection, inspection.anomaly_maps[i].mean(0).numpy(), inside, i)
         above = [(f - mean) / dev for f, (mean, dev) in zip(found, normal, strict=True)]
         fine = max(np.mean(above[:2]), np.mean(above[2:4])) if inspection.perceived is not None else np.mean(above[:2])
         scores.append(float(fine if inspection.coarse is None else (fine + 2 * above[-1]) / 3))
@@ -176,10 +176,10 @@ def test_the_score_is_made_of_highest_shares_in_their_own_deviations(method, nor
 
 
 def test_fine_evidence_has_the_say_that_is_known_of_it(tiny):
-    method = create(tiny("lookup", **{"scoring.coarse_say": 2}), Weights.RANDOM)
+    method = create(tiny("lookup", **{"scoring.regional_weight": 2}), Weights.RANDOM)
     inspection = random_inspection(method)
-    fine, coarse = method._sayings(inspection, None)
-    method.fine_say.fill_(0.25)
+    fine, coarse = method._image_scores(inspection, None)
+    method.patch_weight.fill_(0.25)
     torch.testing.assert_close(method.fuse(inspection)[1], (0.25 * fine + 2 * coarse) / 2.25)
 
 
@@ -203,7 +203,7 @@ def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, mon
     monkeypatch.setattr(method, "forward", forward)
     monkeypatch.setattr(base, "synthesise", altered)
     method.finish(good.half())
-    assert method.fine_say.item() == pytest.approx(say, abs=1e-3)
+    assert method.patch_weight.item() == pytest.approx(say, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["lookup", "uranet"])
@@ -221,10 +221,10 @@ def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, nam
                 made_of = torch.tensor([[i, int(made.origin[i])]])
                 altered, before = method(row, made_of), method(features[i : i + 1].float(), made_of)
                 own_only = method(row, rows[i : i + 1])
-                leaks.append((altered.witnesses[:, -1] - own_only.witnesses[:, -1]).max().item())
-                fine = (method._sayings(found, None)[0] for found in (altered, before))
+                leaks.append((altered.anomaly_maps[:, -1] - own_only.anomaly_maps[:, -1]).max().item())
+                fine = (method._image_scores(found, None)[0] for found in (altered, before))
                 moved.append((next(fine) - next(fine)).clamp(0, 3).item())
-    assert method.fine_say.item() == pytest.approx(np.clip(np.mean(moved), 1e-3, 1), rel=1e-3)
+    assert method.patch_weight.item() == pytest.approx(np.clip(np.mean(moved), 1e-3, 1), rel=1e-3)
     assert max(leaks) > 0.5  # leaving out the own image alone would not have been enough
 
 
@@ -242,19 +242,19 @@ def test_padding_has_no_part_in_the_score(method):
     expected = scores_by_hand(inspection, valid.numpy(), np.array([[0.0, 1.0]] * len(method.normal_scores)))
     scores = method.fuse(inspection, valid)[1]
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-5)
-    witnesses, coarse = torch.where(valid[:, None], inspection.witnesses, 100.0), inspection.coarse
+    anomaly_maps, coarse = torch.where(valid[:, None], inspection.anomaly_maps, 100.0), inspection.coarse
     perceived = torch.where(valid[:, None], inspection.perceived, 100.0) if method.perceives else None
     if coarse is not None:
         held = torch.from_numpy(np.stack([holding_any(v) for v in valid.numpy()]))
         assert not held.all() and (held.flatten(1).sum(1) * 4 > valid.flatten(1).sum(1)).any()
         coarse = torch.where(held[:, None], coarse, 100.0)
-    torch.testing.assert_close(method.fuse(Inspection(witnesses, perceived, coarse), valid)[1], scores)
+    torch.testing.assert_close(method.fuse(Inspection(anomaly_maps, perceived, coarse), valid)[1], scores)
     everywhere = torch.ones_like(valid)
     torch.testing.assert_close(method.fuse(inspection, everywhere)[1], method.fuse(inspection)[1])
 
 
 def test_a_last_cell_of_an_odd_grid_has_a_coarse_cell_of_its_own(tiny):
-    method = create(tiny("lookup", **{"features.grid": 7, "scoring.coarse_say": 2}), Weights.RANDOM)
+    method = create(tiny("lookup", **{"features.grid": 7, "scoring.regional_weight": 2}), Weights.RANDOM)
     valid = torch.zeros(1, 7, 7, dtype=torch.bool)
     valid[..., 6, 6] = True
     coarse = torch.arange(16.0).view(1, 1, 4, 4)
@@ -276,7 +276,7 @@ def test_coarse_evidence_lies_where_its_cells_lie(tiny, grid):
 
 def standardised(method: Method, inspection: Inspection) -> list[Tensor]:
     """Each kind of evidence, (N, g, g) or (N, h, h), the coarse one last."""
-    kinds = list(inspection.witnesses.unbind(1))
+    kinds = list(inspection.anomaly_maps.unbind(1))
     kinds += [] if inspection.coarse is None else [inspection.coarse[:, 0]]
     return [(kind - mean) / deviation for kind, (mean, deviation) in zip(kinds, method.normal, strict=True)]
 
@@ -306,7 +306,7 @@ def test_after_training_evidence_counts_in_deviations_of_good_pictures(method):
     if not method.perceives:  # the larger of two has no mean of 0
         assert scores.mean().item() == pytest.approx(0, abs=1e-3)
     fused, everywhere = torch.stack(standard[: method.kinds], 1).mean(1).numpy(), np.ones((GRID, GRID), bool)
-    judged = Inspection(found.witnesses, found.perceived, standard[-1][:, None] if method.judges else None)
+    judged = Inspection(found.anomaly_maps, found.perceived, standard[-1][:, None] if method.judges else None)
     statistics = [statistics_by_hand(judged, f, everywhere, i) for i, f in enumerate(fused)]
     mean, deviation = method.normal_scores.unbind(-1)
     np.testing.assert_allclose(np.mean(statistics, 0), mean.numpy(), atol=1e-4, rtol=1e-4)
@@ -370,11 +370,11 @@ def test_extending_raises_no_evidence_of_any_picture(method, seed):
         method.extend(held.half(), rng)
         after = method(everything)
         maps, scores = zip(method.fuse(before), method.fuse(after), strict=True)
-    assert (after.witnesses <= before.witnesses).all()
+    assert (after.anomaly_maps <= before.anomaly_maps).all()
     assert after.perceived is None or (after.perceived <= before.perceived).all()
     assert (scores[1] <= scores[0] + 1e-5).all() and (maps[1] <= maps[0] + 1e-4).all()
     if not method.judges:
-        assert torch.equal(after.witnesses, before.witnesses)
+        assert torch.equal(after.anomaly_maps, before.anomaly_maps)
         return
     assert (after.coarse <= before.coarse).all()
     learned_now, known = slice(10, 16), len(method.judge.memory.extra)
@@ -403,7 +403,7 @@ def test_lookup_is_the_distance_to_the_memory(tiny):
     for held_out in (None, rows):
         found = method(everything, held_out=held_out)
         recalled, distance, least = method.memory(everything, held_out=held_out)
-        assert torch.equal(found.witnesses, least) and torch.equal(found.restored, recalled)
+        assert torch.equal(found.anomaly_maps, least) and torch.equal(found.restored, recalled)
         assert torch.equal(found.coarse, method.judge(everything, held_out=held_out))
         assert not torch.equal(least, distance)
     assert not torch.equal(method(everything).coarse, method(everything, held_out=rows).coarse)

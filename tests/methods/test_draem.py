@@ -62,9 +62,9 @@ def test_the_discriminative_network_sees_picture_and_reconstruction(tiny):
         restored = made.reconstructive(pictures)
         expected = made.discriminative(torch.cat([restored, pictures], dim=1)).softmax(1)[:, 1:]
         found = made(pictures)
-    assert torch.equal(found.witnesses, expected) and torch.equal(found.restored, restored)
-    assert found.witnesses.shape == (2, 1, SIDE, SIDE)
-    assert found.witnesses.min() >= 0 and found.witnesses.max() <= 1
+    assert torch.equal(found.anomaly_maps, expected) and torch.equal(found.restored, restored)
+    assert found.anomaly_maps.shape == (2, 1, SIDE, SIDE)
+    assert found.anomaly_maps.min() >= 0 and found.anomaly_maps.max() <= 1
 
 
 # The losses

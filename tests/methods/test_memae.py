@@ -82,8 +82,8 @@ def test_inspection_is_the_squared_error(tiny):
     made, pictures = network(tiny), rand(2, 3, SIDE, SIDE)
     with torch.no_grad():
         found, again = made(pictures), made(pictures)
-    assert found.restored.shape == pictures.shape and torch.equal(found.witnesses, again.witnesses)
-    torch.testing.assert_close(found.witnesses[:, 0], (found.restored - pictures).square().mean(1))
+    assert found.restored.shape == pictures.shape and torch.equal(found.anomaly_maps, again.anomaly_maps)
+    torch.testing.assert_close(found.anomaly_maps[:, 0], (found.restored - pictures).square().mean(1))
 
 
 def test_the_loss_is_squared_error_and_entropy(tiny):

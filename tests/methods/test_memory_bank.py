@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from unflaw.methods.memory_bank import CHUNK, MOST_TOKENS, Judge, Memory
+from unflaw.methods.memory_bank import CHUNK, MOST_TOKENS, MemoryBank, RegionalMemoryBank
 
 CHANNELS = 6
 
@@ -19,8 +19,8 @@ def features() -> Tensor:
     return torch.randn(4, CHANNELS, 8, 8, generator=rng())
 
 
-def filled(features: Tensor, size: int = 20, sharpness: float = 2.0, neighbours: int = 8, seed: int = 1) -> Memory:
-    memory = Memory(size, CHANNELS, sharpness, neighbours)
+def filled(features: Tensor, size: int = 20, sharpness: float = 2.0, neighbours: int = 8, seed: int = 1) -> MemoryBank:
+    memory = MemoryBank(size, CHANNELS, sharpness, neighbours)
     memory.fit(features, rng(seed))
     return memory
 
@@ -94,7 +94,7 @@ def test_distances_are_those_of_a_full_search(features):
     assert torch.equal(least, distance)  # as long as it was not extended
 
 
-def attention(memory: Memory, tokens: Tensor, keys: Tensor) -> Tensor:
+def attention(memory: MemoryBank, tokens: Tensor, keys: Tensor) -> Tensor:
     """Softmax over the nearest keys, as the words say it."""
     squared = (tokens[:, None] - keys).square().sum(-1)
     squared, nearest = squared.topk(min(memory.neighbours, len(keys)), largest=False)
@@ -224,7 +224,7 @@ def test_extending_can_only_lower_the_least_distance_and_leaves_the_rest_alone()
     rng = torch.Generator().manual_seed(0)
     known, held, new = (torch.randn(n, 6, 4, 4, generator=rng) + shift for n, shift in ((8, 0), (4, 3), (4, 3)))
     everything = torch.cat([known, held, new])
-    memory = Memory(32, 6)
+    memory = MemoryBank(32, 6)
     memory.fit(known, rng)
     before = memory(everything)
     memory.extend(held, rng)
@@ -244,7 +244,7 @@ def test_what_a_picture_added_is_left_out_for_it(windows):
     """All windows of it; what other held-out pictures added, and what training taught, is not."""
     rng = torch.Generator().manual_seed(0)
     known, held = torch.randn(8, 6, 4, 4, generator=rng), torch.randn(4, 6, 4, 4, generator=rng) + 3
-    memory, pictures = Memory(32, 6), torch.arange(4) // windows
+    memory, pictures = MemoryBank(32, 6), torch.arange(4) // windows
     memory.fit(known, rng)
     memory.arrange(pictures, None)
     memory.extend(held, rng)
@@ -280,9 +280,9 @@ def test_leave_one_out_is_refused_where_nobody_knows_what_to_leave_out(features)
     memory, rows = filled(features), torch.arange(4)
     with pytest.raises(RuntimeError, match="held-out images can be left out only once"):
         memory(features, held_out=rows)
-    loaded = Memory(20, CHANNELS)
+    loaded = MemoryBank(20, CHANNELS)
     loaded.load_state_dict(memory.state_dict())
-    for unknowing in (Memory(20, CHANNELS), loaded):
+    for unknowing in (MemoryBank(20, CHANNELS), loaded):
         with pytest.raises(RuntimeError, match="leave-one-out needs to know which training image"):
             unknowing(features, rows)
     torch.testing.assert_close(loaded(features), memory(features))
@@ -315,8 +315,8 @@ def regions_of(features: Tensor) -> Tensor:
     return coarse - coarse.mean((2, 3), keepdim=True)
 
 
-def judge(features: Tensor, size: int = 20) -> Judge:
-    made = Judge(size, SimpleNamespace(coarse_channels=CHANNELS, coarsen=coarsen))
+def judge(features: Tensor, size: int = 20) -> RegionalMemoryBank:
+    made = RegionalMemoryBank(size, SimpleNamespace(coarse_channels=CHANNELS, coarsen=coarsen))
     made.fit(features, rng(1))
     return made
 
@@ -371,7 +371,7 @@ def test_extending_a_judge_can_only_lower_what_it_says(features):
 
 
 def test_no_tokens_are_recalled_as_none_of_several_categories_too():
-    memory = Memory(16, 4)
+    memory = MemoryBank(16, 4)
     rng = torch.Generator().manual_seed(0)
     memory.fit(torch.randn(8, 4, 4, 4, generator=rng), rng, torch.tensor([0] * 4 + [1] * 4))
     mixture, distance, least = memory.recall(torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.long))

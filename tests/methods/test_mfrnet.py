@@ -227,11 +227,11 @@ def test_distance_and_regions_join_the_evidence(remembering, features):
     with torch.no_grad():
         found, left_out = remembering(features), remembering(features, torch.arange(12))
         plain = network_without_memory(remembering, features)
-    assert remembering.kinds == 2 and remembering.judges and found.witnesses.shape == (12, 2, GRID, GRID)
-    torch.testing.assert_close(found.witnesses[:, :1], plain)
-    torch.testing.assert_close(found.witnesses[:, 1:], remembering.memory(features)[2])
+    assert remembering.kinds == 2 and remembering.judges and found.anomaly_maps.shape == (12, 2, GRID, GRID)
+    torch.testing.assert_close(found.anomaly_maps[:, :1], plain)
+    torch.testing.assert_close(found.anomaly_maps[:, 1:], remembering.memory(features)[2])
     assert torch.equal(found.coarse, remembering.judge(features))
-    assert left_out.witnesses[:, 1].mean() > found.witnesses[:, 1].mean()
+    assert left_out.anomaly_maps[:, 1].mean() > found.anomaly_maps[:, 1].mean()
     assert left_out.coarse.mean() > found.coarse.mean()
 
 
@@ -249,8 +249,8 @@ def test_what_is_learned_after_calibration_only_lowers_evidence(remembering, fea
         before, scores = made(foreign), made.fuse(made(foreign))[1]
         made.extend(foreign[12:16].half(), rng())
         after, lower = made(foreign), made.fuse(made(foreign))[1]
-    assert torch.equal(after.witnesses[:, 0], before.witnesses[:, 0])
-    assert (after.witnesses[:, 1] <= before.witnesses[:, 1]).all() and (after.coarse <= before.coarse).all()
+    assert torch.equal(after.anomaly_maps[:, 0], before.anomaly_maps[:, 0])
+    assert (after.anomaly_maps[:, 1] <= before.anomaly_maps[:, 1]).all() and (after.coarse <= before.coarse).all()
     assert (lower <= scores + 1e-5).all() and lower[12:16].mean() < scores[12:16].mean() - 0.01
 
 
@@ -269,8 +269,8 @@ def test_the_evidence_is_the_root_of_the_loss_of_every_cell(trained, features):
             hybrid = (x - y).square().sum(1, keepdim=True) + structure + gradients
             expected = expected + hybrid.sqrt() / restored.shape[1]
         loss = made.loss({"features": features}, rng())
-    assert made.kinds == 1 and found.witnesses.shape == (12, 1, GRID, GRID)
-    torch.testing.assert_close(found.witnesses, expected, atol=1e-5, rtol=1e-4)
+    assert made.kinds == 1 and found.anomaly_maps.shape == (12, 1, GRID, GRID)
+    torch.testing.assert_close(found.anomaly_maps, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.restored, restored.mean(1))
     assert loss["loss"].item() == pytest.approx(sum(loss[name].item() for name in ("pixel", "ssim", "gms")), rel=1e-5)
 
@@ -287,7 +287,7 @@ def test_weights_of_the_terms_count_in_loss_and_evidence(tiny, features, weights
     assert terms["loss"].item() == pytest.approx(sum(w * terms[name].item() for name, w in kept.items()), rel=1e-5)
     hybrid = torch.stack([w * each[name] for name, w in kept.items()]).sum(0)
     expected = hybrid.clamp_min(0).sqrt().view(12, 2, 1, GRID, GRID).mean(1)
-    torch.testing.assert_close(found.witnesses, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.anomaly_maps, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_units_of_the_features_do_not_matter(tiny, features):
@@ -295,7 +295,9 @@ def test_units_of_the_features_do_not_matter(tiny, features):
     first.setup(features.half(), None, rng())
     second.setup((4 * features).half(), None, rng())
     with torch.no_grad():
-        torch.testing.assert_close(first(features).witnesses, second(4 * features).witnesses, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            first(features).anomaly_maps, second(4 * features).anomaly_maps, atol=1e-3, rtol=1e-3
+        )
 
 
 # Training and inspection
@@ -310,8 +312,8 @@ def test_inspection_is_deterministic_and_of_each_picture_alone(trained, features
     made = trained[0]
     with torch.no_grad():
         found, again, alone = made(features), made(features), made(features[3:4])
-    assert torch.equal(found.witnesses, again.witnesses)
-    torch.testing.assert_close(found.witnesses[3:4], alone.witnesses, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.anomaly_maps, again.anomaly_maps)
+    torch.testing.assert_close(found.anomaly_maps[3:4], alone.anomaly_maps, atol=1e-4, rtol=1e-4)
     assert found.restored.shape == features.shape and "masks" in made.state_dict()
 
 
@@ -339,7 +341,7 @@ def test_a_foreign_patch_stands_out(trained, features):
         scores, plain_scores = made.fuse(found)[1], made.fuse(plain)[1]
     assert (scores > plain_scores).all()
     mean, deviation = made.normal[..., None, None].unbind(1)
-    standard = (found.witnesses - mean) / deviation
+    standard = (found.anomaly_maps - mean) / deviation
     assert (standard[:, :, 3:5, 3:5].mean((0, 2, 3)) > standard.mean((0, 2, 3)) + 1).all()  # every kind says so
 
 

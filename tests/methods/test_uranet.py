@@ -237,9 +237,9 @@ def test_inspection_is_what_the_contract_says(trained, features):
         found = network(features.float())
         again = network(features.float())
         alone = network(features[3:4].float())
-    assert found.witnesses.shape == (12, 2, GRID, GRID) and network.kinds == 2 and network.perceives
+    assert found.anomaly_maps.shape == (12, 2, GRID, GRID) and network.kinds == 2 and network.perceives
     assert found.restored.shape == features.shape
-    (residual, least), perceived = found.witnesses.unbind(1), found.perceived[:, 0]
+    (residual, least), perceived = found.anomaly_maps.unbind(1), found.perceived[:, 0]
     torch.testing.assert_close(residual, (features.float() - found.restored).norm(dim=1))
     torch.testing.assert_close(least, network.memory(features.float())[2][:, 0])
     torch.testing.assert_close(perceived.sigmoid(), found.layers["mean"][:, 0], atol=2e-6, rtol=1e-4)
@@ -247,8 +247,8 @@ def test_inspection_is_what_the_contract_says(trained, features):
     assert {"mean", "uncertainty", "mask"} <= set(found.layers)
     for layer in found.layers.values():
         assert layer.shape == (12, 1, GRID, GRID) and layer.min() >= 0 and layer.max() <= 1
-    assert torch.equal(found.witnesses, again.witnesses)
-    for together, single in ((found.witnesses, alone.witnesses), (found.coarse, alone.coarse)):
+    assert torch.equal(found.anomaly_maps, again.anomaly_maps)
+    for together, single in ((found.anomaly_maps, alone.anomaly_maps), (found.coarse, alone.coarse)):
         # squares: near 0 the root of a distance magnifies rounding
         torch.testing.assert_close(together[3:4].square(), single.square(), atol=1e-5, rtol=1e-4)
     options, (of_mean, of_deviation) = network.config.network.perception, network.perception.thresholds.tolist()
@@ -268,7 +268,7 @@ def test_a_foreign_patch_stands_out(trained, features, textures):
     inside = torch.zeros(GRID, GRID, dtype=torch.bool)
     inside[3:5, 3:5] = True
     mean, deviation = network.normal[: network.kinds, :, None, None].unbind(1)
-    standard = (found.witnesses - mean) / deviation
+    standard = (found.anomaly_maps - mean) / deviation
     assert (standard[..., inside].mean(-1) > standard[..., ~inside].mean(-1) + 2).all()  # deviations, of every kind
     assert (scores > plain_scores).all()
     peaks = maps.flatten(1).argmax(1)
@@ -282,8 +282,8 @@ def test_a_foreign_patch_stands_out(trained, features, textures):
 def seen_by(network: URANet, features: Tensor, pictures: Tensor | None = None, which: int = 1) -> Tensor:
     """Distance to the memory (1), or to all that it ever learned (2), and departure from the recall, by hand."""
     found = network.memory(features, pictures)
-    departure = (features - found[0]).norm(dim=1, keepdim=True)
-    return torch.cat([found[which], departure], 1) / network.memory.radius - 1
+    retrieval_residual = (features - found[0]).norm(dim=1, keepdim=True)
+    return torch.cat([found[which], retrieval_residual], 1) / network.memory.radius - 1
 
 
 @pytest.fixture
@@ -335,7 +335,7 @@ def test_what_was_learned_after_calibration_speaks_for_a_picture_and_never_again
     assert (calmed < mean).any() and not torch.equal(least, distance)
     expected = torch.minimum(mean, calmed).clamp(1e-6, 1 - 1e-6)
     torch.testing.assert_close(found.perceived.sigmoid(), expected, atol=1e-6, rtol=1e-3)
-    assert torch.equal(found.witnesses[:, 1:2], least)
+    assert torch.equal(found.anomaly_maps[:, 1:2], least)
     torch.testing.assert_close(found.layers["mean"], mean)  # the mask is that of before, and so is the residual
     with torch.no_grad():
         restored = extended.restoration(recalled, found.layers["mask"])
@@ -360,11 +360,11 @@ def test_after_extending_the_residual_is_the_same_and_the_rest_can_only_fall(tin
         after, (_, lower) = network(everything), network.fuse(network(everything))
         calmed = network.perception(seen_by(network, everything, which=2))[0]
     assert (calmed > before.layers["mean"]).any()  # which would have been against a picture
-    assert torch.equal(after.witnesses[:, 0], before.witnesses[:, 0])
+    assert torch.equal(after.anomaly_maps[:, 0], before.anomaly_maps[:, 0])
     assert torch.equal(after.restored, before.restored)
     assert all(torch.equal(after.layers[name], layer) for name, layer in before.layers.items())
-    assert (after.witnesses[:, 1] <= before.witnesses[:, 1]).all() and (after.perceived <= before.perceived).all()
-    assert (after.witnesses[12:17, 1] < before.witnesses[12:17, 1]).any()
+    assert (after.anomaly_maps[:, 1] <= before.anomaly_maps[:, 1]).all() and (after.perceived <= before.perceived).all()
+    assert (after.anomaly_maps[12:17, 1] < before.anomaly_maps[12:17, 1]).any()
     assert (after.perceived[12:17] < before.perceived[12:17]).any()
     assert (after.coarse <= before.coarse).all() and (after.coarse[12:17] < before.coarse[12:17]).any()
     assert (lower <= scores + 1e-5).all() and lower[12:17].mean() < scores[12:17].mean()
@@ -376,9 +376,9 @@ def test_training_pictures_are_recalled_and_judged_without_themselves(trained, f
     with torch.no_grad():
         found, plain = network(x, rows), network(x)
     recalled, distance, _ = network.memory(x, rows)
-    assert torch.equal(found.witnesses[:, 1:2], distance)
+    assert torch.equal(found.anomaly_maps[:, 1:2], distance)
     assert torch.equal(found.coarse, network.judge(x, rows))
-    for with_itself, left_out in ((plain.witnesses[:, 1], found.witnesses[:, 1]), (plain.coarse, found.coarse)):
+    for with_itself, left_out in ((plain.anomaly_maps[:, 1], found.anomaly_maps[:, 1]), (plain.coarse, found.coarse)):
         assert (left_out >= with_itself - 3e-3).all() and left_out.mean() > 1.05 * with_itself.mean()
     with torch.no_grad():
         restored = network.restoration(recalled, found.layers["mask"])
@@ -469,8 +469,8 @@ def test_without_prototypes_the_picture_alone_is_restored(tiny, features):
     assert network.memory is None and network.judge is None and network.setup(features, None, rng()) == {}
     with torch.no_grad():
         found = network(features.float())
-    assert network.kinds == 1 and found.witnesses.shape == (12, 1, GRID, GRID) and found.coarse is None
-    torch.testing.assert_close(found.witnesses[:, 0], (features.float() - found.restored).norm(dim=1))
+    assert network.kinds == 1 and found.anomaly_maps.shape == (12, 1, GRID, GRID) and found.coarse is None
+    torch.testing.assert_close(found.anomaly_maps[:, 0], (features.float() - found.restored).norm(dim=1))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -484,11 +484,11 @@ def test_a_foreign_patch_that_nothing_marks_is_not_copied_to_the_restoration(tin
     changed[patch] = textures[seed][patch]
     with torch.no_grad():
         found, good = network(changed), network(features.float())
-    residual, inside = found.witnesses[:, 0], torch.zeros(GRID, GRID, dtype=torch.bool)
+    residual, inside = found.anomaly_maps[:, 0], torch.zeros(GRID, GRID, dtype=torch.bool)
     inside[patch] = True
     assert not found.layers["mask"].any()
     assert residual[:, inside].mean() > 6 * residual[:, ~inside].mean()
-    assert good.witnesses.mean() < 0.6 * features.float().norm(dim=1).mean()  # good images are restored
+    assert good.anomaly_maps.mean() < 0.6 * features.float().norm(dim=1).mean()  # good images are restored
 
 
 SWITCHES = {
@@ -506,7 +506,9 @@ def test_each_of_our_additions_has_a_switch_of_its_own(tiny, features, switch):
     train(network, features, None, 2)
     with torch.no_grad():
         found = network(features.float())
-    assert (network.memory is None) == (found.witnesses.shape[1] == 1) == (switch == "network.restoration.prototypes")
+    assert (
+        (network.memory is None) == (found.anomaly_maps.shape[1] == 1) == (switch == "network.restoration.prototypes")
+    )
     assert (found.coarse is None) == (switch == "network.restoration.coarse_prototypes")
     assert (found.perceived is None) == (switch == "network.perception.in_score")
     sees = network.perception.narrow.in_channels

@@ -7,13 +7,13 @@ from PIL import Image
 from scipy import ndimage
 
 from unflaw.imaging.tiling import Preparation
-from unflaw.imaging.transforms import Prepared, prepare
+from unflaw.imaging.transforms import ModelInput, prepare
 from unflaw.postprocessing.regions import EIGHT_CONNECTED, find_regions, flagged, outline, region_level
 
 RNG = np.random.default_rng(0)
 
 
-def canvas(width: int, height: int, size: int = 64, fit: str = "stretch") -> Prepared:
+def canvas(width: int, height: int, size: int = 64, fit: str = "stretch") -> ModelInput:
     return prepare(np.zeros((height, width, 3), np.uint8), Preparation(size=size, fit=fit))
 
 

@@ -132,7 +132,7 @@ def test_a_column_has_one_scale_that_its_bar_states(fitted, drawn, parts):
     detector = fitted("lookup")
     columns, rows = drawn(detector)["recall"]
     paths = [path_of(parts, name) for name, _ in rows]
-    distance = detector.network(features_of(detector, paths)).witnesses
+    distance = detector.network(features_of(detector, paths)).anomaly_maps
     sized = torch.nn.functional.interpolate(distance, (SIDE, SIDE), mode="bilinear")[:, 0].detach().numpy()
     column = columns["Distance to the memory"]
     assert column.marks == {0.0: "0", 1.0: f"{sized.max():.2g}"}
@@ -204,7 +204,7 @@ def test_evidence_of_mfrnet_has_its_names(changes, headings, fitted, parts):
         assert torch.equal(tiles["Recalled, drawn"].values, network.memory(features)[0][0])
     assert list(maps) == headings
     evidence = torch.cat([shown for heading, shown in maps.items() if heading in ("Hybrid", "Distance to the memory")])
-    assert torch.equal(evidence, inspection.witnesses[0])
+    assert torch.equal(evidence, inspection.anomaly_maps[0])
     restored = network.restore(features, network.masks, recall(network, features))[0]
     terms = network.compare(features.expand_as(restored), restored)
     assert torch.allclose(maps["1 - GMS"], terms["gms"].mean(0), atol=1e-5)
@@ -242,7 +242,7 @@ def test_m_u_leaves_out_what_is_only_ambiguous(fitted, parts):
     restored = tiles["Restored, drawn"].values
     assert torch.allclose(tiles["Residual"].values[0], (features[0] - restored).norm(dim=0), atol=1e-5)
     assert torch.equal(tiles["Recalled, drawn"].values, network.memory(features)[0][0])
-    assert torch.equal(tiles["Distance to the memory"].values[0], inspection.witnesses[0, 1])
+    assert torch.equal(tiles["Distance to the memory"].values[0], inspection.anomaly_maps[0, 1])
     assert torch.equal(tiles["Coarse evidence"].values, inspection.coarse[0])
 
 
@@ -342,7 +342,7 @@ def test_draem_alters_under_the_mask_only_and_shows_both_networks(fitted, parts)
             assert inside.any() and same[~inside].all() and not same[inside].any()
             inspection = detector.network(altered[None])
             assert torch.allclose(tiles["Repair"].values, inspection.restored[0], atol=1e-6)
-            assert torch.allclose(tiles["Probability of anomaly"].values, inspection.witnesses[0], atol=1e-6)
+            assert torch.allclose(tiles["Probability of anomaly"].values, inspection.anomaly_maps[0], atol=1e-6)
 
 
 def test_memae_shows_the_error_of_its_reconstruction(fitted, parts):

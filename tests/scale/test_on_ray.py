@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from unflaw import scale
 from unflaw.cli import app
 from unflaw.detector import Detector
-from unflaw.experiments.per_category import RaySeat, Told, members, seats, train_fleet
+from unflaw.experiments.per_category import RayWorker, WorkerConfig, members, seats, train_fleet
 from unflaw.scale import partitions
 from unflaw.scale.on_ray import running
 from unflaw.scale.store import OWN, Store
@@ -226,10 +226,10 @@ def test_a_fleet_is_trained_over_ray_and_a_lost_worker_ends_its_category_only(cl
         make_parts(root / name, train=9)
     (root / "ring/train/good").mkdir(parents=True)
     (root / "ring/train/good/one.png").write_bytes(b"no picture")
-    told, config = Told(tmp_path / "features", None, str(weights), 1), tiny("lookup")
+    told, config = WorkerConfig(tmp_path / "features", None, str(weights), 1), tiny("lookup")
     data, failed = members(root)
 
-    class Lost(RaySeat):
+    class Lost(RayWorker):
         """Its actor is killed at the first nut."""
 
         def train(self, task):

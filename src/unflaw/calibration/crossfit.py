@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unflaw.calibration.outliers import MOST, outliers
-from unflaw.calibration.thresholds import Evidence
+from unflaw.calibration.thresholds import CalibrationScores
 from unflaw.config import CalibrationOptions
 from unflaw.errors import TrainingError
 from unflaw.features.cache import Cache, cells
@@ -39,8 +39,8 @@ from unflaw.imaging.tiling import Window
 from unflaw.io.words import count
 from unflaw.methods import Method
 from unflaw.methods.base import highest
-from unflaw.methods.memory_bank import Memory
-from unflaw.postprocessing.stitching import Mosaic
+from unflaw.methods.memory_bank import MemoryBank
+from unflaw.postprocessing.stitching import TileStitcher
 
 FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
 
@@ -55,7 +55,7 @@ def pieced(
     windows: Sequence[Window],
     features: Callable[[Tensor], Tensor],
     **left_out: Tensor,
-) -> Iterator[Mosaic]:
+) -> Iterator[TileStitcher]:
     """What a network finds in pictures one after the other: "map" and, where there is one, "uncertainty".
 
     Args:
@@ -75,7 +75,7 @@ def pieced(
         if (doubt := inspection.layers.get("uncertainty")) is not None:
             found["uncertainty"] = F.interpolate(doubt, size, mode="bilinear")[:, 0].numpy()
         for i, (window, score) in enumerate(zip(shown, scores.tolist(), strict=True)):
-            mosaic = mosaic or Mosaic(window.layout)
+            mosaic = mosaic or TileStitcher(window.layout)
             mosaic.add(score, {name: values[i] for name, values in found.items()})
             if mosaic.complete:
                 yield mosaic
@@ -84,14 +84,14 @@ def pieced(
 
 def finish(network: Method, train: Cache, number: int, rows: Sequence[int]) -> None:
     """`Method.finish` for a category, by its number, of a network trained on a cache that has it in some rows."""
-    network.turn_to(number)
+    network.select_category(number)
     chosen = train.mixed(rows)[:FINISHED_ON]
     first = torch.tensor(chosen)
     network.finish(train.features[first], train.cells(network.features.grid, chosen), first)
 
 
 @torch.inference_mode()
-def gather_evidence(network: Method, cache: Cache, found: Evidence, **left_out: Tensor) -> Evidence:
+def gather_evidence(network: Method, cache: Cache, found: CalibrationScores, **left_out: Tensor) -> CalibrationScores:
     """Adds what a network finds in pictures to evidence, and returns it.
 
     Args:
@@ -125,7 +125,7 @@ def memory_distances(network: Method, cache: Cache, rows: Sequence[int], *, leav
     Returns:
         Nothing where the method has no memory; images of which no such cell counts are left out.
     """
-    memory = next((part for part in network.children() if isinstance(part, Memory)), None)
+    memory = next((part for part in network.children() if isinstance(part, MemoryBank)), None)
     found: dict[str, float] = {}
     if memory is None:
         return found
@@ -167,7 +167,7 @@ def find_outliers(
 
 def judge_held_out(
     network: Method, held: Cache, options: CalibrationOptions, rng: Generator, *, random: bool
-) -> tuple[Evidence, bool]:
+) -> tuple[CalibrationScores, bool]:
     """The evidence of held-out pictures of the category in use, which with `extend` teach its memory: see above.
 
     Args:
@@ -183,7 +183,7 @@ def judge_held_out(
     arrange(network, held)
     taught = options.extend and random and network.extend(held.features, rng)
     left_out = {"held_out": torch.arange(len(held))} if taught else {}
-    found = gather_evidence(network, held, Evidence(options.minimum_area), **left_out)
+    found = gather_evidence(network, held, CalibrationScores(options.minimum_area), **left_out)
     if options.extend and not random:
         network.extend(held.features, rng)
     return found, taught
@@ -191,10 +191,10 @@ def judge_held_out(
 
 def leave_one_out(
     network: Method, train: Cache, rows: Sequence[int], options: CalibrationOptions, budget: float
-) -> Evidence:
+) -> CalibrationScores:
     """The evidence of the category in use, by its rows, of a method that trains nothing: see above."""
     own = train.take(rows, budget)
-    return gather_evidence(network, own, Evidence(options.minimum_area), pictures=torch.tensor(rows))
+    return gather_evidence(network, own, CalibrationScores(options.minimum_area), pictures=torch.tensor(rows))
 
 
 def cross_fit(
@@ -203,7 +203,7 @@ def cross_fit(
     options: CalibrationOptions,
     spared: Collection[str],
     budget: float,
-) -> dict[str, Evidence]:
+) -> dict[str, CalibrationScores]:
     """The evidence of all categories but those spared, each picture judged by a network trained without its fold.
 
     Args:
@@ -222,7 +222,7 @@ def cross_fit(
             of = f"{name}: " if name else ""
             few = count(heads, "picture")
             raise TrainingError(f"{of}{few} cannot make {options.folds} folds; lower calibration.folds")
-    found = {name: Evidence(options.minimum_area) for name in rows}
+    found = {name: CalibrationScores(options.minimum_area) for name in rows}
     for fold in range(options.folds):
         left = {name: _fold(train, own, fold, options.folds) for name, own in rows.items()}
         out = {row for own in left.values() for row in own}

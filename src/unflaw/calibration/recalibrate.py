@@ -10,7 +10,7 @@ import numpy as np
 
 from unflaw.calibration.drift import Reference
 from unflaw.calibration.outliers import ALL, outliers
-from unflaw.calibration.thresholds import Calibration, Evidence
+from unflaw.calibration.thresholds import Calibration, CalibrationScores
 from unflaw.config import CalibrationOptions
 from unflaw.datasets.samples import SHORT, digest, distinct, sha256_if_readable
 from unflaw.errors import ImageError, TrainingError
@@ -79,7 +79,7 @@ def recalibrate(
             f"{known[0]}: this one{_more(known)} calibrated the detector before and would count twice; leave out "
             "what did, or calibrate without keeping"
         )
-    found, missable, described = Evidence(options.minimum_area), list[float](), list[np.ndarray]()
+    found, missable, described = CalibrationScores(options.minimum_area), list[float](), list[np.ndarray]()
     total = len(skipped) + sum(map(len, paths))
     for kind, part in enumerate(paths):
         for path, outcome in zip(part, inspect(part), strict=True):

@@ -194,7 +194,7 @@ class Calibration(BaseModel):
         return f"{reach}, not the {self.asked_rate:.2%} asked for; {conformal.needed(self.asked_rate)} would"
 
 
-class Evidence:
+class CalibrationScores:
     """What good pictures outside of training show, gathered one by one.
 
     Args:

@@ -18,7 +18,7 @@ from unflaw.parallel.launch import leave_word
 if TYPE_CHECKING:
     from unflaw.datasets import Dataset
     from unflaw.detector import Detector
-    from unflaw.inference.base import Inspector
+    from unflaw.inference.base import BasePredictor
     from unflaw.io.progress import Progress
 
 app = typer.Typer(
@@ -117,7 +117,7 @@ def pictures_in(inputs: list[Path]) -> list[Path]:
     return paths
 
 
-def load_detector(model: Path) -> Inspector:
+def load_detector(model: Path) -> BasePredictor:
     import unflaw
 
     return unflaw.load(model)

@@ -181,7 +181,7 @@ def fleet(
         if address is not None and engine != "ray":
             raise ValueError("--address is that of a Ray cluster; add --engine ray")
         from unflaw.config import Weights, make_config
-        from unflaw.experiments.per_category import Told, members, seats, shares, summary, train_fleet
+        from unflaw.experiments.per_category import WorkerConfig, members, seats, shares, summary, train_fleet
 
         changes |= dict(map(setting_of, setting or []))
         source = Weights.parse(weights)
@@ -198,7 +198,7 @@ def fleet(
 
         Detector(config=config, weights=source)  # what cannot work fails here, once
         count, each = shares(workers, threads, len(found))
-        told = Told(cache or out / "features", cache_gb * 1e9, source, each)
+        told = WorkerConfig(cache or out / "features", cache_gb * 1e9, source, each)
         with seats(told, count, engine, address) as places, progress_bars() as progress:
             records, failed = train_fleet(found, config, out, places, progress, failed)
         report_problems(f"skipped {reason}" for record in records for reason in record.skipped.values())

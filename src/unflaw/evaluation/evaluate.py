@@ -14,7 +14,7 @@ from unflaw.errors import TrainingError
 from unflaw.evaluation.accumulate import Measurement
 from unflaw.evaluation.results import Evaluation, Inspected
 from unflaw.evaluation.risk_coverage import risk
-from unflaw.inference.base import Inspector
+from unflaw.inference.base import BasePredictor
 from unflaw.io.progress import Progress, silent
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
@@ -23,7 +23,11 @@ SHOWN = 40  # pictures kept whole for the report
 
 
 def evaluate_all(
-    detector: Inspector, datasets: Mapping[str, Dataset], *, category: str | None = None, progress: Progress = silent
+    detector: BasePredictor,
+    datasets: Mapping[str, Dataset],
+    *,
+    category: str | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Evaluation]:
     """`evaluate` for several data sets by name.
 
@@ -44,7 +48,7 @@ def evaluate_all(
 
 
 def evaluate(
-    detector: Inspector,
+    detector: BasePredictor,
     dataset: Dataset | str | Path,
     *,
     category: str | None = None,
@@ -64,7 +68,7 @@ def evaluate(
 
     Raises:
         TrainingError: The data set has no test pictures, or none could be read. DetectorError: as for
-            `Inspector.select`.
+            `BasePredictor.select`.
     """
     dataset = load_dataset(dataset) if isinstance(dataset, str | Path) else dataset
     category = detector.match(dataset.name) if category is None else category
@@ -119,7 +123,7 @@ def evaluate(
 
 
 def _inspected(
-    detector: Inspector,
+    detector: BasePredictor,
     samples: tuple[Sample, ...],
     category: str | None,
     skipped: list[tuple[str, str]],

@@ -22,7 +22,7 @@ from unflaw.experiments.variants import FULL, Variant, written
 from unflaw.io.files import write_text
 
 if TYPE_CHECKING:
-    from unflaw.experiments.feature_store import Laboratory
+    from unflaw.experiments.feature_store import ExperimentRunner
     from unflaw.io.progress import Progress
 
 # What the table shows, and what else a run keeps of its evaluation.
@@ -102,7 +102,7 @@ def ablate(
         common: Dotted settings of all variants.
         seeds: Every variant is run with the seeds 0 to seeds − 1.
         out: Folder for the results.
-        cache: Folder for features (see `Laboratory`).
+        cache: Folder for features (see `ExperimentRunner`).
         weights: Of the backbone, as for `Detector`.
         progress: Called as `progress("runs", done, total, None)`, where the total is what was left to do, and as by
             `Detector.fit` and `evaluate`.
@@ -116,13 +116,13 @@ def ablate(
         TrainingError: A run that fails. The finished ones stay.
     """
     from unflaw.errors import TrainingError
-    from unflaw.experiments.feature_store import Laboratory
+    from unflaw.experiments.feature_store import ExperimentRunner
 
     for dataset in data:
         if not (dataset.train and dataset.test):
             lacking = "test" if dataset.train else "good training"
             raise ValueError(f"{dataset.name}: there are no {lacking} pictures; an ablation needs train/ and test/")
-    laboratory = Laboratory(cache, weights)
+    laboratory = ExperimentRunner(cache, weights)
     with Log(out / "runs.jsonl", Record) as log:
         plan = list(_plan(laboratory, method, data, variants, common, seeds))
         write_tables(out, plan, common, log.records)
@@ -142,7 +142,7 @@ def ablate(
 
 
 def _plan(
-    laboratory: Laboratory,
+    laboratory: ExperimentRunner,
     method: str,
     data: Sequence[Dataset],
     variants: Sequence[Variant],
@@ -162,7 +162,7 @@ def _plan(
                     raise kind(f"variant {variant.name!r}: {error}") from error
 
 
-def _record(laboratory: Laboratory, run: Run, common: dict[str, Any], progress: Progress) -> Record:
+def _record(laboratory: ExperimentRunner, run: Run, common: dict[str, Any], progress: Progress) -> Record:
     from unflaw.evaluation.evaluate import evaluate
 
     detector = laboratory.fit(run.config, run.dataset, progress=progress)

@@ -141,11 +141,11 @@ def measure(run: Run, out: Path, progress: Progress) -> Record:
 def _measure_ours(run: Run, progress: Progress) -> dict[str, Any]:
     from unflaw.detector import Detector
     from unflaw.evaluation.evaluate import evaluate
-    from unflaw.experiments.feature_store import Laboratory
+    from unflaw.experiments.feature_store import ExperimentRunner
 
     started = time.perf_counter()
     if run.features:
-        detector = Laboratory(run.features, run.weights).fit(run.config, run.dataset, progress=progress)
+        detector = ExperimentRunner(run.features, run.weights).fit(run.config, run.dataset, progress=progress)
         started = time.perf_counter() - detector.record_["seconds"]["total"]
     else:
         detector = Detector(config=run.config, weights=run.weights).fit(run.dataset, progress=progress)

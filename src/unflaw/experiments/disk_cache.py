@@ -10,11 +10,11 @@ from pathlib import Path
 ABANDONED = 3600  # seconds after which a temporary file that nobody writes to is of a process that was killed
 
 
-class ShelfFull(Exception):
+class DiskCacheFull(Exception):
     """There is no room for a file of this size, whatever is deleted."""
 
 
-class Shelf:
+class DiskCache:
     """The folder; processes that share it keep to the limit together, if all have the same.
 
     Args:
@@ -36,7 +36,7 @@ class Shelf:
         if self.limit is None:
             return
         if size > self.limit:
-            raise ShelfFull(f"{self.folder}: {size / 1e9:.2f} GB do not fit in {self.limit / 1e9:.2f} GB")
+            raise DiskCacheFull(f"{self.folder}: {size / 1e9:.2f} GB do not fit in {self.limit / 1e9:.2f} GB")
         from filelock import FileLock
 
         lock = self.folder / ".lock"
@@ -58,7 +58,7 @@ class Shelf:
                     continue
                 room += stat.st_size
             if room < 0:
-                raise ShelfFull(
+                raise DiskCacheFull(
                     f"{self.folder}: others are writing to it, and there is no room for {size / 1e9:.2f} GB"
                 )
             os.truncate(temporary, size)

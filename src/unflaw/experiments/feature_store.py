@@ -25,7 +25,7 @@ from unflaw.datasets import Dataset, fingerprint
 from unflaw.datasets.samples import sha256
 from unflaw.detector import Detector
 from unflaw.errors import ImageError
-from unflaw.experiments.disk_cache import Shelf, ShelfFull
+from unflaw.experiments.disk_cache import DiskCache, DiskCacheFull
 from unflaw.features.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
 from unflaw.features.extractor import Extractor, FeatureExtractor
 from unflaw.imaging.inputs import Input
@@ -81,11 +81,11 @@ class FeatureFile:
         try:
             self.records = self._open(file)
         except (FileNotFoundError, NotADirectoryError):  # never made, or deleted for the room
-            self._make(file, Shelf(file.parent, limit), extractor, progress)
+            self._make(file, DiskCache(file.parent, limit), extractor, progress)
             try:
                 self.records = self._open(file)
             except FileNotFoundError as error:  # another process needed the room
-                raise ShelfFull(f"{file}: deleted for the room") from error
+                raise DiskCacheFull(f"{file}: deleted for the room") from error
         sizes = self.records["size"]
         broken = [path for path, rows in self.rows.items() if not rows or not sizes[rows.start].any()]
         self.skipped = {path: str(try_show(path, preparation)) for path in broken}
@@ -118,7 +118,7 @@ class FeatureFile:
         os.utime(file)  # it is in use
         return records
 
-    def _make(self, file: Path, shelf: Shelf, extractor: Extractor, progress: Progress) -> None:
+    def _make(self, file: Path, shelf: DiskCache, extractor: Extractor, progress: Progress) -> None:
         def write(temporary: Path) -> None:
             shelf.reserve(temporary, self.kind.itemsize * self.count)
             self._write(temporary, read_parts(extractor, self.preparation)(list(self.rows), BATCH), progress)
@@ -196,7 +196,7 @@ class CachedDetector(Detector):
         return super()._cache(paths, source=self.file.parts, **options)
 
 
-class Laboratory:
+class ExperimentRunner:
     """Fits detectors of any configurations on any data sets, each backbone loaded once, each feature file made once.
 
     Args:
@@ -226,7 +226,7 @@ class Laboratory:
             paths = [sample.path for part in (dataset.train, dataset.validation, dataset.test) for sample in part]
             try:
                 self._last = path, FeatureFile(path, paths, extractor, config.preparation, progress, self.limit)
-            except ShelfFull:
+            except DiskCacheFull:
                 detector = Detector(config=config, weights=Weights.LATER)
                 detector.network.features.backbone = extractor.backbone
                 detector.weights = Weights.name_of(self.weights)

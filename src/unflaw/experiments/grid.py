@@ -152,7 +152,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
     Raises:
         ValueError, WeightsError, OSError: Settings, weights or data that cannot be used.
     """
-    from unflaw.experiments.feature_store import Laboratory
+    from unflaw.experiments.feature_store import ExperimentRunner
 
     for dataset in datasets:
         if not (dataset.train and dataset.test):
@@ -170,12 +170,12 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
     some = {name for name in grid.settings if any(applies(name, method) for method in grid.methods)}
     settings = {m: {n: v for n, v in grid.settings.items() if n not in some or applies(n, m)} for m in grid.methods}
     runs: dict[tuple[Any, ...], Run] = {}
-    laboratories: dict[str, Laboratory] = {}
+    laboratories: dict[str, ExperimentRunner] = {}
     backbones = [backbone.partition("=")[::2] for backbone in grid.backbones] or [("", "")]
     for dataset, method in product(datasets, [*grid.methods, *grid.peers]):
         peer = None if method in METHODS else method
         for (name, weights), size in product([("", "")] if method in ON_PIXELS else backbones, grid.sizes or [0]):
-            laboratory = laboratories.setdefault(weights, Laboratory(Path(), Weights.parse(weights or None)))
+            laboratory = laboratories.setdefault(weights, ExperimentRunner(Path(), Weights.parse(weights or None)))
             for seed in range(grid.seeds):
                 changes = {} if peer else dict(settings[method])
                 changes |= {"training.seed": seed}

@@ -1,8 +1,9 @@
 """A fleet: one detector for each category in a folder, many at a time, over processes of this machine or a Ray cluster.
 
 Each worker loads the backbone once and keeps it. Features of a category are computed once and kept in a folder that all
-workers share, up to a size (`experiment.Laboratory`): training again with another method, seed or setting starts from
-there. A finished detector is a line of `fleet.jsonl`, under a digest of all that decides it, and is not trained again.
+workers share, up to a size (`feature_store.ExperimentRunner`): training again with another method, seed or setting
+starts from there. A finished detector is a line of `fleet.jsonl`, under a digest of all that decides it, and is not
+trained again.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Record(Finished):
 
 
 @dataclass(frozen=True)
-class Told:
+class WorkerConfig:
     """What a worker needs to know: folder and bytes of the features, weights of the backbone, and its threads."""
 
     cache: Path
@@ -93,7 +94,7 @@ class FleetError(RuntimeError):
     """A category that failed; the others go on."""
 
 
-class Seat(Protocol):
+class TrainingWorker(Protocol):
     """Where one detector after another is trained."""
 
     def train(self, task: Task) -> Record | None:
@@ -136,7 +137,7 @@ def train_fleet(
     data: dict[str, Dataset],
     config: Config,
     out: Path,
-    seats: Sequence[Seat],
+    seats: Sequence[TrainingWorker],
     progress: Progress,
     failed: dict[str, str] | None = None,
 ) -> tuple[list[Record], dict[str, str]]:
@@ -165,14 +166,14 @@ def _train_all(
     data: dict[str, Dataset],
     config: Config,
     out: Path,
-    seats: Sequence[Seat],
+    seats: Sequence[TrainingWorker],
     progress: Progress,
     failed: dict[str, str],
 ) -> tuple[list[Record], dict[str, str]]:
     lines = {line.category: line for line in log.records.values() if line.category in data}
     newest = {name: line for name, line in lines.items() if sha256_if_readable(out / line.file) == line.content}
     current: dict[str, Record] = {}
-    free: SimpleQueue[Seat] = SimpleQueue()
+    free: SimpleQueue[TrainingWorker] = SimpleQueue()
     for seat in seats:
         free.put(seat)
 
@@ -212,13 +213,13 @@ def _train_all(
 class Worker:
     """A seat in this process: one backbone for all detectors."""
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, told: WorkerConfig) -> None:
         import torch
 
-        from unflaw.experiments.feature_store import Laboratory
+        from unflaw.experiments.feature_store import ExperimentRunner
 
         torch.set_num_threads(told.threads)
-        self.laboratory = Laboratory(told.cache, told.weights, told.limit)
+        self.laboratory = ExperimentRunner(told.cache, told.weights, told.limit)
 
     def train(self, task: Task) -> Record | None:
         try:
@@ -259,10 +260,10 @@ class Worker:
         )
 
 
-class ProcessSeat:
+class ProcessWorker:
     """A process of this machine; where it ends before its work, as out of memory, a new one takes its place."""
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, told: WorkerConfig) -> None:
         self.told = told
         self.process: Any = None
 
@@ -291,7 +292,7 @@ class ProcessSeat:
             self.process.join()
 
 
-def _serve(told: Told, pipe: Any) -> None:
+def _serve(told: WorkerConfig, pipe: Any) -> None:
     """In the process of a seat: tasks come in, records or reasons go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
     worker: Worker | None = None
@@ -308,10 +309,10 @@ def _serve(told: Told, pipe: Any) -> None:
             pipe.send(("failed", str(error)))
 
 
-class RaySeat:
+class RayWorker:
     """An actor of a Ray cluster; data, features and detectors must lie where all its machines find them."""
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, told: WorkerConfig) -> None:
         import ray
 
         self.told, self.kind = told, ray.remote(num_cpus=told.threads)(Worker)
@@ -338,7 +339,9 @@ class RaySeat:
 
 
 @contextmanager
-def seats(told: Told, count: int, engine: str = "processes", address: str | None = None) -> Iterator[list[Seat]]:
+def seats(
+    told: WorkerConfig, count: int, engine: str = "processes", address: str | None = None
+) -> Iterator[list[TrainingWorker]]:
     """Places to train at; whatever runs there at the end is ended.
 
     Args:
@@ -350,7 +353,7 @@ def seats(told: Told, count: int, engine: str = "processes", address: str | None
     Raises:
         ImportError: Ray is not installed. ValueError: No cluster answers at that address, or it is too small.
     """
-    taken: list[Seat] = []
+    taken: list[TrainingWorker] = []
     with ExitStack() as stack:
         if engine == "ray":
             if find_spec("ray") is None:
@@ -365,7 +368,7 @@ def seats(told: Told, count: int, engine: str = "processes", address: str | None
                     "has; ask for less, or give Ray more"
                 )
         for _ in range(count):
-            seat: Seat = RaySeat(told) if engine == "ray" else ProcessSeat(told)
+            seat: TrainingWorker = RayWorker(told) if engine == "ray" else ProcessWorker(told)
             stack.callback(seat.close)
             taken.append(seat)
         yield taken

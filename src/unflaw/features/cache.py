@@ -18,7 +18,7 @@ from unflaw.features.extractor import Extractor
 from unflaw.imaging.inputs import Input
 from unflaw.imaging.reading import image_size
 from unflaw.imaging.tiling import Preparation, Window, layout
-from unflaw.imaging.transforms import Picture, Prepared, try_show
+from unflaw.imaging.transforms import ModelInput, Picture, try_show
 from unflaw.io.brief import brief
 from unflaw.io.files import scratch
 from unflaw.io.progress import Progress, ahead, batched, silent
@@ -30,7 +30,7 @@ MINIMUM = 8  # good pictures of a category to learn from
 FITTED_ON = 64  # pictures, or half a gigabyte of features, that standardisation and components are learned from
 
 
-def stack(prepared: Sequence[Prepared]) -> Tensor:
+def stack(prepared: Sequence[ModelInput]) -> Tensor:
     """Prepared pictures as (N, 3, S, S) float32 in [0, 1]."""
     return torch.from_numpy(np.stack([p.pixels for p in prepared]))
 
@@ -197,7 +197,7 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
     def load(path: Input) -> tuple[Input, Picture | ImageError]:
         return path, try_show(path, preparation)
 
-    def stream(paths: Sequence[Input]) -> Iterator[tuple[Input, Prepared | ImageError, Tensor]]:
+    def stream(paths: Sequence[Input]) -> Iterator[tuple[Input, ModelInput | ImageError, Tensor]]:
         loaded = ahead(load, paths, 1, 1) if tiled else ahead(load, paths)  # pictures in tiles wait whole
         for path, picture in loaded:
             if isinstance(picture, ImageError):
@@ -209,7 +209,7 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
     def parts(paths: Sequence[Input], batch: int) -> Iterator[Part]:
         for group in batched(stream(paths), batch):
             skipped = [(str(path), str(found)) for path, found, _ in group if isinstance(found, ImageError)]
-            good = [(path, found, said) for path, found, said in group if isinstance(found, Prepared)]
+            good = [(path, found, said) for path, found, said in group if isinstance(found, ModelInput)]
             if not good:
                 nothing = torch.empty(0)
                 yield Part([], nothing, nothing, [], nothing, skipped)

@@ -114,7 +114,7 @@ class Window(NamedTuple):
         number: Of the window, from 0.
     """
 
-    layout: Layout
+    layout: TilingGeometry
     number: int
 
     @property
@@ -148,7 +148,7 @@ class Window(NamedTuple):
         return (rows[:, end] - rows[:, start]) > 0
 
 
-class Layout:
+class TilingGeometry:
     """How a picture of a size lies on its canvas, and the map that shows it.
 
     Args:
@@ -273,9 +273,9 @@ class Layout:
 
 
 @lru_cache(256)
-def layout(width: int, height: int, preparation: Preparation) -> Layout:
-    """The `Layout` of a picture; pictures of one size share it."""
-    return Layout(width, height, preparation)
+def layout(width: int, height: int, preparation: Preparation) -> TilingGeometry:
+    """The `TilingGeometry` of a picture; pictures of one size share it."""
+    return TilingGeometry(width, height, preparation)
 
 
 def _cropped(width: int, height: int, roi: Any) -> Box:

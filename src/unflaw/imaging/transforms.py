@@ -17,7 +17,7 @@ from unflaw.errors import ImageError
 from unflaw.imaging.inputs import InMemory, Readable
 from unflaw.imaging.reading import image_size, name_of, read
 from unflaw.imaging.statistics import describe
-from unflaw.imaging.tiling import Box, Layout, Preparation, Window, layout
+from unflaw.imaging.tiling import Box, Preparation, TilingGeometry, Window, layout
 from unflaw.io.brief import brief
 from unflaw.io.listing import SUFFIXES, list_images, visible_files
 
@@ -38,7 +38,7 @@ AT_ONCE = 2**24  # pixels of a picture that are resized at once: above, in strip
 
 @brief
 @dataclass(frozen=True)
-class Prepared:
+class ModelInput:
     """What a window shows of a picture."""
 
     pixels: np.ndarray  # (3, size, size) float32 in [0, 1]
@@ -54,12 +54,12 @@ class Prepared:
         return (self.pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TilingGeometry:
         """Of the picture."""
         return self.window.layout
 
 
-def prepare(image: np.ndarray, preparation: Preparation) -> Prepared:
+def prepare(image: np.ndarray, preparation: Preparation) -> ModelInput:
     """Bring (H, W, 3) from `read` to one canvas: all of it, or of its region of interest, whatever `tile` says.
 
     Raises:
@@ -68,7 +68,7 @@ def prepare(image: np.ndarray, preparation: Preparation) -> Prepared:
     return _cut(image, Window(_laid(image, preparation.model_copy(update={"tile": None})), 0))
 
 
-def windows(image: np.ndarray, preparation: Preparation) -> Iterable[Prepared]:
+def windows(image: np.ndarray, preparation: Preparation) -> Iterable[ModelInput]:
     """(H, W, 3) from `read` window by window: bilinear, antialiased where it shrinks. The only resize rule there is.
 
     Pictures of 8 bits are resized in 8 bits, which is several times faster. What is outside of a region of interest is
@@ -88,21 +88,21 @@ def windows(image: np.ndarray, preparation: Preparation) -> Iterable[Prepared]:
     return made if preparation.tile is not None else list(made)
 
 
-def _laid(image: np.ndarray, preparation: Preparation) -> Layout:
+def _laid(image: np.ndarray, preparation: Preparation) -> TilingGeometry:
     try:
         return layout(image.shape[1], image.shape[0], preparation)
     except ValueError as error:
         raise ImageError(str(error)) from error
 
 
-def _cut(image: np.ndarray, window: Window) -> Prepared:
+def _cut(image: np.ndarray, window: Window) -> ModelInput:
     (x, y), (x0, y0, x1, y1), side = window.place, window.box, window.layout.preparation.size
     pixels = _resized(image, window.layout, (x + x0, y + y0, x + x1, y + y1))
     pixels = np.pad(pixels, ((0, 0), (y0, side - y1), (x0, side - x1)), mode="edge")
-    return Prepared(np.ascontiguousarray(pixels), window)
+    return ModelInput(np.ascontiguousarray(pixels), window)
 
 
-def _resized(image: np.ndarray, laid: Layout, box: Box) -> np.ndarray:
+def _resized(image: np.ndarray, laid: TilingGeometry, box: Box) -> np.ndarray:
     """What a box of the canvas shows of a picture, (3, h, w) float32 in [0, 1]."""
     x0, y0, x1, y1 = box
     source = laid.source(box)
@@ -139,7 +139,7 @@ class Picture(NamedTuple):
         described: What `drift.describe` says of it.
     """
 
-    windows: Iterable[Prepared]
+    windows: Iterable[ModelInput]
     described: np.ndarray
 
 
@@ -175,7 +175,7 @@ def try_show(
         return ImageError(f"{name}: {error}")
 
 
-def try_prepare(path: Path, preparation: Preparation) -> Prepared | ImageError:
+def try_prepare(path: Path, preparation: Preparation) -> ModelInput | ImageError:
     """`prepare` of a file, or why it could not be read."""
     try:
         return prepare(read(path), preparation)

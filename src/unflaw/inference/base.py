@@ -18,12 +18,12 @@ from unflaw.config import Config
 from unflaw.errors import DetectorError, ImageError
 from unflaw.imaging.inputs import ImageLike, InMemory, Input, Readable, inputs
 from unflaw.imaging.reading import read
-from unflaw.imaging.transforms import Picture, Prepared, show, try_show
+from unflaw.imaging.transforms import ModelInput, Picture, show, try_show
 from unflaw.io.brief import brief
 from unflaw.io.progress import ahead, batched
 from unflaw.postprocessing.regions import find_regions
 from unflaw.postprocessing.results import Result
-from unflaw.postprocessing.stitching import Mosaic
+from unflaw.postprocessing.stitching import TileStitcher
 
 
 @brief
@@ -47,7 +47,7 @@ class Outputs:
         return cls(found.pop("map"), found.pop("score"), found)
 
 
-class Inspector(ABC):
+class BasePredictor(ABC):
     """A fitted detector: subclasses say what it is calibrated with and compute. Threads may share it.
 
     Attributes:
@@ -69,7 +69,7 @@ class Inspector(ABC):
         return {}
 
     @abstractmethod
-    def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
+    def compute(self, pictures: Sequence[ModelInput], category: str) -> Outputs:
         """What it finds in windows, of images of a category that it has. Threads may call it at the same time."""
 
     def category(self, wanted: str | None = None) -> str:
@@ -211,17 +211,17 @@ class Inspector(ABC):
     ) -> Iterator[Result | ImageError]:
         """Pictures in order; windows of several are computed together, and no more are held than a batch."""
         name = self.category(category)
-        waiting: deque[tuple[str | None, Picture | ImageError, Mosaic | None]] = deque()
+        waiting: deque[tuple[str | None, Picture | ImageError, TileStitcher | None]] = deque()
 
-        def stream() -> Iterator[tuple[Mosaic, Prepared]]:
+        def stream() -> Iterator[tuple[TileStitcher, ModelInput]]:
             for path, picture in pictures:
                 if isinstance(picture, ImageError):
                     waiting.append((path, picture, None))
                     continue
-                mosaic: Mosaic | None = None
+                mosaic: TileStitcher | None = None
                 for window in picture.windows:
                     if mosaic is None:
-                        mosaic = Mosaic(window.layout)
+                        mosaic = TileStitcher(window.layout)
                         waiting.append((path, picture, mosaic))
                     yield mosaic, window
 
@@ -244,7 +244,7 @@ class Inspector(ABC):
             yield from finished()
         yield from finished()
 
-    def _concluded(self, mosaic: Mosaic, described: np.ndarray, path: str | None, category: str) -> Result:
+    def _concluded(self, mosaic: TileStitcher, described: np.ndarray, path: str | None, category: str) -> Result:
         """From what was found in all windows of a picture to decisions."""
         calibration, reference = self.calibrations[category], self.references.get(category)
         score, layers = mosaic.result()

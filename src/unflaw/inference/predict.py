@@ -14,7 +14,7 @@ from PIL.Image import Image
 from unflaw.calibration.drift import RATE, Drift, check_rate
 from unflaw.inference.aggregation import Amending, Sink
 from unflaw.inference.annotations import numbered
-from unflaw.inference.base import Inspector
+from unflaw.inference.base import BasePredictor
 from unflaw.io.files import growing, write_png, write_text
 from unflaw.io.outputs import PANELS
 from unflaw.io.progress import Progress, silent
@@ -29,7 +29,7 @@ class Predicted(NamedTuple):
 
 
 def predict(
-    detector: Inspector,
+    detector: BasePredictor,
     paths: Sequence[Path],
     out: Path,
     *,
@@ -54,7 +54,7 @@ def predict(
         sinks: See every outcome, after its line is written. The caller closes them.
 
     Raises:
-        DetectorError: As `Inspector.select`. ValueError: As `drift.Reference.test`.
+        DetectorError: As `BasePredictor.select`. ValueError: As `drift.Reference.test`.
     """
     scale = detector.select(category).scale
     reference = detector.references.get(detector.category(category))

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from unflaw.config import Config, Synthesis, WeightSource
 from unflaw.features.extractor import Extractor, FeatureExtractor, PixelExtractor
 from unflaw.methods.layers import coarser, gaussian_blur
-from unflaw.methods.memory_bank import Judge, Memory
+from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
 from unflaw.methods.synthesis import synthesise
 from unflaw.methods.visualization import Stages
 from unflaw.parallel.shares import WHOLE, Share
@@ -41,7 +41,7 @@ class Inspection:
         layers: Further maps (N, 1, g, g) in [0, 1], by name: "mean", "uncertainty", "mask".
     """
 
-    witnesses: Tensor
+    anomaly_maps: Tensor
     perceived: Tensor | None = None
     coarse: Tensor | None = None
     restored: Tensor | None = None
@@ -56,7 +56,7 @@ class Method(nn.Module):
     judges = False  # whether `Inspection.coarse` is given
     window = 3  # side in cells of the mean filter over the map that judges a picture; odd
     uses_textures = False  # whether `setup` wants texture pictures
-    finishes: tuple[str, ...] = ("normal", "normal_scores", "fine_say")  # buffers that `finish` writes
+    finishes: tuple[str, ...] = ("normal", "normal_scores", "patch_weight")  # buffers that `finish` writes
 
     def __init__(self, config: Config, weights: WeightSource = None) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class Method(nn.Module):
         statistics = len(config.scoring.shares) * (1 + self.perceives) + self.judges
         self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(self.kinds + self.judges, 1))
         self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(statistics, 1))
-        self.fine_say: Tensor
-        self.register_buffer("fine_say", torch.tensor(1.0))
+        self.patch_weight: Tensor
+        self.register_buffer("patch_weight", torch.tensor(1.0))
 
     def extractor(self, config: Config, weights: WeightSource) -> Extractor:
         """What makes F of pictures; a method on pixels has its own, which uses no weights."""
@@ -103,7 +103,7 @@ class Method(nn.Module):
             valid: (N, g, g) bool, the cells that count; None: all.
         """
         for part in self.modules():
-            if isinstance(part, Memory):
+            if isinstance(part, MemoryBank):
                 part.arrange(pictures, valid)
 
     def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ class Method(nn.Module):
         """
         rows = torch.arange(len(features)) if pictures is None else pictures
         inspection = self._inspected(features, rows, valid)
-        cells = [kind if valid is None else kind[valid] for kind in inspection.witnesses.unbind(1)]
+        cells = [kind if valid is None else kind[valid] for kind in inspection.anomaly_maps.unbind(1)]
         if inspection.coarse is not None:
             coarse = inspection.coarse[:, 0]
             cells.append(coarse if valid is None else coarse[coarser(valid)])
@@ -181,14 +181,14 @@ class Method(nn.Module):
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
         self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
         if self.judges:
-            self.fine_say.copy_(self._moved(features, rows, valid, self._sayings(inspection, valid)[0]))
+            self.patch_weight.copy_(self._moved(features, rows, valid, self._image_scores(inspection, valid)[0]))
 
     def _moved(self, features: Tensor, rows: Tensor, valid: Tensor | None, unaltered: Tensor) -> Tensor:
         """How far artificial anomalies move fine evidence, (); see `finish`. `unaltered`: the evidence before, (N,)."""
         rng, options, moved = Generator().manual_seed(0), Synthesis(clean=0), []
 
         def fine(features: Tensor, made_of: Tensor, inside: Tensor | None) -> Tensor:
-            return self._sayings(self._inspected(features, made_of, inside), inside)[0]
+            return self._image_scores(self._inspected(features, made_of, inside), inside)[0]
 
         for _ in range(ALTERED):
             made, before = synthesise(features.float(), None, options, rng), unaltered.clone()
@@ -204,20 +204,20 @@ class Method(nn.Module):
         cells = [None] * len(features.split(8)) if valid is None else valid.split(8)
         parts = zip(features.split(8), rows.split(8), cells, strict=True)
         found = [self(part.float(), i, inside) for part, i, inside in parts]
-        witnesses = torch.cat([inspection.witnesses for inspection in found])
+        anomaly_maps = torch.cat([inspection.anomaly_maps for inspection in found])
         layers = {name: torch.cat([inspection.layers[name] for inspection in found]) for name in found[0].layers}
-        return Inspection(witnesses, _joined(found, "perceived"), _joined(found, "coarse"), layers=layers)
+        return Inspection(anomaly_maps, _joined(found, "perceived"), _joined(found, "coarse"), layers=layers)
 
-    def turn_to(self, category: int) -> None:
+    def select_category(self, category: int) -> None:
         """After training, before `finish`: memories take the prototypes of this category, counted from 0."""
         for part in self.modules():
-            if isinstance(part, Memory):
-                part.turn_to(category)
+            if isinstance(part, MemoryBank):
+                part.select_category(category)
 
     @property
     def finished(self) -> tuple[str, ...]:
         """Names of the buffers that are one category's own: what `finish` writes, and memories."""
-        memories = [name for name, part in self.named_modules() if isinstance(part, Memory)]
+        memories = [name for name, part in self.named_modules() if isinstance(part, MemoryBank)]
         return *self.finishes, *(f"{name}.{own}" for name in memories for own in ("prototypes", "extra", "radius"))
 
     def finished_state(self) -> dict[str, Tensor]:
@@ -246,7 +246,7 @@ class Method(nn.Module):
                 raise RuntimeError(f"{name} is {found}, not {tuple(getattr(part, buffer).shape)}")
             setattr(part, buffer, tensor)
         for part in view.modules():
-            if isinstance(part, Memory):
+            if isinstance(part, MemoryBank):
                 part.end_training()
         return view.eval()
 
@@ -259,7 +259,7 @@ class Method(nn.Module):
         Returns:
             Whether anything was learned: whether there is a memory.
         """
-        parts = [part for part in self.children() if isinstance(part, Memory | Judge)]
+        parts = [part for part in self.children() if isinstance(part, MemoryBank | RegionalMemoryBank)]
         for part in parts:
             part.extend(features, rng)
         return bool(parts)
@@ -270,9 +270,9 @@ class Method(nn.Module):
         The map is the mean of the witnesses, each in deviations from its normal mean, plus `coarse_weight` times the
         coarse evidence in its deviations; bilinear, then a Gaussian.
 
-        The score is made of statistics, each in deviations above its normal value: the mean of the witnesses' highest
-        `shares` or the same of what is perceived, whichever is larger, with the weight `fine_say`, and, with the weight
-        `coarse_say`, the mean of the highest `coarse_share` of the coarse evidence.
+        The score is made of statistics, each in deviations above its normal value: the mean of the highest `shares` of
+        the anomaly maps or the same of what is perceived, whichever is larger, with the weight `patch_weight`; and,
+        with the weight `regional_weight`, the mean of the highest `coarse_share` of the coarse evidence.
 
         Args:
             inspection: Of N pictures.
@@ -283,10 +283,10 @@ class Method(nn.Module):
         if valid is not None:  # what does not count must not blur into what does
             maps = torch.where(valid, maps, 0.0)
             coarse = None if coarse is None else torch.where(coarser(valid), coarse, 0.0)
-        scores, wide_scores = self._sayings(inspection, valid)
+        scores, wide_scores = self._image_scores(inspection, valid)
         if wide_scores is not None:
-            both = self.fine_say * scores + scoring.coarse_say * wide_scores
-            scores = both / (self.fine_say + scoring.coarse_say)
+            both = self.patch_weight * scores + scoring.regional_weight * wide_scores
+            scores = both / (self.patch_weight + scoring.regional_weight)
         canvas = F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)
         if coarse is not None and scoring.coarse_weight:
             side = round(size * 2 * coarse.shape[-1] / maps.shape[-1])  # more than the canvas where the grid is odd
@@ -294,7 +294,7 @@ class Method(nn.Module):
             canvas = canvas + scoring.coarse_weight * wide[..., :size, :size]
         return gaussian_blur(canvas, scoring.smooth * size / 256)[:, 0], scores
 
-    def _sayings(self, inspection: Inspection, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _image_scores(self, inspection: Inspection, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What fine and coarse evidence say of each picture, (N,) each, in deviations above normal."""
         mean, deviation = self.normal_scores.unbind(-1)
         statistics = (self._statistics(inspection, valid) - mean) / deviation
@@ -304,10 +304,10 @@ class Method(nn.Module):
     def _standardised(self, inspection: Inspection) -> tuple[Tensor, Tensor | None]:
         """Witnesses as one map (N, g, g), and the coarse evidence (N, h, h), both in deviations from normal."""
         mean, deviation = self.normal[..., None, None].unbind(1)
-        witnesses = ((inspection.witnesses - mean[: self.kinds]) / deviation[: self.kinds]).mean(1)
+        anomaly_maps = ((inspection.anomaly_maps - mean[: self.kinds]) / deviation[: self.kinds]).mean(1)
         if inspection.coarse is None:
-            return witnesses, None
-        return witnesses, (inspection.coarse[:, 0] - mean[-1]) / deviation[-1]
+            return anomaly_maps, None
+        return anomaly_maps, (inspection.coarse[:, 0] - mean[-1]) / deviation[-1]
 
     def _statistics(self, inspection: Inspection, valid: Tensor | None = None) -> Tensor:
         """What judges a picture, (N, Q): shares of the witnesses, shares of what is perceived, the coarse evidence."""

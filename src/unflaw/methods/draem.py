@@ -141,7 +141,7 @@ class DRAEM(Method):
 def _tiles(inspection: Inspection, i: int) -> dict[str, Stage]:
     """What both networks say of the i-th picture."""
     assert inspection.restored is not None
-    repaired, probability = inspection.restored[i], inspection.witnesses[i]
+    repaired, probability = inspection.restored[i], inspection.anomaly_maps[i]
     return {"Repair": Stage("picture", repaired), "Probability of anomaly": Stage("share", probability)}
 
 

@@ -92,7 +92,7 @@ class MemAE(Method):
         tiles = {
             "Picture it sees": Stage("picture", features[0]),
             "Reconstruction": Stage("picture", inspection.restored[0]),
-            "Squared error": Stage("map", inspection.witnesses[0]),
+            "Squared error": Stage("map", inspection.anomaly_maps[0]),
         }
         return {"reconstruction": [("", tiles)]}
 

@@ -32,11 +32,11 @@ class Bank(NamedTuple):
     radius: Tensor
 
 
-class Memory(nn.Module):
+class MemoryBank(nn.Module):
     """M prototypes and attention to them.
 
-    While it is fitted it keeps a `Bank` for each category; its buffers hold those of one (`turn_to`). Inspection reads
-    the buffers only and changes nothing, so that threads may share it.
+    While it is fitted it keeps a `Bank` for each category; its buffers hold those of one (`select_category`).
+    Inspection reads the buffers only and changes nothing, so that threads may share it.
 
     Args:
         size: M; fewer tokens are repeated to fill it.
@@ -84,7 +84,7 @@ class Memory(nn.Module):
         self._images, self.banks = self._arranged, []
         for category in self._categories.unique().tolist():
             self.banks.append(self._fit(features, (self._categories == category).nonzero()[:, 0], rng))
-        self.turn_to(0)
+        self.select_category(0)
 
     def _fit(self, features: Tensor, pictures: Tensor, rng: Generator) -> Bank:
         """From some of the images, by their rows."""
@@ -113,7 +113,7 @@ class Memory(nn.Module):
         valid = self.valid[rows]
         return (valid if valid.shape[-1] == side else coarser(valid)).flatten()
 
-    def turn_to(self, category: int) -> None:
+    def select_category(self, category: int) -> None:
         """While training: the buffers take the bank of a category, without what `extend` added."""
         self.prototypes.copy_(self.banks[category].prototypes)
         self.radius.copy_(self.banks[category].radius)
@@ -309,7 +309,7 @@ def _closeness(tokens: Tensor, keys: Tensor) -> Tensor:
     return torch.cat([tokens, torch.ones_like(tokens[:, :1])], dim=1) @ keys
 
 
-class Judge(nn.Module):
+class RegionalMemoryBank(nn.Module):
     """A memory of whole regions: the coarsest level on half the grid (ours).
 
     Fine levels say where a small defect is; whether a picture as a whole is normal is better seen in the coarsest one
@@ -320,15 +320,15 @@ class Judge(nn.Module):
     def __init__(self, size: int, extractor: Extractor) -> None:
         super().__init__()
         extractor = cast(FeatureExtractor, extractor)  # methods that judge regions have features
-        self.memory = Memory(size, extractor.coarse_channels, neighbours=1)
+        self.memory = MemoryBank(size, extractor.coarse_channels, neighbours=1)
         self._coarsen = extractor.coarsen  # a bound method, so that the extractor is not registered twice
 
     def fit(self, features: Tensor, rng: Generator, categories: Tensor | None = None) -> None:
-        """From cached features F (N, C, g, g), as `Memory.fit`."""
+        """From cached features F (N, C, g, g), as `MemoryBank.fit`."""
         self.memory.fit(self._all(features), rng, categories)
 
     def extend(self, features: Tensor, rng: Generator) -> None:
-        """As `Memory.extend`."""
+        """As `MemoryBank.extend`."""
         self.memory.extend(self._all(features), rng)
 
     def forward(
@@ -341,7 +341,7 @@ class Judge(nn.Module):
         """F (N, C, g, g) → distance to the nearest region known, (N, 1, ⌈g/2⌉, ⌈g/2⌉).
 
         Args:
-            features, pictures, held_out: As for `Memory`.
+            features, pictures, held_out: As for `MemoryBank`.
             valid: (N, g, g) bool, the cells that count; None: all.
         """
         return self.memory(self._regions(features, valid), pictures, held_out)[2]
@@ -355,7 +355,7 @@ class Judge(nn.Module):
         return coarse - common
 
     def _all(self, features: Tensor) -> Tensor:
-        """Regions of the rows that `Memory.arrange` told of."""
+        """Regions of the rows that `MemoryBank.arrange` told of."""
         valid = self.memory.valid
         cells = [None] * len(features.split(32)) if valid is None else valid.split(32)
         return torch.cat(

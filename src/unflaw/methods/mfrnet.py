@@ -5,8 +5,8 @@
 The map is the hybrid loss of F and F̂. The multi-scale aggregator, the paper's first part, is `FeatureExtractor`. The
 parts are the paper's; its hyper-parameters and the inside of its blocks are not public to us, so all of these are ours.
 Ours as well are a memory, left out with `prototypes = 0`: what is hidden is filled with its recall, and the distance to
-it is one more kind of evidence; and a second memory of whole regions (`Judge`), left out with `coarse_prototypes = 0`,
-which joins map and score (docs/research.md).
+it is one more anomaly map; and a second memory of whole regions (`RegionalMemoryBank`), left out with
+`coarse_prototypes = 0`, which joins map and score (docs/research.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from unflaw.methods.layers import (
     to_grid,
     to_tokens,
 )
-from unflaw.methods.memory_bank import Judge, Memory
+from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
 from unflaw.methods.visualization import Row, Stage, Stages
 from unflaw.parallel.shares import WHOLE, Share
 
@@ -147,8 +147,8 @@ class MFRNet(Method):
         self.kinds = 1 + (options.prototypes > 0)
         self.judges = options.coarse_prototypes > 0
         super().__init__(config, weights)
-        self.memory = Memory(options.prototypes, self.features.channels) if options.prototypes else None
-        self.judge = Judge(options.coarse_prototypes, self.features) if self.judges else None
+        self.memory = MemoryBank(options.prototypes, self.features.channels) if options.prototypes else None
+        self.judge = RegionalMemoryBank(options.coarse_prototypes, self.features) if self.judges else None
         self.restoration = RestorationNetwork(self.features.channels, self.features.grid, options)
         self.masks: Tensor
         self.scale: Tensor
@@ -196,8 +196,8 @@ class MFRNet(Method):
         kinds = self.masks.shape[0]
         terms = self.compare(features.repeat_interleave(kinds, 0), restored.flatten(0, 1))
         maps = self.hybrid(terms).sqrt().unflatten(0, (-1, kinds)).mean(1)
-        witnesses = torch.cat([maps, *distance], dim=1)
-        return Inspection(witnesses, coarse=coarse, restored=restored.mean(1))
+        anomaly_maps = torch.cat([maps, *distance], dim=1)
+        return Inspection(anomaly_maps, coarse=coarse, restored=restored.mean(1))
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:
         """Masks, a row for each k: what each leaves visible, what R restores, and the sum. Restoration: terms."""
@@ -220,7 +220,7 @@ class MFRNet(Method):
         terms = self.compare(features.expand_as(assembled), assembled)
         tiles |= {titles[name]: Stage("map", term.mean(0)) for name, term in terms.items()}
         kinds = ["Hybrid", "Distance to the memory"][: self.kinds]
-        tiles |= {kind: Stage("map", m[None]) for kind, m in zip(kinds, inspection.witnesses[0], strict=True)}
+        tiles |= {kind: Stage("map", m[None]) for kind, m in zip(kinds, inspection.anomaly_maps[0], strict=True)}
         if inspection.coarse is not None:
             tiles["Coarse evidence"] = Stage("map", inspection.coarse[0])
         return {"masks": rows, "restoration": [("", tiles)]}

@@ -1,7 +1,8 @@
 """Lookup: the distance to the nearest of some normal prototypes. Nothing is trained; the floor for methods that are.
 
 Our own baseline, of the family of PatchCore (Roth et al. 2022): standardised, reduced features, a k-centre greedy
-coreset of all training tokens, nearest-prototype distance as the map; and a second memory of whole regions (`Judge`).
+coreset of all training tokens, nearest-prototype distance as the map; and a second memory of whole regions
+(`RegionalMemoryBank`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Generator, Tensor
 
 from unflaw.config import Config, LookupOptions, WeightSource
 from unflaw.methods.base import Batch, Inspection, Method
-from unflaw.methods.memory_bank import Judge, Memory
+from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
 from unflaw.methods.visualization import Stage, Stages
 
 
@@ -22,8 +23,8 @@ class Lookup(Method):
         assert isinstance(options, LookupOptions)
         self.judges = options.coarse_prototypes > 0
         super().__init__(config, weights)
-        self.memory = Memory(options.prototypes, self.features.channels)
-        self.judge = Judge(options.coarse_prototypes, self.features) if self.judges else None
+        self.memory = MemoryBank(options.prototypes, self.features.channels)
+        self.judge = RegionalMemoryBank(options.coarse_prototypes, self.features) if self.judges else None
 
     def setup(
         self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
@@ -49,7 +50,7 @@ class Lookup(Method):
         tiles = {
             "Features, drawn": Stage("features", features[0]),
             "Recalled, drawn": Stage("features", inspection.restored[0]),
-            "Distance to the memory": Stage("map", inspection.witnesses[0]),
+            "Distance to the memory": Stage("map", inspection.anomaly_maps[0]),
         }
         if inspection.coarse is not None:
             tiles["Coarse evidence"] = Stage("map", inspection.coarse[0])

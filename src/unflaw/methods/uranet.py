@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 from unflaw.config import Config, Perception, Restoration, URANetOptions, WeightSource
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
-from unflaw.methods.memory_bank import Judge, Memory
+from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
 from unflaw.methods.synthesis import Anomalies, blend, perlin_masks, sources, synthesise
 from unflaw.methods.visualization import Row, Stage, Stages
 from unflaw.parallel.shares import WHOLE, Share
@@ -104,9 +104,9 @@ class UIAPM(nn.Module):
 class RAM(nn.Module):
     """Restoration attention: F̂ from what is unmarked in the image and from the memory of normal tokens.
 
-    1. Attention to the prototypes turns each token into a mixture of normal ones (`Memory`). It is not trained; alone
-       it is a soft nearest-neighbour lookup, where restoration starts. Nothing but this mixture goes on, so what is not
-       normal cannot be copied through.
+    1. Attention to the prototypes turns each token into a mixture of normal ones (`MemoryBank`). It is not trained;
+       alone it is a soft nearest-neighbour lookup, where restoration starts. Nothing but this mixture goes on, so what
+       is not normal cannot be copied through.
     2. Marked tokens become a learned mask token.
     3. A transformer over p×p patches, keys restricted to unmarked ones, predicts from context what the mixture lacks.
 
@@ -169,8 +169,8 @@ class URANet(Method):
         super().__init__(config, weights)
         self.options = options
         channels, prototypes = self.features.channels, options.restoration.prototypes
-        self.memory = Memory(prototypes, channels, options.restoration.sharpness) if prototypes else None
-        self.judge = Judge(options.restoration.coarse_prototypes, self.features) if self.judges else None
+        self.memory = MemoryBank(prototypes, channels, options.restoration.sharpness) if prototypes else None
+        self.judge = RegionalMemoryBank(options.restoration.coarse_prototypes, self.features) if self.judges else None
         self.sees_distance = prototypes > 0 and options.perception.input == "distance"
         self.perception = UIAPM(2 if self.sees_distance else channels, options.perception)
         self.restoration = RAM(channels, config.features.grid, options.restoration)
@@ -218,9 +218,9 @@ class URANet(Method):
             seen, distance, least = self.memory(features, pictures, held_out)
             distances = [least]
             if self.sees_distance:
-                departure = length(features - seen)
+                retrieval_residual = length(features - seen)
                 # prototypes added after calibration may lower the evidence of an image, never raise it
-                evidence = [self._evidence(d, departure, pictures) for d in (distance, least)]
+                evidence = [self._evidence(d, retrieval_residual, pictures) for d in (distance, least)]
         logits = self.perception.draws(evidence[0])
         mean, deviation = self.perception.moments(logits)
         final = self.perception.masks(mean, deviation)[1]
@@ -252,9 +252,9 @@ class URANet(Method):
         if self.memory is not None:
             restoration["Recalled, drawn"] = Stage("features", self.memory(features)[0][0])
         restoration["Restored, drawn"] = Stage("features", inspection.restored[0])
-        restoration["Residual"] = Stage("map", inspection.witnesses[0, :1])
+        restoration["Residual"] = Stage("map", inspection.anomaly_maps[0, :1])
         if self.memory is not None:
-            restoration["Distance to the memory"] = Stage("map", inspection.witnesses[0, 1:])
+            restoration["Distance to the memory"] = Stage("map", inspection.anomaly_maps[0, 1:])
         if inspection.coarse is not None:
             restoration["Coarse evidence"] = Stage("map", inspection.coarse[0])
         return {"perception": [("", perception)], "restoration": [("", restoration)]}
@@ -290,14 +290,14 @@ class URANet(Method):
         farthest = max((float(t.values.max()) for _, row in rows for t in row.values() if t.kind == "map"), default=0)
         return {"fasm": [(name, {h: t._replace(limit=farthest) for h, t in row.items()}) for name, row in rows]}
 
-    def _evidence(self, distance: Tensor, departure: Tensor, pictures: Tensor | None = None) -> Tensor:
+    def _evidence(self, distance: Tensor, retrieval_residual: Tensor, pictures: Tensor | None = None) -> Tensor:
         """Distance to the memory and to the recall, both (N, 1, g, g) → (N, 2, g, g) in units of the usual distance.
 
         What UIAPM sees where there is a memory (ours). From F itself it learns to know the artificial anomalies and not
         the real ones; how far F is from normal means the same for both.
         """
         assert self.memory is not None
-        return torch.cat([distance, departure], dim=1) / self.memory.unit(pictures) - 1
+        return torch.cat([distance, retrieval_residual], dim=1) / self.memory.unit(pictures) - 1
 
     def _altered_evidence(self, anomalies: Anomalies, batch: Batch, pictures: Tensor | None = None) -> Tensor:
         """What UIAPM sees of F_a; recalled anew are the altered cells only, not from the pictures they are made of.
@@ -317,9 +317,9 @@ class URANet(Method):
         of = altered.cpu() // (len(tokens) // len(own))
         with torch.no_grad():
             mixture, distance, _ = self.memory.recall(tokens[altered], made_of[of])
-        departure = (tokens[altered] - mixture).norm(dim=1)
+        retrieval_residual = (tokens[altered] - mixture).norm(dim=1)
         own = own[of]
-        anew = self._evidence(distance.view(-1, 1, 1, 1), departure.view(-1, 1, 1, 1), own).flatten(1)
+        anew = self._evidence(distance.view(-1, 1, 1, 1), retrieval_residual.view(-1, 1, 1, 1), own).flatten(1)
         return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from itertools import groupby
 import numpy as np
 from scipy import ndimage
 
-from unflaw.imaging.tiling import Box, Layout
+from unflaw.imaging.tiling import Box, TilingGeometry
 from unflaw.postprocessing.results import Region
 
 EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
@@ -20,7 +20,7 @@ _WALLS = (((1, 0), (0, 0)), ((0, -1), (0, 1)), ((-1, 0), (1, 1)), ((0, 1), (1, 0
 def find_regions(
     anomaly_map: np.ndarray,
     threshold: float,
-    layout: Layout,
+    layout: TilingGeometry,
     limit: int = 100,
     *,
     minimum_area: float = 0.0,

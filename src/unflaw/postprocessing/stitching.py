@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from unflaw.imaging.tiling import Layout
+from unflaw.imaging.tiling import TilingGeometry
 
 
 def weights(starts: list[int], size: int, step: int = 1) -> np.ndarray:
@@ -27,14 +27,14 @@ def weights(starts: list[int], size: int, step: int = 1) -> np.ndarray:
     return (placed / placed.sum(0)).astype(np.float32)
 
 
-class Mosaic:
+class TileStitcher:
     """Gathers what was found in the windows of one picture, window by window.
 
     Args:
         layout: Of the picture. Its `shape` is that of all that comes out.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: TilingGeometry) -> None:
         size = layout.preparation.size
         self.layout, self.scores = layout, list[float]()
         self._across, self._down = (weights(s, size, layout.step) for s in (layout.columns, layout.rows))
@@ -46,7 +46,7 @@ class Mosaic:
         return len(self.scores) == len(self.layout)
 
     def add(self, score: float, found: Mapping[str, np.ndarray]) -> None:
-        """The next window, in the order of `Layout.places`.
+        """The next window, in the order of `TilingGeometry.places`.
 
         Args:
             score: Its image score.

@@ -19,7 +19,7 @@ from unflaw.detector import Detector
 from unflaw.features.cache import cells, stack
 from unflaw.imaging.reading import read, read_mask
 from unflaw.imaging.tiling import Box
-from unflaw.imaging.transforms import Prepared, prepare_mask, windows
+from unflaw.imaging.transforms import ModelInput, prepare_mask, windows
 from unflaw.io.files import holding, make_folder, write_png
 from unflaw.io.progress import Progress, silent
 from unflaw.methods.synthesis import texture_pictures
@@ -159,7 +159,7 @@ def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str |
     }
 
 
-def _on_map(window: Prepared) -> tuple[slice, slice]:
+def _on_map(window: ModelInput) -> tuple[slice, slice]:
     """Where a window lies on the map of its picture."""
     (x, y), step, size = window.window.place, window.layout.step, window.layout.preparation.size
     return slice(y // step, (y + size) // step), slice(x // step, (x + size) // step)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import prepare
-from unflaw.inference.base import Inspector
+from unflaw.inference.base import BasePredictor
 
 WARM = 3  # rounds that do not count
 COMPUTED = ("backbone", "method", "map and layers")  # what `compute` is made of, where that can be told
@@ -38,7 +38,7 @@ class Stage:
 
 
 @contextmanager
-def pieces(detector: Inspector, category: str | None = None) -> Iterator[Mapping[str, list[float]]]:
+def pieces(detector: BasePredictor, category: str | None = None) -> Iterator[Mapping[str, list[float]]]:
     """Seconds (clock, processor) that pass in backbone and method of a trained detector, added up; else nothing."""
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     if not hasattr(detector, "network_of"):
@@ -65,12 +65,12 @@ def pieces(detector: Inspector, category: str | None = None) -> Iterator[Mapping
 
 
 def measure(
-    detector: Inspector, sources: Sequence[Path | bytes], *, batch: int, rounds: int, category: str | None = None
+    detector: BasePredictor, sources: Sequence[Path | bytes], *, batch: int, rounds: int, category: str | None = None
 ) -> dict[str, Stage]:
     """Stages of `batch` pictures computed together, over `rounds` rounds that take the sources in turn.
 
     "decode" and "prepare" are one picture after the other; "compute" is the network or graph, and its pieces where the
-    detector is a trained one; "inspect" is `Inspector.inspect`, all of that and the decisions.
+    detector is a trained one; "inspect" is `BasePredictor.inspect`, all of that and the decisions.
     """
     name, preparation = detector.category(category), detector.config.preparation
     stages: dict[str, Stage] = defaultdict(Stage)
@@ -95,7 +95,7 @@ def measure(
     return dict(stages)
 
 
-def throughput(detector: Inspector, paths: Sequence[Path], pictures: int, category: str | None = None) -> float:
+def throughput(detector: BasePredictor, paths: Sequence[Path], pictures: int, category: str | None = None) -> float:
     """Pictures per second of `inspect_many`, which reads the next ones while it computes."""
     started = time.perf_counter()
     for _ in detector.inspect_many(list(islice(cycle(paths), pictures)), category=category):

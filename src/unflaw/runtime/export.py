@@ -22,7 +22,7 @@ from unflaw._version import __version__
 from unflaw.config import URANetOptions
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, WriteError
-from unflaw.imaging.transforms import Prepared
+from unflaw.imaging.transforms import ModelInput
 from unflaw.io.detector_file import before, read_metadata, read_weights
 from unflaw.io.files import holding, write_atomically
 from unflaw.methods.graph import Graph
@@ -67,7 +67,7 @@ def export(
     *,
     to: Target = "onnx",
     precision: Precision = "fp32",
-    pictures: Sequence[Prepared] = (),
+    pictures: Sequence[ModelInput] = (),
 ) -> Path:
     """Writes a detector as a graph, with all that its file says of it; docs/runtime.md is the contract.
 

@@ -13,8 +13,8 @@ from unflaw.calibration.drift import Reference, references
 from unflaw.calibration.thresholds import Calibration, calibrations
 from unflaw.config import Config
 from unflaw.errors import DetectorError
-from unflaw.imaging.transforms import Prepared
-from unflaw.inference.base import Inspector, Outputs
+from unflaw.imaging.transforms import ModelInput
+from unflaw.inference.base import BasePredictor, Outputs
 from unflaw.io.detector_file import kind_of, read_metadata, read_weights
 
 INPUTS = ("pictures", "cells", "category")  # of which every graph has the first
@@ -22,7 +22,7 @@ INPUTS = ("pictures", "cells", "category")  # of which every graph has the first
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
-class ExportedDetector(Inspector):
+class ExportedDetector(BasePredictor):
     """A detector that `unflaw export` wrote. It inspects as the one that it was made of.
 
     Args:
@@ -60,8 +60,8 @@ class ExportedDetector(Inspector):
     def references(self) -> Mapping[str, Reference]:
         return self._references
 
-    def compute(self, pictures: Sequence[Prepared], category: str) -> Outputs:
-        """What the graph finds in windows, of pictures of a category; see `Inspector.compute`.
+    def compute(self, pictures: Sequence[ModelInput], category: str) -> Outputs:
+        """What the graph finds in windows, of pictures of a category; see `BasePredictor.compute`.
 
         One picture at a time: matrices of one stay in the processor's cache, those of several do not.
         """
@@ -69,7 +69,7 @@ class ExportedDetector(Inspector):
         found = [self._run(self.feeds([picture], number)) for picture in pictures]
         return Outputs.of({name: np.concatenate([one[name] for one in found]) for name in found[0]})
 
-    def feeds(self, pictures: Sequence[Prepared], category: int = 0) -> dict[str, np.ndarray]:
+    def feeds(self, pictures: Sequence[ModelInput], category: int = 0) -> dict[str, np.ndarray]:
         """What goes into the graph, by the names of its inputs."""
         fed = {
             "pictures": np.stack([picture.pixels for picture in pictures]),

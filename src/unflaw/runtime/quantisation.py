@@ -17,12 +17,12 @@ import onnx
 from onnx import ModelProto
 
 from unflaw.errors import DetectorError
-from unflaw.imaging.transforms import Prepared
+from unflaw.imaging.transforms import ModelInput
 
 BACKBONE = "network.features.backbone"
 
 
-def quantise(model: ModelProto, pictures: Sequence[Prepared]) -> ModelProto:
+def quantise(model: ModelProto, pictures: Sequence[ModelInput]) -> ModelProto:
     """Quantised statically, weights by output channel, activations in the range that good pictures show.
 
     Args:

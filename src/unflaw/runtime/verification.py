@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from unflaw.errors import DetectorError, ImageError
-from unflaw.inference.base import Inspector
+from unflaw.inference.base import BasePredictor
 from unflaw.io.progress import Progress, silent
 from unflaw.io.words import count
 
@@ -55,7 +55,7 @@ class Comparison:
         return found
 
 
-def mismatch(trained: Inspector, exported: Inspector) -> str:
+def mismatch(trained: BasePredictor, exported: BasePredictor) -> str:
     """Why one is not made of the other as it is now, so that comparing them says nothing; "" where it may be."""
     if trained.config.preparation != exported.config.preparation:
         return "prepares images otherwise than the trained detector and was not made from it; export that one"
@@ -74,8 +74,8 @@ def mismatch(trained: Inspector, exported: Inspector) -> str:
 
 
 def compare(
-    trained: Inspector,
-    exported: Inspector,
+    trained: BasePredictor,
+    exported: BasePredictor,
     paths: Sequence[Path],
     *,
     category: str | None = None,

@@ -72,9 +72,9 @@ def predict(
         progress: Is told of finished partitions.
 
     Raises:
-        DetectorError: As `unflaw.load` and `Inspector.select`. StoreError: The output holds the results of another run,
-            or is in use. ValueError: No such inputs, or as `on_ray.running` and `on_ray.run`. ImportError: Ray is not
-            installed.
+        DetectorError: As `unflaw.load` and `BasePredictor.select`. StoreError: The output holds the results of another
+            run, or is in use. ValueError: No such inputs, or as `on_ray.running` and `on_ray.run`. ImportError: Ray is
+            not installed.
     """
     import unflaw
 

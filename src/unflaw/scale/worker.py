@@ -18,7 +18,7 @@ from typing import NamedTuple
 import unflaw
 from unflaw.errors import ImageError
 from unflaw.imaging.inputs import Readable
-from unflaw.inference.base import Inspector
+from unflaw.inference.base import BasePredictor
 from unflaw.postprocessing.results import Result
 from unflaw.scale import partitions
 from unflaw.scale.partitions import text
@@ -38,7 +38,7 @@ class Done(NamedTuple):
     error: str | None = None
 
 
-def load(files: dict[str, bytes], threads: int) -> Inspector:
+def load(files: dict[str, bytes], threads: int) -> BasePredictor:
     """A detector from what is in its files, for machines that do not share a disk with them."""
     with tempfile.TemporaryDirectory(prefix="unflaw-", ignore_cleanup_errors=True) as folder:
         for name, data in files.items():

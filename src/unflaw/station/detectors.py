@@ -17,7 +17,7 @@ from unflaw.datasets.samples import SHORT
 from unflaw.datasets.samples import sha256 as file_digest
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.imaging.reading import read
-from unflaw.inference.base import Inspector
+from unflaw.inference.base import BasePredictor
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
 from unflaw.station.log import Entry, Filter, Log, legible, sha256
@@ -60,10 +60,10 @@ class Served:
         self.worker = ThreadPoolExecutor(2, thread_name_prefix=f"inspect-{name}")
         self._changing = threading.Lock()
         # one name for both, so that other threads see them change in one step
-        self._loaded: tuple[Inspector, str] = unflaw.load(str(path)), file_digest(path)
+        self._loaded: tuple[BasePredictor, str] = unflaw.load(str(path)), file_digest(path)
 
     @property
-    def detector(self) -> Inspector:
+    def detector(self) -> BasePredictor:
         return self._loaded[0]
 
     @property
@@ -98,7 +98,7 @@ class Served:
             sample: Share of pictures that are drawn at random for review.
 
         Raises:
-            ImageError, DetectorError: As `Inspector.inspect`.
+            ImageError, DetectorError: As `BasePredictor.inspect`.
         """
         detector, digest = self._loaded
         category = detector.category(category or None)

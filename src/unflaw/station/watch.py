@@ -65,7 +65,7 @@ class Watcher:
         report: Gets a line for what is watched, for each image and each file passed over, and for the sum of it.
 
     Raises:
-        DetectorError: As `Inspector.category`. ImageError: There is no such folder. ValueError: `out` is or holds
+        DetectorError: As `BasePredictor.category`. ImageError: There is no such folder. ValueError: `out` is or holds
             the folder, or cannot be made.
     """
 

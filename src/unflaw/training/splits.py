@@ -86,7 +86,9 @@ def without_copies(
     return fitting, [path for path in dict.fromkeys(validation) if path not in copies], reasons
 
 
-def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float) -> tuple[Cache, dict[str, Cache]]:
+def split_calibration(
+    cache: Cache, validation: Cache | None, share: float, budget: float
+) -> tuple[Cache, dict[str, Cache]]:
     """Pictures to train on, and by category those that calibrate: its validation part or, without one, the last ones.
 
     Args:
@@ -117,7 +119,7 @@ def hold_out(cache: Cache, validation: Cache | None, share: float, budget: float
     return cache.take(sorted(trained), budget), calibrating
 
 
-def remembered(train: Cache, rows: Sequence[int], held: Cache | None, seed: int) -> Reference:
+def build_drift_reference(train: Cache, rows: Sequence[int], held: Cache | None, seed: int) -> Reference:
     """What tells drift of a category: its good pictures, by rows, and those held out, in random order."""
     described = [train.described[train.heads(rows)].numpy()]
     if held is not None:
