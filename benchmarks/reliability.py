@@ -4,8 +4,8 @@
 
 Prints a Markdown table. Good pictures of training and test part are taken together and split at random, anew for
 every model. "hold-out": a fifth of them, at least 50, tests; the rest trains as `unflaw train` does, a fifth of it
-calibrates, each picture without what it taught the memory. "not learned": the same with `calibration.extend=false`:
-what calibrates teaches nothing, and rates are certified. "cross-fitting": 40 pictures train and calibrate, all others
+calibrates, each picture without what it taught the memory. "not learned": the same with
+`calibration.update_memory=false`: what calibrates teaches nothing, and rates are certified. "cross-fitting": 40 pictures train and calibrate, all others
 test. "as it comes": the set's own training part trains and calibrates, its own good test pictures test; nothing makes
 them exchangeable but who took the pictures.
 
@@ -81,7 +81,7 @@ def measured(dataset: Dataset, models: int) -> Iterator[tuple[str, dict[float, C
         for _ in range(models):
             order = rng.permutation(every)
             tests = max(50, len(every) // 5)
-            for name, options in (("hold-out", {}), ("not learned", {"extend": False})):
+            for name, options in (("hold-out", {}), ("not learned", {"update_memory": False})):
                 found[name].append(counts(order[tests:].tolist(), order[:tests].tolist(), **options))
             found["cross-fitting"].append(counts(order[:FEW].tolist(), order[FEW:].tolist(), folds=FEW))
         if own:

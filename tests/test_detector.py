@@ -224,7 +224,7 @@ def test_a_validation_part_calibrates_and_is_not_trained_on(parts, weights, tiny
     """Of any size: what is too few to learn from is not too few to calibrate with."""
     dataset = load_dataset(parts)
     validation = tuple(sample for sample in dataset.test if not sample.label)[:3]
-    config = tiny("lookup", **{"training.display_steps": 0, "calibration.extend": False})
+    config = tiny("lookup", **{"training.display_steps": 0, "calibration.update_memory": False})
     made = Detector(config=config, weights=weights).fit(replace(dataset, validation=validation))
     assert (made.record_["good_pictures"], made.record_["held_out"]) == (12, 3)
     inspected = sorted(made.inspect(sample.path).score for sample in validation)
@@ -238,7 +238,9 @@ def test_calibration_leaves_padding_out_as_inspection_does(parts, weights, tiny,
     for path in sorted((parts / "train/good").iterdir()):
         Image.open(path).crop((0, 0, 64, 24)).save(tmp_path / path.name)
     paths = sorted(tmp_path.iterdir())
-    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0, "calibration.extend": False})
+    config = tiny(
+        "lookup", **{"preparation.fit": "pad", "training.display_steps": 0, "calibration.update_memory": False}
+    )
     dataset = load_dataset(tmp_path)
     samples = tuple(Sample(path, 0) for path in paths)
     made = Detector(config=config, weights=weights).fit(replace(dataset, train=samples[:9], validation=samples[9:]))
@@ -274,7 +276,7 @@ def scores_of(detector: Detector, cache: Cache) -> list[float]:
 @pytest.mark.parametrize("method", ["lookup", "uranet", "mfrnet"])
 def test_good_pictures_raise_no_more_alarms_than_certified(tiny, method):
     """Averaged over draws of the held-out pictures: the promise of `Calibration`, kept by the whole of `learn`."""
-    changes = {"training.steps": 1, "calibration.extend": False}
+    changes = {"training.steps": 1, "calibration.update_memory": False}
     made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(0)
     train, held, fresh, trials, alarms = good_ones(20, rng), 9, 20, 150, 0
     for _ in range(trials):
@@ -289,7 +291,7 @@ def test_good_pictures_raise_no_more_alarms_than_certified(tiny, method):
 @pytest.mark.parametrize("method", ["lookup", "uranet", "mfrnet"])
 def test_pictures_that_calibrate_have_no_other_part(tiny, method):
     """What makes the promise exact: of ten pictures, each in turn the new one, a single one raises an alarm."""
-    changes = {"training.steps": 0, "calibration.extend": False}
+    changes = {"training.steps": 0, "calibration.update_memory": False}
     made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(1)
     train, ten, states, alarms = good_ones(20, rng), good_ones(10, rng), [], []
     for i in range(10):
@@ -400,7 +402,7 @@ def test_learning_what_calibrated_raises_no_score(tiny, method, given):
     for extend in (False, True):
         torch.manual_seed(0)
         rng = torch.Generator().manual_seed(2)
-        made = unfitted(tiny, method, **{"training.steps": 1, "calibration.extend": extend})
+        made = unfitted(tiny, method, **{"training.steps": 1, "calibration.update_memory": extend})
         made.learn(good_ones(29, rng), good_ones(9, rng) if given else None)
         scores.append(scores_of(made, good_ones(40, rng)))
         thresholds.append([*made.calibration_.scores, made.calibration_.pixel_threshold])
@@ -412,7 +414,7 @@ def test_learning_what_calibrated_raises_no_score(tiny, method, given):
 
 def test_a_picture_that_it_was_calibrated_on_is_good(parts, weights, tiny):
     """Held-out pictures are among the training ones: each calibration score is found again, and none is above them."""
-    detector = Detector(config=tiny(**{"calibration.extend": False}), weights=weights).fit(parts)
+    detector = Detector(config=tiny(**{"calibration.update_memory": False}), weights=weights).fit(parts)
     scores = detector.calibration_.scores
     inspected = [detector.inspect(path).score for path in sorted((parts / "train/good").iterdir())]
     for score in scores:  # cached features are in half precision

@@ -110,7 +110,7 @@ def test_a_threshold_is_what_the_hold_out_of_its_category_gives(both, weights, t
         name: [s for s in dataset.test if not s.label][:count]
         for (name, dataset), count in zip(data.items(), (4, 3), strict=True)
     }
-    config = tiny("lookup", **QUICK, **{"calibration.extend": False})
+    config = tiny("lookup", **QUICK, **{"calibration.update_memory": False})
     whole = {name: replace(data[name], validation=tuple(found)) for name, found in given.items()}
     for data_sets in (whole, whole | {"bolts": data["bolts"]}):
         made = Detector(config=config, weights=weights).fit(data_sets)
@@ -191,7 +191,7 @@ def test_the_extractor_is_fitted_on_no_picture_that_calibrates(both, weights, ti
 def test_what_calibrated_a_category_is_learned_by_its_memory_once(tiny, monkeypatch):
     thresholds, calls = [], []
     for extend in (False, True):
-        made = unfitted(tiny, **{"calibration.extend": extend})
+        made = unfitted(tiny, **{"calibration.update_memory": extend})
         whole = type(made.network).extend
         monkeypatch.setattr(
             type(made.network),

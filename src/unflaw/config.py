@@ -258,7 +258,7 @@ class CalibrationOptions(Settings):
     review_uncertain: bool = Field(False, description="review also where the uncertainty map dominates a defect")
     minimum_area: float = Field(0.0, ge=0, lt=1, description="smaller areas are no regions; share of the picture")
     tail: bool = Field(False, description="estimate thresholds of rates that the pictures cannot certify")
-    extend: bool = Field(
+    update_memory: bool = Field(
         True,
         description="the memory learns them too, and each is judged without what it taught; False: a certified rate",
     )

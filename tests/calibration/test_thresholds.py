@@ -342,5 +342,5 @@ def test_what_files_of_before_say_is_read_as_it_was():
     assert [made.verdict(score) for score in (1.5, 2.0, 2.5)] == ["good", "good", "defect"]
     assert made.describe() == "false-alarm rate 33.33% or less, certified by 2 good pictures outside of training"
     config = make_config().model_dump()
-    config["calibration"] = {"holdout": 0.2, "false_alarm_rate": 0.01, "extend": True}
+    config["calibration"] = {"holdout": 0.2, "false_alarm_rate": 0.01, "update_memory": True}
     assert Config.model_validate(config) == make_config()

@@ -152,7 +152,7 @@ def prepare(server: Server, folder: Path) -> list[Phase]:
 
     def watch(root: Path) -> list[object]:
         folders = [root / "camera", "--model", a, "--out", root / "out/sorted", "--store", root / "out/store"]
-        return ["watch", *folders, "--once", "--settle", 0, "--every", 0.01, "--sample", 0]
+        return ["watch", *folders, "--once", "--settle", 0, "--poll-interval", 0.01, "--sample", 0]
 
     def ablate(root: Path) -> list[object]:
         varied = ["--variant", "few: network.prototypes=16", "--only", "full", "--seeds", 1]

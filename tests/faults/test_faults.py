@@ -151,7 +151,7 @@ def test_a_camera_folder_on_a_full_disk_keeps_its_pictures(mounted, saved, parts
     disk, camera = mounted(0.5), tmp_path / "camera"
     shutil.copytree(parts / "test/good", camera)
     watch = ["watch", camera, "--model", saved, "--out", tmp_path / "sorted", "--store", disk, "--once"]
-    watch += ["--settle", 0, "--every", 0.01, "--patience", 0.2]
+    watch += ["--settle", 0, "--poll-interval", 0.01, "--patience", 0.2]
     assert Log(f"sqlite:///{disk / 'log.db'}").count(Filter()) == 0  # its tables find room
     with (disk / "full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         while True:
@@ -308,5 +308,5 @@ def test_a_clock_that_jumps_does_not_stop_a_watcher(saved, parts, tmp_path, monk
     jumping = iter(range(10**6, 0, -1))
     monkeypatch.setattr(time, "time", lambda: 3600.0 * next(jumping))  # an hour back at every look
     watch = ["watch", camera, "--model", saved, "--out", tmp_path / "sorted", "--store", tmp_path / "store", "--once"]
-    assert unflaw(*watch, "--settle", 0.1, "--every", 0.05)[0] == 0 and visible_and_hidden(camera) == []
+    assert unflaw(*watch, "--settle", 0.1, "--poll-interval", 0.05)[0] == 0 and visible_and_hidden(camera) == []
     assert Log(f"sqlite:///{tmp_path / 'store/log.db'}").count(Filter()) == 4

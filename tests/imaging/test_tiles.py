@@ -91,7 +91,7 @@ def test_many_at_once_are_as_one_by_one_and_errors_stay_in_place(tiled, parts, t
 def test_calibration_is_made_the_same_way_as_inspection(parts, weights, tiny):
     """The scores of held-out pictures are those that inspection gives them."""
     paths = sorted((parts / "train/good").iterdir())
-    made = Detector(config=tiny("lookup", **TILED, **{"calibration.extend": False}), weights=weights).fit(paths)
+    made = Detector(config=tiny("lookup", **TILED, **{"calibration.update_memory": False}), weights=weights).fit(paths)
     scores = [made.inspect(path).score for path in paths]
     for score in made.calibration_.scores:
         assert min(abs(score - other) for other in scores) < 0.02 * abs(score) + 0.01

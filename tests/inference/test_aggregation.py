@@ -294,7 +294,7 @@ def test_calibrate_sets_review_tail_and_area_anew(saved, parts, tmp_path):
 
     plain, said = calibrated()
     assert plain.tail is None and plain.review_rate == 2 / 46 and "with those for review 4.35%" in said
-    other, said = calibrated("--tail", "--review-rate", 0.2, "--minimum-area", 0.01)
+    other, said = calibrated("--extrapolate-tail", "--review-rate", 0.2, "--minimum-area", 0.01)
     assert other.review_rate == 9 / 46 and other.minimum_area == 0.01 and other.pixel_threshold < plain.pixel_threshold
     assert other.estimated and other.rate == 0.01 and other.threshold > plain.threshold
     assert "false-alarm rate 1.00%, estimated from the tail of the scores" in said

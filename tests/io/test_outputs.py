@@ -109,7 +109,7 @@ def test_results_of_ray_are_no_input_unless_they_are_named(tmp_path):
 
 def test_what_a_watcher_has_sorted_is_no_input_unless_it_is_named(saved, new, tmp_path):
     (new / "pictures/00003_003.png").rename(new / "003.png")
-    watch = ["--model", saved, "--store", tmp_path / "store", "--once", "--settle", 0, "--every", 0.01]
+    watch = ["--model", saved, "--store", tmp_path / "store", "--once", "--settle", 0, "--poll-interval", 0.01]
     shutil.copy(new / "000.png", new / "late.png")
     late = (new / "late.png").rename(tmp_path / "late.png")
     unflaw("watch", new, "--out", new / "a/sorted", *watch)

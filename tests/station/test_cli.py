@@ -154,7 +154,7 @@ def test_a_folder_is_watched_until_nothing_is_left(saved, parts, tmp_path):
     camera.mkdir()
     for path in sorted((parts / "test").rglob("*.png")):
         (camera / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
-    options = ["--store", tmp_path / "station", "--settle", 0, "--patience", 0, "--every", 0.01, "--once"]
+    options = ["--store", tmp_path / "station", "--settle", 0, "--patience", 0, "--poll-interval", 0.01, "--once"]
     (camera / "broken.png").write_bytes(b"no picture")
     (camera / "\x1b[2Jescape.png").write_bytes((camera / "square-000.png").read_bytes())
     Path(os.fsdecode(bytes(camera) + b"/not \xff UTF-8.png")).write_bytes((camera / "square-000.png").read_bytes())

@@ -67,7 +67,7 @@ def test_a_watcher_that_is_killed_again_and_again_inspects_each_picture_once(sav
     folder, out, store, runs = tmp_path / "camera", tmp_path / "sorted", tmp_path / "station", 3
     folder.mkdir()
     command = [sys.executable, "-c", "from unflaw.cli import main; main()", "watch", folder, "--model", saved]
-    command += ["--out", out, "--store", store, "--settle", "0", "--every", "0.01"]
+    command += ["--out", out, "--store", store, "--settle", "0", "--poll-interval", "0.01"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     contents = {f"{i:03d}.png": picture(i) for i in range(60)}
     for name, data in contents.items():

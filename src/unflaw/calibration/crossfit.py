@@ -1,10 +1,10 @@
-"""What good pictures show networks that did not learn from them: the evidence that calibrates a detector.
+"""Out-of-sample scores of good images, used for calibration.
 
 Held-out pictures give it (split conformal prediction), or, so that small sets need not give up pictures, all do
 (`calibration.folds`): each is judged without what was learned from it, and the detector learns from all.
 
-* Held-out pictures, drawn at random, extend the memory as well (`calibration.extend`), and what each taught it is left
-  out while it is judged; likewise all pictures of a method that trains nothing (K = n folds, at no cost). A memory only
+* Held-out pictures, drawn at random, extend the memory as well (`calibration.update_memory`), and what each taught it
+  is left out while it is judged; likewise all pictures of a method that trains nothing (K = n folds, at no cost). A memory only
   lowers distances, so the whole one finds no more in a new picture than any of those without one picture: p-values are
   at least those of the jackknife+ (Barber et al. 2021), and P(p ≤ α) ≤ 2α for every n and every distribution; about α
   unless leaving one picture out changes everything. This takes the choice of prototypes, and the few statistics of
@@ -168,12 +168,12 @@ def find_outliers(
 def judge_held_out(
     network: Method, held: Cache, options: CalibrationOptions, rng: Generator, *, random: bool
 ) -> tuple[CalibrationScores, bool]:
-    """The evidence of held-out pictures of the category in use, which with `extend` teach its memory: see above.
+    """The evidence of held-out pictures of the category in use, which with `update_memory` teach its memory: see above.
 
     Args:
         network: Finished for the category. Its memory is extended.
         held: The pictures.
-        options: `extend` and `minimum_area`.
+        options: `update_memory` and `minimum_area`.
         rng: What `Method.extend` draws.
         random: They are a random part of the good pictures, and teach before they calibrate; else they calibrate first.
 
@@ -181,10 +181,10 @@ def judge_held_out(
         The evidence, and whether the pictures had taught something by then.
     """
     arrange(network, held)
-    taught = options.extend and random and network.extend(held.features, rng)
+    taught = options.update_memory and random and network.extend(held.features, rng)
     left_out = {"held_out": torch.arange(len(held))} if taught else {}
     found = gather_evidence(network, held, CalibrationScores(options.minimum_area), **left_out)
-    if options.extend and not random:
+    if options.update_memory and not random:
         network.extend(held.features, rng)
     return found, taught
 

@@ -49,7 +49,7 @@ def train(
     fit: Annotated[str | None, typer.Option(help="stretch, or pad to keep the aspect ratio.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same detector.")] = None,
     rate: Annotated[float | None, typer.Option(help="False-alarm rate to calibrate for, such as 0.01.")] = None,
-    tail: Annotated[bool, typer.Option("--tail", help=_TAIL)] = False,
+    tail: Annotated[bool, typer.Option("--extrapolate-tail", help=_TAIL)] = False,
     textures: Annotated[Path | None, typer.Option(help="Folder of texture pictures for artificial anomalies.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, such as training.steps=200.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint after an interruption.")] = False,
@@ -228,8 +228,8 @@ def calibrate(
     minimum_area: Annotated[
         float | None, typer.Option(min=0, max=1, help="Smaller areas are no regions; share of the picture.")
     ] = None,
-    tail: Annotated[bool, typer.Option("--tail", help=_TAIL)] = False,
-    keep: Annotated[bool, typer.Option("--keep", help="Also count the pictures that calibrated it before.")] = False,
+    tail: Annotated[bool, typer.Option("--extrapolate-tail", help=_TAIL)] = False,
+    keep: Annotated[bool, typer.Option("--append", help="Also count the images that calibrated it before.")] = False,
     category: Category = None,
 ) -> None:
     """Set thresholds and p-values anew, without training: from good pictures of today and, if any, labelled defects.

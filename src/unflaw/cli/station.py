@@ -140,7 +140,9 @@ def watch(
     copy: Annotated[bool, typer.Option("--copy", help="Leave the pictures where they are.")] = False,
     category: Category = None,
     sample: Sample = 0.05,
-    every: Annotated[float, typer.Option(min=0.01, help="Seconds from one look to the next.")] = 1,
+    every: Annotated[
+        float, typer.Option("--poll-interval", min=0.01, help="Seconds from one look at the folder to the next.")
+    ] = 1,
     settle: Annotated[float, typer.Option(min=0, help="Seconds for which a file must not change.")] = 2,
     patience: Annotated[
         float, typer.Option(min=0, help="Seconds after which a file that cannot be read is an error.")
