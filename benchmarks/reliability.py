@@ -5,7 +5,8 @@
 Prints a Markdown table. Good pictures of training and test part are taken together and split at random, anew for
 every model. "hold-out": a fifth of them, at least 50, tests; the rest trains as `unflaw train` does, a fifth of it
 calibrates, each picture without what it taught the memory. "not learned": the same with
-`calibration.update_memory=false`: what calibrates teaches nothing, and rates are certified. "cross-fitting": 40 pictures train and calibrate, all others
+`calibration.update_memory=false`: what calibrates teaches nothing, and rates are certified. "cross-fitting": 40
+pictures train and calibrate, all others
 test. "as it comes": the set's own training part trains and calibrates, its own good test pictures test; nothing makes
 them exchangeable but who took the pictures.
 

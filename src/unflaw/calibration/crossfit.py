@@ -4,8 +4,8 @@ Held-out pictures give it (split conformal prediction), or, so that small sets n
 (`calibration.folds`): each is judged without what was learned from it, and the detector learns from all.
 
 * Held-out pictures, drawn at random, extend the memory as well (`calibration.update_memory`), and what each taught it
-  is left out while it is judged; likewise all pictures of a method that trains nothing (K = n folds, at no cost). A memory only
-  lowers distances, so the whole one finds no more in a new picture than any of those without one picture: p-values are
+  is left out while it is judged; likewise all pictures of a method that trains nothing (K = n folds, at no cost). A
+  memory only lowers distances, so the whole one finds no more in a new picture than any of those without one picture: p-values are
   at least those of the jackknife+ (Barber et al. 2021), and P(p ≤ α) ≤ 2α for every n and every distribution; about α
   unless leaving one picture out changes everything. This takes the choice of prototypes, and the few statistics of
   `Method.finish`, as given: one picture hardly moves them.
