@@ -5,10 +5,10 @@ Held-out pictures give it (split conformal prediction), or, so that small sets n
 
 * Held-out pictures, drawn at random, extend the memory as well (`calibration.update_memory`), and what each taught it
   is left out while it is judged; likewise all pictures of a method that trains nothing (K = n folds, at no cost). A
-  memory only lowers distances, so the whole one finds no more in a new picture than any of those without one picture: p-values are
-  at least those of the jackknife+ (Barber et al. 2021), and P(p ≤ α) ≤ 2α for every n and every distribution; about α
-  unless leaving one picture out changes everything. This takes the choice of prototypes, and the few statistics of
-  `Method.finish`, as given: one picture hardly moves them.
+  memory only lowers distances, so the whole one finds no more in a new picture than any of those without one picture:
+  p-values are at least those of the jackknife+ (Barber et al. 2021), and P(p ≤ α) ≤ 2α for every n and every
+  distribution; about α unless leaving one picture out changes everything. This takes the choice of prototypes, and the
+  few statistics of `Method.finish`, as given: one picture hardly moves them.
 * Pictures of a validation part may be alike among themselves, where new ones are not: leaving out one is not enough.
   They calibrate first and extend the memory after that, which can only lower scores, so their rate is certified.
 * Any other method is trained K times more, each time without one fold. If all K networks judged a new picture, P(p ≤ α)
