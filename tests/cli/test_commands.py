@@ -286,7 +286,7 @@ def test_ctrl_c_says_where_training_stopped_and_resume_where_it_goes_on(tiny_tra
     arguments = [*tiny_training, *steps, "--set", "training.checkpoint_seconds=0", "--out", out]
     resumed = unflaw(*arguments, "--resume")
     assert resumed.exit_code == 0, resumed.output
-    assert f"note: {checkpoint}: training goes on at step {found[1]} of 100\n" in resumed.stderr
+    assert f"note: {checkpoint}: holds step {found[1]} of 100, where the same training goes on\n" in resumed.stderr
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
@@ -339,7 +339,7 @@ def test_ctrl_c_says_how_many_images_were_inspected(model, parts, tmp_path):
         ("demo --out out", "unflaw.detector.Detector.fit", "stopped; the same command begins again"),
         (
             "ablate --data PARTS --weights WEIGHTS --only full --out out",
-            "unflaw.experiments.feature_store.Laboratory.fit",
+            "unflaw.experiments.feature_store.ExperimentRunner.fit",
             "stopped; 0 finished runs stay in out/runs.jsonl, and the same command goes on with the others",
         ),
         (
@@ -349,7 +349,7 @@ def test_ctrl_c_says_how_many_images_were_inspected(model, parts, tmp_path):
         ),
         (
             "fleet PARTS/.. --weights WEIGHTS --backbone resnet18 --workers 1 --out out",
-            "unflaw.experiments.per_category.ProcessSeat.train",
+            "unflaw.experiments.per_category.ProcessWorker.train",
             "stopped; finished detectors stay in out, and the same command goes on with the others",
         ),
         (

@@ -31,7 +31,7 @@ class DiskCache:
         What another process has open it can still read on POSIX systems; where not, it is not deleted.
 
         Raises:
-            ShelfFull: It would not fit.
+            DiskCacheFull: It would not fit.
         """
         if self.limit is None:
             return

@@ -58,7 +58,7 @@ class FeatureFile:
         skipped: The reasons why pictures could not be read, by path.
 
     Raises:
-        ValueError: A damaged file. WriteError: It cannot be written. ShelfFull: It does not fit in the limit.
+        ValueError: A damaged file. WriteError: It cannot be written. DiskCacheFull: It does not fit in the limit.
     """
 
     def __init__(
