@@ -107,7 +107,7 @@ def everything(team: Team, data: Path, weights: Path) -> dict[str, Any]:
         "loop, normalised": loop(team, normalised=True),
         "cache": cached(team, data),
         "cache, tiles": cached(team, data, 40),
-        "draem": gradients(team, "draem"),
+        **{f"{method}, gradients": gradients(team, method) for method in ("draem", "memae")},
         **{method: fitted(team, method, data, weights) for method in METHODS},
         "crossed": fitted(team, "uranet", data, weights, **{"calibration.folds": 2, "training.steps": 2}),
     }

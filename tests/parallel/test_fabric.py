@@ -103,20 +103,25 @@ def test_two_processes_make_the_same_detector(together, alone, kind):
 def test_memae_too_but_for_what_has_no_effect(together, alone):
     """A bias before a normalisation may be anything, and the running mean follows it.
 
-    In single precision, whose rounding grows over the steps: 2e-3 was measured on a processor of another kind.
+    Scores are compared in the units of the map: in deviations of good images, which are small here, rounding is twenty
+    times as large and differs by the kind of processor. Gradients are compared exactly below.
     """
 
     def effective(found: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in found.items() if not name.endswith((".0.bias", "running_mean"))}
+        kept = {name: value for name, value in found.items() if not name.endswith((".0.bias", "running_mean"))}
+        unit = kept["normal"][0, 1]
+        units = {"normal_scores": unit, "scores": unit * kept["normal_scores"][0, 1]}
+        return kept | {name: kept[name] * value for name, value in units.items()}
 
-    assert apart(effective(together[0]["memae"]), effective(alone["memae"])) < 5e-3
+    assert apart(effective(together[0]["memae"]), effective(alone["memae"])) < 1e-3
 
 
-def test_draem_has_the_same_gradients(together, alone):
+@pytest.mark.parametrize(("method", "most"), [("draem", 100), ("memae", 20)])
+def test_pixel_methods_have_the_same_gradients(together, alone, method, most):
     """In double precision. In single, rounding grows, and no equality of trained ones is claimed (docs/scaling.md)."""
-    found, expected = together[0]["draem"], alone["draem"]
+    found, expected = together[0][f"{method}, gradients"], alone[f"{method}, gradients"]
     largest = max(float(value.abs().max()) for value in expected.values())
-    assert len(expected) > 100 and apart(found, expected) < 1e-9 * largest
+    assert len(expected) > most and apart(found, expected) < 1e-9 * largest
 
 
 def test_what_fails_in_the_first_process_fails_in_all(together):

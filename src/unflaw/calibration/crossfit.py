@@ -1,6 +1,6 @@
 """Out-of-sample scores of good images, used for calibration.
 
-Held-out pictures give it (split conformal prediction), or, so that small sets need not give up pictures, all do
+Held-out pictures give them (split conformal prediction), or, so that small sets need not give up pictures, all do
 (`calibration.folds`): each is judged without what was learned from it, and the detector learns from all.
 
 * Held-out pictures, drawn at random, extend the memory as well (`calibration.update_memory`), and what each taught it
@@ -56,7 +56,7 @@ def pieced(
     features: Callable[[Tensor], Tensor],
     **left_out: Tensor,
 ) -> Iterator[TileStitcher]:
-    """What a network finds in pictures one after the other: "map" and, where there is one, "uncertainty".
+    """Maps that a network finds in images, one image after the other: "map" and, where there is one, "uncertainty".
 
     Args:
         network: With what is normal for their category in use.
@@ -110,7 +110,7 @@ def gather_evidence(network: Method, cache: Cache, found: CalibrationScores, **l
 
 @torch.inference_mode()
 def memory_distances(network: Method, cache: Cache, rows: Sequence[int], *, leave: bool) -> dict[str, float]:
-    """How far images lie from the memory of the category in use: a score for each path.
+    """Distances of images to the memory of the category in use, a score for each path.
 
     It is made of the largest distances of an image as the image score is (`scoring.shares`), at every second cell in
     both directions: a quarter of the time of all cells, and hardly less is found. No trained part of the network takes
