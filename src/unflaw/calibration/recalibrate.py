@@ -125,7 +125,7 @@ def recalibrate(
 
 
 def _more(known: Sequence[Input]) -> str:
-    """How many images there are beside the first."""
+    """The number of images beside the first, for a message; empty if there is none."""
     return f" and {len(known) - 1} more of the good pictures" if len(known) > 1 else ""
 
 

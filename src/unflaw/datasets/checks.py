@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with a data set once it is listed: masks, and files that are there twice."""
+"""Checks of a data set once it is listed: masks, and files that are there twice."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def check_masks(samples: list[Sample], root: Path) -> tuple[list[Sample], list[s
 
 
 def _looked_at(sample: Sample, any_masks: bool) -> tuple[str, np.ndarray | None]:
-    """What is wrong with the mask of a sample, or "", and the mask, where it can be read."""
+    """Returns the fault of the mask of a sample, or "", and the mask, where it can be read."""
     if not sample.mask:
         return ("Defective, but without a mask" if sample.label and any_masks else ""), None
     if not os.path.exists(sample.mask):  # noqa: PTH110 - Path.exists raises where a name is too long

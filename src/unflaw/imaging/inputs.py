@@ -1,4 +1,4 @@
-"""What users hand over as images: paths, and what is in memory. No torch."""
+"""Kinds of images that users may give: paths, and images in memory. No torch."""
 
 from __future__ import annotations
 

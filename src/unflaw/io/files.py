@@ -280,13 +280,13 @@ def _locked(file: Path) -> int:
 
 
 def claim() -> dict[str, Any]:
-    """What the file of a lock says of this process: its number, host, and the time."""
+    """The content of a lock file: number and host of this process, and the time."""
     since = datetime.now().astimezone().isoformat(" ", "seconds")
     return {"process": os.getpid(), "host": platform.node(), "since": since}
 
 
 def held_by(claimed: bytes) -> str:
-    """Who holds a lock, from what is in its file: a `claim`, or nothing yet."""
+    """The holder of a lock, from the content of its file: a `claim`, or nothing yet."""
     try:
         holder = json.loads(claimed)
         return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
@@ -313,7 +313,7 @@ def _opened(file: Path) -> int:
 
 
 def _is_called(handle: int, file: Path) -> bool:
-    """Whether an open file still has this name."""
+    """True if an open file still has this name."""
     try:
         return os.path.samestat(os.fstat(handle), file.stat())
     except FileNotFoundError:
@@ -351,7 +351,7 @@ def check_name(path: Path) -> None:
 
 
 def steps_of(checkpoint: Path) -> tuple[int, str] | None:
-    """How many steps of a training a checkpoint holds, as a number and as messages say it; None where there is none.
+    """The number of training steps in a checkpoint, and the same for messages; None where there is no checkpoint.
 
     Raises:
         TrainingError: It is damaged.

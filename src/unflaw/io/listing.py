@@ -168,7 +168,7 @@ def counted(
     identify: Callable[[str], str] = os.path.realpath,
     counts: Callable[[str], bool] = is_image,
 ) -> dict[str, int]:
-    """How many images there are in folders that were passed over, and in each folder with hidden images.
+    """Counts the images in folders that were passed over, and in each folder with hidden images.
 
     Args:
         passed_over: As `walk` gives them.

@@ -1,4 +1,4 @@
-"""What unflaw has written itself: it is no input of a later run, and a later run into the same folder clears it away.
+"""Files that unflaw has written: they are no input of a later run, and one into the same folder clears them away.
 
 The images that it draws, panels and figures, say so in the file: on this machine they are known wherever they lie and
 however they are called, on a remote store by the names that they are written with. Nothing else is taken for them.
@@ -29,7 +29,7 @@ _NUMBERED = re.compile(r"\d{5,}_.*", re.DOTALL)
 
 
 def may_be_drawn(path: str) -> bool:
-    """Whether a path, with slashes, is such as panels and figures have when they are written.
+    """True if a path, with slashes, is such as panels and figures have when they are written.
 
     On a remote store each look into a file is a request, so only these are looked into.
     """
@@ -37,12 +37,12 @@ def may_be_drawn(path: str) -> bool:
 
 
 def is_drawn(head: bytes) -> bool:
-    """Whether a file that begins so, with `HEAD` bytes at least, is an image that unflaw drew."""
+    """True if a file that begins so, with `HEAD` bytes at least, is an image that unflaw drew."""
     return _DRAWN in head[:HEAD]
 
 
 def drawn(path: Path) -> bool:
-    """Whether a file is an image that unflaw drew."""
+    """True if a file is an image that unflaw drew."""
     return path.suffix.lower() == ".png" and is_drawn(_head(path))
 
 

@@ -28,7 +28,7 @@ MUTE = 1e-3  # the least say of fine evidence: where there is no other, it still
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a method says of a batch, on the feature grid.
+    """Output of a method for a batch, on the feature grid.
 
     Attributes:
         witnesses: Anomaly maps (N, W, g, g), raw: W kinds of evidence, such as the residual of the restoration and the
@@ -184,7 +184,7 @@ class Method(nn.Module):
             self.patch_weight.copy_(self._moved(features, rows, valid, self._image_scores(inspection, valid)[0]))
 
     def _moved(self, features: Tensor, rows: Tensor, valid: Tensor | None, unaltered: Tensor) -> Tensor:
-        """How far artificial anomalies move fine evidence, (); see `finish`. `unaltered`: the evidence before, (N,)."""
+        """Mean shift of the patch score by synthetic anomalies, (); see `finish`. `unaltered`: scores before, (N,)."""
         rng, options, moved = Generator().manual_seed(0), Synthesis(clean=0), []
 
         def fine(features: Tensor, made_of: Tensor, inside: Tensor | None) -> Tensor:
@@ -221,7 +221,7 @@ class Method(nn.Module):
         return *self.finishes, *(f"{name}.{own}" for name in memories for own in ("prototypes", "extra", "radius"))
 
     def finished_state(self) -> dict[str, Tensor]:
-        """What is one category's own: the buffers `finished`, as copies."""
+        """Copies of the buffers `finished`, which are one category's own."""
         state = self.state_dict()
         return {name: state[name].clone() for name in self.finished}
 
@@ -295,7 +295,7 @@ class Method(nn.Module):
         return gaussian_blur(canvas, scoring.smooth * size / 256)[:, 0], scores
 
     def _image_scores(self, inspection: Inspection, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What fine and coarse evidence say of each picture, (N,) each, in deviations above normal."""
+        """Patch score and regional score of each image, (N,) each, in deviations above normal."""
         mean, deviation = self.normal_scores.unbind(-1)
         statistics = (self._statistics(inspection, valid) - mean) / deviation
         kinds = statistics[:, : len(mean) - self.judges].unflatten(1, (-1, len(self.config.scoring.shares)))

@@ -120,7 +120,7 @@ class MemoryBank(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        """What `extend` added."""
+        """Drops the prototypes that `extend` added."""
         self.extra.fill_(FAR)
         self._extra_owners = self._extra_images = None
 
