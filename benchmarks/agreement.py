@@ -1,8 +1,8 @@
-"""Does an exported detector say the same as the one it was made of, whatever pictures come?
+"""Does an exported detector say the same as the one it was made of, whatever images come?
 
-    python benchmarks/agreement.py detector.safetensors PICTURES exported.onnx [exported.xml …]
+    python benchmarks/agreement.py detector.safetensors IMAGES exported.onnx [exported.xml …]
 
-Makes 200 pictures of the pictures in a folder (PICTURES): cut out at random, of 1 to 3000 pixels, up to 300 times as
+Makes 200 images of the images in a folder (IMAGES): cut out at random, of 1 to 3000 pixels, up to 300 times as
 long as wide, in seven modes and three formats; inspects them with both and prints the largest differences.
 """
 
@@ -26,41 +26,41 @@ MODES = ("L", "RGB", "RGBA", "P", "1", "grey16", "colour16")
 
 def make(source: Path, folder: Path, count: int = 200) -> list[Path]:
     rng = np.random.default_rng(0)
-    pictures, made = list_images(source), []
+    images, made = list_images(source), []
     for i in range(count):
-        picture = Image.fromarray(read(pictures[int(rng.integers(len(pictures)))]))
+        image = Image.fromarray(read(images[int(rng.integers(len(images)))]))
         width, height = (int(np.exp(rng.uniform(0 if i % 4 == 0 else np.log(32), np.log(3000)))) for _ in range(2))
         if i % 10 == 9:
             width, height = max(1, width // 100), max(width, 300)
-        x0, y0 = (int(rng.integers(0, side // 2)) for side in picture.size)
-        picture = picture.crop((x0, y0, *picture.size)).resize((width, height))
+        x0, y0 = (int(rng.integers(0, side // 2)) for side in image.size)
+        image = image.crop((x0, y0, *image.size)).resize((width, height))
         mode = MODES[i % len(MODES)]
         if mode == "grey16":
             made.append(folder / f"{i:03d}.png")
-            deep = np.asarray(picture.convert("L"), np.uint16) * 257
+            deep = np.asarray(image.convert("L"), np.uint16) * 257
             Image.fromarray(deep).save(made[-1])
         elif mode == "colour16":
             made.append(folder / f"{i:03d}.tif")
-            tifffile.imwrite(made[-1], np.asarray(picture, np.uint16) * 257, photometric="rgb")
+            tifffile.imwrite(made[-1], np.asarray(image, np.uint16) * 257, photometric="rgb")
         else:
             made.append(folder / f"{i:03d}.{'jpg' if mode in ('L', 'RGB') and i % 2 else 'png'}")
-            picture = picture.convert(mode)
+            image = image.convert(mode)
             if mode == "RGBA":
-                picture.putalpha(Image.linear_gradient("L").resize(picture.size))
-            picture.save(made[-1])
+                image.putalpha(Image.linear_gradient("L").resize(image.size))
+            image.save(made[-1])
     return made
 
 
 def main(trained: str, source: str, exported: list[str]) -> None:
     detector = unflaw.load(trained)
     with tempfile.TemporaryDirectory() as folder:
-        pictures = make(Path(source), Path(folder))
-        print("| exported | pictures | scores | maps | at one place | verdicts | at the threshold |")
+        images = make(Path(source), Path(folder))
+        print("| exported | images | scores | maps | at one place | verdicts | at the threshold |")
         print("|---" * 7 + "|")
         for path in exported:
-            found = compare(detector, unflaw.load(path), pictures)
+            found = compare(detector, unflaw.load(path), images)
             print(
-                f"| {Path(path).name} | {found.pictures} | {found.score:.1e} | {found.map:.1e} | {found.cell:.1e} | "
+                f"| {Path(path).name} | {found.images} | {found.score:.1e} | {found.map:.1e} | {found.cell:.1e} | "
                 f"{len(found.verdicts)} differ | {len(found.edge)} |",
                 flush=True,
             )

@@ -1,11 +1,11 @@
-"""What inspecting very many pictures takes and costs: measured constants, and what follows for 1, 8 and 64 nodes.
+"""What inspecting very many images takes and costs: measured constants, and what follows for 1, 8 and 64 nodes.
 
     python benchmarks/cost_model.py --data mvtec_ad/screw [--detector parts.safetensors] [--measured 1:9.1 2:17.8]
 
-Measures bytes, operations and processor time of each stage for one picture, on one thread of this machine, and prints
+Measures bytes, operations and processor time of each stage for one image, on one thread of this machine, and prints
 the tables of docs/scaling.md. What cannot be measured here is an option with a default, and is printed as what it is:
-an assumption. Without --detector one is made of 16 pictures in one step: how well it inspects does not change how long
-it takes. `--measured WORKERS:RATE` compares pictures per second that were measured with what is predicted.
+an assumption. Without --detector one is made of 16 images in one step: how well it inspects does not change how long
+it takes. `--measured WORKERS:RATE` compares images per second that were measured with what is predicted.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ MEGA, GIGA = 1e6, 1e9
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What one picture takes.
+class Costs:
+    """What one image takes.
 
     Attributes:
         seconds: Of one processor core, by stage.
         operations: Multiplications and additions of backbone and head.
-        file, pixels, cached: Bytes of the file, of the decoded picture, and in the feature cache.
+        file, pixels, cached: Bytes of the file, of the decoded image, and in the feature cache.
         weights: Bytes of what is trained, in float32: of its gradients too.
     """
 
@@ -62,8 +62,8 @@ class Picture:
         return sum(self.seconds.values())
 
 
-def take(detector: Detector, paths: list[Path], batch: int, rounds: int) -> Picture:
-    """Measures `Picture` on one thread."""
+def take(detector: Detector, paths: list[Path], batch: int, rounds: int) -> Costs:
+    """Measures `Costs` on one thread."""
     torch.set_num_threads(1)
     stages = measure(detector, paths, batch=batch, rounds=rounds)
     images = [read(path) for path in paths[:8]]
@@ -76,7 +76,7 @@ def take(detector: Detector, paths: list[Path], batch: int, rounds: int) -> Pict
     cached = features[0].numel() * 2 + 3 * 128 * 128
     if any(p.requires_grad for p in network.parameters()) and getattr(network, "memory", None) is not None:
         cached += features[0].numel() * 2 + features[0, 0].numel() * 4  # what the memory recalls, and how far it is
-    return Picture(
+    return Costs(
         {name: float(np.median(stages[name].processor)) / 1e3 for name in STAGES if name in stages},
         {
             "backbone": float(backbone.get_total_flops()),
@@ -89,66 +89,66 @@ def take(detector: Detector, paths: list[Path], batch: int, rounds: int) -> Pict
     )
 
 
-def limits(picture: Picture, nodes: int, options: argparse.Namespace, gpu: bool) -> dict[str, float]:
-    """Pictures per second that each resource of so many nodes allows."""
+def limits(image: Costs, nodes: int, options: argparse.Namespace, gpu: bool) -> dict[str, float]:
+    """Images per second that each resource of so many nodes allows."""
     found = {
-        "disk of the nodes": nodes * options.disk * MEGA / picture.file,
-        "network of the nodes": nodes * options.network * GIGA / 8 / picture.file,
-        "shared store": options.store * MEGA / picture.file,
+        "disk of the nodes": nodes * options.disk * MEGA / image.file,
+        "network of the nodes": nodes * options.network * GIGA / 8 / image.file,
+        "shared store": options.store * MEGA / image.file,
     }
     if gpu:
-        operations = sum(picture.operations.values())
-        found["decode and prepare"] = nodes * options.gpu_cores / picture.host
+        operations = sum(image.operations.values())
+        found["decode and prepare"] = nodes * options.gpu_cores / image.host
         found["GPU"] = nodes * options.gpu_tflops * 1e12 * options.gpu_share / operations
     else:
-        found["processor"] = nodes * options.cores / picture.core
+        found["processor"] = nodes * options.cores / image.core
     return found
 
 
 def price(rate: float, nodes: int, hourly: float) -> float:
-    """Of a million pictures."""
+    """Of a million images."""
     return nodes * hourly / 3600 / rate * 1e6
 
 
-def tables(picture: Picture, options: argparse.Namespace) -> list[str]:
-    total = picture.core
-    lines = ["| stage | core ms per picture | share | 10⁹ operations |", "|---|---|---|---|"]
-    operations = {"backbone": picture.operations["backbone"], "method": picture.operations["head"]}
-    for name, seconds in picture.seconds.items():
+def tables(image: Costs, options: argparse.Namespace) -> list[str]:
+    total = image.core
+    lines = ["| stage | core ms per image | share | 10⁹ operations |", "|---|---|---|---|"]
+    operations = {"backbone": image.operations["backbone"], "method": image.operations["head"]}
+    for name, seconds in image.seconds.items():
         counted = f"{operations[name] / GIGA:.2f}" if name in operations else ""
         lines.append(f"| {name} | {seconds * 1e3:.1f} | {seconds / total:.0%} | {counted} |")
     lines += [
-        f"| all | {total * 1e3:.1f} | | {sum(picture.operations.values()) / GIGA:.2f} |",
+        f"| all | {total * 1e3:.1f} | | {sum(image.operations.values()) / GIGA:.2f} |",
         "",
-        "| bytes per picture | |",
+        "| bytes per image | |",
         "|---|---|",
-        f"| file | {picture.file / 1e3:,.0f} kB |",
-        f"| decoded | {picture.pixels / 1e3:,.0f} kB |",
-        f"| feature cache, in training | {picture.cached / 1e3:,.0f} kB |",
+        f"| file | {image.file / 1e3:,.0f} kB |",
+        f"| decoded | {image.pixels / 1e3:,.0f} kB |",
+        f"| feature cache, in training | {image.cached / 1e3:,.0f} kB |",
         "",
-        f"Gradients that processes exchange at each step: {picture.weights / 1e6:.1f} MB.",
+        f"Gradients that processes exchange at each step: {image.weights / 1e6:.1f} MB.",
     ]
     for gpu in (False, True):
         hourly = options.price_gpu if gpu else options.price
         kind = f"{options.gpu_cores} cores and one {options.gpu}" if gpu else f"{options.cores} cores"
         lines += ["", f"Nodes with {kind}, {hourly:g} an hour each:", ""]
         lines += [
-            "| nodes | pictures/s | bound by | next bound, pictures/s | price per million |",
+            "| nodes | images/s | bound by | next bound, images/s | price per million |",
             "|---|---|---|---|---|",
         ]
         for nodes in NODES:
-            (bound, rate), (after, limit) = sorted(limits(picture, nodes, options, gpu).items(), key=lambda i: i[1])[:2]
+            (bound, rate), (after, limit) = sorted(limits(image, nodes, options, gpu).items(), key=lambda i: i[1])[:2]
             cost = price(rate, nodes, hourly)
             lines.append(f"| {nodes} | {rate:,.0f} | {bound} | {after}, {limit:,.0f} | {cost:,.2f} |")
     return lines
 
 
-def check(picture: Picture, measured: list[str]) -> list[str]:
+def check(image: Costs, measured: list[str]) -> list[str]:
     """Predicted against measured, for workers of one core each."""
-    lines = ["| workers | predicted pictures/s | measured | measured / predicted |", "|---|---|---|---|"]
+    lines = ["| workers | predicted images/s | measured | measured / predicted |", "|---|---|---|---|"]
     for text in measured:
         workers, _, rate = text.partition(":")
-        predicted = int(workers) / picture.core
+        predicted = int(workers) / image.core
         lines.append(f"| {workers} | {predicted:.1f} | {float(rate):.1f} | {float(rate) / predicted:.2f} |")
     return lines
 
@@ -182,14 +182,14 @@ def main() -> None:
         few = [sample.path for sample in data.train][:16]
         settings = {"training__steps": 1, "training__display_steps": 1}
         detector = Detector(options.method, weights=options.weights, **settings).fit(few)
-    picture = take(detector, paths, options.batch, options.rounds)
+    image = take(detector, paths, options.batch, options.rounds)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread used"
     print(f"{detector.config.method}, {options.data.name}, batches of {options.batch}; {machine}\n")
-    print("\n".join(tables(picture, options)))
+    print("\n".join(tables(image, options)))
     names = ("gpu_tflops", "gpu_share", "disk", "network", "store", "price", "price_gpu")
     print("\nAssumed: " + ", ".join(f"{name.replace('_', '-')} {getattr(options, name):g}" for name in names) + ".")
     if options.measured:
-        print("\nPredicted against measured:\n\n" + "\n".join(check(picture, options.measured)))
+        print("\nPredicted against measured:\n\n" + "\n".join(check(image, options.measured)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/distributed.py --data mvtec_ad/screw --out detectors [--method uranet] [--processes 1 2]
 
 Trains once with each number of processes, one thread each, in single precision, with torchrun where there are several;
-prints seconds by stage, and the largest differences from the first detector: of image scores on test pictures, of
+prints seconds by stage, and the largest differences from the first detector: of image scores on test images, of
 verdicts, and of trained weights. Run it on a quiet machine with as many cores as processes.
 """
 
@@ -73,8 +73,8 @@ def differences(first: Path, other: Path, options: argparse.Namespace) -> str:
     from unflaw.detector import Detector
 
     detectors = [Detector.load(path) for path in (first, other)]
-    pictures = [sample.path for sample in load_dataset(options.data).test][:: options.every]
-    inspected = [list(detector.inspect_many(pictures)) for detector in detectors]
+    images = [sample.path for sample in load_dataset(options.data).test][:: options.every]
+    inspected = [list(detector.inspect_many(images)) for detector in detectors]
     pairs = list(zip(*inspected, strict=True))
     scores = max(abs(a.score - b.score) for a, b in pairs)
     spread = max(a.score for a, _ in pairs) - min(a.score for a, _ in pairs)
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--method", default="uranet")
     parser.add_argument("--steps", type=int, help="fewer than the method's own")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--every", type=int, default=1, help="every so many test pictures are compared")
+    parser.add_argument("--every", type=int, default=1, help="every so many test images are compared")
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

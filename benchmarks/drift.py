@@ -1,7 +1,7 @@
-"""How surely drift is noticed: rates of alarm by kind and strength of change, on pictures of several data sets.
+"""How surely drift is noticed: rates of alarm by kind and strength of change, on images of several data sets.
 
-The reference is a random four fifths of the good training pictures; the rest, as they are or changed, make batches. So
-"unchanged" is what the alarm's false-alarm rate is about. Test pictures, good and defective, are asked about as well.
+The reference is a random four fifths of the good training images; the rest, as they are or changed, make batches. So
+"unchanged" is what the alarm's false-alarm rate is about. Test images, good and defective, are asked about as well.
 
     python benchmarks/drift.py DATASET [DATASET ...] [--json FILE]
 """
@@ -24,27 +24,27 @@ from unflaw.imaging.transforms import show
 Change = Callable[[np.ndarray], np.ndarray]
 BATCHES = 100  # random ones, of each size
 SIZES = (5, 20)
-OTHERS = 60  # pictures of another product
+OTHERS = 60  # images of another product
 
 
-def exposed(picture: np.ndarray, gain: float) -> np.ndarray:
-    return np.clip(np.round(picture * gain), 0, 255).astype(np.uint8)
+def exposed(image: np.ndarray, gain: float) -> np.ndarray:
+    return np.clip(np.round(image * gain), 0, 255).astype(np.uint8)
 
 
-def blurred(picture: np.ndarray, deviation: float) -> np.ndarray:
-    """By a Gaussian, in pixels of a picture whose longer side is 256."""
-    deviation *= max(picture.shape) / 256
-    return ndimage.gaussian_filter(picture, (deviation, deviation, 0))
+def blurred(image: np.ndarray, deviation: float) -> np.ndarray:
+    """By a Gaussian, in pixels of an image whose longer side is 256."""
+    deviation *= max(image.shape) / 256
+    return ndimage.gaussian_filter(image, (deviation, deviation, 0))
 
 
-def shifted(picture: np.ndarray, share: float) -> np.ndarray:
+def shifted(image: np.ndarray, share: float) -> np.ndarray:
     """To the right and down by a share of each side; what comes into view repeats the edge."""
-    rows, columns = (round(side * share) for side in picture.shape[:2])
-    return np.pad(picture, ((rows, 0), (columns, 0), (0, 0)), mode="edge")[: len(picture), : picture.shape[1]]
+    rows, columns = (round(side * share) for side in image.shape[:2])
+    return np.pad(image, ((rows, 0), (columns, 0), (0, 0)), mode="edge")[: len(image), : image.shape[1]]
 
 
 CHANGES: dict[str, Change] = {
-    "unchanged": lambda picture: picture,
+    "unchanged": lambda image: image,
     **{f"exposure × {gain}": partial(exposed, gain=gain) for gain in (0.5, 0.8, 0.9, 1.1, 1.25, 2.0)},
     **{f"blur, σ = {s} px": partial(blurred, deviation=s) for s in (0.5, 1, 2)},
     **{f"shift by {share:.0%}": partial(shifted, share=share) for share in (0.02, 0.05, 0.1)},
@@ -55,12 +55,12 @@ def described(paths: list[Path], change: Change) -> np.ndarray:
     return np.stack([show(change(read(path)), Preparation()).described for path in paths])
 
 
-def rates(reference: Reference, pictures: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """Shares of single pictures with p ≤ 0.05, and of random batches that raise the alarm at 0.01."""
-    found = {"single": float(np.mean([reference.p_value(picture) <= 0.05 for picture in pictures]))}
+def rates(reference: Reference, images: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
+    """Shares of single images with p ≤ 0.05, and of random batches that raise the alarm at 0.01."""
+    found = {"single": float(np.mean([reference.p_value(image) <= 0.05 for image in images]))}
     for size in SIZES:
-        batches = (rng.choice(len(pictures), size, replace=False) for _ in range(BATCHES))
-        found[f"batch of {size}"] = float(np.mean([reference.test(pictures[batch]).alarm for batch in batches]))
+        batches = (rng.choice(len(images), size, replace=False) for _ in range(BATCHES))
+        found[f"batch of {size}"] = float(np.mean([reference.test(images[batch]).alarm for batch in batches]))
     return found
 
 
@@ -72,11 +72,11 @@ def measure(
     reference = Reference(described(train[: -len(train) // 5], CHANGES["unchanged"]))
     held = train[-len(train) // 5 :]
     sets = {change: described(held, apply) for change, apply in CHANGES.items()}
-    sets |= {f"product: {other}" if other != name else "": pictures for other, pictures in others.items()}
+    sets |= {f"product: {other}" if other != name else "": images for other, images in others.items()}
     sets.pop("", None)
     good = described([sample.path for sample in dataset.test if not sample.label], CHANGES["unchanged"])
     bad = described([sample.path for sample in dataset.test if sample.label], CHANGES["unchanged"])
-    found = {title: rates(reference, pictures, rng) for title, pictures in sets.items()}
+    found = {title: rates(reference, images, rng) for title, images in sets.items()}
     tenth = [
         reference.test(np.vstack([pick(sets["unchanged"], 18, rng), pick(bad, 2, rng)])).alarm for _ in range(BATCHES)
     ]
@@ -84,8 +84,8 @@ def measure(
     return found | {"test, good": rates(reference, good, rng), "test, all defective": rates(reference, bad, rng)}
 
 
-def pick(pictures: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    return pictures[rng.choice(len(pictures), count, replace=False)]
+def pick(images: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    return images[rng.choice(len(images), count, replace=False)]
 
 
 def main() -> None:

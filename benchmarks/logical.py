@@ -5,7 +5,7 @@ where they lie, in how each part is turned, shaded and placed, by a little. Defe
 part of them could stand in a good plate, though not there. With --free the parts lie in any of nine places: only
 how many there are of each kind is the same on all good plates, and defects break that.
 
-    python benchmarks/logical.py OUT [--free] [--good N] [--method lookup ...] [--weights FILE] [--set NAME=VALUE ...]
+    python benchmarks/logical.py OUT [--free] [--good N] [--method NAME ...] [--weights FILE] [--set NAME=VALUE ...]
 
 writes the set to OUT where it is not there yet, in the layout of MVTec AD, and measures image AUROC by kind of defect.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-SIDE, SCALE = 256, 2  # of the pictures, pixels; drawn so many times larger
+SIDE, SCALE = 256, 2  # of the images, pixels; drawn so many times larger
 PARTS = (  # kind, x, y in shares of the side
     ("bolt", 0.2, 0.22),
     ("bolt", 0.8, 0.22),
@@ -97,7 +97,7 @@ def arrangement(rng: np.random.Generator, defect: str | None, free: bool = False
 
 
 def plate(rng: np.random.Generator, parts: Parts) -> np.ndarray:
-    """A picture of parts, (SIDE, SIDE, 3) uint8."""
+    """An image of parts, (SIDE, SIDE, 3) uint8."""
     side = SIDE * SCALE
     brushed = ndimage.gaussian_filter1d(rng.normal(0, 26, (side, side)).astype(np.float32), 14, axis=1)
     grey = 140 + brushed + rng.normal(0, 3)
@@ -134,7 +134,7 @@ def main() -> None:
         "--good", type=int, default=120, help="to learn from; half as many to test, a sixth of each defect"
     )
     parser.add_argument("--free", action="store_true", help="parts in any place; how many there are is what counts")
-    parser.add_argument("--method", action="append", help="may be repeated; lookup by default")
+    parser.add_argument("--method", action="append", help="may be repeated; nearest_neighbor by default")
     parser.add_argument("--weights", help="of ResNet-18; without, the default backbone")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
@@ -146,12 +146,12 @@ def main() -> None:
     from unflaw.experiments.feature_store import ExperimentRunner
 
     dataset = load_dataset(options.out)
-    laboratory = ExperimentRunner(options.out.with_name(f"{options.out.name}-features"), options.weights)
-    for method in options.method or ["lookup"]:
+    runner = ExperimentRunner(options.out.with_name(f"{options.out.name}-features"), options.weights)
+    for method in options.method or ["nearest_neighbor"]:
         changes = {} if options.weights is None else {"features.backbone": "resnet18"}
         changes |= {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
         changes["training.display_steps"] = 0
-        found = evaluate(laboratory.fit(make_config(method, changes=changes), dataset), dataset).metrics
+        found = evaluate(runner.fit(make_config(method, changes=changes), dataset), dataset).metrics
         by_kind = {kind: round(row["image_auroc"], 3) for kind, row in found["per_defect"].items()}
         print(f"{method}: image AUROC {found['image_auroc']:.3f}; {by_kind}", flush=True)
 

@@ -1,11 +1,11 @@
 """Throughput of `unflaw predict --engine ray` with one and two workers against plain `predict`, and a killed worker.
 
-    python benchmarks/ray_throughput.py parts.onnx --data parts --pictures 2000
+    python benchmarks/ray_throughput.py parts.onnx --data parts --images 2000
 
 All compute with one thread each (plain `predict` and every worker read ahead in two more). Start-up, of Python, Ray and
 the workers, is told apart: it is the time to the first finished partition less what that took at the speed of the rest.
-In the last run a worker is killed (SIGKILL) after every tenth partition, three times at most; then every picture is
-counted. Pictures are named again and again where the folder has too few, by links.
+In the last run a worker is killed (SIGKILL) after every tenth partition, three times at most; then every image is
+counted. Images are named again and again where the folder has too few, by links.
 """
 
 import argparse
@@ -30,7 +30,7 @@ KILLS = 3
 
 
 def linked(data: Path, count: int, folder: Path) -> Path:
-    """A folder of `count` pictures, links to those of `data` in turn."""
+    """A folder of `count` images, links to those of `data` in turn."""
     found = list_images(data)
     folder.mkdir()
     for i in range(count):
@@ -40,7 +40,7 @@ def linked(data: Path, count: int, folder: Path) -> Path:
 
 
 def plain(model: Path, folder: Path, out: Path) -> tuple[float, float]:
-    """Pictures/s of plain `predict` after its first line, and seconds to that line."""
+    """Images/s of plain `predict` after its first line, and seconds to that line."""
     os.environ["OMP_NUM_THREADS"] = "1"
     code = (
         "import sys, unflaw\nfrom pathlib import Path\nfrom unflaw.inference.predict import predict\n"
@@ -62,7 +62,7 @@ def plain(model: Path, folder: Path, out: Path) -> tuple[float, float]:
 
 
 def on_ray(model: Path, folder: Path, out: Path, workers: int, kill: bool = False) -> tuple[float, float, int]:
-    """Pictures/s between the first and the last finished partition, seconds of start-up, and workers killed."""
+    """Images/s between the first and the last finished partition, seconds of start-up, and workers killed."""
     times: list[float] = []
     ended, killed = threading.Event(), list[int]()
 
@@ -102,20 +102,18 @@ def on_ray(model: Path, folder: Path, out: Path, workers: int, kill: bool = Fals
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
-    parser.add_argument("--pictures", type=int, default=2000, help=f"how many, at least {16 * PARTITION}")
+    parser.add_argument("--data", type=Path, required=True, help="folder of images")
+    parser.add_argument("--images", type=int, default=2000, help=f"how many, at least {16 * PARTITION}")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
-    if arguments.pictures < 16 * PARTITION:
-        parser.error(f"--pictures {arguments.pictures}: too few to tell; give at least {16 * PARTITION}")
+    if arguments.images < 16 * PARTITION:
+        parser.error(f"--images {arguments.images}: too few to tell; give at least {16 * PARTITION}")
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        folder = linked(arguments.data, arguments.pictures, root / "in")
+        folder = linked(arguments.data, arguments.images, root / "in")
         speed, start = plain(arguments.model, folder, root / "plain")
-        print(
-            f"{arguments.pictures} pictures, partitions of {PARTITION}, one thread each, {os.cpu_count()} processors\n"
-        )
-        print("| | pictures/s | against plain | start-up, s |\n|---|---|---|---|")
+        print(f"{arguments.images} images, partitions of {PARTITION}, one thread each, {os.cpu_count()} processors\n")
+        print("| | images/s | against plain | start-up, s |\n|---|---|---|---|")
         print(f"| plain `predict` | {speed:.1f} | 1.00 | {start:.1f} |", flush=True)
         for workers in arguments.workers:
             own, start, _ = on_ray(arguments.model, folder, root / f"out-{workers}", workers)
@@ -134,7 +132,7 @@ def main() -> None:
             if row["name"] in known
         )
         print(
-            f"\n{workers} workers, of which {killed} killed: {len(known)} pictures, {len(rows)} rows, "
+            f"\n{workers} workers, of which {killed} killed: {len(known)} images, {len(rows)} rows, "
             f"{len(known.keys() - counts.keys())} missing, {sum(n - 1 for n in counts.values())} double, "
             f"{len(counts.keys() - known.keys())} unknown, {sum(row['status'] == 'failed' for row in rows)} failed, "
             f"{apart} with another score than plain `predict`"

@@ -1,19 +1,19 @@
-"""Realised against promised false-alarm rates on the good pictures of data sets, with the method lookup.
+"""Realised against promised false-alarm rates on the good images of data sets, with the method nearest_neighbor.
 
     python benchmarks/reliability.py ../shared/data/mvtec_ad/screw … --models 10
 
-Prints a Markdown table. Good pictures of training and test part are taken together and split at random, anew for
+Prints a Markdown table. Good images of training and test part are taken together and split at random, anew for
 every model. "hold-out": a fifth of them, at least 50, tests; the rest trains as `unflaw train` does, a fifth of it
-calibrates, each picture without what it taught the memory. "not learned": the same with
+calibrates, each image without what it taught the memory. "not learned": the same with
 `calibration.update_memory=false`: what calibrates teaches nothing, and rates are certified. "cross-fitting": 40
-pictures train and calibrate, all others
-test. "as it comes": the set's own training part trains and calibrates, its own good test pictures test; nothing makes
-them exchangeable but who took the pictures.
+images train and calibrate, all others
+test. "as it comes": the set's own training part trains and calibrates, its own good test images test; nothing makes
+them exchangeable but who took the images.
 
 Memories are a quarter of their usual size, so that many models take minutes: promises hold for any size.
 
-The interval holds 95 of 100 counts of false alarms where good pictures are exchangeable: each model's count is
-beta-binomial, since one calibration serves all its test pictures. Where what calibrates also teaches there is no such
+The interval holds 95 of 100 counts of false alarms where good images are exchangeable: each model's count is
+beta-binomial, since one calibration serves all its test images. Where what calibrates also teaches there is no such
 law, and twice the rate is proved: the same interval stands beside it.
 """
 
@@ -38,8 +38,8 @@ from unflaw.methods import create
 
 RATES = (0.1, 0.05, 0.02, 0.01)
 SMALL = {"training.display_steps": 0, "network.prototypes": 1024, "network.coarse_prototypes": 4096}
-FEW = 40  # pictures of cross-fitting
-Counts = list[tuple[int, int, int, int]]  # of each model: false alarms, good test pictures, k and n of the calibration
+FEW = 40  # images of cross-fitting
+Counts = list[tuple[int, int, int, int]]  # of each model: false alarms, good test images, k and n of the calibration
 
 
 def main(data: Sequence[Path], models: int) -> None:
@@ -58,7 +58,7 @@ def measured(dataset: Dataset, models: int) -> Iterator[tuple[str, dict[float, C
     given = [sample.path for sample in (*dataset.train, *dataset.validation)]
     own = [sample.path for sample in dataset.test if sample.label == 0]
     every = np.array([*given, *own])
-    config = make_config("lookup", changes=SMALL)
+    config = make_config("nearest_neighbor", changes=SMALL)
     extractor = create(config).features
     with tempfile.TemporaryDirectory(prefix="unflaw-reliability-") as folder:
         file = FeatureFile(Path(folder) / "features.npy", every, extractor, config.preparation)
@@ -66,7 +66,9 @@ def measured(dataset: Dataset, models: int) -> Iterator[tuple[str, dict[float, C
         def counts(
             train: Sequence[Path], test: Sequence[Path], **options: Any
         ) -> dict[float, tuple[int, int, int, int]]:
-            changed = make_config("lookup", changes=SMALL | {f"calibration.{name}": v for name, v in options.items()})
+            changed = make_config(
+                "nearest_neighbor", changes=SMALL | {f"calibration.{name}": v for name, v in options.items()}
+            )
             detector = CachedDetector(changed, extractor.backbone, file).fit(train)
             good = detector.select().scores
             scores = [found.score for found in detector.inspect_many(test, on_error="skip")]

@@ -1,11 +1,11 @@
-"""Defects of a few pixels in large pictures: the same method with and without tiles.
+"""Defects of a few pixels in large images: the same method with and without tiles.
 
-Pictures are made: boards of a printed grain with a grid of round pads, each a little off its place, and as defects a
-pad with a nick, a speck between pads, or a scratch, all of a few pixels. `lookup` learns from good ones.
+Images are made: boards of a printed grain with a grid of round pads, each a little off its place, and as defects a
+pad with a nick, a speck between pads, or a scratch, all of a few pixels. `nearest_neighbor` learns from good ones.
 
     python benchmarks/small_defects.py [--side 1024] [--tile 512] [--weights FILE] [--json FILE]
 
-Image AUROC; pixel AUROC and AUPRO at the resolution of the pictures, maps brought to it bilinearly: so both ways are
+Image AUROC; pixel AUROC and AUPRO at the resolution of the images, maps brought to it bilinearly: so both ways are
 measured on the same pixels.
 """
 
@@ -24,13 +24,13 @@ from unflaw import Detector
 from unflaw.evaluation.metrics import PixelAccumulator, auroc, image_ranking
 
 PITCH, RADIUS = 64, 17  # of the pads, pixels
-MEMORY = {"network__prototypes": 1024, "network__coarse_prototypes": 4096}  # enough for few pictures
+MEMORY = {"network__prototypes": 1024, "network__coarse_prototypes": 4096}  # enough for few images
 DEFECTS = ("nick", "speck", "scratch")
-GOOD, TEST_GOOD, TEST_BAD = 24, 20, 8  # pictures: to learn from, good ones, of each defect
+GOOD, TEST_GOOD, TEST_BAD = 24, 20, 8  # images: to learn from, good ones, of each defect
 
 
 def board(rng: np.random.Generator, side: int, defect: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A picture (side, side, 3) uint8 and its mask (side, side) bool."""
+    """An image (side, side, 3) uint8 and its mask (side, side) bool."""
     y, x = np.mgrid[:side, :side].astype(np.float32)
     grain = ndimage.gaussian_filter(rng.normal(0, 1, (side, side)).astype(np.float32), 1.2)
     grain = grain / grain.std() * 5
@@ -96,7 +96,7 @@ def measure(folder: Path, side: int, tile: int | None, weights: str | None) -> d
     }
     if weights is None:
         del settings["features__backbone"]
-    detector = Detector(method="lookup", weights=weights, **settings).fit(folder / "train/good")
+    detector = Detector(method="nearest_neighbor", weights=weights, **settings).fit(folder / "train/good")
     trained = time.perf_counter()
     pixels, scores, labels = PixelAccumulator(), list[float](), list[int]()
     per_defect: dict[str, list[float]] = {}
@@ -116,12 +116,12 @@ def measure(folder: Path, side: int, tile: int | None, weights: str | None) -> d
     for kind, own in per_defect.items():
         found[f"image_auroc, {kind}"] = auroc(image_ranking([*good, *own], [0] * len(good) + [1] * len(own)))
     seconds = (time.perf_counter() - trained) / len(paths)
-    return found | {"training seconds": trained - started, "seconds per picture": seconds}
+    return found | {"training seconds": trained - started, "seconds per image": seconds}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Small defects in large pictures, with and without tiles.")
-    parser.add_argument("--side", type=int, default=1024, help="of the pictures, pixels")
+    parser = argparse.ArgumentParser(description="Small defects in large images, with and without tiles.")
+    parser.add_argument("--side", type=int, default=1024, help="of the images, pixels")
     parser.add_argument("--tile", type=int, default=512, help="side of a tile, pixels")
     parser.add_argument("--weights", help="of ResNet-18; without, the default backbone")
     parser.add_argument("--json", type=Path)

@@ -1,6 +1,6 @@
 """The station under load on loopback: requests/s, latencies, status codes, and memory over many requests.
 
-    python benchmarks/station_load.py parts.safetensors --pictures parts/test/good
+    python benchmarks/station_load.py parts.safetensors --images parts/test/good
 
 Starts `unflaw serve` in a process of its own with its log on disk, as in earnest. A client that is told to come back
 (429) does so after the seconds that it is told. Latencies are of answers with a verdict, from the first byte sent to
@@ -118,14 +118,14 @@ def memory(process: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--pictures", type=Path, required=True, help="folder of pictures to send")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images to send")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--requests", type=int, default=1000, help="per number of clients")
     parser.add_argument("--soak", type=int, default=20_000, help="requests over which memory is watched")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="further options of unflaw serve")
     given = parser.parse_args()
-    bodies = [path.read_bytes() for path in list_images(given.pictures)[:64]]
+    bodies = [path.read_bytes() for path in list_images(given.images)[:64]]
     figures: dict[str, list[dict[str, object]]] = {"load": [], "memory": []}
     with station(given.model, given.serve) as (port, process):
         asyncio.run(load(port, bodies, 2, 20))  # what is only made once

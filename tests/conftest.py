@@ -50,7 +50,7 @@ TINY_URANET: dict[str, Any] = {
 }
 OWN: dict[str, dict[str, Any]] = {
     "uranet": TINY_URANET,
-    "lookup": {"network.prototypes": 64, "network.coarse_prototypes": 32},
+    "nearest_neighbor": {"network.prototypes": 64, "network.coarse_prototypes": 32},
     "mfrnet": {
         "network.k": (1, 2),
         "network.widths": (8, 16),
@@ -77,7 +77,7 @@ def _one_thread() -> None:
 
 
 def textured(rng: np.random.Generator, side: int = SIDE) -> np.ndarray:
-    """Grey noise of two scales, (side, side, 3) uint8: no two pictures are the same."""
+    """Grey noise of two scales, (side, side, 3) uint8: no two images are the same."""
     coarse = np.kron(rng.normal(0, 12, (side // 8, side // 8)), np.ones((8, 8)))
     grey = np.clip(110 + coarse + rng.normal(0, 8, (side, side)), 0, 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)
@@ -89,15 +89,15 @@ def make_parts(root: Path, train: int = 12, good: int = 4, bad: int = 4) -> Path
     for folder, count in (("train/good", train), ("test/good", good), ("test/square", bad)):
         (root / folder).mkdir(parents=True)
         for i in range(count):
-            picture = textured(rng)
+            image = textured(rng)
             if folder == "test/square":
                 y, x = rng.integers(4, SIDE - 24, 2)
-                picture[y : y + 18, x : x + 18] = 255
+                image[y : y + 18, x : x + 18] = 255
                 mask = np.zeros((SIDE, SIDE), np.uint8)
                 mask[y : y + 18, x : x + 18] = 255
                 (root / "ground_truth/square").mkdir(parents=True, exist_ok=True)
                 Image.fromarray(mask).save(root / f"ground_truth/square/{i:03d}_mask.png")
-            Image.fromarray(picture).save(root / folder / f"{i:03d}.png")
+            Image.fromarray(image).save(root / folder / f"{i:03d}.png")
     return root
 
 
@@ -139,7 +139,7 @@ def holder() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 good pictures to learn from, 4 good and 4 defective ones to test on, 64×64. Only to be read."""
+    """12 good images to learn from, 4 good and 4 defective ones to test on, 64×64. Only to be read."""
     return make_parts(tmp_path_factory.mktemp("data") / "parts")
 
 
@@ -207,19 +207,19 @@ def exported(export_again: Callable[..., Path], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
-def odd_pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Pictures of many sizes and modes: grey, RGB, RGBA, palette, 16 bits, tiny, huge, long and thin."""
+def odd_images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Images of many sizes and modes: grey, RGB, RGBA, palette, 16 bits, tiny, huge, long and thin."""
     import tifffile
 
     folder, rng = tmp_path_factory.mktemp("odd"), np.random.default_rng(11)
-    picture = textured(rng)
+    image = textured(rng)
     paths = []
     for mode, side in (("L", (30, 40)), ("RGB", (64, 64)), ("RGBA", (100, 33)), ("P", (7, 5)), ("RGB", (1500, 1100))):
         paths.append(folder / f"{mode}_{side[0]}.png")
-        Image.fromarray(picture).resize(side).convert(mode).save(paths[-1])
+        Image.fromarray(image).resize(side).convert(mode).save(paths[-1])
     for name, side in (("wide", (900, 9)), ("tall", (3, 400)), ("dot", (1, 1))):
         paths.append(folder / f"{name}.jpg")
-        Image.fromarray(picture).resize(side).save(paths[-1])
+        Image.fromarray(image).resize(side).save(paths[-1])
     paths += [folder / "grey16.png", folder / "colour16.tif"]
     Image.fromarray(rng.integers(0, 2**16, (50, 70), dtype=np.uint16)).save(paths[-2])
     tifffile.imwrite(paths[-1], rng.integers(0, 2**16, (45, 80, 3), dtype=np.uint16), photometric="rgb")

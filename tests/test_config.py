@@ -36,7 +36,7 @@ def test_the_paper_profile_changes_what_it_says_and_gives_way_to_changes():
     assert make_config("uranet", "paper").network.restoration.width == value
     assert make_config("uranet", "cpu").network.restoration.width != value
     assert make_config("uranet", "paper", {name: 48}).network.restoration.width == 48
-    assert make_config("lookup", "paper").features.backbone == PROFILES["paper"]["features.backbone"]
+    assert make_config("nearest_neighbor", "paper").features.backbone == PROFILES["paper"]["features.backbone"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_an_unknown_group_of_settings_is_named():
         ("uranet", "steps", "did you mean training.steps?"),
         ("uranet", "train.steps", "did you mean training.steps?"),
         ("uranet", "network.draws", "did you mean network.perception.draws?"),
-        ("lookup", "network.perception.draws", "network has prototypes, coarse_prototypes"),
+        ("nearest_neighbor", "network.perception.draws", "network has prototypes, coarse_prototypes"),
         ("memae", "training.lr", "training has steps, batch, accumulate, learning_rate, "),
         ("mfrnet", "nonsense", "a configuration has network, preparation, features, training, scoring, calibration"),
     ],
@@ -155,14 +155,14 @@ def test_an_unknown_setting_gets_the_nearest_one_or_those_there_are(method, slip
 
 def test_settings_of_another_method_are_refused():
     with pytest.raises(ValueError, match=r"network\.perception"):
-        make_config("lookup", "cpu", {"network.perception.draws": 3})
+        make_config("nearest_neighbor", "cpu", {"network.perception.draws": 3})
 
 
 @pytest.mark.parametrize("method, profile, named", [("uranett", "cpu", "uranett"), ("uranet", "gpu", "gpu")])
 def test_unknown_methods_and_profiles_are_named_with_those_there_are(method, profile, named):
     with pytest.raises(ValueError, match=named) as caught:
         make_config(method, profile)
-    assert any(name in str(caught.value) for name in ("lookup", "paper"))
+    assert any(name in str(caught.value) for name in ("nearest_neighbor", "paper"))
 
 
 def test_a_configuration_survives_json_and_cannot_be_changed():

@@ -87,7 +87,9 @@ def test_the_same_seed_gives_the_same_file(detector, saved, parts, weights, tiny
 
 def test_a_second_fit_starts_afresh_and_another_seed_differs(parts, weights, tiny):
     def fitted(*paths: Path, seed: int = 0) -> Detector:
-        made = Detector(config=tiny("lookup", **{"training.seed": seed, "training.display_steps": 0}), weights=weights)
+        made = Detector(
+            config=tiny("nearest_neighbor", **{"training.seed": seed, "training.display_steps": 0}), weights=weights
+        )
         for path in paths:
             made.fit(path)
         return made
@@ -118,7 +120,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_detector(detector, parts, weight
     assert checkpoint.is_file()  # until the detector is saved
 
 
-@pytest.mark.parametrize("other", ["settings", "pictures", "weights"])
+@pytest.mark.parametrize("other", ["settings", "images", "weights"])
 def test_a_checkpoint_of_another_fit_is_refused(parts, weights, tiny, tmp_path, other):
     checkpoint = tmp_path / "run.checkpoint"
     changes = {"training.checkpoint_seconds": 0.0}
@@ -132,20 +134,20 @@ def test_a_checkpoint_of_another_fit_is_refused(parts, weights, tiny, tmp_path, 
         Detector(config=tiny(**changes), weights=weights).fit(paths, progress=stop, checkpoint=checkpoint)
     if other == "settings":
         changes["network.synthesis.clean"] = 0.25
-    elif other == "pictures":
+    elif other == "images":
         paths = paths[1:]
     else:
         state = {name: 2 * t if name.endswith("conv1.weight") else t for name, t in load_file(weights).items()}
         weights = tmp_path / "other.safetensors"
         save_file(state, weights)
-    with pytest.raises(TrainingError, match=r"run\.checkpoint.*other pictures or settings"):
+    with pytest.raises(TrainingError, match=r"run\.checkpoint.*other images or settings"):
         Detector(config=tiny(**changes), weights=weights).fit(paths, checkpoint=checkpoint)
 
 
 def test_the_record_says_how_it_was_trained(detector, parts, weights):
     record = detector.record_
     held = record["held_out"]
-    assert record["good_pictures"] == 12 and 0 < held < 12
+    assert record["good_images"] == 12 and 0 < held < 12
     assert len(detector.calibration_.scores) == held
     assert record["weights"] == str(weights) and record["skipped"] == []
     assert record["history"] and all(math.isfinite(step["loss"]) for step in record["history"])
@@ -154,10 +156,10 @@ def test_the_record_says_how_it_was_trained(detector, parts, weights):
 
 
 def test_it_learns_from_a_list_and_skips_what_cannot_be_read(parts, weights, tiny, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     paths = [*sorted((parts / "train/good").iterdir()), tmp_path / "broken.png"]
-    made = Detector(config=tiny("lookup", **{"training.display_steps": 0}), weights=weights).fit(paths)
-    assert made.record_["good_pictures"] == 12
+    made = Detector(config=tiny("nearest_neighbor", **{"training.display_steps": 0}), weights=weights).fit(paths)
+    assert made.record_["good_images"] == 12
     ((path, reason),) = made.record_["skipped"]
     assert path == str(tmp_path / "broken.png") and path in reason
 
@@ -166,7 +168,7 @@ def test_it_learns_from_arrays_as_from_files(parts, weights, tiny, tmp_path):
     def arrays(folder: str) -> list[np.ndarray]:
         return [np.array(Image.open(path)) for path in sorted((parts / folder).iterdir())]
 
-    def fitted(data: Any, method: str = "lookup", **options: Any) -> Detector:
+    def fitted(data: Any, method: str = "nearest_neighbor", **options: Any) -> Detector:
         config = tiny(method, **{"training.checkpoint_seconds": 0.0, "training.display_steps": 0})
         return Detector(config=config, weights=weights).fit(data, **options)
 
@@ -181,17 +183,15 @@ def test_it_learns_from_arrays_as_from_files(parts, weights, tiny, tmp_path):
     worse = fitted([*good, good[3].copy(), good[4] * 1.0, *(path.read_bytes() for path in paths[:2])])
     names = {name: reason.partition(": ")[2] for name, reason in worse.record_["skipped"]}
     assert names == {
-        "image 12": "is the same picture as image 3 and counts once",
+        "image 12": "is the same image as image 3 and counts once",
         "image 13": "holds numbers that are not finite or outside 0 to 1; divide by the largest possible value",
     }
-    with pytest.raises(
-        TrainingError, match=r"0 good pictures .* 9 could not be read, first: nut image \d: holds int64"
-    ):
-        fitted({"nut": [picture.astype(int) for picture in good[:9]], "bolt": arrays("test/square") * 2})
+    with pytest.raises(TrainingError, match=r"0 good images .* 9 could not be read, first: nut image \d: holds int64"):
+        fitted({"nut": [image.astype(int) for image in good[:9]], "bolt": arrays("test/square") * 2})
     with pytest.raises(TrainingError, match=r"good image 0: the detector has learned from this one"):
         made.calibrate([good[5]])
     found = expected.calibrate(arrays("test/good"), arrays("test/square"), miss_rate=0.5)
-    scores = [expected.inspect(picture).score for picture in arrays("test/good")]
+    scores = [expected.inspect(image).score for image in arrays("test/good")]
     assert list(found.scores) == pytest.approx(sorted(scores)) and len(found.defects) == 4
     # an interruption is as for files
     checkpoint = tmp_path / "run.checkpoint"
@@ -203,18 +203,18 @@ def test_it_learns_from_arrays_as_from_files(parts, weights, tiny, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fitted(good, "uranet", progress=stop, checkpoint=checkpoint)
     assert_same_detector(fitted(good, "uranet", checkpoint=checkpoint), fitted(paths, "uranet"))
-    with pytest.raises(TrainingError, match="other pictures or settings"):
+    with pytest.raises(TrainingError, match="other images or settings"):
         fitted(good[1:], "uranet", checkpoint=checkpoint)
 
 
 def test_data_that_cannot_work_is_refused(parts, weights, tiny, tmp_path):
-    untrained = Detector(config=tiny("lookup"), weights=weights)
+    untrained = Detector(config=tiny("nearest_neighbor"), weights=weights)
     with pytest.raises(DatasetError, match="nowhere"):
         untrained.fit(tmp_path / "nowhere")
-    with pytest.raises(TrainingError, match="0 good pictures"):
+    with pytest.raises(TrainingError, match="0 good images"):
         untrained.fit([])
     only_tests = replace(load_dataset(parts), train=())
-    with pytest.raises(TrainingError, match=r"parts.*no good pictures to train on"):
+    with pytest.raises(TrainingError, match=r"parts.*no good images to train on"):
         untrained.fit(only_tests)
     with pytest.raises(TrainingError, match="too few"):
         untrained.fit(sorted((parts / "train/good").iterdir())[:5])
@@ -224,9 +224,9 @@ def test_a_validation_part_calibrates_and_is_not_trained_on(parts, weights, tiny
     """Of any size: what is too few to learn from is not too few to calibrate with."""
     dataset = load_dataset(parts)
     validation = tuple(sample for sample in dataset.test if not sample.label)[:3]
-    config = tiny("lookup", **{"training.display_steps": 0, "calibration.update_memory": False})
+    config = tiny("nearest_neighbor", **{"training.display_steps": 0, "calibration.update_memory": False})
     made = Detector(config=config, weights=weights).fit(replace(dataset, validation=validation))
-    assert (made.record_["good_pictures"], made.record_["held_out"]) == (12, 3)
+    assert (made.record_["good_images"], made.record_["held_out"]) == (12, 3)
     inspected = sorted(made.inspect(sample.path).score for sample in validation)
     assert list(made.calibration_.scores) == pytest.approx(
         inspected, rel=0.02
@@ -239,7 +239,8 @@ def test_calibration_leaves_padding_out_as_inspection_does(parts, weights, tiny,
         Image.open(path).crop((0, 0, 64, 24)).save(tmp_path / path.name)
     paths = sorted(tmp_path.iterdir())
     config = tiny(
-        "lookup", **{"preparation.fit": "pad", "training.display_steps": 0, "calibration.update_memory": False}
+        "nearest_neighbor",
+        **{"preparation.fit": "pad", "training.display_steps": 0, "calibration.update_memory": False},
     )
     dataset = load_dataset(tmp_path)
     samples = tuple(Sample(path, 0) for path in paths)
@@ -252,7 +253,7 @@ def test_calibration_leaves_padding_out_as_inspection_does(parts, weights, tiny,
 
 
 def unfitted(tiny, method: str, **changes) -> Detector:
-    prototypes = {"lookup": "network.prototypes", "uranet": "network.restoration.prototypes"}
+    prototypes = {"nearest_neighbor": "network.prototypes", "uranet": "network.restoration.prototypes"}
     own = {prototypes[method]: 16} if method in prototypes else {}
     small = {"features.grid": 4, "training.display_steps": 0, "scoring.shares": (0.05, 0.3, 1.0)}
     config = tiny(method, **small, **own, **{"calibration.false_alarm_rate": 0.1}, **changes)
@@ -273,9 +274,9 @@ def scores_of(detector: Detector, cache: Cache) -> list[float]:
         return detector.network.fuse(detector.network(cache.features.float()))[1].tolist()
 
 
-@pytest.mark.parametrize("method", ["lookup", "uranet", "mfrnet"])
-def test_good_pictures_raise_no_more_alarms_than_certified(tiny, method):
-    """Averaged over draws of the held-out pictures: the promise of `Calibration`, kept by the whole of `learn`."""
+@pytest.mark.parametrize("method", ["nearest_neighbor", "uranet", "mfrnet"])
+def test_good_images_raise_no_more_alarms_than_certified(tiny, method):
+    """Averaged over draws of the held-out images: the promise of `Calibration`, kept by the whole of `learn`."""
     changes = {"training.steps": 1, "calibration.update_memory": False}
     made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(0)
     train, held, fresh, trials, alarms = good_ones(20, rng), 9, 20, 150, 0
@@ -288,9 +289,9 @@ def test_good_pictures_raise_no_more_alarms_than_certified(tiny, method):
     assert abs(alarms / (trials * fresh) - rate) < 4 * deviation  # not far fewer either: exchangeable
 
 
-@pytest.mark.parametrize("method", ["lookup", "uranet", "mfrnet"])
-def test_pictures_that_calibrate_have_no_other_part(tiny, method):
-    """What makes the promise exact: of ten pictures, each in turn the new one, a single one raises an alarm."""
+@pytest.mark.parametrize("method", ["nearest_neighbor", "uranet", "mfrnet"])
+def test_images_that_calibrate_have_no_other_part(tiny, method):
+    """What makes the promise exact: of ten images, each in turn the new one, a single one raises an alarm."""
     changes = {"training.steps": 0, "calibration.update_memory": False}
     made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(1)
     train, ten, states, alarms = good_ones(20, rng), good_ones(10, rng), [], []
@@ -308,9 +309,9 @@ def test_pictures_that_calibrate_have_no_other_part(tiny, method):
         assert [name for name, tensor in state.items() if not torch.equal(tensor, states[0][name])] == []
 
 
-def test_a_picture_too_thin_for_any_cell_is_judged_all_the_same(parts, weights, tiny):
+def test_an_image_too_thin_for_any_cell_is_judged_all_the_same(parts, weights, tiny):
     """Padded, it covers the centre of no feature cell; its score must still be a number that JSON has."""
-    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0})
+    config = tiny("nearest_neighbor", **{"preparation.fit": "pad", "training.display_steps": 0})
     made = Detector(config=config, weights=weights).fit(parts)
     thin = np.random.default_rng(0).integers(0, 256, (8, 256, 3), dtype=np.uint8)
     result = made.inspect(thin)
@@ -319,18 +320,18 @@ def test_a_picture_too_thin_for_any_cell_is_judged_all_the_same(parts, weights, 
     json.dumps(result.to_json(), allow_nan=False)
 
 
-def test_it_learns_from_pictures_too_thin_for_any_cell(weights, tiny, tmp_path):
+def test_it_learns_from_images_too_thin_for_any_cell(weights, tiny, tmp_path):
     for i in range(12):
         thin = np.random.default_rng(i).integers(0, 256, (8, 256, 3), dtype=np.uint8)
         Image.fromarray(thin).save(tmp_path / f"{i:02d}.png")
-    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0})
+    config = tiny("nearest_neighbor", **{"preparation.fit": "pad", "training.display_steps": 0})
     made = Detector(config=config, weights=weights).fit(tmp_path)
     assert math.isfinite(made.inspect(tmp_path / "00.png").score)
 
 
-def test_one_picture_to_calibrate_with_is_enough(parts, weights, tiny):
+def test_one_image_to_calibrate_with_is_enough(parts, weights, tiny):
     dataset = load_dataset(parts)
-    config = tiny("lookup", **{"training.display_steps": 0})
+    config = tiny("nearest_neighbor", **{"training.display_steps": 0})
     made = Detector(config=config, weights=weights).fit(replace(dataset, validation=dataset.test[:1]))
     assert made.calibration_.rate == 0.5
 
@@ -339,11 +340,11 @@ def test_a_validation_part_that_cannot_be_read_is_an_error(parts, weights, tiny,
     dataset = load_dataset(parts)
     broken = (Sample(tmp_path / "broken.png", 0),)
     with pytest.raises(TrainingError, match=r"broken\.png"):
-        Detector(config=tiny("lookup"), weights=weights).fit(replace(dataset, validation=broken))
+        Detector(config=tiny("nearest_neighbor"), weights=weights).fit(replace(dataset, validation=broken))
 
 
 def test_a_fit_that_fails_leaves_no_half_fitted_detector(parts, weights, tiny, good, bad):
-    made = Detector(config=tiny("lookup", **{"training.display_steps": 0}), weights=weights).fit(parts)
+    made = Detector(config=tiny("nearest_neighbor", **{"training.display_steps": 0}), weights=weights).fit(parts)
     before = made.inspect(bad[0])
     with pytest.raises(TrainingError):
         made.fit(good)  # too few
@@ -382,7 +383,7 @@ def test_a_result_is_what_its_docstring_says(detector, bad):
     json.dumps(result.to_json(), allow_nan=False)
 
 
-def test_p_values_are_those_of_held_out_pictures(detector, good, bad):
+def test_p_values_are_those_of_held_out_images(detector, good, bad):
     n = len(detector.calibration_.scores)
     for path in good + bad:
         result = detector.inspect(path)
@@ -392,9 +393,9 @@ def test_p_values_are_those_of_held_out_pictures(detector, good, bad):
 
 
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("method", ["lookup", "uranet"])
+@pytest.mark.parametrize("method", ["nearest_neighbor", "uranet"])
 def test_learning_what_calibrated_raises_no_score(tiny, method, given):
-    """New pictures score lower if at all otherwise; so do held-out ones that calibrate, each without what it taught.
+    """New images score lower if at all otherwise; so do held-out ones that calibrate, each without what it taught.
 
     Those of a validation part may be alike among themselves: they calibrate before anything is learned from them.
     """
@@ -412,8 +413,8 @@ def test_learning_what_calibrated_raises_no_score(tiny, method, given):
     assert all(after <= before + 1e-5 for before, after in zip(*scores, strict=True)) and scores[0] != scores[1]
 
 
-def test_a_picture_that_it_was_calibrated_on_is_good(parts, weights, tiny):
-    """Held-out pictures are among the training ones: each calibration score is found again, and none is above them."""
+def test_an_image_that_it_was_calibrated_on_is_good(parts, weights, tiny):
+    """Held-out images are among the training ones: each calibration score is found again, and none is above them."""
     detector = Detector(config=tiny(**{"calibration.update_memory": False}), weights=weights).fit(parts)
     scores = detector.calibration_.scores
     inspected = [detector.inspect(path).score for path in sorted((parts / "train/good").iterdir())]
@@ -421,7 +422,7 @@ def test_a_picture_that_it_was_calibrated_on_is_good(parts, weights, tiny):
         assert min(abs(score / other - 1) for other in inspected) < 0.02
 
 
-def test_paths_bytes_and_arrays_are_the_same_picture(detector, bad):
+def test_paths_bytes_and_arrays_are_the_same_image(detector, bad):
     by_path = detector.inspect(bad[0])
     for source in (str(bad[0]), bad[0].read_bytes(), np.array(Image.open(bad[0])), Image.open(bad[0])):
         result = detector.inspect(source)
@@ -431,7 +432,7 @@ def test_paths_bytes_and_arrays_are_the_same_picture(detector, bad):
 
 def test_one_and_many_agree(detector, good, bad, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     paths = [*good, broken, *bad, tmp_path / "missing.png"]
     outcomes = list(detector.inspect_many(paths, batch=3, on_error="yield"))
     assert len(outcomes) == len(paths)
@@ -448,15 +449,15 @@ def test_one_and_many_agree(detector, good, bad, tmp_path):
 
 def test_by_default_all_that_come_are_results(detector, good, bad, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     found, seen = detector.inspect_many([*good, broken, *bad], batch=3), []
-    with pytest.raises(ImageError, match=r"broken\.png: is not a picture"):
+    with pytest.raises(ImageError, match=r"broken\.png: is not an image"):
         seen += [result.path for result in iter(lambda: next(found), None)]
     found = detector.inspect_many([*good, broken, *bad], batch=3)
     assert [next(found).path for _ in good] == list(map(str, good))  # those before it come first
     with pytest.raises(ImageError, match=r"broken\.png"):
         next(found)
-    with pytest.warns(UserWarning, match=r"^skipped .*broken\.png: is not a picture"):
+    with pytest.warns(UserWarning, match=r"^skipped .*broken\.png: is not an image"):
         left = list(detector.inspect_many([*good, broken, *bad], batch=3, on_error="skip"))
     assert [result.path for result in left] == list(map(str, good + bad))
     with pytest.raises(ValueError, match="on_error='ignore' is not known; give raise, skip or yield"):
@@ -481,7 +482,7 @@ def test_many_arrays_and_files_are_inspected_alike(detector, good, bad):
 
 
 def test_what_is_no_image_is_refused_by_name_of_what_is_taken(detector, good, tiny):
-    array, untrained = np.array(Image.open(good[0])), Detector(config=tiny("lookup"), weights=Weights.RANDOM)
+    array, untrained = np.array(Image.open(good[0])), Detector(config=tiny("nearest_neighbor"), weights=Weights.RANDOM)
     tensor, taken = torch.from_numpy(array).permute(2, 0, 1), "give a path, .* or a NumPy array"
 
     def by_category(images: Any) -> Detector:
@@ -493,7 +494,7 @@ def test_what_is_no_image_is_refused_by_name_of_what_is_taken(detector, good, ti
         (None, f"NoneType and is not an image; {taken}"),
         (torch.nn.Identity(), rf"torch\.nn\.\S*Identity and is not an image; {taken}"),
     ]:
-        with pytest.raises(TypeError, match=f"^the picture: has the type {sentence}"):
+        with pytest.raises(TypeError, match=f"^the image: has the type {sentence}"):
             detector.inspect(wrong)
         for several in (detector.inspect_many, untrained.fit, by_category):
             with pytest.raises(TypeError, match=f"image 1: has the type {sentence}"):
@@ -518,7 +519,7 @@ def test_what_is_no_image_is_refused_by_name_of_what_is_taken(detector, good, ti
     assert_same(detector.inspect(tensor.permute(1, 2, 0).numpy(force=True)), detector.inspect(array))  # as it says
 
 
-def test_a_picture_that_cannot_be_read_is_an_error(detector, tmp_path):
+def test_an_image_that_cannot_be_read_is_an_error(detector, tmp_path):
     with pytest.raises(ImageError, match="missing"):
         detector.inspect(tmp_path / "missing.png")
 
@@ -533,19 +534,27 @@ def test_before_fit_nothing_works_but_says_so(weights, tiny, good, tmp_path):
 
 
 def test_settings_by_name(weights):
-    made = Detector("lookup", weights=weights, features__backbone="resnet18", training__seed=3)
-    assert (made.config.method, made.config.features.backbone, made.config.training.seed) == ("lookup", "resnet18", 3)
+    made = Detector("nearest_neighbor", weights=weights, features__backbone="resnet18", training__seed=3)
+    assert (made.config.method, made.config.features.backbone, made.config.training.seed) == (
+        "nearest_neighbor",
+        "resnet18",
+        3,
+    )
     with pytest.raises(ValueError, match=r"training\.sed"):
-        Detector("lookup", weights=weights, training__sed=3)
+        Detector("nearest_neighbor", weights=weights, training__sed=3)
 
 
 @pytest.mark.parametrize(
     "given, named",
-    [({"training__seed": 7}, "training__seed"), ({"method": "lookup"}, "lookup"), ({"profile": "cpu"}, "cpu")],
+    [
+        ({"training__seed": 7}, "training__seed"),
+        ({"method": "nearest_neighbor"}, "nearest_neighbor"),
+        ({"profile": "cpu"}, "cpu"),
+    ],
 )
 def test_a_configuration_is_whole_and_nothing_beside_it_is_ignored(tiny, given, named):
     with pytest.raises(ValueError, match=f"{named} cannot be given beside config"):
-        Detector(config=tiny("lookup"), weights=Weights.RANDOM, **given)
+        Detector(config=tiny("nearest_neighbor"), weights=Weights.RANDOM, **given)
 
 
 def test_threads_may_train_at_the_same_time(parts, weights, tiny):
@@ -579,7 +588,7 @@ def test_fit_leaves_the_global_generators_as_they_were(parts, weights, tiny):
 
 def test_a_file_called_random_is_a_file(monkeypatch, parts, weights, tiny, tmp_path):
     monkeypatch.chdir(tmp_path)
-    config = tiny("lookup", **{"training.display_steps": 0})
+    config = tiny("nearest_neighbor", **{"training.display_steps": 0})
     for name in ("random", Path("random"), "./random"):
         with pytest.raises(WeightsError, match="no such weight file"):
             Detector(config=config, weights=name)
@@ -607,8 +616,8 @@ def test_a_file_of_another_name_that_was_loaded_can_be_replaced(saved, tmp_path)
     assert Detector.load(tmp_path / "parts.model").record_["note"] == "calibrated"
 
 
-def test_the_lookup_with_padded_pictures(parts, weights, tiny, tmp_path):
-    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0})
+def test_the_lookup_with_padded_images(parts, weights, tiny, tmp_path):
+    config = tiny("nearest_neighbor", **{"preparation.fit": "pad", "training.display_steps": 0})
     made = Detector(config=config, weights=weights).fit(parts)
     wide = np.array(Image.open(parts / "train/good/000.png"))
     wide = np.concatenate([wide, wide[:, ::-1]], axis=1)
@@ -618,8 +627,8 @@ def test_the_lookup_with_padded_pictures(parts, weights, tiny, tmp_path):
     x0, y0, x1, y1 = result.regions[0].box
     assert 0 <= x0 < x1 <= 128 and 0 <= y0 < y1 <= 64
     assert x0 < 105 < x1 and y0 < 35 < y1
-    made.save(tmp_path / "lookup.safetensors")
-    assert_same(load(str(tmp_path / "lookup.safetensors")).inspect(wide), result)
+    made.save(tmp_path / "nearest_neighbor.safetensors")
+    assert_same(load(str(tmp_path / "nearest_neighbor.safetensors")).inspect(wide), result)
 
 
 # Saving and loading
@@ -731,20 +740,20 @@ def test_saving_never_leaves_half_a_file(monkeypatch, detector, saved, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["parts.safetensors"]
 
 
-def test_nothing_is_learned_from_the_pictures_that_calibrate(parts, weights, tiny, monkeypatch):
-    """Neither standardisation nor components: the extractor is fitted on pictures that stay in training."""
+def test_nothing_is_learned_from_the_images_that_calibrate(parts, weights, tiny, monkeypatch):
+    """Neither standardisation nor components: the extractor is fitted on images that stay in training."""
     from unflaw.features.extractor import FeatureExtractor
 
     seen: list[int] = []
     fit = FeatureExtractor.fit
     monkeypatch.setattr(FeatureExtractor, "fit", lambda self, raw: (seen.append(len(raw)), fit(self, raw))[1])
-    made = Detector(config=tiny("lookup", **{"calibration.holdout": 0.5}), weights=weights).fit(parts)
+    made = Detector(config=tiny("nearest_neighbor", **{"calibration.holdout": 0.5}), weights=weights).fit(parts)
     record = made.record_
-    assert 2 <= seen[0] <= record["good_pictures"] - record["held_out"]
+    assert 2 <= seen[0] <= record["good_images"] - record["held_out"]
 
 
 def test_copies_neither_calibrate_what_was_learned_nor_count_twice(parts, weights, tiny, tmp_path):
-    """A certified rate rests on pictures that training has not seen."""
+    """A certified rate rests on images that training has not seen."""
     own = Path(shutil.copytree(parts, tmp_path / "parts"))
     good = sorted((own / "train/good").iterdir())
     rng = np.random.default_rng(9)
@@ -753,16 +762,14 @@ def test_copies_neither_calibrate_what_was_learned_nor_count_twice(parts, weight
     for i in range(3):
         Image.fromarray(textured(rng)).save(own / f"validation/good/{i}.png")
     shutil.copy(good[0], own / "train/good/twin.png")
-    (own / "train/good/torn.png").write_bytes(b"no picture")
-    (own / "train/good/worn.png").write_bytes(b"no picture")
-    config = tiny("lookup", **{"training.display_steps": 0})
+    (own / "train/good/torn.png").write_bytes(b"no image")
+    (own / "train/good/worn.png").write_bytes(b"no image")
+    config = tiny("nearest_neighbor", **{"training.display_steps": 0})
     found = Detector(config=config, weights=weights).fit(own)
     reasons = dict(found.record_["skipped"])
-    assert reasons[str(own / "validation/good/copied.png")].endswith(
-        f"is the same picture as {good[4]} and counts once"
-    )
-    assert f"is the same picture as {good[0]}" in reasons[str(own / "train/good/twin.png")]
-    assert len(reasons) == 4 and found.record_["good_pictures"] == len(good)
+    assert reasons[str(own / "validation/good/copied.png")].endswith(f"is the same image as {good[4]} and counts once")
+    assert f"is the same image as {good[0]}" in reasons[str(own / "train/good/twin.png")]
+    assert len(reasons) == 4 and found.record_["good_images"] == len(good)
     assert len(found.calibration_.scores) == 3 == found.record_["held_out"]
     assert len(found.record_["seen"]) == len(good) + 3
     (own / "validation/good/copied.png").unlink()

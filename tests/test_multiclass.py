@@ -47,16 +47,16 @@ def both(tmp_path_factory) -> Path:
     make_parts(root / "nuts")
     make_parts(root / "bolts", train=16)
     for path in [*root.glob("bolts/train/good/*"), *root.glob("bolts/test/*/*")]:
-        picture = np.array(Image.open(path))
-        Image.fromarray((200 - picture // 4).astype(np.uint8)).save(path)
-    (root / "readme.txt").write_text("no picture")
+        image = np.array(Image.open(path))
+        Image.fromarray((200 - image // 4).astype(np.uint8)).save(path)
+    (root / "readme.txt").write_text("no image")
     return root
 
 
 @pytest.fixture(scope="module")
 def multi(both, weights, tiny) -> Detector:
-    """A lookup of both. Only to be used, not to be changed."""
-    return Detector(config=tiny("lookup", **QUICK), weights=weights).fit(load_categories([both]))
+    """A nearest_neighbor of both. Only to be used, not to be changed."""
+    return Detector(config=tiny("nearest_neighbor", **QUICK), weights=weights).fit(load_categories([both]))
 
 
 def bad(both: Path, name: str) -> list[Path]:
@@ -64,7 +64,7 @@ def bad(both: Path, name: str) -> list[Path]:
 
 
 def named(categories: list[str], rng: torch.Generator, channels: int = 8) -> Cache:
-    """One picture for each name; the later the category comes in the alphabet, the larger its features."""
+    """One image for each name; the later the category comes in the alphabet, the larger its features."""
     n, side = len(categories), 4
     size = torch.tensor([1.0 + 3 * (name == "b") for name in categories])[:, None, None, None]
     features = (torch.randn(n, channels, side, side, generator=rng) * size).half()
@@ -81,7 +81,7 @@ def named(categories: list[str], rng: torch.Generator, channels: int = 8) -> Cac
 
 def unfitted(tiny, **changes) -> Detector:
     network = {"network.prototypes": 1024, "network.coarse_prototypes": 256, "features.grid": 4}
-    return Detector(config=tiny("lookup", **QUICK, **network, **changes), weights=Weights.RANDOM)
+    return Detector(config=tiny("nearest_neighbor", **QUICK, **network, **changes), weights=Weights.RANDOM)
 
 
 # Learning
@@ -99,8 +99,8 @@ def test_what_is_normal_and_the_calibration_are_of_each_category(multi, both):
     as_nut, as_bolt = (multi.inspect(path, category=name) for name in ("nuts", "bolts"))
     assert as_nut.score != as_bolt.score and not np.array_equal(as_nut.map, as_bolt.map)
     record = multi.record_
-    assert (record["good_pictures"], record["held_out"]) == (28, 5)
-    assert record["categories"]["bolts"] == {"good_pictures": 16, "held_out": 3}
+    assert (record["good_images"], record["held_out"]) == (28, 5)
+    assert record["categories"]["bolts"] == {"good_images": 16, "held_out": 3}
 
 
 def test_a_threshold_is_what_the_hold_out_of_its_category_gives(both, weights, tiny):
@@ -110,7 +110,7 @@ def test_a_threshold_is_what_the_hold_out_of_its_category_gives(both, weights, t
         name: [s for s in dataset.test if not s.label][:count]
         for (name, dataset), count in zip(data.items(), (4, 3), strict=True)
     }
-    config = tiny("lookup", **QUICK, **{"calibration.update_memory": False})
+    config = tiny("nearest_neighbor", **QUICK, **{"calibration.update_memory": False})
     whole = {name: replace(data[name], validation=tuple(found)) for name, found in given.items()}
     for data_sets in (whole, whole | {"bolts": data["bolts"]}):
         made = Detector(config=config, weights=weights).fit(data_sets)
@@ -128,8 +128,8 @@ def test_a_threshold_is_what_the_hold_out_of_its_category_gives(both, weights, t
                 assert known.pixel_threshold == pytest.approx(max(peaks), rel=0.02, abs=0.02)
 
 
-def test_the_memory_of_a_category_leaves_out_the_picture_itself(tiny):
-    """What is normal in a category: distances of its training pictures to all tokens of its others, by brute force."""
+def test_the_memory_of_a_category_leaves_out_the_image_itself(tiny):
+    """What is normal in a category: distances of its training images to all tokens of its others, by brute force."""
     made = unfitted(tiny)
     cache = named(list("aabbabababbbabbabbbb"), torch.Generator().manual_seed(0))
     made.learn(cache)
@@ -147,7 +147,7 @@ def test_the_memory_of_a_category_leaves_out_the_picture_itself(tiny):
         assert deviation == pytest.approx(float(distance.std()), rel=1e-3)
 
 
-def test_pictures_of_all_categories_take_turns(both, multi):
+def test_images_of_all_categories_take_turns(both, multi):
     cache = named(list("ab"), torch.Generator())
     assert cache.rows() == {"a": [0], "b": [1]}
     data = load_categories([both])
@@ -160,7 +160,7 @@ def test_pictures_of_all_categories_take_turns(both, multi):
         assert abs(built.categories[:part].count("bolts") - part * 16 / 28) <= 1
 
 
-def test_the_extractor_is_fitted_on_no_picture_that_calibrates(both, weights, tiny, monkeypatch):
+def test_the_extractor_is_fitted_on_no_image_that_calibrates(both, weights, tiny, monkeypatch):
     seen, aggregated = [], []
     fit, aggregate = FeatureExtractor.fit, FeatureExtractor.aggregate
 
@@ -176,7 +176,7 @@ def test_the_extractor_is_fitted_on_no_picture_that_calibrates(both, weights, ti
     monkeypatch.setattr(
         Detector, "learn", lambda self, cache, *a, **o: (caches.append(cache), learn(self, cache, *a, **o))[1]
     )
-    Detector(config=tiny("lookup", **QUICK, **{"calibration.holdout": 0.4}), weights=weights).fit(
+    Detector(config=tiny("nearest_neighbor", **QUICK, **{"calibration.holdout": 0.4}), weights=weights).fit(
         load_categories([both])
     )
     (cache,), (raw,) = caches, seen
@@ -206,7 +206,7 @@ def test_what_calibrated_a_category_is_learned_by_its_memory_once(tiny, monkeypa
 
 
 def test_one_category_with_a_name_is_the_detector_without(both, weights, tiny):
-    config = tiny("lookup", **QUICK)
+    config = tiny("nearest_neighbor", **QUICK)
     plain, alone = (Detector(config=config, weights=weights).fit(d) for d in (both / "nuts", {"nuts": both / "nuts"}))
     assert plain.calibration_ == alone.calibration_ == alone.categories_["nuts"].calibration
     first, second = plain.network.state_dict(), alone.network.state_dict()
@@ -243,28 +243,28 @@ def test_finish_writes_no_buffer_but_those_of_a_category(tiny):
 
 
 def test_data_of_categories_that_cannot_work_is_refused(both, weights, tiny, tmp_path):
-    untrained, nuts = Detector(config=tiny("lookup", **QUICK), weights=weights), load_dataset(both / "nuts")
+    untrained, nuts = Detector(config=tiny("nearest_neighbor", **QUICK), weights=weights), load_dataset(both / "nuts")
     paths = [sample.path for sample in nuts.train]
     for data, message in (
         ({}, "there is no category"),
         ({"": paths}, "without a name"),
-        ({"a": paths, "b": []}, "b: there are no good pictures"),
+        ({"a": paths, "b": []}, "b: there are no good images"),
         ({"a": paths, "b": paths[3:]}, r"003\.png: is in two categories, a and b"),
-        ({"a": paths[:8], "b": paths[8:]}, "b: 4 good pictures are too few to learn from: at least 8"),
+        ({"a": paths[:8], "b": paths[8:]}, "b: 4 good images are too few to learn from: at least 8"),
     ):
         with pytest.raises(TrainingError, match=message):
             untrained.fit(data)
     same = [tmp_path / f"{i}.png" for i in range(9)]
-    for i, path in enumerate(same):  # the same picture in files that differ
+    for i, path in enumerate(same):  # the same image in files that differ
         Image.new("RGB", (64, 64)).save(path, dpi=(72 + i, 72))
-    with pytest.raises(TrainingError, match="b: all good pictures are identical"):
+    with pytest.raises(TrainingError, match="b: all good images are identical"):
         untrained.fit({"a": paths, "b": same})
     for path in same:
         shutil.copy(paths[0], path)
-    with pytest.raises(TrainingError, match=r"b: 1 good picture is too few .* 8 files are copies of others"):
+    with pytest.raises(TrainingError, match=r"b: 1 good image is too few .* 8 files are copies of others"):
         untrained.fit({"a": paths, "b": same})
     with pytest.raises(TrainingError, match=r"a: calibration\.holdout leaves"):
-        Detector(config=tiny("lookup", **{"calibration.holdout": 0.9}), weights=weights).fit({"a": paths})
+        Detector(config=tiny("nearest_neighbor", **{"calibration.holdout": 0.9}), weights=weights).fit({"a": paths})
 
 
 # Inspecting
@@ -368,7 +368,7 @@ def test_figures_show_the_category_of_the_data(multi, both, tmp_path):
 
 def test_the_laboratory_is_for_one_category_as_ever(both, weights, tiny, tmp_path):
     dataset = load_dataset(both / "nuts")
-    made = ExperimentRunner(tmp_path, weights).fit(tiny("lookup", **QUICK), dataset)
+    made = ExperimentRunner(tmp_path, weights).fit(tiny("nearest_neighbor", **QUICK), dataset)
     assert list(made.categories_) == [""] and evaluate(made, dataset).metrics["n_images"] == 8
 
 
@@ -461,10 +461,10 @@ def test_evaluate_gives_each_category_and_the_mean(model, both, tmp_path):
 
 
 def test_commands_take_a_category(model, both, tmp_path):
-    pictures, out = both / "nuts/test/square", tmp_path / "results"
+    images, out = both / "nuts/test/square", tmp_path / "results"
     scores = []
     for name in ("nuts", "bolts"):
-        done = unflaw("predict", model, pictures, "--category", name, "--out", out, "--pictures")
+        done = unflaw("predict", model, images, "--category", name, "--out", out, "--images")
         assert done.exit_code == 0, done.output
         scores.append([json.loads(line)["score"] for line in (out / "results.jsonl").read_text().splitlines()])
     detector = Detector.load(model)
@@ -480,7 +480,7 @@ def test_commands_take_a_category(model, both, tmp_path):
         assert unflaw(*command, "--category", "nuts").exit_code == 0
     before = (out / "results.jsonl").read_bytes()
     for given in ([], ["--category", "screws"]):
-        done = unflaw("predict", model, pictures, "--out", out, *given)
+        done = unflaw("predict", model, images, "--out", out, *given)
         assert done.exit_code == 2 and "bolts, nuts" in done.stderr
     assert (out / "results.jsonl").read_bytes() == before
     done = unflaw("evaluate", model, "--data", both, "--category", "nuts")
@@ -508,14 +508,14 @@ def test_an_interrupted_training_goes_on_with_resume(training, model, both, tmp_
     assert unflaw(*arguments, "--data", both).exit_code != 0
     assert not out.exists()
     other = unflaw(*arguments, "--data", both / "nuts", "--resume")
-    assert other.exit_code == 2 and "other pictures or settings" in other.stderr
+    assert other.exit_code == 2 and "other images or settings" in other.stderr
     assert unflaw(*arguments, "--data", both, "--resume").exit_code == 0
     assert saves[3] == saves[2] + 1  # it went on where it was
     expected, found = load_file(model), load_file(out)
     assert expected.keys() == found.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
 
 
-def test_a_checkpoint_of_the_same_pictures_in_other_categories_is_refused(both, weights, tiny, tmp_path):
+def test_a_checkpoint_of_the_same_images_in_other_categories_is_refused(both, weights, tiny, tmp_path):
     data = load_categories([both])
     config = tiny(**{"training.checkpoint_seconds": 0.0, "training.steps": 6})
 
@@ -525,13 +525,13 @@ def test_a_checkpoint_of_the_same_pictures_in_other_categories_is_refused(both, 
 
     with pytest.raises(KeyboardInterrupt):
         Detector(config=config, weights=weights).fit(data, progress=stop, checkpoint=tmp_path / "c")
-    pictures = [sample.path for dataset in data.values() for sample in dataset.train]
-    with pytest.raises(TrainingError, match="other pictures or settings"):
-        Detector(config=config, weights=weights).fit(pictures, checkpoint=tmp_path / "c")
+    images = [sample.path for dataset in data.values() for sample in dataset.train]
+    with pytest.raises(TrainingError, match="other images or settings"):
+        Detector(config=config, weights=weights).fit(images, checkpoint=tmp_path / "c")
 
 
 def test_categories_have_memories_of_their_own(multi):
-    """Each is of tokens of its own training pictures, and another category's do not come near."""
+    """Each is of tokens of its own training images, and another category's do not come near."""
     bolts, nuts = (multi.network_of(name).state_dict() for name in ("bolts", "nuts"))
     own = {name for name in bolts if name in multi.network.finished}
     assert {"memory.prototypes", "judge.memory.prototypes"} <= own
@@ -578,7 +578,7 @@ def test_many_threads_find_what_one_does(multi, both):
         assert list(pool.map(lambda asked: multi.inspect(asked[0], category=asked[1]).score, work)) == expected
 
 
-def test_training_pictures_of_mixed_batches_are_recalled_by_their_own_category():
+def test_training_images_of_mixed_batches_are_recalled_by_their_own_category():
     rng = torch.Generator().manual_seed(3)
     features = torch.randn(8, 4, 3, 3, generator=rng)
     features[1::2] += 10  # the second category lies far off, and varies more

@@ -1,7 +1,7 @@
-// Inspects a binary PPM picture (P6, 8 bits) with an exported detector of one category that sees pictures whole.
+// Inspects a binary PPM image (P6, 8 bits) with an exported detector of one category that sees images whole.
 //
 //     g++ -std=c++17 -O2 inspect.cpp -I onnxruntime/include -L onnxruntime/lib -lonnxruntime -o inspect
-//     ./inspect parts.onnx picture.ppm
+//     ./inspect parts.onnx image.ppm
 //
 // Needs ONNX Runtime (the archive of its releases has headers and library) and nlohmann/json.
 #include <onnxruntime_cxx_api.h>
@@ -17,7 +17,7 @@
 
 int main(int argc, char** argv) {
     if (argc != 3) {
-        std::cerr << "usage: inspect DETECTOR.onnx PICTURE.ppm\n";
+        std::cerr << "usage: inspect DETECTOR.onnx IMAGE.ppm\n";
         return 2;
     }
     Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "unflaw");
@@ -50,10 +50,10 @@ int main(int argc, char** argv) {
 
     const std::array<int64_t, 4> shape{1, 3, size, size};
     const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-    const Ort::Value picture = Ort::Value::CreateTensor<float>(memory, pixels.data(), pixels.size(), shape.data(), 4);
-    const char* inputs[] = {"pictures"};
+    const Ort::Value image = Ort::Value::CreateTensor<float>(memory, pixels.data(), pixels.size(), shape.data(), 4);
+    const char* inputs[] = {"images"};
     const char* outputs[] = {"score", "map"};
-    auto found = session.Run(Ort::RunOptions{}, inputs, &picture, 1, outputs, 2);
+    auto found = session.Run(Ort::RunOptions{}, inputs, &image, 1, outputs, 2);
 
     const float score = found[0].GetTensorData<float>()[0];
     const float* map = found[1].GetTensorData<float>();  // size × size, row by row

@@ -1,6 +1,6 @@
-"""Inspects pictures with an exported detector of one category that sees them whole: ONNX Runtime, Pillow, NumPy only.
+"""Inspects images with an exported detector of one category that sees them whole: ONNX Runtime, Pillow, NumPy only.
 
-python inspect_onnx.py parts.onnx picture.png …
+python inspect_onnx.py parts.onnx image.png …
 """
 
 import bisect
@@ -21,11 +21,11 @@ calibration = metadata["calibration"]
 review = calibration.get("review_threshold", float("inf"))
 
 for path in sys.argv[2:]:
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture).transpose(2, 0, 1)[None] / np.float32(255)
-    score, anomaly_map = session.run(["score", "map"], {"pictures": pixels})
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image).transpose(2, 0, 1)[None] / np.float32(255)
+    score, anomaly_map = session.run(["score", "map"], {"images": pixels})
     verdict = "defect" if score[0] > calibration["threshold"] else "review" if score[0] > review else "good"
     n = len(calibration["scores"])
     p_value = (1 + n - bisect.bisect_left(calibration["scores"], score[0])) / (n + 1)
     marked = (anomaly_map[0] > calibration["pixel_threshold"]).mean()
-    print(f"{path}: {verdict}, score {score[0]:.4f}, p-value {p_value:.4f}, {marked:.1%} of the picture marked")
+    print(f"{path}: {verdict}, score {score[0]:.4f}, p-value {p_value:.4f}, {marked:.1%} of the image marked")

@@ -1,4 +1,4 @@
-// How unflaw brings 8-bit RGB pictures to the canvas of a detector with `fit = stretch`: the bilinear filter of Pillow,
+// How unflaw brings 8-bit RGB images to the canvas of a detector with `fit = stretch`: the bilinear filter of Pillow,
 // widened where it shrinks, in fixed point and two passes, so that the bytes are the same. The first half of the contract
 // in docs/runtime.md. C++17, no libraries.
 #pragma once
@@ -57,7 +57,7 @@ inline std::vector<uint8_t> resample(const std::vector<uint8_t>& from, int befor
 // (height, width, 3) bytes → (3, size, size) in [0, 1].
 inline std::vector<float> prepare(const std::vector<uint8_t>& rgb, int width, int height, int size) {
     std::vector<uint8_t> square;
-    if (height > 100 * width && size < height)  // of long and thin pictures Pillow takes the columns first
+    if (height > 100 * width && size < height)  // of long and thin images Pillow takes the columns first
         square = resample(resample(rgb, 1, height, size, width * 3), size, width, size, 3);
     else
         square = resample(resample(rgb, height, width, size, 3), 1, height, size, size * 3);

@@ -58,9 +58,9 @@ class Synthesis(Settings):
     clean: float = Field(0.3, ge=0, le=1, description="share of samples left without anomaly")
     max_scale: int = Field(5, ge=0, le=7, description="Perlin frequency is 2^0 .. 2^max_scale per axis")
     threshold: float = Field(0.5, description="Perlin noise above this is anomalous")
-    textures: float = Field(1.0, ge=0, description="weight of features of texture pictures")
-    others: float = Field(1.0, ge=0, description="weight of features of other good pictures, at other places")
-    shuffles: float = Field(1.0, ge=0, description="weight of the picture's own features, shuffled among places")
+    textures: float = Field(1.0, ge=0, description="weight of features of texture images")
+    others: float = Field(1.0, ge=0, description="weight of features of other good images, at other places")
+    shuffles: float = Field(1.0, ge=0, description="weight of the image's own features, shuffled among places")
     jitter: float = Field(1.0, ge=0, description="weight of Gaussian noise scaled by the feature norm")
     strength: tuple[float, float] = Field((0.2, 1.0), description="range of the opacity β")
 
@@ -114,10 +114,10 @@ class URANetOptions(Settings):
     restoration: Restoration = Restoration()
 
 
-class LookupOptions(Settings):
+class NearestNeighborOptions(Settings):
     """Distance to the nearest normal prototype; nothing is trained."""
 
-    method: Literal["lookup"] = "lookup"
+    method: Literal["nearest_neighbor"] = "nearest_neighbor"
     prototypes: int = Field(4096, ge=1, le=10_000_000)
     coarse_prototypes: int = Field(
         16384, ge=0, le=10_000_000, description="memory of whole regions, for image score and map; 0: none"
@@ -168,11 +168,11 @@ class MFRNetOptions(Settings):
 
 
 class PixelSynthesis(Synthesis):
-    """DRAEM's artificial anomalies: textures only, half of the pictures clean, β from 0.1 on (sections 3.3 and 4)."""
+    """DRAEM's artificial anomalies: textures only, half of the images clean, β from 0.1 on (sections 3.3 and 4)."""
 
     clean: float = Field(0.5, ge=0, le=1, description="share of samples left without anomaly")
-    others: float = Field(0.0, ge=0, description="weight of other good pictures, at other places")
-    shuffles: float = Field(0.0, ge=0, description="weight of the picture's own pixels, shuffled among places")
+    others: float = Field(0.0, ge=0, description="weight of other good images, at other places")
+    shuffles: float = Field(0.0, ge=0, description="weight of the image's own pixels, shuffled among places")
     jitter: float = Field(0.0, ge=0, description="weight of Gaussian noise scaled by the norm of pixels")
     strength: tuple[float, float] = Field((0.1, 1.0), description="range of the opacity β")
 
@@ -215,7 +215,7 @@ class Training(Settings):
     """The loop, and the cache it runs on."""
 
     steps: int = Field(300, ge=0, description="optimiser steps")
-    batch: int = Field(16, ge=1, description="pictures per step")
+    batch: int = Field(16, ge=1, description="images per step")
     accumulate: int = Field(1, ge=1, description="passes that a process makes its share of a batch in; saves memory")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.01, ge=0)
@@ -224,10 +224,8 @@ class Training(Settings):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="same seed, same machine: same detector, bit for bit")
     cache_gb: float = Field(4.0, gt=0, description="cached features above this are memory-mapped on disk")
-    textures: str | None = Field(
-        None, description="folder of texture pictures; None: those that come with scikit-image"
-    )
-    display_steps: int = Field(150, ge=0, description="steps for the decoder that draws restored pictures; 0: none")
+    textures: str | None = Field(None, description="folder of texture images; None: those that come with scikit-image")
+    display_steps: int = Field(150, ge=0, description="steps for the decoder that draws restored images; 0: none")
     checkpoint_seconds: float = Field(30.0, ge=0, description="time between checkpoints for --resume")
 
 
@@ -249,15 +247,15 @@ class Scoring(Settings):
 
 
 class CalibrationOptions(Settings):
-    """Good pictures kept out of training, and the promise made from them."""
+    """Good images kept out of training, and the promise made from them."""
 
-    holdout: float = Field(0.2, gt=0, lt=1, description="share of the good pictures kept out of training")
-    folds: int = Field(0, ge=0, description="2 or more: cross-fitting on all pictures instead; 0: none")
+    holdout: float = Field(0.2, gt=0, lt=1, description="share of the good images kept out of training")
+    folds: int = Field(0, ge=0, description="2 or more: cross-fitting on all images instead; 0: none")
     false_alarm_rate: float = Field(0.01, gt=0, lt=1)
-    review_rate: float = Field(0.05, ge=0, lt=1, description="rate of good pictures not called good; 0: no review")
+    review_rate: float = Field(0.05, ge=0, lt=1, description="rate of good images not called good; 0: no review")
     review_uncertain: bool = Field(False, description="review also where the uncertainty map dominates a defect")
-    minimum_area: float = Field(0.0, ge=0, lt=1, description="smaller areas are no regions; share of the picture")
-    tail: bool = Field(False, description="estimate thresholds of rates that the pictures cannot certify")
+    minimum_area: float = Field(0.0, ge=0, lt=1, description="smaller areas are no regions; share of the image")
+    tail: bool = Field(False, description="estimate thresholds of rates that the images cannot certify")
     update_memory: bool = Field(
         True,
         description="the memory learns them too, and each is judged without what it taught; False: a certified rate",
@@ -272,11 +270,11 @@ class CalibrationOptions(Settings):
 
 
 Network = Annotated[
-    URANetOptions | LookupOptions | MFRNetOptions | DRAEMOptions | MemAEOptions, Field(discriminator="method")
+    URANetOptions | NearestNeighborOptions | MFRNetOptions | DRAEMOptions | MemAEOptions, Field(discriminator="method")
 ]
 _OPTIONS: dict[str, type[Settings]] = {
     "uranet": URANetOptions,
-    "lookup": LookupOptions,
+    "nearest_neighbor": NearestNeighborOptions,
     "mfrnet": MFRNetOptions,
     "draem": DRAEMOptions,
     "memae": MemAEOptions,

@@ -39,7 +39,7 @@ from unflaw.io.words import count
 from unflaw.methods import Method, create
 from unflaw.methods.decoder import DisplayDecoder
 from unflaw.methods.graph import Graph
-from unflaw.methods.synthesis import texture_pictures
+from unflaw.methods.synthesis import texture_images
 from unflaw.parallel.shares import ALONE, Team
 from unflaw.training import loop as training
 from unflaw.training.decoder import fit_display
@@ -48,10 +48,10 @@ from unflaw.training.splits import Category, Data, build_drift_reference, gather
 
 
 class Detector(BasePredictor):
-    """Learns what good looks like and says of a new picture whether and where it differs.
+    """Learns what good looks like and says of a new image whether and where it differs.
 
     Args:
-        method: "uranet" (default), "lookup", "mfrnet", "draem" or "memae".
+        method: "uranet" (default), "nearest_neighbor", "mfrnet", "draem" or "memae".
         profile: "cpu" (default) or "paper".
         weights: Backbone weight file, or `Weights.RANDOM`; see `FeatureExtractor` for what happens without.
         config: A whole configuration, instead of method, profile and settings.
@@ -109,13 +109,13 @@ class Detector(BasePredictor):
         checkpoint: Path | None = None,
         team: Team = ALONE,
     ) -> Detector:
-        """Learns from good pictures: features once, training on them, calibration on those held out.
+        """Learns from good images: features once, training on them, calibration on those held out.
 
         Args:
             data: A data set that `load_dataset` recognises, or images as `inspect_many` takes them: paths or arrays.
                 Its validation part calibrates; where there is none, a share `calibration.holdout` of the training part
                 is kept out of training for that. Of files that are the same, byte for byte, and of equal arrays, one
-                counts: a copy of a training picture must not calibrate.
+                counts: a copy of a training image must not calibrate.
                 Several, by name (`load_categories` finds them), make a detector of these categories: one network,
                 trained on all of them as they come, but what is normal, and the calibration, are each category's own.
             progress: Called as `progress(stage, done, total, loss)`.
@@ -162,7 +162,7 @@ class Detector(BasePredictor):
             "machine": f"{platform.machine()}, {count(torch.get_num_threads(), 'thread')}" + team.described,
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "weights": self.weights,
-            "good_pictures": cache.count,
+            "good_images": cache.count,
             "digest": digest(dict.fromkeys(cache.paths), contents),
             "seen": sorted(content[:SHORT] for content in contents.values()),
             "skipped": copies + cache.skipped + (held.skipped if held else []),
@@ -190,7 +190,7 @@ class Detector(BasePredictor):
         With `calibration.folds`, cross-fitting takes the place of hold-out; see `crossfit`.
 
         Returns:
-            "history" of losses, the number of pictures "held_out" and, where they have names, numbers by "categories".
+            "history" of losses, the number of images "held_out" and, where they have names, numbers by "categories".
             "strangest": good images that stand out, as `outliers.outliers` gives them, with their category where it has
             a name; "strangest_among": all good images, or those held out, where the method has no memory.
         """
@@ -217,7 +217,7 @@ class Detector(BasePredictor):
             crossed = cross_fit(fold, train, options, calibrating.keys(), budget)
         categories, strangest, among = {}, list[dict[str, Any]](), ALL
         for number, (name, rows) in enumerate(train.rows().items()):
-            # from training pictures: what is learned from those that calibrate would make them unlike new pictures
+            # from training images: what is learned from those that calibrate would make them unlike new images
             finish(network, train, number, rows)
             held, taught = calibrating.get(name), True
             far = find_outliers(network, train, rows, held, random=name not in given)
@@ -237,7 +237,7 @@ class Detector(BasePredictor):
         self.categories_ = categories
         counts = {
             name: {
-                "good_pictures": len(cache.heads(rows)),
+                "good_images": len(cache.heads(rows)),
                 "held_out": calibrating[name].count if name in calibrating else 0,
             }
             for name, rows in cache.rows().items()
@@ -257,7 +257,7 @@ class Detector(BasePredictor):
 
     @property
     def references(self) -> dict[str, Reference]:
-        """By category; empty before `fit`, and where the file is of an unflaw that did not remember pictures."""
+        """By category; empty before `fit`, and where the file is of an unflaw that did not remember images."""
         return {name: known.reference for name, known in self.categories_.items() if known.reference is not None}
 
     def network_of(self, category: str | None = None) -> Method:
@@ -284,10 +284,10 @@ class Detector(BasePredictor):
         progress: Progress = silent,
         **settings: Any,
     ) -> Calibration:
-        """Sets thresholds and p-values anew, without training, from pictures of today.
+        """Sets thresholds and p-values anew, without training, from images of today.
 
         What the network has learned stays, and so does what evidence it holds normal. `record_["calibrations"]` gets an
-        entry: when, on how many pictures, what came of it, and which good images stand out among those given.
+        entry: when, on how many images, what came of it, and which good images stand out among those given.
 
         Args:
             good: Good images that it has not learned from, as `inspect_many` takes them. Of those that are the same,
@@ -295,14 +295,14 @@ class Detector(BasePredictor):
             defects, miss_rate, cost_ratio: As for `calibration.calibrate`.
             rate: False-alarm rate asked for; None: that of the configuration.
             category: Of a detector of several.
-            keep: Also counts the scores it was calibrated with before; right where both kinds of pictures will come.
+            keep: Also counts the scores it was calibrated with before; right where both kinds of images will come.
             **settings: `review_rate`, `review_uncertain`, `minimum_area` and `tail` in place of the configuration's.
 
         Returns:
             The new calibration, which is also in the detector.
 
         Raises:
-            TrainingError: No good picture that can be read, one that it has learned from, or, with `keep`, one that
+            TrainingError: No good image that can be read, one that it has learned from, or, with `keep`, one that
                 counts already. DetectorError: as for `select`. ValueError: As for `calibration.calibrate`.
         """
         name = self.category(category)
@@ -432,17 +432,17 @@ class Detector(BasePredictor):
             ) from error
 
     def _textures(self) -> list[np.ndarray]:
-        """Prepared texture pictures, for methods that use them; read first, so that a wrong folder is noticed first."""
+        """Prepared texture images, for methods that use them; read first, so that a wrong folder is noticed first."""
         if not self.network.uses_textures:
             return []
-        return texture_pictures(self.config.training.textures, self.config.preparation)
+        return texture_images(self.config.training.textures, self.config.preparation)
 
     @torch.inference_mode()
-    def compute(self, pictures: Sequence[ModelInput], category: str) -> Outputs:
-        """What the network finds in windows, of pictures of a category; see `BasePredictor.compute`."""
+    def compute(self, images: Sequence[ModelInput], category: str) -> Outputs:
+        """What the network finds in windows, of images of a category; see `BasePredictor.compute`."""
         network = self.network_of(category)
-        inside = cells([picture.window for picture in pictures], network.features.grid)
-        found = Graph(network, self.display)(stack(pictures), inside)
+        inside = cells([image.window for image in images], network.features.grid)
+        found = Graph(network, self.display)(stack(images), inside)
         return Outputs.of({name: values.numpy() for name, values in found.items()})
 
 

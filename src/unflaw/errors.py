@@ -1,4 +1,4 @@
-"""What can go wrong with detectors and files; messages say why and what to do. `images.ImageError` is of pictures."""
+"""What can go wrong with detectors and files; messages say why and what to do. `images.ImageError` is of images."""
 
 import errno
 import os
@@ -54,4 +54,4 @@ def remedy(number: int | None) -> str:
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. The message names the file, what is wrong with it and what to do."""
+    """An image that cannot be used. The message names the file, what is wrong with it and what to do."""

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 probabilities = st.lists(st.floats(1e-6, 1), min_size=1, max_size=12)
 
 
-# What n pictures certify
+# What n images certify
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_as_many_as_needed_certify_a_rate_and_one_fewer_do_not(rate):
 
 
 def test_the_rate_of_one_calibration_is_a_beta_distribution():
-    """For uniform scores the rate of alarms, given the calibration pictures, is 1 − the threshold."""
+    """For uniform scores the rate of alarms, given the calibration images, is 1 − the threshold."""
     n, rate = 59, 0.1
     scores = np.sort(np.random.default_rng(0).random((4000, n)), axis=1)
     realised = 1 - scores[:, -rank(n, rate)]
@@ -54,8 +54,8 @@ def test_the_rate_of_one_calibration_is_a_beta_distribution():
     assert (realised <= found.unlucky).mean() == pytest.approx(0.95, abs=0.015)
 
 
-def test_no_pictures_certify_nothing():
-    with pytest.raises(ValueError, match="0 pictures certify nothing"):
+def test_no_images_certify_nothing():
+    with pytest.raises(ValueError, match="0 images certify nothing"):
         certifiable(0)
 
 
@@ -111,7 +111,7 @@ def test_too_few_scores_have_no_tail():
     assert fit_tail([float(i) for i in range(39)]) is None and fit_tail([1.0] * 50) is None
 
 
-# Several pictures of a part
+# Several images of a part
 
 
 def test_combinations_by_hand():
@@ -155,7 +155,7 @@ def test_as_many_as_needed_certify_a_rate_of_several_images_and_one_fewer_do_not
 
 
 @pytest.mark.parametrize("method", COMBINATIONS)
-def test_good_parts_raise_no_more_alarms_than_asked_for_however_pictures_depend(method):
+def test_good_parts_raise_no_more_alarms_than_asked_for_however_images_depend(method):
     """Equal, opposite, independent, and in pairs: of a good part, P(p ≤ α) ≤ α."""
     u = np.random.default_rng(0).random((2000, 4))
     kinds = {"equal": u[:, [0] * 4], "opposite": np.column_stack([u[:, :2], 1 - u[:, :2]]), "independent": u}
@@ -165,7 +165,7 @@ def test_good_parts_raise_no_more_alarms_than_asked_for_however_pictures_depend(
 
 
 def test_conformal_p_values_of_a_part_share_their_calibration():
-    """Four views of a part that is light or dark as a whole, 99 good pictures: combined, about 4 % of alarms at 4 %."""
+    """Four views of a part that is light or dark as a whole, 99 good images: combined, about 4 % of alarms at 4 %."""
     rng, alarms, trials = np.random.default_rng(2), 0, 4000
     for _ in range(trials):
         calibrating = np.sort(rng.normal(size=99) + rng.normal(size=99))

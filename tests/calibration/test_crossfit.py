@@ -1,4 +1,4 @@
-"""Cross-fitting: every good picture is judged without what was learned from it."""
+"""Cross-fitting: every good image is judged without what was learned from it."""
 
 import math
 
@@ -12,9 +12,9 @@ from unflaw.errors import TrainingError
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method, folds, steps, trials", [("lookup", 2, 0, 150), ("uranet", 2, 1, 20)])
-def test_good_pictures_raise_about_as_many_alarms_as_asked_for(tiny, method, folds, steps, trials):
-    """From 19 pictures, none of them given up; at most twice as many is what theory has of `lookup`."""
+@pytest.mark.parametrize("method, folds, steps, trials", [("nearest_neighbor", 2, 0, 150), ("uranet", 2, 1, 20)])
+def test_good_images_raise_about_as_many_alarms_as_asked_for(tiny, method, folds, steps, trials):
+    """From 19 images, none of them given up; at most twice as many is what theory has of `nearest_neighbor`."""
     changes = {"training.steps": steps, "calibration.folds": folds}
     made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(0)
     n, fresh, alarms = 19, 20, 0
@@ -27,8 +27,8 @@ def test_good_pictures_raise_about_as_many_alarms_as_asked_for(tiny, method, fol
     assert 0.05 - 4 * deviation < alarms / (trials * fresh) < 0.1 + 4 * deviation
 
 
-def test_what_a_picture_taught_the_memory_is_left_out(tiny):
-    made, rng = unfitted(tiny, "lookup", **{"calibration.folds": 5}), torch.Generator().manual_seed(0)
+def test_what_an_image_taught_the_memory_is_left_out(tiny):
+    made, rng = unfitted(tiny, "nearest_neighbor", **{"calibration.folds": 5}), torch.Generator().manual_seed(0)
     cache = good_ones(12, rng)
     made.learn(cache)
     known = sorted(scores_of(made, cache))
@@ -65,17 +65,17 @@ def test_the_detector_is_the_one_that_learns_from_all(tiny, parts, weights):
         torch.equal(a, b)
         for a, b in zip(made.network.state_dict().values(), again.network.state_dict().values(), strict=True)
     )
-    assert len(made.calibration_.scores) == 12 == made.record_["good_pictures"] and made.record_["held_out"] == 0
+    assert len(made.calibration_.scores) == 12 == made.record_["good_images"] and made.record_["held_out"] == 0
     assert made.calibration_.scores != again.calibration_.scores
     assert (
-        "12 good pictures judged without what they taught give a false-alarm rate of about 7.69%"
+        "12 good images judged without what they taught give a false-alarm rate of about 7.69%"
         in made.calibration_.describe()
     )
 
 
-def test_more_folds_than_pictures_are_refused(tiny):
+def test_more_folds_than_images_are_refused(tiny):
     made = unfitted(tiny, "uranet", **{"training.steps": 0, "calibration.folds": 13})
-    with pytest.raises(TrainingError, match="12 pictures cannot make 13 folds; lower"):
+    with pytest.raises(TrainingError, match="12 images cannot make 13 folds; lower"):
         made.learn(good_ones(12, torch.Generator().manual_seed(0)))
     with pytest.raises(ValueError, match="one fold leaves nothing"):
         tiny(**{"calibration.folds": 1})

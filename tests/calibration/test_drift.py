@@ -36,7 +36,7 @@ def learned() -> Reference:
     return Reference(np.stack([describe(scene(rng)) for _ in range(60)]))
 
 
-def batch(change=lambda picture: picture, n: int = 12, seed: int = 2) -> list[np.ndarray]:
+def batch(change=lambda image: image, n: int = 12, seed: int = 2) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [describe(change(scene(rng))) for _ in range(n)]
 
@@ -44,7 +44,7 @@ def batch(change=lambda picture: picture, n: int = 12, seed: int = 2) -> list[np
 # Describing
 
 
-def test_descriptions_of_known_pictures():
+def test_descriptions_of_known_images():
     flat = dict(zip(NAMES, describe(np.full((256, 256, 3), 51, np.uint8)), strict=True))
     assert flat["median of the light"] == pytest.approx(0.2, abs=1e-3) == flat["shadows of the light"]
     assert flat["red against green"] == flat["light of cell 3, 4"] == 0
@@ -62,24 +62,24 @@ def test_descriptions_of_known_pictures():
 
 @settings(max_examples=20)
 @given(arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))))
-def test_any_picture_is_described(picture):
-    described = describe(picture)
+def test_any_image_is_described(image):
+    described = describe(image)
     assert described.shape == (D,) and described.dtype == np.float16 and np.isfinite(described).all()
 
 
 def test_a_local_defect_moves_little_but_the_light_of_its_cell():
     rng = np.random.default_rng(3)
-    picture = rng.normal(120, 12, (256, 256)).clip(0, 255).astype(np.uint8)[..., None].repeat(3, 2)
-    spoilt = picture.copy()
+    image = rng.normal(120, 12, (256, 256)).clip(0, 255).astype(np.uint8)[..., None].repeat(3, 2)
+    spoilt = image.copy()
     spoilt[100:116, 100:116] = 255
-    moved = np.abs(describe(spoilt).astype(float) - describe(picture))
+    moved = np.abs(describe(spoilt).astype(float) - describe(image))
     assert NAMES[moved.argmax()] == "light of cell 3, 3" and np.sort(moved)[-2] < moved.max() / 2
 
 
-# One picture
+# One image
 
 
-def test_single_pictures_keep_their_promise():
+def test_single_images_keep_their_promise():
     rng, hits, trials = np.random.default_rng(4), 0, 400
     for _ in range(trials):
         described = rng.gamma(2, 1, (30, 6)) @ rng.normal(size=(6, 6))
@@ -87,7 +87,7 @@ def test_single_pictures_keep_their_promise():
     assert hits / trials <= 0.1 + 3 * (0.09 / trials) ** 0.5
 
 
-def test_an_odd_picture_has_the_least_p_value(learned):
+def test_an_odd_image_has_the_least_p_value(learned):
     n = len(learned)
     assert learned.p_value(describe(np.zeros((40, 30, 3), np.uint8))) == 1 / (n + 1)
     assert np.mean([learned.p_value(described) for described in batch(n=20)]) > 0.2
@@ -113,21 +113,21 @@ def test_batches_keep_their_promise():
 @pytest.mark.parametrize(
     ("matter", "way", "change"),
     [
-        ("light", 1, lambda picture: (picture + np.minimum(picture // 6, 255 - picture)).astype(np.uint8)),
-        ("light", -1, lambda picture: (picture * 0.85).astype(np.uint8)),
-        ("sharpness", -1, lambda picture: ndimage.gaussian_filter(picture, (1, 1, 0))),
-        ("place", None, lambda picture: np.roll(picture, 15, axis=1)),
-        ("colour", None, lambda picture: (picture * [1.1, 1, 1]).astype(np.uint8)),
+        ("light", 1, lambda image: (image + np.minimum(image // 6, 255 - image)).astype(np.uint8)),
+        ("light", -1, lambda image: (image * 0.85).astype(np.uint8)),
+        ("sharpness", -1, lambda image: ndimage.gaussian_filter(image, (1, 1, 0))),
+        ("place", None, lambda image: np.roll(image, 15, axis=1)),
+        ("colour", None, lambda image: (image * [1.1, 1, 1]).astype(np.uint8)),
     ],
 )
 def test_what_has_changed_is_named(learned, matter, way, change):
     found = learned.test(batch(change))
     assert found.alarm and matter in found.moved and way in (None, found.moved[matter])
-    assert found.p_value == 1 / (SHUFFLES + 1) and found.pictures == 12
+    assert found.p_value == 1 / (SHUFFLES + 1) and found.images == 12
     assert found.describe().startswith("drift: ")
 
 
-def test_ordinary_pictures_raise_nothing_and_a_few_odd_ones_do_not_decide(learned):
+def test_ordinary_images_raise_nothing_and_a_few_odd_ones_do_not_decide(learned):
     ordinary = learned.test(batch())
     assert not ordinary.alarm and ordinary.moved == {} and ordinary.describe().startswith("no drift")
     odd = [describe(np.full((9, 9, 3), 255, np.uint8))]
@@ -161,7 +161,7 @@ def test_metadata_hold_them(learned):
         references(written)
 
 
-def test_a_detector_remembers_the_pictures_it_learned_from(detector, saved, parts):
+def test_a_detector_remembers_the_images_it_learned_from(detector, saved, parts):
     own = {describe(read(path)).tobytes() for path in (parts / "train/good").iterdir()}
     for made in (detector, load(saved)):
         assert {row.tobytes() for row in made.references[""].described} == own
@@ -182,7 +182,7 @@ def test_a_damaged_memory_is_reported(saved, tmp_path):
 def test_prediction_says_whether_the_batch_has_drifted(detector, parts, tmp_path):
     good = sorted((parts / "train/good").iterdir())
     counts, drift = predict(detector, good, tmp_path)
-    assert isinstance(drift, Drift) and not drift.alarm and sum(counts.values()) == drift.pictures == len(good)
+    assert isinstance(drift, Drift) and not drift.alarm and sum(counts.values()) == drift.images == len(good)
     dark: list[Path] = []
     from PIL import Image
 
@@ -191,16 +191,16 @@ def test_prediction_says_whether_the_batch_has_drifted(detector, parts, tmp_path
         Image.fromarray(read(path) // 3).save(dark[-1])
     assert predict(detector, dark, tmp_path)[1].alarm
     written = json.loads((tmp_path / "drift.json").read_text())
-    assert written["alarm"] and written["pictures"] == len(good) and written["moved"]["light"] == -1
+    assert written["alarm"] and written["images"] == len(good) and written["moved"]["light"] == -1
     assert all("drift" in json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
 
 
-def test_calibrating_on_pictures_of_today_ends_the_alarm(parts, weights, tiny, tmp_path):
+def test_calibrating_on_images_of_today_ends_the_alarm(parts, weights, tiny, tmp_path):
     from PIL import Image
 
     from unflaw.detector import Detector
 
-    made = Detector(config=tiny("lookup", **{"training.display_steps": 0}), weights=weights).fit(parts)
+    made = Detector(config=tiny("nearest_neighbor", **{"training.display_steps": 0}), weights=weights).fit(parts)
     rng, today = np.random.default_rng(0), []
     for i, path in enumerate([*(parts / "train/good").iterdir()] * 2):
         today.append(tmp_path / f"{i}.png")
@@ -214,7 +214,7 @@ def test_calibrating_on_pictures_of_today_ends_the_alarm(parts, weights, tiny, t
 
 
 def test_linear_algebra_wakes_no_threads_that_then_wait_busily(learned, monkeypatch):
-    """They would keep cores from other pictures long after this one is done."""
+    """They would keep cores from other images long after this one is done."""
     seen, solve = [], np.linalg.solve
 
     def threads() -> list[int]:

@@ -87,7 +87,7 @@ def mixed(tmp_path_factory):
     return folder
 
 
-def trained(tiny, weights, data, method="lookup", **changes) -> Detector:
+def trained(tiny, weights, data, method="nearest_neighbor", **changes) -> Detector:
     return Detector(config=tiny(method, **{"training.display_steps": 0, **changes}), weights=weights).fit(data)
 
 
@@ -151,7 +151,7 @@ def test_each_category_has_its_own(tiny, weights, mixed, parts):
 
 
 def test_what_an_image_taught_the_memory_does_not_speak_for_it(tiny):
-    made, rng = unfitted(tiny, "lookup"), torch.Generator().manual_seed(0)
+    made, rng = unfitted(tiny, "nearest_neighbor"), torch.Generator().manual_seed(0)
     cache = good_ones(12, rng)
     cache.paths = [Path(f"{i}.png") for i in range(12)]
     train(made.network, cache, None, rng)
@@ -162,7 +162,7 @@ def test_what_an_image_taught_the_memory_does_not_speak_for_it(tiny):
 
 
 def test_the_command_and_info_name_them(tiny, weights, mixed, tmp_path):
-    config = tiny("lookup", **{"training.display_steps": 0})
+    config = tiny("nearest_neighbor", **{"training.display_steps": 0})
     settings = {
         "features.backbone": config.features.backbone,
         "features.grid": config.features.grid,
@@ -173,7 +173,20 @@ def test_the_command_and_info_name_them(tiny, weights, mixed, tmp_path):
     }
     out = tmp_path / "m.safetensors"
     given = [part for name, value in settings.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-    command = ["train", "--method", "lookup", "--data", mixed, "--out", out, "--size", 64, "--weights", weights, *given]
+    command = [
+        "train",
+        "--method",
+        "nearest_neighbor",
+        "--data",
+        mixed,
+        "--out",
+        out,
+        "--size",
+        64,
+        "--weights",
+        weights,
+        *given,
+    ]
     done = CliRunner().invoke(app, [*map(str, command)])
     assert done.exit_code == 0, done.output
     said = "look at 2 images far apart from the other good images; remove what is defective, and train again:\n"

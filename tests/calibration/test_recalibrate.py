@@ -26,7 +26,7 @@ def loaded(saved):
 
 @pytest.fixture(scope="module")
 def today(tmp_path_factory):
-    """Folders of good and defective pictures that the detector has not seen."""
+    """Folders of good and defective images that the detector has not seen."""
     root = tmp_path_factory.mktemp("today")
     rng = np.random.default_rng(99)
     (root / "good").mkdir()
@@ -36,7 +36,7 @@ def today(tmp_path_factory):
     return root / "good", root / "parts/test/square"
 
 
-def test_thresholds_are_those_of_the_new_pictures(loaded, today, tmp_path):
+def test_thresholds_are_those_of_the_new_images(loaded, today, tmp_path):
     good, _ = today
     paths = sorted(good.iterdir())
     results = [loaded.inspect(path) for path in paths]
@@ -73,28 +73,28 @@ def test_defects_set_the_threshold(loaded, today, tmp_path):
     assert Detector.load(tmp_path / "by_defects.safetensors").calibration_ == found
 
 
-def test_pictures_that_it_learned_from_are_refused(loaded, parts, today, tmp_path):
+def test_images_that_it_learned_from_are_refused(loaded, parts, today, tmp_path):
     before, record = loaded.calibration_, loaded.record_
     shutil.copy(parts / "train/good/003.png", tmp_path / "renamed.png")
     with pytest.raises(TrainingError, match=r"renamed.png: the detector has learned from this one, and finds"):
         loaded.calibrate([*today[0].iterdir(), tmp_path / "renamed.png"])
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(TrainingError, match=r"no good pictures to calibrate with; .*broken.png"):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(TrainingError, match=r"no good images to calibrate with; .*broken.png"):
         loaded.calibrate([tmp_path / "broken.png"])
-    with pytest.raises(TrainingError, match="among the good pictures and among the defective"):
+    with pytest.raises(TrainingError, match="among the good images and among the defective"):
         loaded.calibrate(today[0].iterdir(), today[0].iterdir(), miss_rate=0.3)
-    with pytest.raises(TrainingError, match="no good pictures"):
+    with pytest.raises(TrainingError, match="no good images"):
         loaded.calibrate([])
     assert loaded.calibration_ == before and loaded.record_ == record
 
 
-def test_pictures_that_cannot_be_read_are_left_out_and_named(loaded, today, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+def test_images_that_cannot_be_read_are_left_out_and_named(loaded, today, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
     expected = loaded.calibrate(today[0].iterdir())
     assert loaded.calibrate([tmp_path / "broken.png", *today[0].iterdir()]).scores == pytest.approx(expected.scores)
     entry = loaded.record_["calibrations"][-1]
     ((path, why),) = entry["skipped"]
-    assert Path(path).name == "broken.png" and "broken.png" in why and entry["good"] == 9 == len(entry["pictures"])
+    assert Path(path).name == "broken.png" and "broken.png" in why and entry["good"] == 9 == len(entry["images"])
 
 
 def test_a_defective_image_among_the_good_ones_is_named(saved, today, tmp_path):
@@ -117,16 +117,14 @@ def test_a_defective_image_among_the_good_ones_is_named(saved, today, tmp_path):
 
 
 def test_a_copy_does_not_count_and_is_named(loaded, today, tmp_path):
-    """Ten copies of one picture certify no more than it alone does."""
+    """Ten copies of one image certify no more than it alone does."""
     good = sorted(today[0].iterdir())
     expected = loaded.calibrate(good, rate=0.2)
     copies = [Path(shutil.copy(good[0], tmp_path / f"copy{i}.png")) for i in range(10)]
     assert loaded.calibrate([*good, *copies, good[1]], rate=0.2) == expected
     entry = loaded.record_["calibrations"][-1]
-    assert entry["good"] == 9 == len(entry["pictures"]) and [path for path, _ in entry["skipped"]] == [
-        *map(str, copies)
-    ]
-    assert entry["skipped"][0][1] == f"{copies[0]}: is the same picture as {good[0]} and counts once"
+    assert entry["good"] == 9 == len(entry["images"]) and [path for path, _ in entry["skipped"]] == [*map(str, copies)]
+    assert entry["skipped"][0][1] == f"{copies[0]}: is the same image as {good[0]} and counts once"
 
 
 def test_the_same_calibration_again_is_one_entry_of_the_record(loaded, today, tmp_path):
@@ -140,7 +138,7 @@ def test_the_same_calibration_again_is_one_entry_of_the_record(loaded, today, tm
     assert len(back.record_["calibrations"]) == 2
 
 
-def test_no_picture_counts_twice(loaded, today):
+def test_no_image_counts_twice(loaded, today):
     good = sorted(today[0].iterdir())
     loaded.calibrate(good[:5])
     assert loaded.record_["calibrations"][-1]["kept"] == 0
@@ -159,7 +157,7 @@ def test_the_command_replaces_the_file_or_writes_another(saved, today, tmp_path)
         return CliRunner().invoke(app, ["calibrate", str(model), "--good", str(good), *map(str, arguments)])
 
     first = run("--rate", 0.3, "--out", tmp_path / "new.safetensors")
-    assert first.exit_code == 0 and "false-alarm rate 30.00% or less, certified by 9 good pictures" in first.output
+    assert first.exit_code == 0 and "false-alarm rate 30.00% or less, certified by 9 good images" in first.output
     assert model.read_bytes() == saved.read_bytes()
     for wrong, words in ((("--out", tmp_path / "new.onnx"), ".safetensors file"), (("--miss-rate", 0.1), "--defect")):
         refused = run(*wrong)
@@ -168,7 +166,7 @@ def test_the_command_replaces_the_file_or_writes_another(saved, today, tmp_path)
     assert second.exit_code == 0 and "threshold of least cost, set by 6 labelled defects" in second.output
     shown = CliRunner().invoke(app, ["info", str(model)])
     assert "threshold of least cost" in shown.output
-    assert "certif" not in shown.output[: shown.output.index("{")].replace("9 good pictures could certify", "")
+    assert "certif" not in shown.output[: shown.output.index("{")].replace("9 good images could certify", "")
     (entry,) = json.loads(shown.output[shown.output.index("{") :])["record"]["calibrations"]
     assert entry["defects"] == 6 and (entry["numbers"]["certified"], entry["numbers"]["asked_rate"]) == (False, None)
     for arguments, message in (

@@ -23,7 +23,7 @@ rates = st.floats(0.001, 0.9) | st.sampled_from([0.01, 0.02, 0.05, 0.1, 0.2, 0.2
     "score, expected",
     [(0.0, 5 / 5), (1.0, 5 / 5), (1.5, 4 / 5), (2.0, 4 / 5), (2.5, 2 / 5), (3.0, 2 / 5), (3.1, 1 / 5)],
 )
-def test_p_value_counts_good_pictures_that_score_at_least_as_high(score, expected):
+def test_p_value_counts_good_images_that_score_at_least_as_high(score, expected):
     assert calibrate(SCORES, SCORES, 0.0, 0.2).p_value(score) == expected
 
 
@@ -47,7 +47,7 @@ def test_the_certified_rate_is_the_asked_one_or_the_smallest_there_is(scores, ra
 
 
 @pytest.mark.parametrize("n, rate", [(30, 0.1), (99, 0.01), (7, 0.25)])
-def test_good_pictures_raise_alarm_no_more_often_than_promised(n, rate):
+def test_good_images_raise_alarm_no_more_often_than_promised(n, rate):
     """Averaged over calibration sets, P(alarm) = ⌊rate·(n + 1)⌋ / (n + 1) for continuous scores: exact for every n."""
     rng = np.random.default_rng(0)
     trials, fresh = 400, 200
@@ -62,14 +62,14 @@ def test_good_pictures_raise_alarm_no_more_often_than_promised(n, rate):
     assert alarms / (trials * fresh) == pytest.approx(expected, abs=4 * deviation)
 
 
-def test_too_few_pictures_are_told_with_the_rate_they_certify_and_how_many_would_do():
+def test_too_few_images_are_told_with_the_rate_they_certify_and_how_many_would_do():
     few = calibrate([float(i) for i in range(19)], [0.0] * 19, 0.0, 0.01)
     assert not few.certified and few.rate == 1 / 20
     assert few.threshold == 18.0  # the highest: nothing stricter can be promised
     text = few.describe()
-    assert "19 good pictures" in text and "5.00%" in text and "1.00%" in text and "99 would" in text
+    assert "19 good images" in text and "5.00%" in text and "1.00%" in text and "99 would" in text
     enough = calibrate([float(i) for i in range(99)], [0.0] * 99, 0.0, 0.01)
-    assert enough.certified and "1.00%" in enough.describe() and "99 good pictures" in enough.describe()
+    assert enough.certified and "1.00%" in enough.describe() and "99 good images" in enough.describe()
 
 
 def test_peaks_have_a_threshold_of_their_own():
@@ -141,7 +141,7 @@ def test_what_defects_set_is_said():
     assert calibration.threshold < 5 and calibration.verdict(5) == "defect" and calibration.verdict(4.9) == "good"
     assert calibration.describe() == (
         "miss rate 40.00% or less, certified by 4 labelled defects, of which 3 are found; "
-        "false-alarm rate about 25.00%, from 3 good pictures"
+        "false-alarm rate about 25.00%, from 3 good images"
     )
     for wrong in ({"miss_rate": 0.1}, {"cost_ratio": 1.0}, {"defects": [math.nan], "miss_rate": 0.5}):
         with pytest.raises(ValueError):
@@ -192,14 +192,14 @@ def test_review_lies_between_two_rates_and_takes_nothing_from_the_first(scores, 
     score = data.draw(finite | st.sampled_from(scores))
     p, verdict = calibration.p_value(score), calibration.verdict(score)
     assert (verdict == "defect") == (p <= calibration.rate)
-    if calibration.review_rate is None:  # too few pictures, or none with a score between
+    if calibration.review_rate is None:  # too few images, or none with a score between
         assert verdict == plain.verdict(score)
     else:
         assert calibration.rate < calibration.review_rate <= max(wider + 1e-9, 1 / (len(scores) + 1))
         assert (verdict == "review") == (calibration.rate < p <= calibration.review_rate)
 
 
-def test_good_pictures_are_called_so_as_often_as_promised():
+def test_good_images_are_called_so_as_often_as_promised():
     rng, n = np.random.default_rng(3), 99
     trials, fresh = 400, 200
     verdicts = []
@@ -212,7 +212,7 @@ def test_good_pictures_are_called_so_as_often_as_promised():
         assert np.isin(verdicts, kinds).mean() == pytest.approx(promised, abs=4 * deviation)
 
 
-def test_without_a_rate_or_with_too_few_pictures_nothing_is_reviewed():
+def test_without_a_rate_or_with_too_few_images_nothing_is_reviewed():
     scores = [float(i) for i in range(50)]
     assert calibrate(scores, scores, 0.0, 0.02).review_threshold is None
     assert calibrate(scores[:18], scores[:18], 0.0, 0.01, review_rate=0.05).review_threshold is None
@@ -250,7 +250,7 @@ def test_without_review_the_false_alarm_rate_says_what_is_uncertain():
     assert sorted(again.doubts) == [0.35] * 36 + [0.9] * 4  # three of 39 exceed it, nobody knows how far
 
 
-def test_evidence_is_gathered_within_the_picture():
+def test_evidence_is_gathered_within_the_image():
     found = CalibrationScores()
     anomaly_map, doubt = np.zeros((2, 8, 8))
     anomaly_map[0], doubt[0] = 9, 9  # padding
@@ -259,7 +259,7 @@ def test_evidence_is_gathered_within_the_picture():
         found.add(score, anomaly_map + score, (0, 2, 8, 8), doubt)
     made = found.calibrate(make_config(changes={"calibration.review_uncertain": True}).calibration, rate=0.04)
     assert made.scores == tuple(range(24)) and made.pixel_threshold == 2 + 23 and made.low == 11.5
-    assert made.uncertainty_threshold == 0.25 and made.review_rate is None  # 5 % are no more pictures than 4 %
+    assert made.uncertainty_threshold == 0.25 and made.review_rate is None  # 5 % are no more images than 4 %
     again = CalibrationScores()
     again.add(99.0, anomaly_map, (0, 2, 8, 8), doubt)
     again.keep(made)
@@ -267,7 +267,7 @@ def test_evidence_is_gathered_within_the_picture():
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.05])
-def test_kept_pictures_leave_the_pixel_rate_as_promised(rate):
+def test_kept_images_leave_the_pixel_rate_as_promised(rate):
     """Also where a smaller one is asked for than they were calibrated with, of which their maps are not known."""
     rng, n, fresh, trials = np.random.default_rng(8), 39, 200, 150
     shown = 0.0
@@ -284,7 +284,7 @@ def test_kept_pictures_leave_the_pixel_rate_as_promised(rate):
 
 
 @pytest.mark.parametrize("minimum", [0.0, 0.02])
-def test_regions_show_on_no_more_good_pictures_than_promised(minimum):
+def test_regions_show_on_no_more_good_images_than_promised(minimum):
     """Whatever the minimum area: the pixel threshold is calibrated with it."""
     rng, valid, n, fresh, trials = np.random.default_rng(6), (0, 0, 24, 24), 19, 20, 40
     options = make_config(changes={"calibration.false_alarm_rate": 0.1}).calibration
@@ -309,17 +309,17 @@ def test_what_is_not_certified_is_said():
     scores = [float(i) for i in range(99)]
     crossed = calibrate(scores, scores, 0.0, 0.02, crossed=True)
     assert not crossed.certified
-    assert crossed.describe() == "false-alarm rate about 2.00%, from 99 good pictures judged without what they taught"
-    assert "99 good pictures give about 1.00% at best" in crossed.reach()
+    assert crossed.describe() == "false-alarm rate about 2.00%, from 99 good images judged without what they taught"
+    assert "99 good images give about 1.00% at best" in crossed.reach()
     few = calibrate(scores, scores, 0.0, 0.001, crossed=True)
     assert few.describe() == (
-        "99 good pictures judged without what they taught give a false-alarm rate of about 1.00%, not the 0.10% asked "
+        "99 good images judged without what they taught give a false-alarm rate of about 1.00%, not the 0.10% asked "
         "for; 999 would"
     )
 
 
 @given(st.lists(finite, min_size=1, max_size=120), st.floats(0.0005, 0.2))
-def test_a_tail_estimates_only_what_pictures_cannot_certify(scores, rate):
+def test_a_tail_estimates_only_what_images_cannot_certify(scores, rate):
     plain, made = (calibrate(scores, scores, 0.0, rate, tail=tail) for tail in (False, True))
     n = len(scores)
     if made.tail is None:
@@ -340,7 +340,7 @@ def test_what_files_of_before_say_is_read_as_it_was():
     old = {"scores": [1.0, 2.0], "asked_rate": 0.5, "rate": 1 / 3, "threshold": 2.0, "pixel_threshold": 9.0, "low": 0.0}
     (made,) = calibrations({"calibration": old}).values()
     assert [made.verdict(score) for score in (1.5, 2.0, 2.5)] == ["good", "good", "defect"]
-    assert made.describe() == "false-alarm rate 33.33% or less, certified by 2 good pictures outside of training"
+    assert made.describe() == "false-alarm rate 33.33% or less, certified by 2 good images outside of training"
     config = make_config().model_dump()
     config["calibration"] = {"holdout": 0.2, "false_alarm_rate": 0.01, "update_memory": True}
     assert Config.model_validate(config) == make_config()

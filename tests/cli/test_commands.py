@@ -121,7 +121,7 @@ def test_info_describes(model):
     assert "MB" in done.stdout and "false-alarm rate" in done.stdout
     described = json.loads(done.stdout[done.stdout.index("{") :])
     assert described["config"]["features"]["backbone"] == "resnet18"
-    assert described["record"]["good_pictures"] == 12
+    assert described["record"]["good_images"] == 12
 
 
 def test_evaluate_measures_and_reports(model, parts, tmp_path):
@@ -131,17 +131,17 @@ def test_evaluate_measures_and_reports(model, parts, tmp_path):
     written = json.loads(metrics.read_text())
     assert f"image_auroc {written['image_auroc']:.4f}" in done.stdout
     assert f"aupro_30 {written['aupro_30']:.4f}" in done.stdout
-    assert "8 pictures" in done.stdout
+    assert "8 images" in done.stdout
     page = report.read_text("utf-8")
     assert page.count("<article") == 8 and "</html>" in page and "parts" in page
 
 
 def test_predict_goes_on_after_a_broken_file(model, parts, tmp_path):
     broken = tmp_path / "gebrochen_ä.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     out = tmp_path / "results"
     first = parts / "test/square/000.png"
-    done = unflaw("predict", model, first, broken, parts / "test/good", "--out", out, "--pictures")
+    done = unflaw("predict", model, first, broken, parts / "test/good", "--out", out, "--images")
     assert done.exit_code == 3
     assert re.search(r"\b1 not readable", done.stdout) and str(out) in done.stdout
     assert "skipped" in done.stderr and "gebrochen_ä.png" in done.stderr
@@ -152,9 +152,9 @@ def test_predict_goes_on_after_a_broken_file(model, parts, tmp_path):
     assert "gebrochen_ä.png" in lines[1]["error"] and "score" not in lines[1]
     assert lines[0]["verdict"] == "defect" and lines[0]["regions"]
     for line in (lines[0], *lines[2:]):
-        assert {"score", "p_value", "verdict", "regions", "picture"} <= line.keys()
-        assert (out / line["picture"]).is_file()
-    assert len(list((out / "pictures").iterdir())) == 5
+        assert {"score", "p_value", "verdict", "regions", "image"} <= line.keys()
+        assert (out / line["image"]).is_file()
+    assert len(list((out / "images").iterdir())) == 5
 
 
 @pytest.mark.parametrize(
@@ -166,14 +166,14 @@ def test_predict_takes_any_name_that_a_file_can_have(model, parts, tmp_path, nam
         path.write_bytes(content)
     except OSError:
         pytest.skip("this file system has other rules for names")
-    done = unflaw("predict", model, path, parts / "test/good/000.png", "--out", tmp_path / "results", "--pictures")
+    done = unflaw("predict", model, path, parts / "test/good/000.png", "--out", tmp_path / "results", "--images")
     assert done.exit_code == 0, (done.output, done.exception)
     lines = [json.loads(line) for line in (tmp_path / "results/results.jsonl").read_bytes().splitlines()]
     assert len(lines) == 2 and lines[0]["score"] == pytest.approx(lines[1]["score"], rel=1e-5)
-    assert all((tmp_path / "results" / line["picture"]).is_file() for line in lines)
+    assert all((tmp_path / "results" / line["image"]).is_file() for line in lines)
 
 
-def test_predict_without_pictures_or_mistakes(model, parts, tmp_path):
+def test_predict_without_images_or_mistakes(model, parts, tmp_path):
     out = tmp_path / "new/results"
     done = unflaw("predict", model, parts / "test/good", "--out", out)
     assert done.exit_code == 0
@@ -182,8 +182,8 @@ def test_predict_without_pictures_or_mistakes(model, parts, tmp_path):
 
 
 def test_options_and_settings_reach_the_configuration(parts, weights, tmp_path):
-    out = tmp_path / "lookup.safetensors"
-    arguments = ["--method", "lookup", "--backbone", "resnet18", "--weights", weights, "--levels", "2,3"]
+    out = tmp_path / "nearest_neighbor.safetensors"
+    arguments = ["--method", "nearest_neighbor", "--backbone", "resnet18", "--weights", weights, "--levels", "2,3"]
     arguments += ["--size", 48, "--fit", "pad", "--seed", 3, "--rate", 0.25]
     network = {"network.prototypes": 20, "network.coarse_prototypes": 10}
     arguments += settings({**network, "features.grid": 6, "training.display_steps": 0})
@@ -194,7 +194,7 @@ def test_options_and_settings_reach_the_configuration(parts, weights, tmp_path):
     assert config["features"] | {"levels": [2, 3], "grid": 6, "standardise": "channel"} == config["features"]
     assert config["preparation"] | {"size": 48, "fit": "pad"} == config["preparation"]
     assert (config["training"]["seed"], config["calibration"]["false_alarm_rate"]) == (3, 0.25)
-    assert config["network"] == {"method": "lookup", "prototypes": 20, "coarse_prototypes": 10}
+    assert config["network"] == {"method": "nearest_neighbor", "prototypes": 20, "coarse_prototypes": 10}
 
 
 @pytest.mark.parametrize("method", ["mfrnet", "draem", "memae"])
@@ -207,8 +207,8 @@ def test_every_method_goes_the_same_way(parts, weights, tmp_path, method):
     done = unflaw("evaluate", model, "--data", parts, "--json", tmp_path / "m.json", "--report", tmp_path / "m.html")
     assert done.exit_code == 0 and json.loads((tmp_path / "m.json").read_text())["pixel_auroc"] is not None
     assert (tmp_path / "m.html").read_text("utf-8").count("Restored") > 0
-    done = unflaw("predict", model, parts / "test/good", "--out", out, "--pictures")
-    assert done.exit_code == 0 and len(list((out / "pictures").iterdir())) == 4
+    done = unflaw("predict", model, parts / "test/good", "--out", out, "--images")
+    assert done.exit_code == 0 and len(list((out / "images").iterdir())) == 4
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_ctrl_c_says_how_many_images_were_inspected(model, parts, tmp_path):
             "stopped; 0 finished runs stay in out/runs.jsonl, and the same command goes on with the others",
         ),
         (
-            "benchmark --data PARTS --method lookup --backbone resnet18=WEIGHTS --out out",
+            "benchmark --data PARTS --method nearest_neighbor --backbone resnet18=WEIGHTS --out out",
             "unflaw.experiments.benchmark._in_own_process",
             "stopped; 0 finished runs stay in out/runs.jsonl, and the same command goes on with the others",
         ),
@@ -476,9 +476,9 @@ def test_a_checkpoint_that_does_not_fit_is_named(tiny_training, tmp_path, monkey
     assert checkpoint.name in complaint(unflaw(*tiny_training, "--out", out, "--resume"))
 
 
-def test_broken_training_pictures_are_reported(tiny_training, parts, tmp_path):
+def test_broken_training_images_are_reported(tiny_training, parts, tmp_path):
     root = make_parts(tmp_path / "parts", bad=1)
-    (root / "train/good/000.png").write_bytes(b"no picture")
+    (root / "train/good/000.png").write_bytes(b"no image")
     arguments = [root if argument == parts else argument for argument in tiny_training]
     done = unflaw(*arguments, "--set", "training.steps=1", "--out", tmp_path / "m.safetensors")
     assert done.exit_code == 0
@@ -523,7 +523,7 @@ def complaint(done: Result) -> str:
         (["--weights", "./random"], "random: no such weight file"),
         (["--textures", "nowhere"], "nowhere"),
         (["--textures", "empty"], "empty"),
-        (["--textures", "empty", "--method", "lookup"], "leave --textures out"),
+        (["--textures", "empty", "--method", "nearest_neighbor"], "leave --textures out"),
         (["--out", "empty"], "empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -534,7 +534,7 @@ def test_train_names_what_is_wrong(parts, weights, tmp_path, monkeypatch, argume
     Path("README.md").write_text("no weights")
     options = {"--size": "preparation.size", "--levels": "features.levels", "--backbone": "features.backbone"}
     shadowed = {options[name] for name in options if name in arguments}  # --set would win over them
-    own = TINY if "lookup" in arguments else TINY | TINY_URANET
+    own = TINY if "nearest_neighbor" in arguments else TINY | TINY_URANET
     base = settings({name: value for name, value in own.items() if name not in shadowed})
     data = [] if "--data" in arguments else ["--data", parts]
     line = complaint(unflaw("train", *data, "--weights", weights, *base, "--out", "m.safetensors", *arguments))
@@ -559,7 +559,7 @@ def test_other_commands_name_what_is_wrong(model, parts, tmp_path, monkeypatch):
         assert name in complaint(unflaw("evaluate", name, "--data", parts))
         assert name in complaint(unflaw("predict", name, parts / "test/good", "--out", "results"))
     assert "nowhere" in complaint(unflaw("evaluate", model, "--data", "nowhere"))
-    assert "no test pictures" in complaint(unflaw("evaluate", model, "--data", parts / "train/good"))
+    assert "no test images" in complaint(unflaw("evaluate", model, "--data", parts / "train/good"))
     assert "empty" in complaint(unflaw("evaluate", model, "--data", parts, "--json", "empty"))
     assert "empty" in complaint(unflaw("predict", model, "empty", "--out", "results"))
 
@@ -569,10 +569,10 @@ def test_other_commands_name_what_is_wrong(model, parts, tmp_path, monkeypatch):
     [
         ("predict MODEL PARTS/test/good --out out", "out"),
         ("figures MODEL --data PARTS --out out", "out"),
-        ("train --data PARTS --method lookup --weights WEIGHTS --out out/d.safetensors", "out/d.safetensors"),
+        ("train --data PARTS --method nearest_neighbor --weights WEIGHTS --out out/d.safetensors", "out/d.safetensors"),
         ("calibrate MODEL --good PARTS/test/good --out out/d.safetensors", "out/d.safetensors"),
-        ("ablate --data PARTS --method lookup --weights WEIGHTS --only full --out out", "out/runs.jsonl"),
-        ("benchmark --data PARTS --method lookup --backbone resnet18=WEIGHTS --out out", "out/runs.jsonl"),
+        ("ablate --data PARTS --method nearest_neighbor --weights WEIGHTS --only full --out out", "out/runs.jsonl"),
+        ("benchmark --data PARTS --method nearest_neighbor --backbone resnet18=WEIGHTS --out out", "out/runs.jsonl"),
         ("fleet PARTS/.. --weights WEIGHTS --backbone resnet18 --workers 1 --out out", "out/fleet.jsonl"),
         ("demo --out out", "out"),
     ],
@@ -594,7 +594,7 @@ def test_the_second_run_into_one_place_is_refused(model, parts, weights, tmp_pat
     assert left == before
 
 
-def test_a_missing_picture_is_a_line_like_any_other(model, parts, tmp_path):
+def test_a_missing_image_is_a_line_like_any_other(model, parts, tmp_path):
     done = unflaw("predict", model, tmp_path / "gone.png", parts / "test/good/000.png", "--out", tmp_path / "results")
     assert done.exit_code == 3
     first, second = map(json.loads, (tmp_path / "results/results.jsonl").read_text().splitlines())
@@ -607,7 +607,7 @@ def test_a_missing_picture_is_a_line_like_any_other(model, parts, tmp_path):
 def test_ablate_lists_its_variants():
     done = unflaw("ablate", "--list")
     assert "paper-parts: network.restoration.prototypes=0; network.restoration.coarse_prototypes=0\n" in done.stdout
-    assert "lookup: method=lookup" in done.stdout and done.stdout.startswith("full:")
+    assert "nearest_neighbor: method=nearest_neighbor" in done.stdout and done.stdout.startswith("full:")
     done = unflaw("ablate", "--method", "mfrnet", "--only", "k-8", "--variant", "deep: network.depth=4", "--list")
     assert [line for line in done.stdout.splitlines() if line[0] != " "] == [
         "full: ",
@@ -618,10 +618,10 @@ def test_ablate_lists_its_variants():
 
 def test_ablate_compares_variants_and_goes_on(parts, tmp_path):
     other = shutil.copytree(parts, tmp_path / "other/parts")  # another data set of the same name
-    (other / "train/good/005.png").write_bytes(b"no picture")
-    base = settings(TINY | OWN["lookup"] | {"training.steps": 2})
+    (other / "train/good/005.png").write_bytes(b"no image")
+    base = settings(TINY | OWN["nearest_neighbor"] | {"training.steps": 2})
     out, cache, few = tmp_path / "out", tmp_path / "elsewhere", ["--weights", "random", "--seeds", 1, *base]
-    arguments = ["ablate", "--method", "lookup", "--data", parts, "--data", other, *few, "--out", out]
+    arguments = ["ablate", "--method", "nearest_neighbor", "--data", parts, "--data", other, *few, "--out", out]
     arguments += ["--variant", "wide: scoring.smooth=8; features.grid=6"]
     done = unflaw(*arguments, "--cache", cache)
     assert done.exit_code == 0, done.output
@@ -635,7 +635,9 @@ def test_ablate_compares_variants_and_goes_on(parts, tmp_path):
     again = unflaw(*arguments)
     assert again.stdout == done.stdout and (out / "runs.jsonl").read_text() == written
     assert not (out / "features").exists()
-    more = unflaw("ablate", "--method", "lookup", "--data", parts, *few, "--set", "scoring.smooth=2", "--out", out)
+    more = unflaw(
+        "ablate", "--method", "nearest_neighbor", "--data", parts, *few, "--set", "scoring.smooth=2", "--out", out
+    )
     assert "## parts\n" in more.stdout and (out / "runs.jsonl").read_text().startswith(written)
     assert len(list((out / "features").iterdir())) == 1
 
@@ -645,12 +647,12 @@ def test_ablate_compares_variants_and_goes_on(parts, tmp_path):
     [
         (["--only", "no-memroy"], "no-memory"),
         (["--variant", "deep"], "name: setting=value"),
-        (["--variant", "lookup"], "--only lookup"),
+        (["--variant", "nearest_neighbor"], "--only nearest_neighbor"),
         (["--variant", "deep: network.depht=3"], "network.depht"),
         (["--variant", "deep: network.restoration.patch=3"], "patches of 3"),
         (["--set", "training.seed=3"], "--seeds"),
         (["--data", "nowhere"], "nowhere"),
-        (["--data", "GOOD"], "no test pictures"),
+        (["--data", "GOOD"], "no test images"),
         (["--backbone", "resnet_18"], "resnet18"),
         (["--method", "uranett"], "uranett"),
         (["--out", "file"], "file"),

@@ -10,7 +10,7 @@ from unflaw.datasets import DEFECT_LABELS, GOOD_LABELS, Dataset, DatasetError, S
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
-def picture(path: Path, value: int = 0, size: tuple[int, int] = (6, 4)) -> Path:
+def image(path: Path, value: int = 0, size: tuple[int, int] = (6, 4)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, value).save(path)
     return path
@@ -30,11 +30,11 @@ def bolt(tmp_path):
     """A small data set in the layout of MVTec AD, with nothing wrong."""
     root = tmp_path / "bolt"
     for i in range(4):
-        picture(root / f"train/good/{i}.png", i)
+        image(root / f"train/good/{i}.png", i)
     for i in range(2):
-        picture(root / f"test/good/{i}.png", 10 + i)
-        picture(root / f"test/crack/{i}.png", 20 + i)
-        picture(root / f"test/dent/{i}.png", 30 + i)
+        image(root / f"test/good/{i}.png", 10 + i)
+        image(root / f"test/crack/{i}.png", 20 + i)
+        image(root / f"test/dent/{i}.png", 30 + i)
         mask(root / f"ground_truth/crack/{i}_mask.png")
         mask(root / f"ground_truth/dent/{i}.bmp")
     (root / "license.txt").write_text("not under train or test: nobody's business")
@@ -60,9 +60,9 @@ def test_mvtec_layout(bolt):
     assert good == Sample(bolt / "test/good/0.png", 0, None, "good")
 
 
-def test_validation_pictures_calibrate_and_must_not_be_tested_on(bolt):
+def test_validation_images_calibrate_and_must_not_be_tested_on(bolt):
     for i in range(3):
-        picture(bolt / f"validation/good/{i}.png", 40 + i)
+        image(bolt / f"validation/good/{i}.png", 40 + i)
     dataset = load_dataset(bolt)
     assert len(dataset.validation) == 3 and len(dataset.train) == 4 and dataset.problems == ()
     (bolt / "validation/good/2.png").write_bytes((bolt / "test/good/0.png").read_bytes())
@@ -84,7 +84,7 @@ def test_missing_mask(bolt):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: picture(path, 0), "mask is empty"),
+        (lambda path: image(path, 0), "mask is empty"),
         (lambda path: mask(path, size=(4, 6)), "another size"),
         (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read (it is damaged"),
         (
@@ -106,7 +106,7 @@ def renamed(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["{}_gt", "{}-mask", "{}_label", "mask_{}"])
-def test_masks_that_fit_no_picture_are_named(bolt, name):
+def test_masks_that_fit_no_image_are_named(bolt, name):
     renamed(bolt / "ground_truth/crack", name)
     assert load_dataset(bolt).problems == (
         f"Mask files that fit no image: ground_truth/crack/{name.format(0)}.png, "
@@ -142,7 +142,7 @@ def test_one_mask_too_many_is_named(bolt):
 
 
 def test_folders_that_are_not_used_are_named(bolt):
-    picture(bolt / "valid/good/0.png")
+    image(bolt / "valid/good/0.png")
     mask(bolt / "masks/crack/0.png")
     (bolt / "docs").mkdir()
     (bolt / "docs/readme.txt").touch()
@@ -173,7 +173,7 @@ def test_inverted_masks_are_named_and_used_as_they_are(bolt):
 
 def test_half_of_several_masks_inverted_are_named(bolt):
     for i in range(2, 4):
-        picture(bolt / f"test/crack/{i}.png", 60 + i)
+        image(bolt / f"test/crack/{i}.png", 60 + i)
         mask(bolt / f"ground_truth/crack/{i}_mask.png")
     for i in range(2):
         inverted(bolt / f"ground_truth/crack/{i}_mask.png")
@@ -191,7 +191,7 @@ def test_masks_of_a_kind_that_is_not_read_are_named(bolt):
 def test_masks_that_mark_the_border_are_named(bolt):
     size = (60, 40)
     for i in range(2):
-        picture(bolt / f"test/dent/{i}.png", 30 + i, size)
+        image(bolt / f"test/dent/{i}.png", 30 + i, size)
         path = mask(bolt / f"ground_truth/dent/{i}.bmp", (0, 0, *size), size)
         frame = Image.open(path)
         frame.paste(0, (4, 4, 56, 36))  # 35 % are left
@@ -202,14 +202,14 @@ def test_masks_that_mark_the_border_are_named(bolt):
     assert load_dataset(bolt).problems == ()
 
 
-def test_masks_of_good_pictures_may_mark_nothing(bolt):
-    picture(bolt / "ground_truth/good/0_mask.png", 0)
+def test_masks_of_good_images_may_mark_nothing(bolt):
+    image(bolt / "ground_truth/good/0_mask.png", 0)
     assert load_dataset(bolt).problems == () and load_dataset(bolt).test[4].mask is None
     mask(bolt / "ground_truth/good/1_mask.png")
     assert only_problem(bolt) == "Good, and counted as good, but the mask marks something: test/good/1.png (1 in all)."
 
 
-def test_masks_beside_their_pictures_are_no_pictures(bolt):
+def test_masks_beside_their_images_are_no_images(bolt):
     mask(bolt / "test/crack/0_mask.png")
     assert "Images that are called like masks, yet count as images: test/crack/0_mask.png (1 in all)." in str(
         load_dataset(bolt).problems
@@ -229,26 +229,26 @@ def test_the_same_file_as_good_and_defective(bolt):
     )
 
 
-def test_pictures_in_both_training_and_test(bolt):
+def test_images_in_both_training_and_test(bolt):
     (bolt / "test/good/7.png").write_bytes((bolt / "train/good/2.png").read_bytes())
     assert "test/good/7.png = train/good/2.png" in only_problem(bolt)
 
 
 def test_empty_defect_folder(bolt):
     (bolt / "test/scratch").mkdir()
-    assert only_problem(bolt) == "test/scratch holds no pictures."
+    assert only_problem(bolt) == "test/scratch holds no images."
 
 
 def test_files_of_no_use(bolt):
     (bolt / "test/crack/0.txt").touch()
     (bolt / "train/good/.DS_Store").touch()
-    picture(bolt / "train/odd/0.png")
+    image(bolt / "train/odd/0.png")
     assert only_problem(bolt) == "Files that were not used: train/odd/0.png, test/crack/0.txt (2 in all)."
 
 
 def test_one_kind_only(bolt):
     (bolt / "test/good").rename(bolt.parent / "elsewhere")
-    assert only_problem(bolt) == "All test pictures are defective: AUROC needs both kinds."
+    assert only_problem(bolt) == "All test images are defective: AUROC needs both kinds."
 
 
 def test_nothing_to_train_on(bolt):
@@ -286,8 +286,8 @@ def cases(tmp_path):
 
 
 def test_of_folders_that_differ_by_case_only_one_is_read(bolt, cases):
-    picture(bolt / "Train/good/9.png", 90)
-    picture(bolt / "train/GOOD/8.png", 91)
+    image(bolt / "Train/good/9.png", 90)
+    image(bolt / "train/GOOD/8.png", 91)
     dataset = load_dataset(bolt)
     assert names(dataset.train) == ["0", "1", "2", "3"]
     assert dataset.problems == (
@@ -298,7 +298,7 @@ def test_of_folders_that_differ_by_case_only_one_is_read(bolt, cases):
 
 def test_kinds_that_differ_by_case_only_keep_their_masks(bolt, cases):
     for i in range(2):
-        picture(bolt / f"test/Crack/{i}.png", 60 + i)
+        image(bolt / f"test/Crack/{i}.png", 60 + i)
     assert [sample.mask is None for sample in load_dataset(bolt).test if sample.defect == "Crack"] == [True, True]
     mask(bolt / "ground_truth/Crack/0_mask.png")
     masks = {s.path.relative_to(bolt).as_posix(): s.mask for s in load_dataset(bolt).test if s.label}
@@ -312,9 +312,9 @@ def test_kinds_that_differ_by_case_only_keep_their_masks(bolt, cases):
 # A folder
 
 
-def test_folder_of_good_pictures(tmp_path):
-    picture(tmp_path / "b.png")
-    picture(tmp_path / "a.jpg")
+def test_folder_of_good_images(tmp_path):
+    image(tmp_path / "b.png")
+    image(tmp_path / "a.jpg")
     (tmp_path / "empty").mkdir()
     dataset = load_dataset(tmp_path)
     assert dataset.layout == "folder" and dataset.test == () and dataset.problems == ()
@@ -326,19 +326,19 @@ def test_what_is_refused_says_what_to_do(tmp_path, bolt):
         load_dataset(tmp_path / "gone")
     with pytest.raises(DatasetError, match=r"holds categories; name one, as in .*bolt, or .* --multi-class: bolt$"):
         load_dataset(tmp_path)
-    with pytest.raises(DatasetError, match=r"(?s)not known: crack/ with 2 pictures, .* 0 pictures beside.*train/good"):
+    with pytest.raises(DatasetError, match=r"(?s)not known: crack/ with 2 images, .* 0 images beside.*train/good"):
         load_dataset(bolt / "test")
-    picture(bolt / "test.png")
+    image(bolt / "test.png")
     with pytest.raises(DatasetError, match="neither a folder nor a table"):
         load_dataset(bolt / "test.png")
     (tmp_path / "void").mkdir()
-    with pytest.raises(DatasetError, match=r"(?s)void: holds no pictures.*Read are"):
+    with pytest.raises(DatasetError, match=r"(?s)void: holds no images.*Read are"):
         load_dataset(tmp_path / "void")
 
 
 def test_train_without_good_is_no_layout(bolt):
     (bolt / "train/good").rename(bolt / "train/normal")
-    with pytest.raises(DatasetError, match="train/ with 4 pictures"):
+    with pytest.raises(DatasetError, match="train/ with 4 images"):
         load_dataset(bolt)
 
 
@@ -354,7 +354,7 @@ def table(folder: Path, text: str, encoding: str = "utf-8") -> Dataset:
 @pytest.fixture
 def shelf(tmp_path):
     for i in range(12):
-        picture(tmp_path / f"p{i}.png", i)
+        image(tmp_path / f"p{i}.png", i)
     mask(tmp_path / "m.png")
     return tmp_path
 
@@ -409,7 +409,7 @@ def test_bad_rows_are_reported_by_kind_and_line(shelf):
         "list.csv: 1 row was left out (unknown label): line 4 'fine'",
         "list.csv: 1 row was left out (unknown split): line 6 'val'",
         "list.csv: 1 row was left out (defective, in the split train): line 7 'p1.png'",
-        "list.csv: 1 row was left out (not a picture by its suffix): line 8 'notes.txt'",
+        "list.csv: 1 row was left out (not an image by its suffix): line 8 'notes.txt'",
         "list.csv: 1 row was left out (more cells than the first line): line 9 'p1.png'",
         "list.csv: 1 row was left out (no path): line 11 '0'",
         "list.csv: 1 row was left out (no label): line 12 'p1.png'",
@@ -418,13 +418,13 @@ def test_bad_rows_are_reported_by_kind_and_line(shelf):
 
 
 def test_what_is_wrong_with_many_rows_fits_on_a_screen(shelf):
-    text = "path,label\n" + "".join(f"pictures/{i:05}.png,{'ok' if i % 2 else 'odd'}\n" for i in range(3000))
+    text = "path,label\n" + "".join(f"images/{i:05}.png,{'ok' if i % 2 else 'odd'}\n" for i in range(3000))
     with pytest.raises(DatasetError) as error:
         table(shelf, text)
     lines = str(error.value).splitlines()
     assert len(lines) < 12 and max(map(len, lines)) < 400
     assert "list.csv: 1500 rows were left out (unknown label): line 2 'odd', line 4 'odd', line 6 'odd', …;" in lines[1]
-    gone = "(no such file): line 3 'pictures/00001.png', line 5 'pictures/00003.png', line 7 'pictures/00005.png', …;"
+    gone = "(no such file): line 3 'images/00001.png', line 5 'images/00003.png', line 7 'images/00005.png', …;"
     assert gone in lines[2]
 
 
@@ -439,7 +439,7 @@ def test_tables_as_excel_on_windows_saves_them(shelf):
     )
     dataset = table(shelf, text.replace("\n", "\r\n"), "utf-8-sig")
     (problem,) = dataset.problems  # rows of separators alone, and separators at the end of a row, mean nothing
-    assert problem.startswith("All test pictures are defective")
+    assert problem.startswith("All test images are defective")
     assert dataset.train == (Sample(shelf / "p0.png", 0), Sample(shelf / "p2.png", 0))
     assert dataset.test == (Sample(shelf / "sub/p1.png", 1, shelf / "sub/m1.png", "defect"),)
 
@@ -447,19 +447,19 @@ def test_tables_as_excel_on_windows_saves_them(shelf):
 def test_a_backslash_may_be_part_of_a_name(shelf):
     if "\\" in str(shelf):
         pytest.skip("Windows parts folders by it")
-    picture(shelf / "a\\b.png")
+    image(shelf / "a\\b.png")
     assert table(shelf, "path,label\na\\b.png,0\n").train[0].path == shelf / "a\\b.png"
 
 
 @pytest.mark.parametrize("label", ["Good", " OK ", "i.O.", "I. O.", "io", "0", "0.0", "False", "PASS", "nominal"])
-def test_labels_of_good_pictures(shelf, label):
+def test_labels_of_good_images(shelf, label):
     assert [s.label for s in table(shelf, f"path,label\np0.png,{label}\n").train] == [0]
 
 
 @pytest.mark.parametrize(
     "label", ["NOK", "n.i.O.", "N. i. O.", "nio", "NiO", "not ok", "Not-OK", "NG", "1", "1.0", "True", "fail", "defect"]
 )
-def test_labels_of_defective_pictures(shelf, label):
+def test_labels_of_defective_images(shelf, label):
     assert [s.label for s in table(shelf, f"path,label\np0.png,{label}\n").test] == [1]
 
 
@@ -512,7 +512,7 @@ def test_tables_of_no_use(shelf):
         table(shelf, "")
     with pytest.raises(DatasetError, match=r"UTF-8"):
         table(shelf, "path,label\nä.png,0\n", "latin-1")
-    with pytest.raises(DatasetError, match=r"(?s)no pictures.*line 2"):
+    with pytest.raises(DatasetError, match=r"(?s)no images.*line 2"):
         table(shelf, "path,label\ngone.png,0\n")
 
 
@@ -530,8 +530,8 @@ def test_any_table_is_read_or_refused(tmp_path_factory, rows, separator, whole):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     if not folder.exists():
         for i in range(2):
-            picture(folder / f"p{i}.png", i)
-        picture(folder / "m.png", 255)
+            image(folder / f"p{i}.png", i)
+        image(folder / "m.png", 255)
     text = "\n".join(separator.join(row) for row in ([["path", "label", "mask", "split"]] if whole else []) + rows)
     (folder / "list.csv").write_text(text, encoding="utf-8", errors="replace")
     try:
@@ -552,7 +552,7 @@ def test_digest_knows_names_and_contents_only(bolt):
     assert len(first) == 64 and first == digest(reversed(train)) and first != digest(train[1:])
     moved = bolt.rename(bolt.parent / "moved")
     assert digest(load_dataset(moved).train) == first
-    picture(moved / "train/good/0.png", 99)
+    image(moved / "train/good/0.png", 99)
     assert digest(load_dataset(moved).train) != first
     assert digest(train[:0]) == digest([])
 

@@ -26,7 +26,7 @@ BY_NAME = {collection.name: collection for collection in COLLECTIONS}
 numbers = itertools.count()
 
 
-def picture(path: Path, *, value: int | None = None, size: tuple[int, int] = (6, 4)) -> Path:
+def image(path: Path, *, value: int | None = None, size: tuple[int, int] = (6, 4)) -> Path:
     """Noise, another each time, or one value everywhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(next(numbers)).integers(0, 256, size[::-1], dtype=np.uint8)
@@ -43,11 +43,11 @@ def mask(path: Path, size: tuple[int, int] = (6, 4)) -> Path:
     return path
 
 
-def fill(root: Path, pictures: dict[str, int], masks: dict[str, int] | None = None) -> Path:
-    """Numbered pictures and masks, such as {"train/good/{}.png": 4}."""
-    for pattern, count in pictures.items():
+def fill(root: Path, images: dict[str, int], masks: dict[str, int] | None = None) -> Path:
+    """Numbered images and masks, such as {"train/good/{}.png": 4}."""
+    for pattern, count in images.items():
         for i in range(count):
-            picture(root / pattern.format(f"{i:03d}"))
+            image(root / pattern.format(f"{i:03d}"))
     for pattern, count in (masks or {}).items():
         for i in range(count):
             mask(root / pattern.format(f"{i:03d}"))
@@ -55,8 +55,8 @@ def fill(root: Path, pictures: dict[str, int], masks: dict[str, int] | None = No
 
 
 def mvtec(root: Path) -> Path:
-    pictures = {"train/good/{}.png": 4, "test/good/{}.png": 2, "test/crack/{}.png": 3}
-    return fill(root, pictures, {"ground_truth/crack/{}_mask.png": 3})
+    images = {"train/good/{}.png": 4, "test/good/{}.png": 2, "test/crack/{}.png": 3}
+    return fill(root, images, {"ground_truth/crack/{}_mask.png": 3})
 
 
 def loco(root: Path) -> Path:
@@ -84,8 +84,8 @@ def loco(root: Path) -> Path:
 
 
 def btad(root: Path) -> Path:
-    pictures = {"train/ok/{}.bmp": 4, "test/ok/{}.bmp": 2, "test/ko/{}.bmp": 3}
-    return fill(root, pictures, {"ground_truth/ko/{}.png": 3})
+    images = {"train/ok/{}.bmp": 4, "test/ok/{}.bmp": 2, "test/ko/{}.bmp": 3}
+    return fill(root, images, {"ground_truth/ko/{}.png": 3})
 
 
 def visa(root: Path) -> Path:
@@ -104,17 +104,17 @@ def visa(root: Path) -> Path:
 
 
 def oct2017(root: Path) -> Path:
-    pictures = {f"test/{kind}/{kind}-{{}}-1.jpeg": 2 for kind in ("CNV", "DME", "DRUSEN", "NORMAL")}
-    pictures |= {"train/NORMAL/NORMAL-{}-2.jpeg": 4, "train/CNV/CNV-{}-2.jpeg": 3, "val/NORMAL/NORMAL-{}-3.jpeg": 1}
-    return fill(root, pictures)
+    images = {f"test/{kind}/{kind}-{{}}-1.jpeg": 2 for kind in ("CNV", "DME", "DRUSEN", "NORMAL")}
+    images |= {"train/NORMAL/NORMAL-{}-2.jpeg": 4, "train/CNV/CNV-{}-2.jpeg": 3, "val/NORMAL/NORMAL-{}-3.jpeg": 1}
+    return fill(root, images)
 
 
 def kolektor(root: Path) -> Path:
     for part, good, bad in (("train", 4, 2), ("test", 2, 3)):
         for i in range(good + bad):
-            picture(root / part / f"{i:05d}.png")
+            image(root / part / f"{i:05d}.png")
             truth = root / part / f"{i:05d}_GT.png"
-            picture(truth, value=0) if i < good else mask(truth)
+            image(truth, value=0) if i < good else mask(truth)
     return root
 
 
@@ -122,18 +122,18 @@ def magnetic_tile(root: Path) -> Path:
     names = {"Free": 30, "Blowhole": 3, "Break": 1, "Crack": 2, "Fray": 1, "Uneven": 1}
     for kind, count in names.items():
         for i in range(count):
-            picture(root / f"MT_{kind}/Imgs/exp1_num_{i}.jpg", size=(16, 16))
+            image(root / f"MT_{kind}/Imgs/exp1_num_{i}.jpg", size=(16, 16))
             truth = root / f"MT_{kind}/Imgs/exp1_num_{i}.png"
-            picture(truth, value=0, size=(16, 16)) if kind == "Free" else mask(truth, (16, 16))
+            image(truth, value=0, size=(16, 16)) if kind == "Free" else mask(truth, (16, 16))
     (root / "README.md").touch()
     return root
 
 
 def aitex(root: Path) -> Path:
     for i in range(30):
-        picture(root / f"NODefect_images/23{i % 3}/{i:04d}_000_00.png")
+        image(root / f"NODefect_images/23{i % 3}/{i:04d}_000_00.png")
     for name in ("0001_002_00", "0044_019_04", "0100_025_08"):
-        picture(root / f"Defect_images/{name}.png")
+        image(root / f"Defect_images/{name}.png")
     for name in ("0001_002_00_mask", "0044_019_04_mask1", "0044_019_04_mask2"):
         mask(root / f"Mask_images/{name}.png")
     return root
@@ -143,7 +143,7 @@ def dagm(root: Path) -> Path:
     for part, good, bad in (("Train", 4, 2), ("Test", 2, 3)):
         lines = ["1"]
         for i in range(good + bad):
-            picture(root / f"{part}/{i:04d}.PNG")
+            image(root / f"{part}/{i:04d}.PNG")
             if i >= good:
                 mask(root / f"{part}/Label/{i:04d}_label.PNG")
             lines.append(f"{i}\t{int(i >= good)}\t{i:04d}.PNG\t0\t{f'{i:04d}_label.PNG' if i >= good else 0}")
@@ -152,19 +152,19 @@ def dagm(root: Path) -> Path:
 
 
 def bmad_brain(root: Path) -> Path:
-    pictures = {"train/good/{}.png": 4, "test/good/img/{}.png": 2, "test/Ungood/img/{}.png": 3}
-    pictures |= {"valid/good/img/{}.png": 1, "valid/Ungood/img/{}.png": 1}
-    return fill(root / "BraTS2021_slice", pictures, {"test/Ungood/label/{}.png": 3}).parent
+    images = {"train/good/{}.png": 4, "test/good/img/{}.png": 2, "test/Ungood/img/{}.png": 3}
+    images |= {"valid/good/img/{}.png": 1, "valid/Ungood/img/{}.png": 1}
+    return fill(root / "BraTS2021_slice", images, {"test/Ungood/label/{}.png": 3}).parent
 
 
 def bmad_liver(root: Path) -> Path:
-    pictures = {"train/good/{}.png": 4, "test/img/good/{}.png": 2, "test/img/Ungood/{}.png": 3}
-    return fill(root / "hist_DIY", pictures, {"test/label/Ungood/{}.png": 3}).parent
+    images = {"train/good/{}.png": 4, "test/img/good/{}.png": 2, "test/img/Ungood/{}.png": 3}
+    return fill(root / "hist_DIY", images, {"test/label/Ungood/{}.png": 3}).parent
 
 
 def bmad_resc(root: Path) -> Path:
-    pictures = {"Train/train/good/{}.png": 4, "Test/test/good/{}.png": 2, "Test/test/Ungood/{}.png": 3}
-    return fill(root / "RESC", pictures, {"Test/test_label/Ungood/{}.png": 3}).parent
+    images = {"Train/train/good/{}.png": 4, "Test/test/good/{}.png": 2, "Test/test/Ungood/{}.png": 3}
+    return fill(root / "RESC", images, {"Test/test_label/Ungood/{}.png": 3}).parent
 
 
 def bmad_chest(root: Path) -> Path:
@@ -281,7 +281,7 @@ def test_inverted_masks_of_every_layout_are_named(
 
 
 @each
-def test_masks_that_fit_no_picture_of_every_layout_are_named(
+def test_masks_that_fit_no_image_of_every_layout_are_named(
     tmp_path, at, make, name, category, layout, train, validation, good, kinds, masks
 ):
     if not masks:
@@ -325,7 +325,7 @@ def test_damaged_regions(tmp_path):
     assert "not in defects_config.json" in unknown and "logical_anomalies/001/001.png" in unknown
     assert without == "Defective, but without a mask: test/logical_anomalies/000.png (1 in all)."
     assert fingerprint(dataset) != before
-    (truth / "001/000.png").write_bytes(b"no picture")
+    (truth / "001/000.png").write_bytes(b"no image")
     sample = next(sample for sample in load_dataset(root).test if sample.path.stem == "001" and sample.label)
     assert sample.mask is None and sample.regions == ()
 
@@ -353,7 +353,7 @@ def test_visa_without_its_split(tmp_path):
     root = visa(tmp_path / "VisA/candle")
     table = tmp_path / "VisA/split_csv/1cls.csv"
     (root / "Data/Images/Normal/003.JPG").unlink()
-    picture(root / "Data/Images/Normal/900.JPG")
+    image(root / "Data/Images/Normal/900.JPG")
     missing, superfluous = load_dataset(root).problems
     assert "candle/Data/Images/Normal/003.JPG (1 in all)" in missing and "Normal/900.JPG" in superfluous
     renamed = root.rename(tmp_path / "VisA/kerze")
@@ -396,7 +396,7 @@ def test_dagm_without_labels(tmp_path):
 def test_kolektor_without_masks(tmp_path):
     root = kolektor(tmp_path / "KolektorSDD2")
     (root / "train/00000_GT.png").unlink()
-    (root / "test/00004_GT.png").write_bytes(b"no picture")
+    (root / "test/00004_GT.png").write_bytes(b"no image")
     dataset = load_dataset(root)
     assert (len(dataset.train), len(dataset.test)) == (3, 4)
     assert dataset.problems == (
@@ -411,7 +411,7 @@ def test_aitex_says_what_is_odd(tmp_path):
     assert "0100_025_08.png (2 in all)" in without
     shutil.rmtree(root / "Mask_images")
     assert load_dataset(root).problems == ("Mask_images is missing; unpack it beside Defect_images.",)
-    picture(root / "Defect_images/new.png")
+    image(root / "Defect_images/new.png")
     assert "defect" in {sample.defect for sample in load_dataset(root).test}
 
 
@@ -436,12 +436,12 @@ def sides(dataset: Dataset) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("make", [magnetic_tile, aitex])
-def test_no_added_picture_moves_another(tmp_path, make):
+def test_no_added_image_moves_another(tmp_path, make):
     root = make(tmp_path / "data")
     before = sides(load_dataset(root))
     folder = root / ("MT_Free/Imgs" if make is magnetic_tile else "NODefect_images/230")
     for i in range(1000, 1010):
-        picture(folder / f"{i}{'.jpg' if make is magnetic_tile else '.png'}")
+        image(folder / f"{i}{'.jpg' if make is magnetic_tile else '.png'}")
     after = sides(load_dataset(root))
     assert all(before[part] <= after[part] for part in before) and after != before
 
@@ -499,14 +499,14 @@ def test_a_copy_that_is_not_whole(tmp_path, small):
     root = btad(tmp_path / "01")
     btad(tmp_path / "04")
     (root / "train/ok/000.bmp").unlink()
-    picture(root / "test/ok/100.bmp")
+    image(root / "test/ok/100.bmp")
     shutil.rmtree(root / "ground_truth")
     wrong = [
         "02 is missing",
         "04 is no category of BTAD",
         "01: train: 3, published are 4, 1 missing",
         "01: test, good: 3, published are 2, 1 superfluous",
-        "01: 3 defective pictures lack a mask that can be used",
+        "01: 3 defective images lack a mask that can be used",
     ]
     assert check(tmp_path).wrong == wrong
     assert check(root).wrong == wrong[2:]  # of one category the others are not asked for

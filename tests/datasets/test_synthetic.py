@@ -36,10 +36,10 @@ def test_masks_are_of_a_sensible_size_and_off_the_rim(gravel):
 def test_a_mask_covers_what_was_changed(kind):
     for seed in range(4):
         rng = np.random.default_rng(seed)
-        picture = demo_data._piece(rng, demo_data._photograph("gravel"))
-        changed, alpha = demo_data.FLAWS[kind](rng, picture)
+        image = demo_data._piece(rng, demo_data._photograph("gravel"))
+        changed, alpha = demo_data.FLAWS[kind](rng, image)
         assert alpha.shape == (256, 256) and alpha.min() >= 0 and alpha.max() <= 1
-        difference = np.abs(alpha[..., None] * (changed - picture)).max(axis=2)
+        difference = np.abs(alpha[..., None] * (changed - image)).max(axis=2)
         assert difference[alpha <= 0.15].max() <= 0.16 and difference[alpha > 0.15].mean() > 0.03
 
 

@@ -14,7 +14,7 @@ SIDE = 32
 
 @pytest.fixture
 def regions(tmp_path):
-    """One good and one defective picture whose mask has two regions, on masks of twice the canvas."""
+    """One good and one defective image whose mask has two regions, on masks of twice the canvas."""
     whole = np.zeros((2, 2 * SIDE, 2 * SIDE), np.uint8)
     whole[0, 4:20, 4:20], whole[1, 30:60, 30:40] = 255, 255
     paths = []
@@ -27,7 +27,7 @@ def regions(tmp_path):
     return dataset, [mask[::2, ::2] > 0 for mask in whole]
 
 
-def test_saturations_shrink_with_the_picture(regions):
+def test_saturations_shrink_with_the_image(regions):
     dataset, (first, second) = regions
     measured, rng = Measurement(dataset, Preparation(size=SIDE)), np.random.default_rng(0)
     maps = rng.random((2, SIDE, SIDE), np.float32)
@@ -54,18 +54,18 @@ def test_only_regions_with_saturations_have_spro(regions):
     assert metrics["spro_05"] is None and metrics["aupimo"] is None and metrics["aupro_05"] is not None
 
 
-def test_pictures_are_kept_for_resampling_only_where_asked_for(regions):
+def test_images_are_kept_for_resampling_only_where_asked_for(regions):
     dataset, _ = regions
     for spool in (True, False):
         measured = Measurement(dataset, Preparation(size=SIDE), spool=spool)
         for i, sample in enumerate(dataset.test):
             measured.add(sample, float(i), np.random.default_rng(i).random((SIDE, SIDE)), (0, 4, SIDE, SIDE))
-        kept = measured.per_picture()
+        kept = measured.per_image()
         assert kept.names == [sample.path.name for sample in dataset.test] and kept.labels.tolist() == [0, 1]
         assert (kept.pixels is not None) == spool
     measured = Measurement(dataset, Preparation(size=SIDE), spool=True)
     measured.add(dataset.test[0], 0.0, np.ones((SIDE, SIDE)), (0, 4, SIDE, SIDE))
-    assert measured.per_picture().pixels.clean[0, -1] == SIDE * (SIDE - 4)  # padding does not count
+    assert measured.per_image().pixels.clean[0, -1] == SIDE * (SIDE - 4)  # padding does not count
 
 
 def test_regions_are_counted_against_true_ones():

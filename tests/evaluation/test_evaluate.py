@@ -26,7 +26,7 @@ PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_30", "aupro_05")
 
 @pytest.fixture(scope="module")
 def dataset(parts) -> Dataset:
-    """The generated one, with one good picture called defective and one defective called good: mistakes to find."""
+    """The generated one, with one good image called defective and one defective called good: mistakes to find."""
     found = load_dataset(parts)
     test = list(found.test)
     good = next(i for i, s in enumerate(test) if s.label == 0)
@@ -98,7 +98,7 @@ def test_pixel_metrics_are_those_of_scikit_learn(evaluated, detector, dataset):
     assert evaluated.metrics["pixel_f1_max"] == pytest.approx(f1_max(masks, maps), abs=1e-3)
 
 
-def test_each_defect_is_measured_against_all_good_pictures(evaluated, detector, dataset):
+def test_each_defect_is_measured_against_all_good_images(evaluated, detector, dataset):
     table = evaluated.metrics["per_defect"]
     assert table.keys() == {"invisible", "square"}
     good = [row["score"] for row in evaluated.rows if not row["label"]]
@@ -184,7 +184,7 @@ def test_padding_takes_no_part(parts, weights, tiny, tmp_path):
         flat.parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).resize((64, 32), Image.Resampling.NEAREST).save(flat)
     flat_dataset = load_dataset(tmp_path)
-    config = tiny("lookup", **{"preparation.fit": "pad", "training.display_steps": 0})
+    config = tiny("nearest_neighbor", **{"preparation.fit": "pad", "training.display_steps": 0})
     detector = Detector(config=config, weights=weights).fit(flat_dataset)
     found = evaluate(detector, flat_dataset)
     maps = [detector.inspect(sample.path).map[16:48] for sample in flat_dataset.test]
@@ -219,9 +219,7 @@ def test_nouns_agree_with_their_numbers(evaluated):
     ones = dict.fromkeys(("n_images", "n_good", "false_alarms", "missed", "review_good", "review_defective"), 1)
     ones |= {"regions_found": 1, "regions_true": 1, "region_recall": 1.0, "n_images": 2}
     text = lines(evaluated.metrics | ones)
-    assert (
-        "2 pictures: 1 false alarm among 1 good one, 1 missed of 1 defective one, for review 1 good and 1 def" in text
-    )
+    assert "2 images: 1 false alarm among 1 good one, 1 missed of 1 defective one, for review 1 good and 1 def" in text
     assert "1 of 1 true region is touched by one" in text
     assert "2 of 3 true regions are touched by one" in lines(
         evaluated.metrics | {"regions_found": 2, "regions_true": 3}
@@ -229,7 +227,7 @@ def test_nouns_agree_with_their_numbers(evaluated):
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_one_kind_of_picture_alone_has_no_ranking(detector, dataset, label):
+def test_one_kind_of_image_alone_has_no_ranking(detector, dataset, label):
     kind = replace(dataset, test=tuple(sample for sample in dataset.test if sample.label == label))
     found = evaluate(detector, kind)
     assert found.metrics["image_auroc"] is None
@@ -237,9 +235,9 @@ def test_one_kind_of_picture_alone_has_no_ranking(detector, dataset, label):
     json.dumps(found.metrics, allow_nan=False)
 
 
-def test_pictures_that_cannot_be_read_are_skipped_and_reported(detector, dataset, evaluated, tmp_path):
+def test_images_that_cannot_be_read_are_skipped_and_reported(detector, dataset, evaluated, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     test = (dataset.test[0], Sample(broken, 1, None, "square"), *dataset.test[1:])
     seen = []
     found = evaluate(detector, replace(dataset, test=test), progress=lambda *report: seen.append(report))
@@ -252,8 +250,8 @@ def test_pictures_that_cannot_be_read_are_skipped_and_reported(detector, dataset
 
 
 def test_nothing_to_measure_is_an_error(detector, dataset, tmp_path):
-    with pytest.raises(TrainingError, match=r"parts.*no test pictures"):
+    with pytest.raises(TrainingError, match=r"parts.*no test images"):
         evaluate(detector, replace(dataset, test=()))
     missing = tuple(Sample(tmp_path / f"{i}.png", i) for i in range(2))
-    with pytest.raises(TrainingError, match=r"none of 2 test pictures .*0\.png"):
+    with pytest.raises(TrainingError, match=r"none of 2 test images .*0\.png"):
         evaluate(detector, replace(dataset, test=missing))

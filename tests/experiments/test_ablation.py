@@ -17,7 +17,7 @@ from unflaw.experiments.tables import comma_separated
 from unflaw.experiments.variants import FULL, choose, parse
 
 SMALL = TINY | {"features.backbone": "test_efficientnet", "training.steps": 2}
-COMMON = SMALL | OWN["lookup"]
+COMMON = SMALL | OWN["nearest_neighbor"]
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def features(tmp_path_factory):
 
 @pytest.fixture
 def run(dataset, features, tmp_path):
-    """`run(*variants, …)`: an ablation of the lookup into tmp_path, and what it reported of its runs."""
+    """`run(*variants, …)`: an ablation of `nearest_neighbor` into tmp_path, and what it reported."""
 
-    def run(*variants, data=None, seeds=2, method="lookup", common=COMMON, out=tmp_path, **options):
+    def run(*variants, data=None, seeds=2, method="nearest_neighbor", common=COMMON, out=tmp_path, **options):
         reports = []
         options = {"cache": features, "weights": Weights.RANDOM} | options
         variants = choose(method, ["full"], variants)
@@ -55,13 +55,13 @@ def lines(folder):
 def test_an_ablation_runs_every_variant_and_seed(run, dataset, features, tmp_path):
     records, reports = run("small: network.prototypes=16", "pixels: method=memae; network.widths=[8, 8]")
     assert [(r.variant, r.seed, r.method) for r in records] == [
-        (name, seed, "memae" if name == "pixels" else "lookup")
+        (name, seed, "memae" if name == "pixels" else "nearest_neighbor")
         for name in ("full", "small", "pixels")
         for seed in (0, 1)
     ]
     assert reports == [(i, 6) for i in range(7)]
     assert lines(tmp_path) == [record.model_dump(mode="json") for record in records]
-    config = make_config("lookup", "cpu", COMMON | {"network.prototypes": 16, "training.seed": 1})
+    config = make_config("nearest_neighbor", "cpu", COMMON | {"network.prototypes": 16, "training.seed": 1})
     expected = evaluate(ExperimentRunner(features, Weights.RANDOM).fit(config, dataset), dataset).metrics
     assert records[3].metrics == {name: expected[name] for name in records[3].metrics}
     assert {*METRICS, "false_alarms", "missed"} < records[3].metrics.keys()
@@ -73,14 +73,14 @@ def test_an_ablation_runs_every_variant_and_seed(run, dataset, features, tmp_pat
     found = [record.metrics["pixel_auroc"] for record in records[2:4]]
     assert rows[1]["pixel_auroc"]["mean"] == pytest.approx(sum(found) / 2)
     page = (tmp_path / "table.md").read_text("utf-8")
-    assert "`lookup`, test_efficientnet (random weights), 64 × 64" in page
+    assert "`nearest_neighbor`, test_efficientnet (random weights), 64 × 64" in page
     assert "seeds 0 to 1" in page and "1 thread," in page
     assert page.count("\n| ") == 4 and "| small |" in page and "`network.prototypes=16`" in page
     table = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
     assert float(table[1]["pixel_auroc_mean"]) == rows[1]["pixel_auroc"]["mean"] and table[2]["n"] == "2"
 
 
-@pytest.mark.parametrize("name", ["no-fasm", "no-memory", "no-uncertainty", "untrained", "lookup", "level-1"])
+@pytest.mark.parametrize("name", ["no-fasm", "no-memory", "no-uncertainty", "untrained", "nearest_neighbor", "level-1"])
 def test_variants_that_leave_parts_out_can_be_trained(dataset, features, tmp_path, name):
     common = SMALL | OWN["uranet"]
     options = {"seeds": 1, "out": tmp_path, "cache": features, "weights": Weights.RANDOM, "progress": lambda *_: None}
@@ -98,11 +98,11 @@ def test_without_masks_there_are_no_pixel_figures(run, dataset, tmp_path):
     assert "–" not in page[page.index("## parts") : page.index("## blind")]
 
 
-def test_pictures_that_cannot_be_read_are_named(run, tmp_path):
+def test_images_that_cannot_be_read_are_named(run, tmp_path):
     make_parts(tmp_path / "parts")
     broken = [tmp_path / "parts" / name for name in ("train/good/003.png", "test/good/001.png")]
     for path in broken:
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     (record,), _ = run(data=[load_dataset(tmp_path / "parts")], seeds=1, cache=tmp_path / "features")
     assert record.skipped.keys() == {str(path) for path in broken} and record.metrics["n_images"] == 7
     assert all(path in reason for path, reason in record.skipped.items())
@@ -182,14 +182,14 @@ def test_all_variants_are_checked_before_the_first_run(run, dataset, tmp_path, m
         run("odd: features.levels=[17]")
     with pytest.raises(RuntimeError, match=r"nowhere\.safetensors"):
         run(weights=tmp_path / "nowhere.safetensors")
-    with pytest.raises(ValueError, match="parts: there are no test pictures"):
+    with pytest.raises(ValueError, match="parts: there are no test images"):
         run(data=[replace(dataset, test=())])
-    with pytest.raises(ValueError, match="parts: there are no good training pictures"):
+    with pytest.raises(ValueError, match="parts: there are no good training images"):
         run(data=[replace(dataset, train=())])
 
 
 def test_a_run_that_fails_is_named(run, dataset):
-    with pytest.raises(TrainingError, match=r"parts, variant 'full', seed 0: 5 good pictures.*goes on"):
+    with pytest.raises(TrainingError, match=r"parts, variant 'full', seed 0: 5 good images.*goes on"):
         run(data=[replace(dataset, train=dataset.train[:5])])
 
 
@@ -207,7 +207,7 @@ def record(auroc, *, digest="d", pixel=None, seconds=1.0):
 def rows(dataset):
     """Of a plan of three variants: one with three seeds, one with one, one that has not run."""
     variants = [FULL, parse("less: training.steps=1; features.levels=[1, 2]", "why"), parse("none:")]
-    configs = [make_config("lookup", "cpu", {"training.seed": seed}) for seed in range(3)]
+    configs = [make_config("nearest_neighbor", "cpu", {"training.seed": seed}) for seed in range(3)]
     plan = [Run(dataset, v, config, f"{v.name}{seed}") for v in variants for seed, config in enumerate(configs)]
     records = {f"full{i}": record(a, pixel=0.5 + a / 2, seconds=10.0 * i) for i, a in enumerate((0.9, 0.96, 1.0))}
     return tabulate(plan, records | {"less1": record(0.95, pixel=1.0, seconds=2.5)})
@@ -233,7 +233,7 @@ def test_a_row_has_mean_deviation_and_median(rows):
 
 def test_markdown_shows_differences_from_full(rows):
     made = {
-        "method": "lookup",
+        "method": "nearest_neighbor",
         "backbone": "b",
         "weights": ["w"],
         "size": 256,
@@ -244,7 +244,7 @@ def test_markdown_shows_differences_from_full(rows):
     other = [row | {"data": "other"} for row in rows[1:]]
     caption, *text = markdown(rows + other, made | {"unflaw": "9", "common": common}).split("\n")
     assert caption.startswith(
-        "`lookup`, b (w weights), 256 × 256, `training.steps=4`, seeds 0 to 2, m, 2 threads, unflaw 9. "
+        "`nearest_neighbor`, b (w weights), 256 × 256, `training.steps=4`, seeds 0 to 2, m, 2 threads, unflaw 9. "
     )
     assert text == [
         "",
@@ -268,7 +268,15 @@ def test_markdown_shows_differences_from_full(rows):
 
 def test_a_difference_that_rounds_to_nothing_has_no_sign_of_loss(rows):
     less = rows[1] | {"image_auroc": rows[0]["image_auroc"] | {"deviation": None, "difference": -1e-5}}
-    made = {"method": "lookup", "backbone": "b", "weights": [], "size": 1, "seeds": 1, "machines": [], "unflaw": "9"}
+    made = {
+        "method": "nearest_neighbor",
+        "backbone": "b",
+        "weights": [],
+        "size": 1,
+        "seeds": 1,
+        "machines": [],
+        "unflaw": "9",
+    }
     assert ".953 (+.000)" in markdown([rows[0], less], made | {"common": {}})
 
 

@@ -16,27 +16,32 @@ from unflaw.cli import app
 from unflaw.config import make_config
 from unflaw.datasets import load_dataset
 from unflaw.datasets.public import COLLECTIONS
-from unflaw.evaluation.bootstrap import PerPicture
+from unflaw.evaluation.bootstrap import PerImage
 from unflaw.experiments import benchmark as module
 from unflaw.experiments.benchmark import RunError, benchmark, measure
 from unflaw.experiments.grid import Grid, Run, plan, read_grid
 from unflaw.experiments.leaderboard import intervals, latex, markdown, published, tabulate
 from unflaw.experiments.leaderboard_page import page, plot
-from unflaw.experiments.records import Record, pictures_file
+from unflaw.experiments.records import Record, images_file
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = TINY | {"training.steps": 2, "training.display_steps": 0} | OWN["lookup"]
+SETTINGS = TINY | {"training.steps": 2, "training.display_steps": 0} | OWN["nearest_neighbor"]
 SILENT = lambda *_: None  # noqa: E731
 
 
 @pytest.fixture
 def grid(weights):
-    """`grid(**changes)`: a small grid of the lookup."""
+    """`grid(**changes)`: a small grid of the nearest-neighbor search."""
 
     def make(**changes):
         settings = {name: v for name, v in SETTINGS.items() if name not in ("preparation.size", "features.backbone")}
-        given = {"data": [Path("parts")], "methods": ["lookup"], "backbones": [f"resnet18={weights}"], "sizes": [64]}
+        given = {
+            "data": [Path("parts")],
+            "methods": ["nearest_neighbor"],
+            "backbones": [f"resnet18={weights}"],
+            "sizes": [64],
+        }
         return Grid(**given | {"seeds": 2, "settings": settings} | changes)
 
     return make
@@ -94,12 +99,14 @@ def test_a_wrong_grid_names_the_field(text, message, tmp_path):
 
 
 def test_every_place_of_the_grid_is_planned_and_methods_on_pixels_once(grid, dataset, weights):
-    wanted = grid(methods=["lookup", "memae"], backbones=[f"resnet18={weights}", "test_resnet=random"], sizes=[32, 64])
+    wanted = grid(
+        methods=["nearest_neighbor", "memae"], backbones=[f"resnet18={weights}", "test_resnet=random"], sizes=[32, 64]
+    )
     runs = plan(wanted, [dataset])
     assert len(runs) == len({run.digest for run in runs}) == (2 + 1) * 2 * 2
     assert [run.row for run in runs[::2]] == [
         ("parts", method, backbone, size)
-        for method, backbone in (("lookup", "resnet18"), ("lookup", "test_resnet"), ("memae", ""))
+        for method, backbone in (("nearest_neighbor", "resnet18"), ("nearest_neighbor", "test_resnet"), ("memae", ""))
         for size in (32, 64)
     ]
     assert runs[0].weights == str(weights) and runs[0].config.preparation.size == 32
@@ -124,7 +131,7 @@ def test_what_cannot_work_is_said_before_the_first_run(grid, dataset, tmp_path, 
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
             plan(grid(**changes), [dataset])
-    with pytest.raises(ValueError, match="there are no test pictures"):
+    with pytest.raises(ValueError, match="there are no test images"):
         plan(grid(), [load_dataset(parts / "train/good")])
 
 
@@ -137,10 +144,16 @@ def test_a_run_is_measured_from_files_and_never_done_twice(grid, dataset, here, 
     records, failed = benchmark(runs, tmp_path, lambda *r: reports.append(r[1:3]) if r[0] == "runs" else None)
     assert not failed and here == [run.name for run in runs] and reports == [(0, 2), (1, 2), (2, 2)]
     first = records[0]
-    assert (first.data, first.method, first.backbone, first.size, first.seed) == ("parts", "lookup", "resnet18", 64, 0)
+    assert (first.data, first.method, first.backbone, first.size, first.seed) == (
+        "parts",
+        "nearest_neighbor",
+        "resnet18",
+        64,
+        0,
+    )
     assert 0 < first.metrics["image_auroc"] <= 1 and first.seconds["training"] > 0
     assert first.memory > 1e8 and first.file > 1e5 and first.weights == "resnet18.safetensors"
-    kept = PerPicture.load(pictures_file(tmp_path, first.digest))
+    kept = PerImage.load(images_file(tmp_path, first.digest))
     assert len(kept.names) == first.metrics["n_images"]
     assert kept.values("image_auroc", np.ones((1, len(kept.names))))[0] == pytest.approx(first.metrics["image_auroc"])
     again, _ = benchmark(plan(grid(seeds=3), [dataset]), tmp_path, SILENT)
@@ -149,7 +162,7 @@ def test_a_run_is_measured_from_files_and_never_done_twice(grid, dataset, here, 
 
 def test_runs_that_share_features_have_the_same_figures_and_digests(grid, dataset, here, tmp_path):
     apart, _ = benchmark(plan(grid(), [dataset]), tmp_path / "apart", SILENT)
-    wanted = grid(methods=["lookup", "memae"], features=tmp_path / "features")
+    wanted = grid(methods=["nearest_neighbor", "memae"], features=tmp_path / "features")
     together, failed = benchmark(plan(wanted, [dataset]), tmp_path / "together", SILENT)
     assert not failed and len(list((tmp_path / "features").glob("*.npy"))) == 2  # of a backbone and of pixels
     for one, other in zip(apart, together[:2], strict=True):
@@ -188,7 +201,7 @@ def test_a_run_that_fails_ends_no_other(grid, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "latencies", lambda *_: iter(()))
     records, failed = benchmark(runs, tmp_path, SILENT)
     assert [record.seed for record in records] == [1]
-    assert failed == {"parts, lookup, resnet18, 64 pixels, seed 0": "TrainingError: no room"}
+    assert failed == {"parts, nearest_neighbor, resnet18, 64 pixels, seed 0": "TrainingError: no room"}
     assert "1 is not finished" in (tmp_path / "table.md").read_text()
 
 
@@ -218,8 +231,8 @@ def test_a_process_that_is_killed_is_a_run_that_failed(grid, dataset, tmp_path):
 
 def test_errors_cross_the_process(grid, dataset, tmp_path):
     (run,) = plan(grid(seeds=1), [dataset])
-    (tmp_path / "pictures").write_text("a file where a folder should be")
-    with pytest.raises(RunError, match=r"(FileExists|NotADirectory)Error.*pictures"):
+    (tmp_path / "images").write_text("a file where a folder should be")
+    with pytest.raises(RunError, match=r"(FileExists|NotADirectory)Error.*images"):
         module._in_own_process(run, tmp_path, SILENT)
 
 
@@ -276,20 +289,20 @@ def test_rows_are_medians_over_seeds_and_means_over_data_sets():
     assert [row["data"] for row in tabulate(runs, records)] == ["screw", "nut"]
 
 
-def test_intervals_and_differences_are_those_of_the_pictures(tmp_path):
+def test_intervals_and_differences_are_those_of_the_images(tmp_path):
     rng, labels = np.random.default_rng(0), np.repeat([0, 1], 60)
     noise = rng.standard_normal(120)
-    pairs = [made(method=method) for method in ("uranet", "lookup", "memae")]
+    pairs = [made(method=method) for method in ("uranet", "nearest_neighbor", "memae")]
     for (run, _), shift in zip(pairs, (2.0, 1.9, 0.5), strict=True):
         names = [f"{i}.png" for i in range(120)]
-        PerPicture(names, labels, noise + shift * labels, None).save(pictures_file(tmp_path, run.digest))
+        PerImage(names, labels, noise + shift * labels, None).save(images_file(tmp_path, run.digest))
     runs, records = [run for run, _ in pairs], {record.digest: record for _, record in pairs}
     bounds, differences = intervals(runs, records, tmp_path)
     assert bounds[0]["image_auroc"]["low"] < bounds[0]["image_auroc"]["high"] and bounds[0]["pixel_auroc"] is None
     # memae has no backbone: it differs from the others in two things, and is not compared
-    assert [(d["a"], d["b"]) for d in differences] == [("uranet, resnet18", "lookup, resnet18")]
+    assert [(d["a"], d["b"]) for d in differences] == [("uranet, resnet18", "nearest_neighbor, resnet18")]
     found = differences[0]["image_auroc"]
-    # the same pictures: the difference is far surer than either figure
+    # the same images: the difference is far surer than either figure
     assert found["low"] < found["difference"] < found["high"]
     assert found["high"] - found["low"] < 0.3 * (bounds[0]["image_auroc"]["high"] - bounds[0]["image_auroc"]["low"])
 
@@ -324,7 +337,7 @@ def test_the_plot_keeps_its_points_inside():
 
 
 def test_labels_of_the_plot_do_not_lie_on_each_other():
-    pairs = [made(method=method) for method in ("uranet", "lookup", "mfrnet")]
+    pairs = [made(method=method) for method in ("uranet", "nearest_neighbor", "mfrnet")]
     drawn = plot(tabulate([run for run, _ in pairs], {record.digest: record for _, record in pairs}))
     labels = sorted(label for *_, label in drawn["points"])
     assert len(labels) == 3 and min(b - a for a, b in pairwise(labels)) >= 12
@@ -342,11 +355,11 @@ def test_the_command_writes_every_table(weights, tmp_path):
     parts = make_parts(tmp_path / "parts")
     grid = tmp_path / "grid.yaml"
     settings = json.dumps({k: v for k, v in SETTINGS.items() if k not in ("preparation.size", "features.backbone")})
-    grid.write_text(f"methods: [lookup]\ndata: [parts]\nsizes: [64]\nseeds: 1\nsettings: {settings}\n")
+    grid.write_text(f"methods: [nearest_neighbor]\ndata: [parts]\nsizes: [64]\nseeds: 1\nsettings: {settings}\n")
     command = ["benchmark", "--grid", str(grid), "--backbone", f"resnet18={weights}", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert re.search(r"\| lookup \| resnet18 \| 64 \| [.\d]+ \[", result.output)
+    assert re.search(r"\| nearest_neighbor \| resnet18 \| 64 \| [.\d]+ \[", result.output)
     (row,) = csv.DictReader((tmp_path / "out/table.csv").open())
     record = json.loads((tmp_path / "out/table.json").read_text())
     assert float(row["image_auroc_median"]) == record["rows"][0]["image_auroc"]["median"]

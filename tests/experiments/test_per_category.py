@@ -22,21 +22,21 @@ from unflaw.experiments.per_category import (
     Worker,
     WorkerConfig,
     members,
-    seats,
     shares,
     train_fleet,
+    training_workers,
 )
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = TINY | {"training.display_steps": 0} | OWN["lookup"]
+SETTINGS = TINY | {"training.display_steps": 0} | OWN["nearest_neighbor"]
 
 
 class Here(Worker):
     """Says what it trained; the categories in `broken` fail."""
 
-    def __init__(self, told, broken=()):
-        super().__init__(told)
+    def __init__(self, worker_config, broken=()):
+        super().__init__(worker_config)
         self.broken, self.trained = broken, []
 
     def train(self, task):
@@ -49,7 +49,7 @@ class Here(Worker):
 
 @pytest.fixture(scope="module")
 def products(tmp_path_factory):
-    """Two categories of one layout, a folder of good pictures, one with too few, and notes."""
+    """Two categories of one layout, a folder of good images, one with too few, and notes."""
     root = tmp_path_factory.mktemp("products") / "products"
     for i, name in enumerate(("bolt", "nut")):
         make_parts(root / name, train=10 + i)
@@ -62,32 +62,32 @@ def products(tmp_path_factory):
 
 
 @pytest.fixture
-def told(tmp_path, weights):
+def worker_config(tmp_path, weights):
     return WorkerConfig(tmp_path / "features", None, str(weights), 1)
 
 
 @pytest.fixture
 def config(tiny):
-    return tiny("lookup")
+    return tiny("nearest_neighbor")
 
 
-def run(products, config, out, seat, progress=lambda *_: None):
+def run(products, config, out, worker, progress=lambda *_: None):
     found, failed = members(products)
-    return train_fleet(found, config, out, [seat], progress, failed)
+    return train_fleet(found, config, out, [worker], progress, failed)
 
 
-def test_each_category_gets_a_detector_and_a_line(products, config, told, tmp_path, weights):
+def test_each_category_gets_a_detector_and_a_line(products, config, worker_config, tmp_path, weights):
     said = []
-    records, failed = run(products, config, tmp_path, Here(told), lambda *now: said.append(now[:3]))
+    records, failed = run(products, config, tmp_path, Here(worker_config), lambda *now: said.append(now[:3]))
     assert [record.category for record in records] == ["bolt", "nut", "washer"]
     assert list(failed) == ["ring"] and "at least 8" in failed["ring"]
     assert said[-1] == ("detectors", 4, 4)
     bolt, _, washer = records
-    assert (bolt.good_pictures, bolt.metrics["n_images"], washer.metrics) == (10, 8, {})
+    assert (bolt.good_images, bolt.metrics["n_images"], washer.metrics) == (10, 8, {})
     expected = Detector(config=config, weights=weights).fit(products / "bolt")
     found = Detector.load(tmp_path / bolt.file)
-    picture = products / "bolt/test/square/000.png"
-    assert found.inspect(picture).score == pytest.approx(expected.inspect(picture).score, rel=1e-3)
+    image = products / "bolt/test/square/000.png"
+    assert found.inspect(image).score == pytest.approx(expected.inspect(image).score, rel=1e-3)
     assert found.record_["digest"] == expected.record_["digest"] and bolt.promise == expected.select().describe()
     table = (tmp_path / "fleet.md").read_text()
     assert table.count("\n") == 6 and "| ring |" in table and "failed: TrainingError" in table
@@ -96,22 +96,22 @@ def test_each_category_gets_a_detector_and_a_line(products, config, told, tmp_pa
     assert (tmp_path / "fleet.csv").read_text().count("\n") == 5
 
 
-def test_it_goes_on_and_does_anew_what_changed(products, config, tiny, told, tmp_path):
+def test_it_goes_on_and_does_anew_what_changed(products, config, tiny, worker_config, tmp_path):
     copied = tmp_path / "products"
     shutil.copytree(products, copied, ignore=shutil.ignore_patterns("ring"))
     out = tmp_path / "out"
-    first = Here(told, broken=["nut"])
+    first = Here(worker_config, broken=["nut"])
     assert [r.category for r in run(copied, config, out, first)[0]] == ["bolt", "washer"]
-    second = Here(told)
+    second = Here(worker_config)
     assert [r.category for r in run(copied, config, out, second)[0]] == ["bolt", "nut", "washer"]
     assert second.trained == ["nut"]
     (out / "washer.safetensors").unlink()
     Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(copied / "bolt/train/good/new.png")
     assert len(run(copied, config, out, second)[0]) == 3 and sorted(second.trained) == ["bolt", "nut", "washer"]
-    again = Here(told)
+    again = Here(worker_config)
     run(copied, config, out, again)
     assert not again.trained
-    run(copied, tiny("lookup", **{"training.seed": 5}), out, again)
+    run(copied, tiny("nearest_neighbor", **{"training.seed": 5}), out, again)
     assert len(again.trained) == 3
     run(copied, config, out, again)  # the digests are known, yet the files are of another seed
     assert len(again.trained) == 6
@@ -120,43 +120,41 @@ def test_it_goes_on_and_does_anew_what_changed(products, config, tiny, told, tmp
     assert again.trained[6:] == ["nut"]
 
 
-def test_a_detector_is_replaced_once_all_is_known_of_it(products, config, tiny, told, tmp_path, monkeypatch):
-    run(products, config, tmp_path, Here(told))
+def test_a_detector_is_replaced_once_all_is_known_of_it(products, config, tiny, worker_config, tmp_path, monkeypatch):
+    run(products, config, tmp_path, Here(worker_config))
     before = (tmp_path / "bolt.safetensors").read_bytes()
     monkeypatch.setattr("unflaw.evaluation.evaluate.evaluate", lambda *_, **__: 1 / 0)
-    records, failed = run(products, tiny("lookup", **{"training.seed": 5}), tmp_path, Here(told))
+    records, failed = run(products, tiny("nearest_neighbor", **{"training.seed": 5}), tmp_path, Here(worker_config))
     assert [record.category for record in records] == ["washer"] and "ZeroDivisionError" in failed["bolt"]
     assert (tmp_path / "bolt.safetensors").read_bytes() == before
 
 
-def test_features_serve_again_within_a_limit(products, config, tiny, told, tmp_path, monkeypatch):
-    run(products, config, tmp_path, Here(told))
-    files = {path.name: path.stat().st_size for path in told.cache.glob("*.npy")}
-    assert len(files) == 4  # the one with too few pictures was read too
-    monkeypatch.setattr(
-        "unflaw.experiments.feature_store.read_parts", lambda *_: pytest.fail("pictures are read again")
-    )
-    run(products, tiny("lookup", **{"training.seed": 1}), tmp_path, Here(told))
+def test_features_serve_again_within_a_limit(products, config, tiny, worker_config, tmp_path, monkeypatch):
+    run(products, config, tmp_path, Here(worker_config))
+    files = {path.name: path.stat().st_size for path in worker_config.cache.glob("*.npy")}
+    assert len(files) == 4  # the one with too few images was read too
+    monkeypatch.setattr("unflaw.experiments.feature_store.read_parts", lambda *_: pytest.fail("images are read again"))
+    run(products, tiny("nearest_neighbor", **{"training.seed": 1}), tmp_path, Here(worker_config))
     monkeypatch.undo()
-    shutil.rmtree(told.cache)
-    little = WorkerConfig(told.cache, 1.5 * max(files.values()), told.weights, 1)
-    records, _ = run(products, tiny("lookup", **{"training.seed": 2}), tmp_path, Here(little))
-    kept = [path.stat().st_size for path in told.cache.iterdir()]
+    shutil.rmtree(worker_config.cache)
+    little = WorkerConfig(worker_config.cache, 1.5 * max(files.values()), worker_config.weights, 1)
+    records, _ = run(products, tiny("nearest_neighbor", **{"training.seed": 2}), tmp_path, Here(little))
+    kept = [path.stat().st_size for path in worker_config.cache.iterdir()]
     assert len(records) == 3 and 0 < sum(kept) <= little.limit
-    nothing = WorkerConfig(told.cache, 1.0, told.weights, 1)
+    nothing = WorkerConfig(worker_config.cache, 1.0, worker_config.weights, 1)
     with_room = [record.metrics for record in records]
-    again, _ = run(products, tiny("lookup", **{"training.seed": 2}), tmp_path / "other", Here(nothing))
+    again, _ = run(products, tiny("nearest_neighbor", **{"training.seed": 2}), tmp_path / "other", Here(nothing))
     for found, expected in zip([record.metrics for record in again], with_room, strict=True):
         assert found == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_file_that_vanishes_is_made_again(products, config, told, weights):
-    laboratory, dataset = ExperimentRunner(told.cache, weights), members(products)[0]["bolt"]
-    path = laboratory.path(config, dataset)
-    laboratory.fit(config, dataset)
+def test_a_file_that_vanishes_is_made_again(products, config, worker_config, weights):
+    runner, dataset = ExperimentRunner(worker_config.cache, weights), members(products)[0]["bolt"]
+    path = runner.path(config, dataset)
+    runner.fit(config, dataset)
     assert path.is_file()
     path.unlink()
-    ExperimentRunner(told.cache, weights).fit(config, dataset)
+    ExperimentRunner(worker_config.cache, weights).fit(config, dataset)
     assert path.is_file()
 
 
@@ -165,7 +163,7 @@ def test_folders_that_cannot_be_a_fleet_are_refused(products, tmp_path):
         (tmp_path / "none", "no such folder"),
         (products / "bolt", "one data set"),
         (products / "washer", "one data set"),
-        (products / "notes", "no folders of pictures"),
+        (products / "notes", "no folders of images"),
     ]:
         with pytest.raises(DatasetError, match=message):
             members(folder)
@@ -187,12 +185,12 @@ class Killed(Worker):
         return super().train(task)
 
 
-def _serve_killed(told, pipe):
-    module.Worker = Killed  # in the process of the seat
-    module._serve(told, pipe)
+def _serve_killed(worker_config, pipe):
+    module.Worker = Killed  # in the process of the worker
+    module._serve(worker_config, pipe)
 
 
-def test_a_process_that_is_killed_ends_its_category_only(products, config, told, tmp_path, monkeypatch):
+def test_a_process_that_is_killed_ends_its_category_only(products, config, worker_config, tmp_path, monkeypatch):
     started = []
     real = ProcessWorker.train
 
@@ -206,7 +204,7 @@ def test_a_process_that_is_killed_ends_its_category_only(products, config, told,
     monkeypatch.setattr(module, "_serve", _serve_killed)
     found, _ = members(products)
     found = {name: found[name] for name in ("bolt", "nut", "washer")}
-    with seats(told, 1) as places:
+    with training_workers(worker_config, 1) as places:
         records, failed = train_fleet(found, config, tmp_path, places, lambda *_: None)
     assert [record.category for record in records] == ["bolt", "washer"]
     assert "exit code -9; most likely out of memory" in failed["nut"]
@@ -217,7 +215,17 @@ def test_a_process_that_is_killed_ends_its_category_only(products, config, told,
 def test_the_command(products, weights, tmp_path):
     out = tmp_path / "out"
     settings = [f"--set={name}={json.dumps(v) if not isinstance(v, str) else v}" for name, v in SETTINGS.items()]
-    command = ["fleet", str(products), "--out", str(out), "--method", "lookup", "--weights", str(weights), *settings]
+    command = [
+        "fleet",
+        str(products),
+        "--out",
+        str(out),
+        "--method",
+        "nearest_neighbor",
+        "--weights",
+        str(weights),
+        *settings,
+    ]
     done = CliRunner().invoke(app, [*command, "--workers", "2"])
     assert done.exit_code == 3, done.output
     assert "error: ring:" in done.output and "| washer | 11 |" in done.output

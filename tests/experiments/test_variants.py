@@ -21,7 +21,7 @@ def test_every_named_variant_is_another_configuration_with_a_reason(method):
         ("uranet", "no-uncertainty", {"perception": {"bayesian": False}}),
         ("uranet", "no-memory", {"restoration": {"prototypes": 0}}),
         ("uranet", "tau-v-0.4", {"perception": {"deviation_threshold": 0.4, "mean_threshold": 0.5}}),
-        ("uranet", "lookup", {"method": "lookup"}),
+        ("uranet", "nearest_neighbor", {"method": "nearest_neighbor"}),
         ("mfrnet", "k-2-4-8", {"k": (2, 4, 8), "n": 3}),
         ("mfrnet", "gms-only", {"pixel": 0, "ssim": 0, "gms": 1}),
         ("mfrnet", "nothing-hidden", {"masked": False}),
@@ -55,10 +55,12 @@ def test_variants_of_another_form_are_refused(text):
 
 
 def test_a_variant_that_has_a_name_is_chosen_by_it():
-    with pytest.raises(ValueError, match="'lookup' is a variant that has a name; choose it with --only lookup"):
-        choose("uranet", own=["lookup"])
+    with pytest.raises(
+        ValueError, match="'nearest_neighbor' is a variant that has a name; choose it with --only nearest_neighbor"
+    ):
+        choose("uranet", own=["nearest_neighbor"])
     with pytest.raises(ValueError, match="name: setting=value"):
-        choose("draem", own=["lookup"])  # has none of that name
+        choose("draem", own=["nearest_neighbor"])  # has none of that name
 
 
 def test_configurations_have_what_is_common_then_what_is_their_own():
@@ -67,8 +69,12 @@ def test_configurations_have_what_is_common_then_what_is_their_own():
     assert (config.training.steps, config.training.seed, config.training.display_steps) == (9, 4, 5)
     assert config.network.restoration.depth == 2
     assert FULL.config("uranet", {}, 0).training.display_steps == 0
-    lookup = parse("b: method=lookup; network.prototypes=50").config("uranet", common, 0)
-    assert (lookup.method, lookup.network.prototypes, lookup.training.steps) == ("lookup", 50, 7)
+    nearest_neighbor = parse("b: method=nearest_neighbor; network.prototypes=50").config("uranet", common, 0)
+    assert (nearest_neighbor.method, nearest_neighbor.network.prototypes, nearest_neighbor.training.steps) == (
+        "nearest_neighbor",
+        50,
+        7,
+    )
     assert parse("c: method=uranet").config("uranet", common, 0).network.restoration.depth == 2
 
 
@@ -85,13 +91,23 @@ def test_choosing():
         return [variant.name for variant in choose(*arguments)]
 
     assert names("uranet") == [variant.name for variant in named("uranet")]
-    assert names("uranet", ["lookup", "no-memory"]) == ["full", "no-memory", "lookup"]  # in the order of the table
-    assert names("uranet", ["full"], ["lookup: method=lookup", "b:"]) == ["full", "lookup", "b"]
+    assert names("uranet", ["nearest_neighbor", "no-memory"]) == [
+        "full",
+        "no-memory",
+        "nearest_neighbor",
+    ]  # in the order of the table
+    assert names("uranet", ["full"], ["nearest_neighbor: method=nearest_neighbor", "b:"]) == [
+        "full",
+        "nearest_neighbor",
+        "b",
+    ]
     assert names("draem", [], ["b:"]) == ["full", "b"]
-    with pytest.raises(ValueError, match=r"uranet has no variant 'no-memroy'; there are full, .*no-memory.*lookup"):
+    with pytest.raises(
+        ValueError, match=r"uranet has no variant 'no-memroy'; there are full, .*no-memory.*nearest_neighbor"
+    ):
         choose("uranet", ["no-memroy"])
-    with pytest.raises(ValueError, match=r"'lookup'.*another name"):
-        choose("uranet", [], ["lookup: method=lookup"])
+    with pytest.raises(ValueError, match=r"'nearest_neighbor'.*another name"):
+        choose("uranet", [], ["nearest_neighbor: method=nearest_neighbor"])
     with pytest.raises(ValueError, match=r"'b'.*another name"):
         choose("uranet", ["full"], ["b:", "b: training.steps=1"])
     with pytest.raises(ValueError, match=r"unknown method 'uranett'.*uranet"):

@@ -134,14 +134,18 @@ def prepare(server: Server, folder: Path) -> list[Phase]:
     (folder / "out").mkdir()
     a, b, trained = folder / "a.safetensors", folder / "b.safetensors", folder / "u.safetensors"
     weights: list[object] = ["--data", parts, "--weights", server.weights]
-    lookup = ["train", "--method", "lookup", *weights, *settings(LOOKUP)]
+    nearest_neighbor = ["train", "--method", "nearest_neighbor", *weights, *settings(LOOKUP)]
     uranet = ["train", *weights, *settings(SMALL | TINY_URANET | {"training.checkpoint_seconds": 0})]
-    for file, command in ((a, [*lookup, "--seed", 0]), (b, [*lookup, "--seed", 1]), (trained, [*uranet, "--seed", 0])):
+    for file, command in (
+        (a, [*nearest_neighbor, "--seed", 0]),
+        (b, [*nearest_neighbor, "--seed", 1]),
+        (trained, [*uranet, "--seed", 0]),
+    ):
         server.done(folder, *command, "--out", file, here=file == a)
 
     def predict(model: Path, root: Path) -> list[object]:
         out = root / "out"
-        options = ["--pictures", "--labelme", "--coco", out / "coco.json", "--group-by", "folder", "--fdr", 0.1]
+        options = ["--images", "--labelme", "--coco", out / "coco.json", "--group-by", "folder", "--fdr", 0.1]
         return ["predict", model, test, "--out", out, *options]
 
     def evaluate(model: Path, root: Path) -> list[object]:
@@ -156,7 +160,7 @@ def prepare(server: Server, folder: Path) -> list[Phase]:
 
     def ablate(root: Path) -> list[object]:
         varied = ["--variant", "few: network.prototypes=16", "--only", "full", "--seeds", 1]
-        return ["ablate", "--method", "lookup", *weights, *settings(LOOKUP), *varied, "--out", root / "out"]
+        return ["ablate", "--method", "nearest_neighbor", *weights, *settings(LOOKUP), *varied, "--out", root / "out"]
 
     def log_export(root: Path) -> list[object]:
         return ["log", "export", "--store", root / "store", "--out", root / "out/log.csv"]
@@ -174,7 +178,12 @@ def prepare(server: Server, folder: Path) -> list[Phase]:
             "training", lambda root: [*uranet, "--seed", 1, "--out", root / d], "d.safetensors", resume=("--resume",)
         ),
         Phase("caching", ablate, "runs.jsonl"),
-        Phase("saving", lambda root: [*lookup, "--seed", 1, "--out", root / d], "d.safetensors", ("event", "byte")),
+        Phase(
+            "saving",
+            lambda root: [*nearest_neighbor, "--seed", 1, "--out", root / d],
+            "d.safetensors",
+            ("event", "byte"),
+        ),
         Phase("calibrating", lambda root: ["calibrate", root / d, "--good", good], "d.safetensors"),
         Phase("exporting to ONNX", export(b, "onnx", "d.onnx"), "d.onnx"),
         Phase("exporting to OpenVINO", export(b, "openvino", "d.xml"), "d.xml"),

@@ -114,7 +114,7 @@ def test_predicting_on_a_full_disk_leaves_the_results_of_yesterday(mounted, save
     out = mounted(0.1) / "results"
     out.mkdir()
     (out / "results.jsonl").write_text("yesterday\n")
-    refused("predict", saved, parts / "test", "--out", out, "--pictures", says=".png: cannot be written (No space")
+    refused("predict", saved, parts / "test", "--out", out, "--images", says=".png: cannot be written (No space")
     assert (out / "results.jsonl").read_text() == "yesterday\n"
     with (out / "full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         while True:
@@ -147,7 +147,7 @@ def test_features_for_which_there_is_no_room(mounted, train, tmp_path, monkeypat
     refused(*train(tmp_path / "d.safetensors", training__cache_gb=1e-9), says=says)
 
 
-def test_a_camera_folder_on_a_full_disk_keeps_its_pictures(mounted, saved, parts, tmp_path):
+def test_a_camera_folder_on_a_full_disk_keeps_its_images(mounted, saved, parts, tmp_path):
     disk, camera = mounted(0.5), tmp_path / "camera"
     shutil.copytree(parts / "test/good", camera)
     watch = ["watch", camera, "--model", saved, "--out", tmp_path / "sorted", "--store", disk, "--once"]
@@ -214,7 +214,7 @@ def unreadable(path: Path) -> Path:
     return path
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_the_others_go_on(saved, parts, tmp_path, train):
+def test_an_image_that_cannot_be_read_is_named_and_the_others_go_on(saved, parts, tmp_path, train):
     data = make_parts(tmp_path / "parts")
     broken = unreadable(data / "train/good/broken.png")
     code, said = unflaw(*train(tmp_path / "d.safetensors", data))
@@ -243,11 +243,11 @@ def test_a_detector_that_cannot_be_read(parts, tmp_path):
 # Files that go while the work is on
 
 
-def test_a_picture_that_goes_between_listing_and_reading_is_skipped(saved, tmp_path, train, monkeypatch):
+def test_an_image_that_goes_between_listing_and_reading_is_skipped(saved, tmp_path, train, monkeypatch):
     from unflaw import datasets
     from unflaw.cli import inspecting
 
-    data, load, listed = make_parts(tmp_path / "parts"), datasets.load_dataset, inspecting.pictures_in
+    data, load, listed = make_parts(tmp_path / "parts"), datasets.load_dataset, inspecting.images_in
 
     def loses(path: Path) -> Any:
         found = load(path)
@@ -263,14 +263,14 @@ def test_a_picture_that_goes_between_listing_and_reading_is_skipped(saved, tmp_p
         found[1].unlink()
         return found
 
-    monkeypatch.setattr(inspecting, "pictures_in", lists)
+    monkeypatch.setattr(inspecting, "images_in", lists)
     code, said = unflaw("predict", saved, data / "test/good", "--out", tmp_path / "out")
     assert code == 3 and "1 not readable" in said
     lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert ["error" in line for line in lines] == [False, True, False, False]
 
 
-def test_a_picture_that_goes_while_it_is_learned_from_ends_the_training_early(tmp_path, train, monkeypatch):
+def test_an_image_that_goes_while_it_is_learned_from_ends_the_training_early(tmp_path, train, monkeypatch):
     data, contents = make_parts(tmp_path / "parts"), Detector._contents
 
     def goes(paths: list[Path]) -> Any:

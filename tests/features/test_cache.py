@@ -29,13 +29,13 @@ def extractor(weights) -> FeatureExtractor:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> list[Path]:
-    """70 pictures, more than the extractor is fitted on, in no alphabetical order; two of them broken."""
+    """70 images, more than the extractor is fitted on, in no alphabetical order; two of them broken."""
     folder = tmp_path_factory.mktemp("many")
     rng = np.random.default_rng(0)
     paths = [folder / f"{i:02d}.png" for i in rng.permutation(70)]
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-    paths[10].write_bytes(b"no picture")
+    paths[10].write_bytes(b"no image")
     paths[40].unlink()
     return paths
 
@@ -87,7 +87,7 @@ def test_a_bad_file_is_loaded_as_its_error(many):
 
 
 @pytest.mark.parametrize("batch", [1, 16, 100])
-def test_cache_holds_every_readable_picture(extractor, many, batch):
+def test_cache_holds_every_readable_image(extractor, many, batch):
     seen = []
     cache = build_cache(extractor, many, PREPARATION, PLENTY, batch=batch, progress=lambda *report: seen.append(report))
     readable = [p for i, p in enumerate(many) if i not in (10, 40)]
@@ -101,15 +101,15 @@ def test_cache_holds_every_readable_picture(extractor, many, batch):
         torch.testing.assert_close(cache.features[i].float(), embedded(extractor, cache.paths[i]), atol=1e-2, rtol=1e-2)
         side = cache.thumbnails.shape[-1] // 32
         thumbnail = cache.thumbnails[i].float().unfold(1, side, side).unfold(2, side, side).mean((-1, -2))
-        picture = torch.from_numpy(prepare(read(cache.paths[i]), PREPARATION).pixels) * 255
-        torch.testing.assert_close(thumbnail, picture, atol=1.0, rtol=0)
+        image = torch.from_numpy(prepare(read(cache.paths[i]), PREPARATION).pixels) * 255
+        torch.testing.assert_close(thumbnail, image, atol=1.0, rtol=0)
     done = [report[1] for report in seen]
     assert {(report[0], report[2]) for report in seen} == {("features", 70)}
     assert done == sorted(done) and done[-1] == 70
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_progress_reaches_its_end_whichever_pictures_cannot_be_read(extractor, many, seed):
+def test_progress_reaches_its_end_whichever_images_cannot_be_read(extractor, many, seed):
     build_cache(extractor, many[:8], PREPARATION, PLENTY)
     done, paths = [], [many[10], many[0], many[40]]
     build_cache(
@@ -133,7 +133,7 @@ def test_features_on_disk_are_those_in_memory(weights, many):
         return extractor, build_cache(extractor, many, PREPARATION, budget, seed=3)
 
     (a, ram), (b, disk) = built(PLENTY), built(NOTHING)
-    assert torch.equal(a.basis, b.basis)  # fitted on the same pictures
+    assert torch.equal(a.basis, b.basis)  # fitted on the same images
     assert disk.paths == ram.paths and disk.skipped == ram.skipped
     for name in ("features", "thumbnails", "described"):
         assert torch.equal(getattr(disk, name), getattr(ram, name))
@@ -152,7 +152,7 @@ def test_the_budget_decides_where_features_are():
         assert (folder is not None) == on_disk
 
 
-def test_the_extractor_is_fitted_on_the_first_pictures_or_left_alone(extractor, many):
+def test_the_extractor_is_fitted_on_the_first_images_or_left_alone(extractor, many):
     cache = build_cache(extractor, many, PREPARATION, PLENTY, batch=16)
     raw = torch.cat([extractor.aggregate(stack([prepare(read(path), PREPARATION)])) for path in cache.paths])
     first = FeatureExtractor(extractor.config, Weights.RANDOM)
@@ -175,7 +175,7 @@ def test_a_part_of_a_cache_is_a_view(extractor, many, part):
         assert some.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()  # nothing is copied
 
 
-def test_boxes_are_where_the_pictures_are(extractor, many, tmp_path):
+def test_boxes_are_where_the_images_are(extractor, many, tmp_path):
     paths = []
     for path in many[:8]:
         paths.append(tmp_path / path.name)
@@ -186,26 +186,26 @@ def test_boxes_are_where_the_pictures_are(extractor, many, tmp_path):
         assert window.box == ((0, 8, 32, 24) if int(path.stem) % 2 else (0, 0, 32, 32))
 
 
-def test_too_few_pictures_are_refused_with_the_reason(extractor, many):
-    with pytest.raises(TrainingError, match="7 good pictures are too few to learn from"):
+def test_too_few_images_are_refused_with_the_reason(extractor, many):
+    with pytest.raises(TrainingError, match="7 good images are too few to learn from"):
         build_cache(extractor, many[:7], PREPARATION, PLENTY)
     some = [*many[:7], many[10], many[40]]
     with pytest.raises(TrainingError, match=rf"2 could not be read, first: .*({many[10].name}|{many[40].name})"):
         build_cache(extractor, some, PREPARATION, PLENTY)
-    with pytest.raises(TrainingError, match="0 good pictures"):
+    with pytest.raises(TrainingError, match="0 good images"):
         build_cache(extractor, [many[10]] * 9, PREPARATION, PLENTY)
-    with pytest.raises(TrainingError, match="0 good pictures"):
+    with pytest.raises(TrainingError, match="0 good images"):
         build_cache(extractor, [], PREPARATION, PLENTY)
 
 
-def test_to_calibrate_one_picture_is_enough_but_none_is_not(extractor, many):
+def test_to_calibrate_one_image_is_enough_but_none_is_not(extractor, many):
     build_cache(extractor, many[:8], PREPARATION, PLENTY)
     assert len(build_cache(extractor, many[:1], PREPARATION, PLENTY, fit=False)) == 1
-    with pytest.raises(TrainingError, match=rf"0 good pictures are too few to calibrate with.*{many[10].name}"):
+    with pytest.raises(TrainingError, match=rf"0 good images are too few to calibrate with.*{many[10].name}"):
         build_cache(extractor, [many[10]], PREPARATION, PLENTY, fit=False)
 
 
-def test_copies_of_one_picture_are_refused(extractor, many):
+def test_copies_of_one_image_are_refused(extractor, many):
     with pytest.raises(TrainingError, match="identical"):
         build_cache(extractor, [many[0]] * 10, PREPARATION, PLENTY)
     build_cache(extractor, many[:8], PREPARATION, PLENTY)

@@ -67,7 +67,7 @@ def test_no_more_components_than_channels(raw):
     assert made.fit(raw[:, :64]).project(raw[:, :64]).shape == (6, 64, 8, 8)
 
 
-def test_a_picture_has_the_same_features_in_any_batch(images):
+def test_an_image_has_the_same_features_in_any_batch(images):
     made = extractor()
     torch.testing.assert_close(made(images)[2:3], made(images[2:3]), atol=1e-4, rtol=1e-4)
 
@@ -412,7 +412,7 @@ def test_a_saved_state_brings_back_the_same_features(weights, images, tmp_path, 
     assert torch.equal(again.coarsen(again(images)), made.coarsen(made(images)))
 
 
-# Pictures in place of features
+# Images in place of features
 
 
 def test_pixels_are_features_as_they_are(images):
@@ -460,7 +460,7 @@ def test_levels_with_channels_last_are_those_of_the_whole_model(windowed):
     expected = torch.cat([resize(found[0], 14), found[1]], 1)
     torch.testing.assert_close(raw, expected, atol=1e-4, rtol=1e-4)
     assert "state_dict" not in extractor.backbone.pretrained_cfg
-    with pytest.raises(WeightsError, match=rf"{WINDOWED} takes pictures of 224 × 224 pixels, not of 256; .*--size 224"):
+    with pytest.raises(WeightsError, match=rf"{WINDOWED} takes images of 224 × 224 pixels, not of 256; .*--size 224"):
         FeatureExtractor(config, Weights.RANDOM, 256)
 
 
@@ -479,7 +479,9 @@ def test_a_detector_learns_on_a_transformer(parts, tiny, tmp_path):
 
     torch.manual_seed(3)
     save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "vit.safetensors")
-    config = tiny("lookup", **{"features.backbone": "test_vit", "features.levels": (0, 1), "training.display_steps": 0})
+    config = tiny(
+        "nearest_neighbor", **{"features.backbone": "test_vit", "features.levels": (0, 1), "training.display_steps": 0}
+    )
     detector = Detector(config=config, weights=tmp_path / "vit.safetensors").fit(parts)
     detector.save(tmp_path / "d.safetensors")
     path = next((parts / "test/square").iterdir())
@@ -487,6 +489,6 @@ def test_a_detector_learns_on_a_transformer(parts, tiny, tmp_path):
     assert found.score == expected.score and np.array_equal(found.map, expected.map)
     with pytest.raises(WeightsError, match=r"test_vit does not give the levels 0, 9"):
         Detector(
-            config=tiny("lookup", **{"features.backbone": "test_vit", "features.levels": (0, 9)}),
+            config=tiny("nearest_neighbor", **{"features.backbone": "test_vit", "features.levels": (0, 9)}),
             weights=Weights.RANDOM,
         )

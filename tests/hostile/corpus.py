@@ -1,4 +1,4 @@
-"""Hostile pictures, made by code: what each file is, and what must become of it."""
+"""Hostile images, made by code: what each file is, and what must become of it."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image, PngImagePlugin
 
 BOMB = 50_000  # side; 2.5 billion pixels
-READ = None  # in the place of a reason: the file is a picture, odd as it is, and must be read
+READ = None  # in the place of a reason: the file is an image, odd as it is, and must be read
 
 
 class Case(NamedTuple):
@@ -27,14 +27,14 @@ def grey(side: int = 40) -> np.ndarray:
 
 
 def saved(kind: str, mode: str = "RGB", **options: object) -> bytes:
-    """A picture as Pillow writes it."""
+    """An image as Pillow writes it."""
     data = io.BytesIO()
     Image.fromarray(grey()).convert(mode).save(data, kind, **options)
     return data.getvalue()
 
 
 def written(pixels: np.ndarray, **options: object) -> bytes:
-    """A picture as tifffile writes it."""
+    """An image as tifffile writes it."""
     data = io.BytesIO()
     tifffile.imwrite(data, pixels, **options)
     return data.getvalue()
@@ -113,7 +113,7 @@ def strips(side: int, rows: int) -> bytes:
 
 
 def webp(width: int, height: int) -> bytes:
-    """A small picture whose canvas claims to be larger."""
+    """A small image whose canvas claims to be larger."""
     inner = saved("WEBP")[12:]
     body = b"WEBP" + b"VP8X" + struct.pack("<IB3x", 10, 0)
     body += (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little") + inner
@@ -190,10 +190,10 @@ def cases() -> list[Case]:
         *(Case(f"cut-{kind}", lambda data=data: data[: len(data) // 2], "damaged") for kind, data in whole.items()),
         *(Case(f"head-{kind}", lambda data=data: data[:6], "") for kind, data in whole.items()),
         Case("empty.png", bytes, "is empty"),
-        Case("zeros.png", lambda: bytes(1000), "not a picture"),
+        Case("zeros.png", lambda: bytes(1000), "not an image"),
         Case("suffix-is-wrong.png", lambda: whole["JPEG"], READ),
-        Case("page.png", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
-        Case("program.jpg", lambda: b"\x7fELF" + bytes(500), "not a picture"),
+        Case("page.png", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        Case("program.jpg", lambda: b"\x7fELF" + bytes(500), "not an image"),
         # bombs
         Case("claims.png", lambda: png(BOMB, BOMB, zlib.compress(b"")), "over the limit"),
         Case("bomb.png", lambda: png(BOMB, BOMB, deflated(BOMB * row), bits=1), "over the limit"),
@@ -245,7 +245,7 @@ def cases() -> list[Case]:
             ),
             "blocks",
         ),
-        # several pictures in one
+        # several images in one
         *(Case(f"moving-{kind}", lambda kind=kind: moving(kind), "several frames") for kind in ("GIF", "WEBP", "PNG")),
         Case("pages.tif", lambda: moving("TIFF"), "several frames or pages"),
         Case(

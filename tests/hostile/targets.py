@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from tests.conftest import OWN, TINY, make_parts
 from tests.hostile.corpus import cases
 
-LARGEST = 300_000  # bytes of a picture that is mutated
+LARGEST = 300_000  # bytes of an image that is mutated
 # What a hostile hand puts where something else belongs.
 ODD = [
     *(None, True, -1, 0, 1, 2**31, 2**63, 10**30, -(10**30), 1e308, -0.5, float("nan"), float("inf")),
@@ -82,7 +82,7 @@ class Material:
         with self.model.open("rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
             self.header, self.tensors = header, file.read()
-        self.pictures = [data for case in cases() if "bomb" not in case.name and len(data := case.make()) < LARGEST]
+        self.images = [data for case in cases() if "bomb" not in case.name and len(data := case.make()) < LARGEST]
 
     def detector(self, metadata: str, header: dict[str, Any] | None = None) -> bytes:
         """A detector file with other metadata or another header."""
@@ -94,11 +94,11 @@ class Material:
         side, one = 64, TensorProto.FLOAT
         made = helper.make_graph(
             [
-                helper.make_node("ReduceMean", ["pictures"], ["map"], axes=[1], keepdims=0),
+                helper.make_node("ReduceMean", ["images"], ["map"], axes=[1], keepdims=0),
                 helper.make_node("ReduceMax", ["map"], ["score"], axes=[1, 2], keepdims=0),
             ],
             "detector",
-            [helper.make_tensor_value_info("pictures", one, ["n", 3, side, side])],
+            [helper.make_tensor_value_info("images", one, ["n", 3, side, side])],
             [
                 helper.make_tensor_value_info("map", one, ["n", side, side]),
                 helper.make_tensor_value_info("score", one, ["n"]),
@@ -170,16 +170,16 @@ def _text(tree: Any) -> str:
     return json.dumps(tree)
 
 
-def _use(path: Path, pictures: list[Path]) -> None:
+def _use(path: Path, images: list[Path]) -> None:
     """All that a detector file is used for."""
     import unflaw
 
     detector = unflaw.load(path)
     for name in detector.calibrations:
         detector.select(name).describe()
-        detector.inspect(pictures[0], category=name).to_json()
+        detector.inspect(images[0], category=name).to_json()
         if name in detector.references:
-            detector.references[name].test([detector.inspect(p, category=name).described for p in pictures[:2]])
+            detector.references[name].test([detector.inspect(p, category=name).described for p in images[:2]])
 
 
 def targets(material: Material) -> dict[str, Target]:
@@ -195,11 +195,11 @@ def targets(material: Material) -> dict[str, Target]:
     from unflaw.experiments.run_log import Log
     from unflaw.imaging.reading import read
 
-    pictures = sorted((material.parts / "test/good").iterdir())
+    images = sorted((material.parts / "test/good").iterdir())
     deep = st.integers(100, 5000).map(lambda n: '{"format":1,"x":' + "[" * n + "]" * n + "}")
     text = mutated(material.metadata).map(_text) | deep | st.text(max_size=60)
 
-    def picture(data: bytes, folder: Path) -> None:
+    def image(data: bytes, folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on damaged notes
             pixels = read(data, max_pixels=2_000_000)
@@ -208,7 +208,7 @@ def targets(material: Material) -> dict[str, Target]:
     def detector(metadata: str, folder: Path) -> None:
         path = folder / "x.safetensors"
         path.write_bytes(material.detector(metadata))
-        _use(path, pictures)
+        _use(path, images)
 
     def told(metadata: str, folder: Path) -> None:
         path = folder / "x.safetensors"
@@ -221,22 +221,22 @@ def targets(material: Material) -> dict[str, Target]:
     def tensors(header: Any, folder: Path) -> None:
         path = folder / "x.safetensors"
         path.write_bytes(material.detector(_text(material.metadata), header if isinstance(header, dict) else {}))
-        _use(path, pictures)
+        _use(path, images)
 
     def file(data: bytes, folder: Path) -> None:
         path = folder / "x.safetensors"
         path.write_bytes(data)
-        _use(path, pictures)
+        _use(path, images)
 
     def graph(metadata: str, folder: Path) -> None:
         path = folder / "x.onnx"
         path.write_bytes(material.graph(metadata.encode(errors="replace").decode()))
-        _use(path, pictures)
+        _use(path, images)
 
     def damaged_graph(data: bytes, folder: Path) -> None:
         path = folder / "x.onnx"
         path.write_bytes(data)
-        _use(path, pictures)
+        _use(path, images)
 
     def table(content: bytes, folder: Path) -> None:
         path = material.parts / "table.csv"
@@ -318,7 +318,7 @@ def targets(material: Material) -> dict[str, Target]:
     logs |= logs.flatmap(lambda data: damaged([data or b"x"])) | st.binary(max_size=60)
     whole, exported = material.model.read_bytes(), material.graph(_text(_exported(material)))
     return {
-        "pictures": Target(damaged(material.pictures), picture, (ImageError,)),
+        "images": Target(damaged(material.images), image, (ImageError,)),
         "detector metadata": Target(text, detector, (DetectorError, ImageError)),
         "unflaw info": Target(text, told, ()),
         "tensors": Target(mutated(material.header), tensors, (DetectorError,)),

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from tests.hostile.targets import Material, targets
 
 NAMES = (
-    *("pictures", "detector metadata", "unflaw info", "tensors", "detector files", "graph metadata", "graphs"),
+    *("images", "detector metadata", "unflaw info", "tensors", "detector files", "graph metadata", "graphs"),
     *("tables", "grids", "run logs"),
 )
 SLOW = ("detector metadata", "unflaw info", "tensors", "detector files", "graph metadata")  # to some tenths of a second

@@ -58,12 +58,12 @@ def test_a_pickle_is_executed_under_no_name(tmp_path, name, archived):
 
 
 def test_a_pickle_as_calibration_or_feature_file_is_not_executed(tmp_path):
-    from unflaw.evaluation.bootstrap import PerPicture
+    from unflaw.evaluation.bootstrap import PerImage
 
     mark, path = tmp_path / "executed", tmp_path / "x.npz"
     np.savez(path, names=np.array([Payload(mark)], dtype=object))
     with pytest.raises(ValueError):
-        PerPicture.load(path)
+        PerImage.load(path)
     assert not mark.exists()
 
 
@@ -161,7 +161,7 @@ def test_category_names_are_no_paths(material, tmp_path):
         material.parts / "test/good",
     ]
     done = subprocess.run(
-        [*command, "--out", out, "--pictures", "--labelme"], capture_output=True, text=True, timeout=90, check=False
+        [*command, "--out", out, "--images", "--labelme"], capture_output=True, text=True, timeout=90, check=False
     )
     assert done.returncode == 0, done.stderr
     made = {p for p in tmp_path.rglob("*")} - before

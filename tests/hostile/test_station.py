@@ -33,7 +33,7 @@ def good(material) -> bytes:
 
 @pytest.fixture
 def client(material, tmp_path):
-    log = Log(f"sqlite:///{tmp_path / 'log.db'}", tmp_path / "pictures")
+    log = Log(f"sqlite:///{tmp_path / 'log.db'}", tmp_path / "images")
     station = Station(load_all([str(material.model)]), log, Limits(bytes=LIMIT, pixels=1_000_000, seconds=5))
     with TestClient(create_app(station), base_url="http://localhost:8000", raise_server_exceptions=False) as client:
         client.station = station
@@ -45,7 +45,7 @@ def refused(answer, statuses=frozenset(DOCUMENTED)) -> str:
     return answer.json()["detail"]
 
 
-def test_every_hostile_picture_is_inspected_or_refused(client, tmp_path):
+def test_every_hostile_image_is_inspected_or_refused(client, tmp_path):
     start, taken = time.monotonic(), 0
     sent = [case for case in cases() if not case.name.startswith(("flipped", "bomb-strip", "small", "text", "profile"))]
     for case in sent:
@@ -55,7 +55,7 @@ def test_every_hostile_picture_is_inspected_or_refused(client, tmp_path):
             assert case.name in refused(answer, {413, 422}) or answer.status_code == 413
     assert 10 < taken < len(sent) and client.station.log.count(Filter()) == taken
     assert time.monotonic() - start < 60
-    kept = [path for path in (tmp_path / "pictures").rglob("*") if path.is_file()]
+    kept = [path for path in (tmp_path / "images").rglob("*") if path.is_file()]
     assert len(kept) <= taken and all(len(path.stem) == 64 for path in kept)
 
 
@@ -75,14 +75,14 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_text_and_nothing_else(client, good, tmp_path, name):
-    answer = client.post("/inspect", files={"picture": (name, good)})
+    answer = client.post("/inspect", files={"image": (name, good)})
     assert answer.status_code in (200, 400, 422), answer.text  # 400: a name of 5000 letters is no header of a form
     assert "set-cookie" not in answer.headers
     if answer.status_code == 200:
         told = answer.json()
         assert told["name"].isprintable() and len(told["name"]) <= 200
         assert client.get(f"/inspections/{told['id']}").json() == told
-    assert {path.name for path in tmp_path.iterdir()} <= {"pictures", "log.db", "log.db-wal", "log.db-shm"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"images", "log.db", "log.db-wal", "log.db-shm"}
 
 
 EXTENDED = [
@@ -100,7 +100,7 @@ EXTENDED = [
 
 @pytest.mark.parametrize("value", EXTENDED)
 def test_percent_encoded_names_are_text_and_nothing_else(client, good, tmp_path, value):
-    head = f'--x\r\nContent-Disposition: form-data; name="picture"; filename*={value}\r\n\r\n'.encode("latin-1")
+    head = f'--x\r\nContent-Disposition: form-data; name="image"; filename*={value}\r\n\r\n'.encode("latin-1")
     body, kind = head + good + b"\r\n--x--\r\n", {"content-type": "multipart/form-data; boundary=x"}
     answer = client.post("/inspect", content=body, headers=kind)
     assert answer.status_code in (200, 400), answer.text  # 400: so long a header
@@ -108,13 +108,13 @@ def test_percent_encoded_names_are_text_and_nothing_else(client, good, tmp_path,
     if answer.status_code == 200:
         told = answer.json()
         assert told["name"].isprintable() and 0 < len(told["name"]) <= 200
-    assert {path.name for path in tmp_path.iterdir()} <= {"pictures", "log.db", "log.db-wal", "log.db-shm"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"images", "log.db", "log.db-wal", "log.db-shm"}
 
 
 def test_forms_of_thousands_of_parts(client, good):
     fields = {f"f{i}": "x" for i in range(2000)}
-    assert "fields" in refused(client.post("/inspect", files={"picture": good}, data=fields), {400})
-    files = [("picture", (f"{i}.png", b"x")) for i in range(1000)]
+    assert "fields" in refused(client.post("/inspect", files={"image": good}, data=fields), {400})
+    files = [("image", (f"{i}.png", b"x")) for i in range(1000)]
     assert "files" in refused(client.post("/inspect", files=files), {400})
     refused(client.post("/inspect", files=files * 4), {413})
     boundary = {"content-type": "multipart/form-data; boundary=x"}
@@ -151,9 +151,9 @@ PATHS = [
     "/inspections/1e3",
     "/inspections/9223372036854775808",
     f"/inspections/{'9' * 5000}",
-    "/inspections/1/pictures/..%2f..%2f..%2flog.db",
-    "/inspections/1/pictures/" + "x" * 5000,
-    "/inspections/1/pictures/%00",
+    "/inspections/1/images/..%2f..%2f..%2flog.db",
+    "/inspections/1/images/" + "x" * 5000,
+    "/inspections/1/images/%00",
     "/page/..%2f..%2fapp.py",
     "/page/%2e%2e/%2e%2e/app.py",
     "/page//etc/passwd",

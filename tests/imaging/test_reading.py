@@ -146,11 +146,11 @@ def test_transparent_files_are_named_in_training_and_in_prediction(parts, weight
         image.putalpha(0)
         image.save(tmp_path / path.name)
     clear = sorted(tmp_path.iterdir())
-    untrained = Detector(config=tiny("lookup", **{"training.display_steps": 0}), weights=weights)
+    untrained = Detector(config=tiny("nearest_neighbor", **{"training.display_steps": 0}), weights=weights)
     with pytest.raises(TrainingError, match=r"12 could not be read, first: .*\.png: is transparent everywhere"):
         untrained.fit(tmp_path)
     trained = untrained.fit([*good, clear[0]])
-    assert trained.record_["good_pictures"] == 12
+    assert trained.record_["good_images"] == 12
     ((path, reason),) = trained.record_["skipped"]
     assert path == str(clear[0]) and reason.startswith(f"{clear[0]}: is transparent everywhere")
     found, *errors = trained.inspect_many([good[0], *clear[:2]], on_error="yield")
@@ -436,14 +436,14 @@ def test_grey_png_of_16_bits_with_a_transparent_value():
 
 @pytest.mark.parametrize("array", [np.zeros(3), np.zeros((2, 2, 5)), np.zeros((0, 4, 3)), np.zeros((2, 2, 3), int)])
 def test_arrays_of_other_shapes_and_types_are_refused(array):
-    with pytest.raises(ImageError, match=r"^the picture: .*give"):
+    with pytest.raises(ImageError, match=r"^the image: .*give"):
         read(array)
 
 
 DAMAGED = {
     "empty": (b"", "is empty"),
-    "text": (b"hello, world", "not a picture"),
-    "vector": (b"%!PS-Adobe-3.0 EPSF-3.0", "not a picture"),
+    "text": (b"hello, world", "not an image"),
+    "vector": (b"%!PS-Adobe-3.0 EPSF-3.0", "not an image"),
     "head": (encoded(COLOUR)[:20], "damaged"),
     "flipped": (encoded(COLOUR).replace(b"IDAT", b"IDAT\1", 1), "damaged"),
     **{f"half_{kind}": (encoded(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), kind), "damaged")
@@ -629,7 +629,7 @@ def test_boxes_come_back(width, height, size, fit, corners):
 
 @settings(max_examples=40)
 @given(**geometry)
-def test_masks_share_the_geometry_of_pictures(width, height, size, fit):
+def test_masks_share_the_geometry_of_images(width, height, size, fit):
     preparation = Preparation(size=size, fit=fit)
     mask = prepare_mask(np.ones((height, width), bool), preparation)
     left, top, right, bottom = prepare(np.zeros((height, width, 3), np.uint8), preparation).box

@@ -1,4 +1,4 @@
-"""Pictures in tiles and regions of interest, from training to report: what a whole detector makes of them."""
+"""Images in tiles and regions of interest, from training to report: what a whole detector makes of them."""
 
 from pathlib import Path
 
@@ -26,31 +26,31 @@ TILED = {"preparation.tile": 40, "preparation.overlap": 0.25, "training.display_
 
 @pytest.fixture(scope="module")
 def tiled(parts, weights, tiny) -> Detector:
-    return Detector(config=tiny("lookup", **TILED), weights=weights).fit(parts)
+    return Detector(config=tiny("nearest_neighbor", **TILED), weights=weights).fit(parts)
 
 
-def test_windows_of_a_picture_stay_together(parts, tiny, weights):
+def test_windows_of_an_image_stay_together(parts, tiny, weights):
     paths = sorted((parts / "train/good").iterdir())
     extractor = FeatureExtractor(tiny().features, weights)
     cache = build_cache(extractor, paths, Preparation(size=64, tile=40), 1e9)
     assert len(cache) == 12 * 4 and cache.count == 12
-    assert cache.pictures.tolist() == [number for number in range(12) for _ in range(4)]
+    assert cache.images.tolist() == [number for number in range(12) for _ in range(4)]
     train, held = split_calibration(cache, None, 0.25, 1e9)
     assert train.count == 9 and held[""].count == 3 and not set(train.paths) & set(held[""].paths)
     first = cache.mixed(range(len(cache)))[:12]
-    assert sorted(cache.pictures[first].tolist()) == list(range(12))
+    assert sorted(cache.images[first].tolist()) == list(range(12))
     assert len({cache.windows[row].number for row in first}) == 4
 
 
-def test_what_a_picture_taught_is_left_out_for_all_its_windows(tiled):
+def test_what_an_image_taught_is_left_out_for_all_its_windows(tiled):
     memory = tiled.network.memory
-    assert set(memory.banks[0].owners.tolist()) <= set(range(10))  # 12 pictures less 2 that calibrated, not 40 windows
+    assert set(memory.banks[0].owners.tolist()) <= set(range(10))  # 12 images less 2 that calibrated, not 40 windows
 
 
 def test_one_tile_is_as_no_tiles(parts, weights, tiny):
-    """The pictures are 64 × 64: tiles of 64 change nothing."""
+    """The images are 64 × 64: tiles of 64 change nothing."""
     made = [
-        Detector(config=tiny("lookup", **{"training.display_steps": 0} | more), weights=weights).fit(parts)
+        Detector(config=tiny("nearest_neighbor", **{"training.display_steps": 0} | more), weights=weights).fit(parts)
         for more in ({}, {"preparation.tile": 64})
     ]
     assert made[0].calibration_ == made[1].calibration_
@@ -76,7 +76,7 @@ def test_tiles_give_one_result(tiled, parts):
 
 def test_many_at_once_are_as_one_by_one_and_errors_stay_in_place(tiled, parts, tmp_path):
     paths = sorted((parts / "test").rglob("*.png"))
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     mixed = [tmp_path / "bad.png", *paths[:3], tmp_path / "bad.png", paths[3], tmp_path / "none.png"]
     for path, outcome in zip(mixed, tiled.inspect_many(mixed, batch=3, on_error="yield"), strict=True):
         if path in paths:
@@ -89,9 +89,11 @@ def test_many_at_once_are_as_one_by_one_and_errors_stay_in_place(tiled, parts, t
 
 
 def test_calibration_is_made_the_same_way_as_inspection(parts, weights, tiny):
-    """The scores of held-out pictures are those that inspection gives them."""
+    """The scores of held-out images are those that inspection gives them."""
     paths = sorted((parts / "train/good").iterdir())
-    made = Detector(config=tiny("lookup", **TILED, **{"calibration.update_memory": False}), weights=weights).fit(paths)
+    made = Detector(
+        config=tiny("nearest_neighbor", **TILED, **{"calibration.update_memory": False}), weights=weights
+    ).fit(paths)
     scores = [made.inspect(path).score for path in paths]
     for score in made.calibration_.scores:
         assert min(abs(score - other) for other in scores) < 0.02 * abs(score) + 0.01
@@ -105,7 +107,7 @@ def test_a_file_an_evaluation_a_prediction_and_figures(tiled, parts, tmp_path):
     assert np.array_equal(again.inspect(path).map, tiled.inspect(path).map)
     found = evaluate(again, dataset, spool=True)
     assert found.metrics["n_images"] == 8 and found.metrics["pixel_auroc"] > 0.8
-    assert found.pictures.pixels is not None and found.shown[0].result.map.shape == (102, 102)
+    assert found.images.pixels is not None and found.shown[0].result.map.shape == (102, 102)
     assert {file.name for file in write_figures(again, dataset, tmp_path / "figures", count=2)} == {"recall.png"}
     before = again.calibration_
     again.calibrate(sample.path for sample in dataset.test if not sample.label)
@@ -115,7 +117,7 @@ def test_a_file_an_evaluation_a_prediction_and_figures(tiled, parts, tmp_path):
 @pytest.mark.parametrize("more", [TILED, {"preparation.roi": (0.1, 0.2, 0.9, 0.9)}])
 def test_features_from_a_file_are_the_same(parts, weights, tiny, tmp_path, more):
     dataset = load_dataset(parts)
-    config = tiny("lookup", **{"training.display_steps": 0} | more)
+    config = tiny("nearest_neighbor", **{"training.display_steps": 0} | more)
     found, expected = ExperimentRunner(tmp_path, weights).fit(config, dataset), Detector(config=config, weights=weights)
     expected.fit(dataset)
     assert found.calibration_.scores == pytest.approx(expected.calibration_.scores, rel=1e-3)
@@ -130,13 +132,13 @@ def test_features_from_a_file_are_the_same(parts, weights, tiny, tmp_path, more)
 
 @pytest.fixture(scope="module")
 def masked(parts, weights, tiny, tmp_path_factory) -> Detector:
-    """Only the left half of pictures counts."""
+    """Only the left half of images counts."""
     mask = np.zeros((64, 64), bool)
     mask[4:60, 4:32], mask[4:60, 60:62] = True, True  # its box is wider than what counts
     path = tmp_path_factory.mktemp("roi") / "mask.png"
     Image.fromarray(mask).save(path)
     changes = {"preparation.roi": str(path), "training.display_steps": 0}
-    return Detector(config=tiny("lookup", **changes), weights=weights).fit(parts)
+    return Detector(config=tiny("nearest_neighbor", **changes), weights=weights).fit(parts)
 
 
 def test_what_lies_outside_changes_nothing(masked, parts):

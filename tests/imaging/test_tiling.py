@@ -9,7 +9,7 @@ from unflaw.config import make_config
 from unflaw.errors import ImageError
 from unflaw.imaging import tiling as module
 from unflaw.imaging.tiling import Preparation, TilingGeometry, Window, layout
-from unflaw.imaging.transforms import prepare, prepare_mask, try_show, windows
+from unflaw.imaging.transforms import prepare, prepare_mask, try_load_windows, windows
 from unflaw.postprocessing.stitching import TileStitcher, weights
 
 RNG = np.random.default_rng(0)
@@ -25,14 +25,14 @@ PREPARATIONS = st.builds(
 
 @pytest.fixture
 def mask_file(tmp_path):
-    """A disc in the right half of a picture of 200 × 100."""
+    """A disc in the right half of an image of 200 × 100."""
     y, x = np.mgrid[:100, :200]
     path = tmp_path / "roi.png"
     Image.fromarray(np.hypot(x - 140, y - 50) < 30).save(path)
     return path
 
 
-def picture(width: int, height: int) -> np.ndarray:
+def random_image(width: int, height: int) -> np.ndarray:
     return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -56,7 +56,7 @@ def test_windows_cover_every_pixel_and_stay_on_the_canvas(width, height, prepara
 
 @settings(max_examples=80)
 @given(SIDES, SIDES, PREPARATIONS, st.data())
-def test_boxes_come_back_to_the_picture(width, height, preparation, data):
+def test_boxes_come_back_to_the_image(width, height, preparation, data):
     laid = TilingGeometry(width, height, preparation)
     h, w = laid.shape
     assert laid.to_original(laid.box) == laid.to_original((0, 0, w, h)) == (0, 0, width, height)
@@ -81,7 +81,7 @@ def test_weights_sum_to_one(size, more, overlap, step):
     assert (found >= 0).all() and (more > 0 or (found == 1).all())
 
 
-def test_a_map_stays_small_however_large_the_picture():
+def test_a_map_stays_small_however_large_the_image():
     laid = layout(8000, 6000, Preparation(tile=256))
     assert laid.step == 4 and laid.shape == (1500, 2000) and laid.canvas == (8000, 6000)
     assert layout(8000, 6000, Preparation(tile=1024)).step == 1
@@ -93,8 +93,8 @@ def test_a_map_stays_small_however_large_the_picture():
 
 
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
-def test_windows_are_cut_out_of_one_resized_picture(kind):
-    image = picture(330, 250) if kind == "uint8" else RNG.random((250, 330, 3), np.float32)
+def test_windows_are_cut_out_of_one_resized_image(kind):
+    image = random_image(330, 250) if kind == "uint8" else RNG.random((250, 330, 3), np.float32)
     preparation = Preparation(size=32, tile=57, overlap=0.3)
     laid = layout(330, 250, preparation)
     whole = np.asarray(
@@ -109,23 +109,23 @@ def test_windows_are_cut_out_of_one_resized_picture(kind):
         np.testing.assert_allclose(window.pixels, whole[:, y : y + 32, x : x + 32], atol=1.01 / 255)
 
 
-def test_large_pictures_are_resized_in_strips_to_the_same(monkeypatch):
+def test_large_images_are_resized_in_strips_to_the_same(monkeypatch):
     from unflaw.imaging import transforms as images
 
-    image, preparation = picture(300, 400), Preparation(size=64, fit="pad")
+    image, preparation = random_image(300, 400), Preparation(size=64, fit="pad")
     expected = prepare(image, preparation).pixels
     monkeypatch.setattr(images, "AT_ONCE", 5000)
     np.testing.assert_allclose(prepare(image, preparation).pixels, expected, atol=1.01 / 255)
 
 
-def test_one_tile_is_the_whole_picture():
-    image = picture(100, 100)
+def test_one_tile_is_the_whole_image():
+    image = random_image(100, 100)
     one = list(windows(image, Preparation(size=32, tile=100)))
     assert len(one) == 1 and np.array_equal(one[0].pixels, prepare(image, Preparation(size=32)).pixels)
 
 
-def test_a_picture_smaller_than_a_tile_is_padded():
-    (window,) = windows(picture(20, 40), Preparation(size=32, tile=64))
+def test_an_image_smaller_than_a_tile_is_padded():
+    (window,) = windows(random_image(20, 40), Preparation(size=32, tile=64))
     assert window.box == (0, 0, 10, 20) and window.window.cells(8).sum() == 3 * 5
     assert (window.pixels[:, :20, 10:] == window.pixels[:, :20, 9:10]).all()
 
@@ -134,7 +134,7 @@ def test_a_picture_smaller_than_a_tile_is_padded():
 
 
 def test_a_box_is_cut_out():
-    image = picture(200, 100)
+    image = random_image(200, 100)
     for roi in ((0.25, 0.1, 0.75, 0.9), (50, 10, 150, 90), "50,10,150,90"):
         preparation = Preparation(size=32, roi=roi)
         found = prepare(image, preparation)
@@ -149,7 +149,7 @@ def test_a_box_is_cut_out():
 def test_nothing_outside_of_a_mask_is_seen(mask_file, tile):
     preparation = Preparation(size=32, tile=tile, roi=str(mask_file))
     counts = np.asarray(Image.open(mask_file), bool)
-    image, other = picture(200, 100), picture(200, 100)
+    image, other = random_image(200, 100), random_image(200, 100)
     other[counts] = image[counts]
     laid = layout(200, 100, preparation)
     assert laid.crop == (111, 21, 170, 80)
@@ -179,7 +179,7 @@ def test_windows_without_anything_that_counts_are_left_out(mask_file):
 
 
 def test_a_mask_travels_in_the_configuration(mask_file):
-    config = make_config("lookup", changes={"preparation.roi": str(mask_file)})
+    config = make_config("nearest_neighbor", changes={"preparation.roi": str(mask_file)})
     mask_file.unlink()
     again = type(config).model_validate_json(config.model_dump_json())
     assert again == config and again.preparation.roi.startswith("data:image/png")
@@ -193,12 +193,12 @@ def test_regions_that_make_no_sense_are_refused(roi):
         Preparation(roi=roi)
 
 
-def test_an_empty_mask_and_a_picture_without_the_region_are_refused(tmp_path):
+def test_an_empty_mask_and_an_image_without_the_region_are_refused(tmp_path):
     Image.new("1", (9, 9)).save(tmp_path / "empty.png")
     with pytest.raises(ValueError, match=r"empty\.png: marks nothing"):
         make_config(changes={"preparation.roi": str(tmp_path / "empty.png")})
     with pytest.raises(ImageError, match="outside of the region of interest"):
-        prepare(picture(40, 40), Preparation(roi=(50, 0, 90, 20)))
+        prepare(random_image(40, 40), Preparation(roi=(50, 0, 90, 20)))
 
 
 def test_one_white_pixel_of_a_large_mask_counts(tmp_path):
@@ -217,13 +217,13 @@ def test_mistakes_of_geometry_are_not_damaged_files(tmp_path, monkeypatch, tile)
     mask[[0, 599], [0, 599]] = True
     Image.fromarray(mask).save(tmp_path / "specks.png")
     path = tmp_path / "part.png"
-    Image.fromarray(picture(600, 600)).save(path)
+    Image.fromarray(random_image(600, 600)).save(path)
     preparation = Preparation(size=32, tile=tile, roi=str(tmp_path / "specks.png"))
-    error = try_show(path, preparation)
+    error = try_load_windows(path, preparation)
     assert str(error).startswith(f"{path}: has 600 × 600 pixels, of which the mask") and "damaged" not in str(error)
     monkeypatch.setattr("unflaw.imaging.transforms.describe", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        try_show(path, Preparation(size=32))
+        try_load_windows(path, Preparation(size=32))
 
 
 # Blending
@@ -239,13 +239,13 @@ def test_what_windows_agree_on_is_blended_without_seams(width, height, tile, ove
         laid = _stepped(laid)
     whole = RNG.random(laid.canvas[::-1]).astype(np.float32)
     colours = RNG.integers(0, 256, (*laid.canvas[::-1], 3), dtype=np.uint8)
-    mosaic = TileStitcher(laid)
+    stitcher = TileStitcher(laid)
     for number, (x, y) in enumerate(laid.places):
-        assert not mosaic.complete
+        assert not stitcher.complete
         here = np.s_[y : y + 32, x : x + 32]
-        mosaic.add(float(number), {"map": whole[here], "image": colours[here], "mask": np.ones((32, 32))})
-    score, found = mosaic.result()
-    assert mosaic.complete and score == len(laid) - 1
+        stitcher.add(float(number), {"map": whole[here], "image": colours[here], "mask": np.ones((32, 32))})
+    score, found = stitcher.result()
+    assert stitcher.complete and score == len(laid) - 1
     step, (h, w) = laid.step, laid.shape
     expected = whole.reshape(h, step, w, step).mean((1, 3))
     np.testing.assert_allclose(found["map"], expected, atol=1e-5)
@@ -264,14 +264,14 @@ def _stepped(laid: TilingGeometry) -> TilingGeometry:
 
 def test_one_window_comes_out_as_it_went_in():
     laid = layout(50, 80, Preparation(size=32))
-    mosaic, values = TileStitcher(laid), RNG.normal(size=(32, 32)).astype(np.float32)
-    mosaic.add(3.25, {"map": values})
-    score, found = mosaic.result()
+    stitcher, values = TileStitcher(laid), RNG.normal(size=(32, 32)).astype(np.float32)
+    stitcher.add(3.25, {"map": values})
+    score, found = stitcher.result()
     assert score == 3.25 and np.array_equal(found["map"], values) and found["map"].dtype == np.float32
 
 
 def test_what_does_not_count_has_the_lowest_value(mask_file):
     laid = layout(200, 100, Preparation(size=32, roi=str(mask_file)))
-    mosaic = TileStitcher(laid)
-    mosaic.add(0.0, {"map": np.where(laid.counted, 5.0, 99.0).astype(np.float32)})
-    assert (mosaic.result()[1]["map"] == 5).all()
+    stitcher = TileStitcher(laid)
+    stitcher.add(0.0, {"map": np.where(laid.counted, 5.0, 99.0).astype(np.float32)})
+    assert (stitcher.result()[1]["map"] == 5).all()

@@ -42,7 +42,7 @@ def test_the_part_is_a_folder_or_what_a_pattern_says():
         part_of(path, "top")
     with pytest.raises(ValueError, match="neither 'folder' nor a regular expression"):
         part_of(path, "(")
-    for rule in ("line|(scratch)", "x*"):  # else pictures that have nothing in common would be one part
+    for rule in ("line|(scratch)", "x*"):  # else images that have nothing in common would be one part
         with pytest.raises(ValueError, match=r"finds in it is empty"):
             part_of(path, rule)
 
@@ -71,13 +71,13 @@ def test_a_verdict_for_each_part(tmp_path):
         tmp_path, {"a": [50, 2], "b": [1, 2], "c": [37.5, 0], "d": [50], "e": [None, 1], "f": [None], "g": [37.5]}
     )
     a = found["a"]
-    assert a["pictures"] == ["a/0.png", "a/1.png"] and a["combination"] == "bonferroni"
+    assert a["images"] == ["a/0.png", "a/1.png"] and a["combination"] == "bonferroni"
     assert a["p_value"] == pytest.approx(2 / 40) and a["rate"] == 0.05 and a["verdict"] == "defect"
     assert found["b"]["verdict"] == "good" and found["b"]["p_value"] == 1
     assert found["c"]["p_value"] == pytest.approx(4 / 40) and found["c"]["verdict"] == "review"
     assert found["d"]["rate"] == 0.05 and found["d"]["verdict"] == "defect"
     assert found["e"]["unread"] == 1 and found["e"]["verdict"] == "review" and found["e"]["p_value"] == 0.975
-    assert found["f"] == {"pictures": ["f/0.png"], "unread": 1, "verdict": "review"}
+    assert found["f"] == {"images": ["f/0.png"], "unread": 1, "verdict": "review"}
     assert found["g"]["p_value"] == found["g"]["rate"] and found["g"]["verdict"] == "defect"
 
 
@@ -199,7 +199,7 @@ def test_discoveries_that_there_cannot_be_are_told():
 
 @pytest.fixture
 def pieces(parts, tmp_path):
-    """Two pictures of each of two parts, larger than the canvas, and one that cannot be read."""
+    """Two images of each of two parts, larger than the canvas, and one that cannot be read."""
     for name, kind in (("one", "good"), ("two", "square")):
         (tmp_path / "in" / name).mkdir(parents=True)
         for i in range(2):
@@ -227,9 +227,9 @@ def test_predict_writes_parts_discoveries_and_annotations(saved, pieces, tmp_pat
     written = json.loads(coco.read_text())
     assert [image["file_name"] for image in written["images"]] == [line["path"] for line in lines]
     assert {(image["width"], image["height"]) for image in written["images"]} == {(160, 96)}
-    per_picture = [[a for a in written["annotations"] if a["image_id"] == image["id"]] for image in written["images"]]
-    assert [len(own) for own in per_picture] == [len(line["regions"]) for line in lines]
-    for own, line in zip(per_picture, lines, strict=True):
+    per_image = [[a for a in written["annotations"] if a["image_id"] == image["id"]] for image in written["images"]]
+    assert [len(own) for own in per_image] == [len(line["regions"]) for line in lines]
+    for own, line in zip(per_image, lines, strict=True):
         for annotation, region in zip(own, line["regions"], strict=True):
             x, y, w, h = annotation["bbox"]
             assert [x, y, x + w, y + h] == region["box"] and annotation["score"] == region["peak"]
@@ -252,7 +252,7 @@ def test_predict_writes_parts_discoveries_and_annotations(saved, pieces, tmp_pat
 
 
 def test_what_cannot_be_read_is_told_by_all(saved, pieces, tmp_path):
-    (pieces / "two/9.png").write_bytes(b"no picture")
+    (pieces / "two/9.png").write_bytes(b"no image")
     out = tmp_path / "out"
     done = predict(saved, pieces, "--out", out, "--group-by", r"in/(\w+)", "--labelme", "--coco", tmp_path / "c.json")
     assert done.exit_code == 3
@@ -299,4 +299,4 @@ def test_calibrate_sets_review_tail_and_area_anew(saved, parts, tmp_path):
     assert other.estimated and other.rate == 0.01 and other.threshold > plain.threshold
     assert "false-alarm rate 1.00%, estimated from the tail of the scores" in said
     info = CliRunner().invoke(app, ["info", str(model)]).output
-    assert "45 good pictures certify 2.17% at best" in info and "1.00% takes 99, 0.10% takes 999" in info
+    assert "45 good images certify 2.17% at best" in info and "1.00% takes 99, 0.10% takes 999" in info

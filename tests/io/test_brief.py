@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from unflaw.config import make_config
 from unflaw.evaluation.results import Evaluation, Inspected
 from unflaw.imaging.reading import read
-from unflaw.imaging.transforms import show
+from unflaw.imaging.transforms import load_windows
 from unflaw.io.brief import brief
 from unflaw.postprocessing.results import Region
 
@@ -62,13 +62,13 @@ def test_no_public_object_prints_its_arrays(detector, parts):
     result = detector.inspect(path)
     region = Region((0, 0, 5, 5), 25, 2.0, contour=tuple((float(i), 0.0) for i in range(500)))
     long = replace(result, regions=(region,) * 300)
-    picture = show(read(path), detector.config.preparation)
-    (window,) = picture.windows
+    image = load_windows(read(path), detector.config.preparation)
+    (window,) = image.windows
     calibration = detector.calibration_.model_copy(update={"scores": tuple(np.linspace(0, 1, 500).tolist())})
     curves = {"roc": (np.zeros(500), np.zeros(500))}
     shown = [Inspected(long, 1, "square", np.zeros((64, 64), bool))] * 40
     evaluation = Evaluation({"config": detector.config.model_dump()}, [{"path": str(path)}] * 500, curves, shown)
-    objects = [long, region, calibration, picture, window, evaluation, shown[0], detector.compute([window], "")]
+    objects = [long, region, calibration, image, window, evaluation, shown[0], detector.compute([window], "")]
     for thing in [*objects, detector.categories_, detector]:
         for text in (repr(thing), str(thing)):
             assert len(text) < LIMIT and "array(" not in text and "tensor(" not in text, text
@@ -79,5 +79,5 @@ def test_no_public_object_prints_its_arrays(detector, parts):
 
 def test_a_configuration_with_a_mask_is_short(tmp_path):
     Image.fromarray(np.random.default_rng(0).random((400, 400)) > 0.5).save(tmp_path / "roi.png")
-    config = make_config("lookup", "cpu", {"preparation.roi": str(tmp_path / "roi.png")})
+    config = make_config("nearest_neighbor", "cpu", {"preparation.roi": str(tmp_path / "roi.png")})
     assert len(config.preparation.roi) > 10_000 and len(repr(config)) < 1500

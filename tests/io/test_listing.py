@@ -98,7 +98,7 @@ def test_the_order_is_that_of_the_paths(tmp_path):
 
 @pytest.fixture
 def nas(tmp_path) -> Path:
-    """A data set as a NAS leaves it: a defective picture was deleted from the good ones, and there are thumbnails."""
+    """A data set as a NAS leaves it: a defective image was deleted from the good ones, and there are thumbnails."""
     root = make_parts(tmp_path / "parts")
     (root / "train/good/#recycle").mkdir()
     (root / "train/good/#recycle/old.png").write_bytes((root / "test/square/000.png").read_bytes())
@@ -117,13 +117,13 @@ def test_system_folders_are_not_learned_from(nas):
         "Hidden files and folders of the system are passed over, 4 images in all: test/@eaDir (1), "
         "test/good/@eaDir (1), train/good/#recycle (1), …",
     )
-    good = load_dataset(nas / "train/good")  # a plain folder, which may not hold folders of pictures of the user's
+    good = load_dataset(nas / "train/good")  # a plain folder, which may not hold folders of images of the user's
     assert len(good.train) == 12 and "2 images in all: #recycle (1), @eaDir (1)." in good.problems[0]
     empty = nas.parent / "empty"
     (nas / "train/good").rename(empty)
     for path in empty.glob("*.png"):
         path.unlink()
-    with pytest.raises(DatasetError, match=r"(?s)holds no pictures.*passed over, 2 images in all"):
+    with pytest.raises(DatasetError, match=r"(?s)holds no images.*passed over, 2 images in all"):
         load_dataset(empty)
 
 
@@ -151,14 +151,14 @@ def test_linked_folders_in_data_sets(tmp_path):
     (tmp_path / "good/loop").unlink()
     assert [len(part) for part in (load_dataset(root).train, load_dataset(root).test)] == [12, 8]
     assert load_dataset(root).problems == ()
-    with pytest.raises(DatasetError, match=r"more/ with 1 picture, 11 pictures beside it"):
+    with pytest.raises(DatasetError, match=r"more/ with 1 image, 11 images beside it"):
         load_dataset(tmp_path / "good")
 
 
 def test_numbers_never_are_negative(tmp_path):
     touch(tmp_path, "a/1.png", "a/2.png", "x.png")
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    with pytest.raises(DatasetError, match=r"a/ with 2 pictures, b/ with 0 pictures, 1 picture beside them"):
+    with pytest.raises(DatasetError, match=r"a/ with 2 images, b/ with 0 images, 1 image beside them"):
         load_dataset(tmp_path)
 
 

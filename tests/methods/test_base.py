@@ -8,7 +8,7 @@ from torch import Tensor
 from unflaw.config import Synthesis, Weights
 from unflaw.methods import base, create
 from unflaw.methods.base import Inspection, Method
-from unflaw.methods.nearest import Lookup
+from unflaw.methods.nearest import NearestNeighbor
 from unflaw.methods.synthesis import Anomalies, synthesise
 from unflaw.methods.uranet import URANet
 
@@ -29,7 +29,7 @@ def random_inspection(method: Method) -> Inspection:
     return Inspection(evidence(method.kinds), perceived, coarse if method.judges else None)
 
 
-@pytest.fixture(params=["lookup", "uranet", "alone"])
+@pytest.fixture(params=["nearest_neighbor", "uranet", "alone"])
 def method(request, tiny) -> Method:
     """One kind of evidence or two, with perceived and coarse evidence or without. Knows nothing of what is normal yet:
     mean 0 and deviation 1."""
@@ -47,7 +47,7 @@ def method(request, tiny) -> Method:
 
 
 def learned(method: Method, good: int = 10) -> Tensor:
-    """Features of good pictures, (N, C, g, g) float16, which the method is set up on."""
+    """Features of good images, (N, C, g, g) float16, which the method is set up on."""
     rng = torch.Generator().manual_seed(0)
     features = torch.randn(good, method.features.channels, GRID, GRID, generator=rng).half()
     method.setup(features, None, torch.Generator().manual_seed(0))
@@ -55,13 +55,13 @@ def learned(method: Method, good: int = 10) -> Tensor:
 
 
 def test_methods_by_name(tiny):
-    assert isinstance(create(tiny("lookup"), Weights.RANDOM), Lookup)
+    assert isinstance(create(tiny("nearest_neighbor"), Weights.RANDOM), NearestNeighbor)
     assert isinstance(create(tiny("uranet"), Weights.RANDOM), URANet)
 
 
 def test_kinds_of_evidence_are_counted(tiny):
     made = (
-        create(tiny("lookup"), Weights.RANDOM),
+        create(tiny("nearest_neighbor"), Weights.RANDOM),
         create(tiny(), Weights.RANDOM),
         create(tiny(**ALONE), Weights.RANDOM),
     )
@@ -78,7 +78,7 @@ def test_kinds_of_evidence_are_counted(tiny):
 
 
 def test_the_judge_is_saved_and_the_extractor_only_once(tiny):
-    for name in ("lookup", "uranet"):
+    for name in ("nearest_neighbor", "uranet"):
         state = create(tiny(name), Weights.RANDOM).state_dict()
         judge = {key for key in state if key.startswith("judge.")}
         assert {"judge.memory.prototypes", "judge.memory.extra"} <= judge
@@ -97,7 +97,7 @@ def test_the_map_is_the_mean_of_the_evidence_and_a_part_of_the_coarse_and_keeps_
     torch.testing.assert_close(scores, (fine + 2 * 3) / 3 if method.judges else fine)
 
 
-@pytest.mark.parametrize("name", ["lookup", "uranet"])
+@pytest.mark.parametrize("name", ["nearest_neighbor", "uranet"])
 def test_coarse_evidence_shows_where_it_lies_and_only_with_a_weight(tiny, name):
     weighted, off = (create(tiny(name, **{"scoring.coarse_weight": weight}), Weights.RANDOM) for weight in (0.3, 0.0))
     flat, coarse = torch.zeros(1, weighted.kinds, GRID, GRID), torch.zeros(1, 1, 4, 4)
@@ -176,7 +176,7 @@ def test_the_score_is_made_of_highest_shares_in_their_own_deviations(method, nor
 
 
 def test_fine_evidence_has_the_say_that_is_known_of_it(tiny):
-    method = create(tiny("lookup", **{"scoring.regional_weight": 2}), Weights.RANDOM)
+    method = create(tiny("nearest_neighbor", **{"scoring.regional_weight": 2}), Weights.RANDOM)
     inspection = random_inspection(method)
     fine, coarse = method._image_scores(inspection, None)
     method.patch_weight.fill_(0.25)
@@ -188,8 +188,8 @@ def test_fine_evidence_has_the_say_that_is_known_of_it(tiny):
     [([0.0] * 5, 1e-3), ([-4.0] * 5, 1e-3), ([0.5] * 5, 0.5), ([9.0] * 5, 1.0), ([90.0, 0, 0, 0, 0], 0.6)],
 )
 def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, monkeypatch, moves, say):
-    """In deviations of good pictures, of each picture 3 at most."""
-    method = create(tiny("lookup"), Weights.RANDOM)
+    """In deviations of good images, of each image 3 at most."""
+    method = create(tiny("nearest_neighbor"), Weights.RANDOM)
     good = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, GRID, GRID)  # of deviation √2
 
     def forward(features: Tensor, *_: object) -> Inspection:
@@ -206,10 +206,10 @@ def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, mon
     assert method.patch_weight.item() == pytest.approx(say, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["lookup", "uranet"])
+@pytest.mark.parametrize("name", ["nearest_neighbor", "uranet"])
 def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, name):
     """With real synthesis: were the other image's cells still in the memory, altered cells would be at distance 0."""
-    method = create(tiny(name, **{"network.prototypes": 640} if name == "lookup" else {}), Weights.RANDOM)
+    method = create(tiny(name, **{"network.prototypes": 640} if name == "nearest_neighbor" else {}), Weights.RANDOM)
     features = learned(method)
     method.finish(features)
     rows, moved, leaks = torch.arange(len(features)), [], []
@@ -229,7 +229,7 @@ def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, nam
 
 
 def strips() -> Tensor:
-    """Valid cells of five pictures of different size in a batch."""
+    """Valid cells of five images of different size in a batch."""
     valid = torch.zeros(5, GRID, GRID, dtype=torch.bool)
     valid[:, 2:6] = True
     valid[3:, 2:4] = False
@@ -254,7 +254,7 @@ def test_padding_has_no_part_in_the_score(method):
 
 
 def test_a_last_cell_of_an_odd_grid_has_a_coarse_cell_of_its_own(tiny):
-    method = create(tiny("lookup", **{"features.grid": 7, "scoring.regional_weight": 2}), Weights.RANDOM)
+    method = create(tiny("nearest_neighbor", **{"features.grid": 7, "scoring.regional_weight": 2}), Weights.RANDOM)
     valid = torch.zeros(1, 7, 7, dtype=torch.bool)
     valid[..., 6, 6] = True
     coarse = torch.arange(16.0).view(1, 1, 4, 4)
@@ -266,7 +266,8 @@ def test_a_last_cell_of_an_odd_grid_has_a_coarse_cell_of_its_own(tiny):
 def test_coarse_evidence_lies_where_its_cells_lie(tiny, grid):
     """A ramp over coarse cells stays that ramp on the canvas, also where half of the last cell is off the grid."""
     method = create(
-        tiny("lookup", **{"features.grid": grid, "scoring.coarse_weight": 1.0, "scoring.smooth": 0}), Weights.RANDOM
+        tiny("nearest_neighbor", **{"features.grid": grid, "scoring.coarse_weight": 1.0, "scoring.smooth": 0}),
+        Weights.RANDOM,
     )
     coarse = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 1, 4, 4)
     maps = method.fuse(Inspection(torch.zeros(1, 1, grid, grid), coarse=coarse))[0]
@@ -282,15 +283,15 @@ def standardised(method: Method, inspection: Inspection) -> list[Tensor]:
 
 
 def assert_statistics_are_standard(method: Method, inspection: Inspection, valid: Tensor | None = None) -> None:
-    """Every statistic that judges a picture has mean 0 and deviation 1 over these pictures."""
+    """Every statistic that judges an image has mean 0 and deviation 1 over these images."""
     mean, deviation = method.normal_scores.unbind(-1)
     above = (method._statistics(inspection, valid) - mean) / deviation
     torch.testing.assert_close(above.mean(0), torch.zeros_like(mean), atol=1e-3, rtol=0)
     torch.testing.assert_close(above.std(0, correction=0), torch.ones_like(mean), atol=1e-2, rtol=0)
 
 
-def test_after_training_evidence_counts_in_deviations_of_good_pictures(method):
-    """Of training pictures as if they were new: what they taught the memory is left out."""
+def test_after_training_evidence_counts_in_deviations_of_good_images(method):
+    """Of training images as if they were new: what they taught the memory is left out."""
     features = learned(method)
     method.finish(features)
     with torch.no_grad():
@@ -314,8 +315,8 @@ def test_after_training_evidence_counts_in_deviations_of_good_pictures(method):
     assert {"normal", "normal_scores"} <= method.state_dict().keys()  # a saved detector needs them
 
 
-@pytest.mark.parametrize("name", ["lookup", "uranet"])
-def test_training_pictures_are_not_judged_by_what_they_taught(tiny, name):
+@pytest.mark.parametrize("name", ["nearest_neighbor", "uranet"])
+def test_training_images_are_not_judged_by_what_they_taught(tiny, name):
     """With their own prototypes they would look far more usual than new ones."""
     method = create(tiny(name), Weights.RANDOM)
     features = learned(method, 48)
@@ -342,12 +343,14 @@ def test_padding_has_no_part_in_what_is_normal(method):
         inside = kind[:, 2:6] if kind.shape[-1] == GRID else kind[:, 1:3]
         assert inside.mean().item() == pytest.approx(0, abs=1e-3)
         assert inside.std().item() == pytest.approx(1, abs=1e-3)
-    if isinstance(method, Lookup):  # which looks at each cell by itself: what stands in the padding is all the same
+    if isinstance(
+        method, NearestNeighbor
+    ):  # which looks at each cell by itself: what stands in the padding is all the same
         method.finish(torch.where(valid[:, None], features, 9.0), valid)
         torch.testing.assert_close((method.normal, method.normal_scores), before)
 
 
-def test_one_training_picture_gives_finite_numbers(method):
+def test_one_training_image_gives_finite_numbers(method):
     features = learned(method)
     method.finish(features[:1])
     with torch.no_grad():
@@ -356,7 +359,7 @@ def test_one_training_picture_gives_finite_numbers(method):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_extending_raises_no_evidence_of_any_picture(method, seed):
+def test_extending_raises_no_evidence_of_any_image(method, seed):
     rng = torch.Generator().manual_seed(seed)
     for parameter in method.parameters():  # weights that nobody trained and nobody shrank
         if parameter.requires_grad:
@@ -383,7 +386,7 @@ def test_extending_raises_no_evidence_of_any_picture(method, seed):
 
 
 @pytest.mark.parametrize("levels", [(2,), (2, 3), (1, 2, 3), (0, 1, 2, 3)])
-@pytest.mark.parametrize("name", ["lookup", "uranet"])
+@pytest.mark.parametrize("name", ["nearest_neighbor", "uranet"])
 def test_any_number_of_levels_gives_one_map(tiny, name, levels):
     method = create(tiny(name, **{"features.levels": levels}), Weights.RANDOM)
     features = learned(method)
@@ -396,7 +399,7 @@ def test_any_number_of_levels_gives_one_map(tiny, name, levels):
 
 
 def test_lookup_is_the_distance_to_the_memory(tiny):
-    method = create(tiny("lookup"), Weights.RANDOM)
+    method = create(tiny("nearest_neighbor"), Weights.RANDOM)
     features = learned(method)
     method.extend(3 * features[:4], torch.Generator().manual_seed(1))
     everything, rows = torch.cat([3 * features[:4], features[:2]]).float(), torch.arange(4)[[0, 1, 2, 3, 0, 1]]
@@ -408,5 +411,5 @@ def test_lookup_is_the_distance_to_the_memory(tiny):
         assert not torch.equal(least, distance)
     assert not torch.equal(method(everything).coarse, method(everything, held_out=rows).coarse)
     assert not list(p for p in method.parameters() if p.requires_grad)
-    with pytest.raises(TypeError, match="Lookup has nothing to train"):
+    with pytest.raises(TypeError, match="NearestNeighbor has nothing to train"):
         method.loss({"features": features.float()}, torch.Generator())

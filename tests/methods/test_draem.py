@@ -56,12 +56,12 @@ def test_without_skips_all_passes_the_bottleneck():
         assert torch.equal(first, second) != skips
 
 
-def test_the_discriminative_network_sees_picture_and_reconstruction(tiny):
-    made, pictures = network(tiny), rand(2, 3, SIDE, SIDE)
+def test_the_discriminative_network_sees_image_and_reconstruction(tiny):
+    made, images = network(tiny), rand(2, 3, SIDE, SIDE)
     with torch.no_grad():
-        restored = made.reconstructive(pictures)
-        expected = made.discriminative(torch.cat([restored, pictures], dim=1)).softmax(1)[:, 1:]
-        found = made(pictures)
+        restored = made.reconstructive(images)
+        expected = made.discriminative(torch.cat([restored, images], dim=1)).softmax(1)[:, 1:]
+        found = made(images)
     assert torch.equal(found.anomaly_maps, expected) and torch.equal(found.restored, restored)
     assert found.anomaly_maps.shape == (2, 1, SIDE, SIDE)
     assert found.anomaly_maps.min() >= 0 and found.anomaly_maps.max() <= 1
@@ -107,7 +107,7 @@ def test_anomalies_are_textures_alone(tiny):
     anomalies = synthesise(clean, texture, config, rng())
     shown = (anomalies.features * anomalies.mask).amax((1, 2, 3))
     assert torch.equal(anomalies.features > 0, (anomalies.mask > 0).expand_as(clean))
-    assert (shown == 0).float().mean() == pytest.approx(0.5, abs=0.2)  # half of the pictures stay clean
+    assert (shown == 0).float().mean() == pytest.approx(0.5, abs=0.2)  # half of the images stay clean
     assert 0.1 <= shown[shown > 0].min() < 0.3 and 0.8 < shown.max() <= 1
     changed = make_config("draem", "cpu", {"network.synthesis.clean": 0.2}).network.synthesis
     assert changed.clean == 0.2 and changed.others == 0  # the rest stays DRAEM's
@@ -117,7 +117,7 @@ def test_textures_are_augmented_within_range():
     texture = rand(3, 32, 32)
     seen = torch.stack([augment(texture, rng(seed)) for seed in range(60)])
     assert seen.shape == (60, 3, 32, 32) and seen.min() >= 0 and seen.max() <= 1 and seen.isfinite().all()
-    assert len({picture.numpy().tobytes() for picture in seen}) == 60
+    assert len({image.numpy().tobytes() for image in seen}) == 60
     assert torch.equal(augment(texture, rng(3)), seen[3])
 
 
@@ -182,7 +182,7 @@ def test_it_finds_an_obvious_defect_and_is_saved_whole(parts, tiny, tmp_path):
     assert Detector.load(tmp_path / "parts.safetensors").inspect(bad[0]).score == results[bad[0]].score
 
 
-def test_the_same_seed_gives_the_same_detector_of_padded_pictures_too(parts, tiny, tmp_path):
+def test_the_same_seed_gives_the_same_detector_of_padded_images_too(parts, tiny, tmp_path):
     config = tiny("draem", **{"training.steps": 3, "preparation.fit": "pad"})
     made, again = Detector(config=config).fit(parts), Detector(config=config).fit(parts)
     wide = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)

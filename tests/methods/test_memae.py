@@ -79,25 +79,25 @@ def test_addresses_are_learned(tiny):
 
 
 def test_inspection_is_the_squared_error(tiny):
-    made, pictures = network(tiny), rand(2, 3, SIDE, SIDE)
+    made, images = network(tiny), rand(2, 3, SIDE, SIDE)
     with torch.no_grad():
-        found, again = made(pictures), made(pictures)
-    assert found.restored.shape == pictures.shape and torch.equal(found.anomaly_maps, again.anomaly_maps)
-    torch.testing.assert_close(found.anomaly_maps[:, 0], (found.restored - pictures).square().mean(1))
+        found, again = made(images), made(images)
+    assert found.restored.shape == images.shape and torch.equal(found.anomaly_maps, again.anomaly_maps)
+    torch.testing.assert_close(found.anomaly_maps[:, 0], (found.restored - images).square().mean(1))
 
 
 def test_the_loss_is_squared_error_and_entropy(tiny):
-    made, pictures = network(tiny, **{"network.entropy": 0.5}), rand(2, 3, SIDE, SIDE)
+    made, images = network(tiny, **{"network.entropy": 0.5}), rand(2, 3, SIDE, SIDE)
     assert made.options.model_copy(update={"entropy": 0.0002}) == tiny("memae").network  # the paper's by default
     weights: list[Tensor] = []
     made.memory.register_forward_hook(lambda module, inputs, output: weights.append(output[1]))
     with torch.no_grad():
-        terms, restored = made.loss({"features": pictures}, rng()), made(pictures).restored
+        terms, restored = made.loss({"features": images}, rng()), made(images).restored
     assert weights[0].shape == (2, 8 * 8, 10)  # three halvings
     w = weights[0].double()
     entropy = -torch.where(w > 0, w * w.clamp_min(1e-300).log(), 0).sum(-1).mean().item()
     assert terms["entropy"].item() == pytest.approx(entropy, rel=1e-4)
-    assert terms["mse"].item() == pytest.approx((restored - pictures).square().mean().item(), rel=1e-4)
+    assert terms["mse"].item() == pytest.approx((restored - images).square().mean().item(), rel=1e-4)
     assert terms["loss"].item() == pytest.approx(terms["mse"].item() + 0.5 * entropy, rel=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_it_finds_an_obvious_defect_and_is_saved_whole(parts, tiny, tmp_path):
     results = {path: made.inspect(path) for path in bad + good}
     assert min(results[path].score for path in bad) > max(results[path].score for path in good)
     assert made.display is None and results[bad[0]].layers["restored"].shape == (SIDE, SIDE, 3)
-    assert panel(results[bad[0]], made.calibration_.scale).width > 600  # picture, heat map, restored
+    assert panel(results[bad[0]], made.calibration_.scale).width > 600  # image, heat map, restored
     made.save(tmp_path / "parts.safetensors")
     assert Detector.load(tmp_path / "parts.safetensors").inspect(bad[0]).score == results[bad[0]].score
     again = Detector(config=config).fit(parts)

@@ -35,14 +35,14 @@ def brute_force(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     return distances.amin(1), prototypes[distances.argmin(1)]
 
 
-def not_of(picture: Tensor, prototypes: Tensor) -> Tensor:
-    """The prototypes that are no tokens of this picture (C, g, g)."""
-    own = (prototypes[:, None] == as_tokens(picture[None])).all(-1).any(1)
+def not_of(image: Tensor, prototypes: Tensor) -> Tensor:
+    """The prototypes that are no tokens of this image (C, g, g)."""
+    own = (prototypes[:, None] == as_tokens(image[None])).all(-1).any(1)
     assert own.any() and not own.all()
     return prototypes[~own]
 
 
-def test_prototypes_are_tokens_of_the_pictures(features):
+def test_prototypes_are_tokens_of_the_images(features):
     memory, tokens = filled(features), as_tokens(features)
     assert memory.prototypes.shape == (20, CHANNELS)
     assert all((tokens == p).all(1).any() for p in memory.prototypes)
@@ -52,7 +52,7 @@ def test_prototypes_are_tokens_of_the_pictures(features):
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
-def test_the_radius_is_the_median_distance_to_what_other_pictures_taught(features, scale):
+def test_the_radius_is_the_median_distance_to_what_other_images_taught(features, scale):
     scaled = scale * features
     memory = filled(scaled)
     distances = [brute_force(as_tokens(f[None]), not_of(f, memory.prototypes))[0] for f in scaled]
@@ -66,22 +66,22 @@ def test_half_precision_features_are_taken_as_cached(features):
 
 
 def numbered(features: Tensor) -> Tensor:
-    """With the number of the picture, in hundreds, in all of its tokens."""
+    """With the number of the image, in hundreds, in all of its tokens."""
     return features + torch.arange(4.0).mul(100).view(4, 1, 1, 1)
 
 
-def test_of_more_pictures_than_it_can_look_at_it_takes_some(monkeypatch, features):
+def test_of_more_images_than_it_can_look_at_it_takes_some(monkeypatch, features):
     """Whole ones, drawn from everywhere."""
     monkeypatch.setattr("unflaw.methods.memory_bank.MOST_TOKENS", 2 * 64)
     assert MOST_TOKENS > 2 * 64
     seen = set()
     for seed in range(20):
         memory = filled(numbered(features), seed=seed)
-        pictures = (memory.prototypes.mean(1) / 100).round()
-        assert memory.banks[0].owners.tolist() == pictures.tolist()  # by their rows among all
-        seen.add(tuple(pictures.unique().tolist()))
-    assert all(len(pictures) == 2 for pictures in seen)
-    assert {picture for pictures in seen for picture in pictures} == {0, 1, 2, 3}
+        images = (memory.prototypes.mean(1) / 100).round()
+        assert memory.banks[0].owners.tolist() == images.tolist()  # by their rows among all
+        seen.add(tuple(images.unique().tolist()))
+    assert all(len(images) == 2 for images in seen)
+    assert {image for images in seen for image in images} == {0, 1, 2, 3}
 
 
 def test_distances_are_those_of_a_full_search(features):
@@ -143,7 +143,7 @@ def test_grids_are_their_tokens(features):
         torch.testing.assert_close(grid.flatten(), tokens)
 
 
-def test_what_a_picture_taught_is_left_out_for_it(features):
+def test_what_an_image_taught_is_left_out_for_it(features):
     """As if only the others had been there, wherever in a batch it stands."""
     memory = filled(features)
     rows = torch.tensor([2, 0, 3])
@@ -157,7 +157,7 @@ def test_what_a_picture_taught_is_left_out_for_it(features):
     assert (distance >= memory(features[rows])[1] - 1e-4).all()
 
 
-def test_a_token_can_leave_out_several_pictures_but_not_all(features):
+def test_a_token_can_leave_out_several_images_but_not_all(features):
     memory = filled(features)
     tokens = torch.randn(CHUNK + 3, CHANNELS, generator=rng(2))
     leave = torch.tensor([[0, 2], [3, 3], [1, 7]]).repeat(len(tokens), 1)[: len(tokens)]
@@ -170,7 +170,7 @@ def test_a_token_can_leave_out_several_pictures_but_not_all(features):
     torch.testing.assert_close(memory.recall(tokens, everything), memory.recall(tokens))
 
 
-def test_a_picture_that_taught_nothing_has_nothing_left_out(features):
+def test_an_image_that_taught_nothing_has_nothing_left_out(features):
     memory = filled(features)
     for found, expected in zip(memory(features, torch.arange(4, 8)), memory(features), strict=True):
         torch.testing.assert_close(found, expected, atol=3e-3, rtol=1e-4)
@@ -190,7 +190,7 @@ def test_fewer_tokens_than_prototypes_fill_the_memory(features):
     assert all(t.isfinite().all() for t in memory(torch.randn(1, CHANNELS, 3, 3, generator=rng(1))))
 
 
-def test_a_single_picture_gives_finite_numbers(features):
+def test_a_single_image_gives_finite_numbers(features):
     memory = filled(features[:1])
     for found in (memory(features), memory(features[:1], torch.arange(1))):
         assert all(t.isfinite().all() for t in found)
@@ -209,7 +209,7 @@ def test_a_memory_of_next_to_nothing_works(features, size):
     assert all(t.isfinite().all() for t in memory(features, torch.arange(4)))
 
 
-def test_pictures_that_are_mostly_one_colour_do_not_break_recall():
+def test_images_that_are_mostly_one_colour_do_not_break_recall():
     """More than half of all tokens are the same: their distance to the nearest prototype is 0."""
     features = torch.ones(4, CHANNELS, 8, 8)
     features[:, :, 0] = torch.randn(4, CHANNELS, 8, generator=rng())
@@ -220,7 +220,7 @@ def test_pictures_that_are_mostly_one_colour_do_not_break_recall():
 
 
 def test_extending_can_only_lower_the_least_distance_and_leaves_the_rest_alone():
-    """So that what calibrated the detector may be learned afterwards: no picture scores higher than before."""
+    """So that what calibrated the detector may be learned afterwards: no image scores higher than before."""
     rng = torch.Generator().manual_seed(0)
     known, held, new = (torch.randn(n, 6, 4, 4, generator=rng) + shift for n, shift in ((8, 0), (4, 3), (4, 3)))
     everything = torch.cat([known, held, new])
@@ -231,7 +231,7 @@ def test_extending_can_only_lower_the_least_distance_and_leaves_the_rest_alone()
     after = memory(everything)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert (after[2] <= before[2]).all()
-    assert after[2][12:].mean() < 0.8 * before[2][12:].mean()  # pictures like those held out, too
+    assert after[2][12:].mean() < 0.8 * before[2][12:].mean()  # images like those held out, too
     expected = brute_force(as_tokens(everything), torch.cat([memory.prototypes, memory.extra]))[0]
     torch.testing.assert_close(after[2].flatten(), expected, atol=5e-3, rtol=1e-4)
     assert all((as_tokens(held) == p).all(1).any() for p in memory.extra)
@@ -240,26 +240,26 @@ def test_extending_can_only_lower_the_least_distance_and_leaves_the_rest_alone()
 
 
 @pytest.mark.parametrize("windows", [1, 2])
-def test_what_a_picture_added_is_left_out_for_it(windows):
-    """All windows of it; what other held-out pictures added, and what training taught, is not."""
+def test_what_an_image_added_is_left_out_for_it(windows):
+    """All windows of it; what other held-out images added, and what training taught, is not."""
     rng = torch.Generator().manual_seed(0)
     known, held = torch.randn(8, 6, 4, 4, generator=rng), torch.randn(4, 6, 4, 4, generator=rng) + 3
-    memory, pictures = MemoryBank(32, 6), torch.arange(4) // windows
+    memory, images = MemoryBank(32, 6), torch.arange(4) // windows
     memory.fit(known, rng)
-    memory.arrange(pictures, None)
+    memory.arrange(images, None)
     memory.extend(held, rng)
     rows = torch.tensor([2, 0, 3, 1])
     mixture, distance, least = memory(held[rows], held_out=rows)
     assert (least > memory(held[rows])[2]).any()
     assert all(torch.equal(a, b) for a, b in zip((mixture, distance), memory(held[rows])[:2], strict=True))
     for row, found in zip(rows.tolist(), least, strict=True):
-        own = held[pictures == pictures[row]]
+        own = held[images == images[row]]
         mine = (memory.extra[:, None] == as_tokens(own)).all(-1).any(1)
         others = torch.cat([memory.prototypes, memory.extra[~mine]])
         expected = brute_force(as_tokens(held[row : row + 1]), others)[0]
         torch.testing.assert_close(found.flatten(), expected, atol=5e-3, rtol=1e-4)
     memory.arrange(torch.zeros(4, dtype=torch.long), None)
-    memory.extend(held, rng)  # all of one picture: nothing that was added is left
+    memory.extend(held, rng)  # all of one image: nothing that was added is left
     _, distance, least = memory(held, held_out=torch.arange(4))
     assert torch.equal(least, distance)
 
@@ -310,7 +310,7 @@ def coarsen(features: Tensor) -> Tensor:
 
 
 def regions_of(features: Tensor) -> Tensor:
-    """Apart from what all regions of a picture have in common."""
+    """Apart from what all regions of an image have in common."""
     coarse = coarsen(features)
     return coarse - coarse.mean((2, 3), keepdim=True)
 
@@ -323,7 +323,7 @@ def judge(features: Tensor, size: int = 20) -> RegionalMemoryBank:
 
 @pytest.mark.parametrize("side", [8, 7])
 def test_a_judge_says_how_far_the_nearest_known_region_is(features, side):
-    """Those of the picture itself left out, for one of training."""
+    """Those of the image itself left out, for one of training."""
     cut = features[..., :side, :side]
     made, regions = judge(cut), regions_of(cut)
     prototypes = made.memory.prototypes
@@ -338,13 +338,13 @@ def test_a_judge_says_how_far_the_nearest_known_region_is(features, side):
         torch.testing.assert_close(alone.flatten(), expected, atol=1e-3, rtol=0)
 
 
-def test_what_a_whole_picture_has_in_common_does_not_matter_to_a_judge(features):
+def test_what_a_whole_image_has_in_common_does_not_matter_to_a_judge(features):
     made = judge(features)
     shift = torch.arange(float(CHANNELS)).view(1, -1, 1, 1)
     torch.testing.assert_close(made(features + shift), made(features), atol=1e-3, rtol=0)
 
 
-def test_what_does_not_count_has_no_part_in_what_a_picture_has_in_common(features):
+def test_what_does_not_count_has_no_part_in_what_an_image_has_in_common(features):
     made, valid = judge(features), torch.zeros(len(features), *features.shape[-2:], dtype=torch.bool)
     valid[:, :4] = True
     other = torch.where(valid[:, None], features, 50.0)
@@ -352,7 +352,7 @@ def test_what_does_not_count_has_no_part_in_what_a_picture_has_in_common(feature
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
-def test_a_judge_learns_from_all_cached_pictures(features):
+def test_a_judge_learns_from_all_cached_images(features):
     many = torch.cat([features] * 10).half()
     many[-1] *= 100  # far from all others, in the second part
     assert (judge(many).memory.prototypes.abs().amax(1) > 50).any()

@@ -209,7 +209,7 @@ def test_what_is_hidden_is_filled_with_its_recall(tiny, features):
         assert not slope[..., hidden].any() and slope[..., ~hidden].any()
 
 
-def test_training_fills_with_what_other_pictures_taught(tiny, features, monkeypatch):
+def test_training_fills_with_what_other_images_taught(tiny, features, monkeypatch):
     made, filled = network(tiny, prototypes=64), []
     tensors = {"features": features, **made.setup(features.half(), None, rng())}
     restore = made.restore
@@ -308,7 +308,7 @@ def test_training_restores_better(trained, features):
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
 
 
-def test_inspection_is_deterministic_and_of_each_picture_alone(trained, features):
+def test_inspection_is_deterministic_and_of_each_image_alone(trained, features):
     made = trained[0]
     with torch.no_grad():
         found, again, alone = made(features), made(features), made(features[3:4])

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from unflaw.config import Synthesis
 from unflaw.errors import ImageError
 from unflaw.imaging.tiling import Preparation
-from unflaw.methods.synthesis import perlin, perlin_masks, synthesise, texture_files, texture_pictures
+from unflaw.methods.synthesis import perlin, perlin_masks, synthesise, texture_files, texture_images
 
 SOURCES = ("textures", "others", "shuffles", "jitter")
 Draw = Callable[..., Tensor]
@@ -20,7 +20,7 @@ def rng(seed: int = 0) -> Generator:
 
 
 def only(source: str, **changes: object) -> Synthesis:
-    """One source of foreign features, at full strength, in every picture."""
+    """One source of foreign features, at full strength, in every image."""
     weights = {name: float(name == source) for name in SOURCES}
     return Synthesis(**{"clean": 0.0, "strength": (1.0, 1.0), **weights, **changes})
 
@@ -97,7 +97,7 @@ def test_textures_come_from_the_bank(features, textures):
         assert min(distances) < 1e-4
 
 
-def test_other_pictures_and_shuffles_bring_real_features(features):
+def test_other_images_and_shuffles_bring_real_features(features):
     for source, own in (("others", False), ("shuffles", True)):
         made = synthesise(features, None, only(source), rng())
         for i in range(len(features)):
@@ -114,7 +114,7 @@ def test_jitter_is_as_large_as_the_features(features):
     assert change == pytest.approx(7.0, rel=0.1)
 
 
-def test_clean_pictures_stay_as_they_are(features, textures):
+def test_clean_images_stay_as_they_are(features, textures):
     made = synthesise(features, textures, Synthesis(clean=1.0), rng())
     assert torch.equal(made.features, features) and not made.mask.any()
     many = features.repeat(50, 1, 1, 1)
@@ -125,8 +125,8 @@ def test_clean_pictures_stay_as_they_are(features, textures):
 
 
 @pytest.mark.parametrize("source", ["others", "shuffles", "jitter"])
-def test_anomalies_name_the_picture_they_come_from(source):
-    constant = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 4, 8, 8).contiguous()  # tells from which picture a cell is
+def test_anomalies_name_the_image_they_come_from(source):
+    constant = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 4, 8, 8).contiguous()  # tells from which image a cell is
     made = synthesise(constant, None, only(source, strength=(1.0, 1.0), clean=0.0), rng(1))
     assert made.origin.shape == (6,)
     if source == "others":
@@ -140,21 +140,21 @@ def test_without_sources_nothing_is_made(features):
     assert torch.equal(made.features, features) and not made.mask.any()
 
 
-def test_texture_pictures_come_from_a_folder_or_from_scikit_image(tmp_path):
+def test_texture_images_come_from_a_folder_or_from_scikit_image(tmp_path):
     preparation = Preparation(size=32)
     for i in range(5):
         Image.new("RGB", (40, 50), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    found = texture_pictures(tmp_path, preparation)
+    found = texture_images(tmp_path, preparation)
     assert [p.shape for p in found] == [(3, 32, 32)] * 5
     assert [round(float(p[0].mean()) * 255) for p in found] == [0, 10, 20, 30, 40]
     assert [path.name for path in texture_files(tmp_path, limit=3)] == ["0.png", "1.png", "2.png"]
-    packaged = texture_pictures(None, preparation)
+    packaged = texture_images(None, preparation)
     assert len(packaged) > 4 and all(p.shape == (3, 32, 32) for p in packaged)
     assert min(np.std(p) for p in packaged) > 0.02
     with pytest.raises(ImageError, match="nowhere"):
-        texture_pictures(tmp_path / "nowhere", preparation)
+        texture_images(tmp_path / "nowhere", preparation)
 
 
 def test_textures_have_no_region_of_interest():
-    found = texture_pictures(None, Preparation(size=32, roi=(0, 600, 900, 900)))
+    found = texture_images(None, Preparation(size=32, roi=(0, 600, 900, 900)))
     assert len(found) > 1 and found[0].shape == (3, 32, 32)

@@ -23,7 +23,7 @@ def rng(seed: int = 0) -> Generator:
 
 @pytest.fixture(scope="module")
 def features() -> Tensor:
-    """What features of good pictures are like: a few patterns, smooth over places, and a little noise."""
+    """What features of good images are like: a few patterns, smooth over places, and a little noise."""
     patterns = torch.randn(4, CHANNELS, generator=rng())
     weights = F.interpolate(torch.randn(12, 4, 3, 3, generator=rng(1)), (GRID, GRID), mode="bicubic")
     noise = 0.05 * torch.randn(12, CHANNELS, GRID, GRID, generator=rng(2))
@@ -114,7 +114,7 @@ def test_perception_loss_is_lower_for_the_truth():
     assert wrong.item() > 5
 
 
-def test_more_pictures_weaken_the_prior():
+def test_more_images_weaken_the_prior():
     part = UIAPM(CHANNELS, Perception(width=4))
     few, many = (part.loss(torch.zeros(2, 1, 8, 8), square(), n)["kl"].item() for n in (10, 100))
     assert few == pytest.approx(10 * many) and many > 0
@@ -279,16 +279,16 @@ def test_a_foreign_patch_stands_out(trained, features, textures):
     assert marked[:, inside].mean() > marked[:, ~inside].mean()
 
 
-def seen_by(network: URANet, features: Tensor, pictures: Tensor | None = None, which: int = 1) -> Tensor:
+def seen_by(network: URANet, features: Tensor, images: Tensor | None = None, which: int = 1) -> Tensor:
     """Distance to the memory (1), or to all that it ever learned (2), and departure from the recall, by hand."""
-    found = network.memory(features, pictures)
+    found = network.memory(features, images)
     retrieval_residual = (features - found[0]).norm(dim=1, keepdim=True)
     return torch.cat([found[which], retrieval_residual], 1) / network.memory.radius - 1
 
 
 @pytest.fixture
 def extended(tiny, features, textures) -> URANet:
-    """Set up, a little trained, and shown held-out pictures of which it knew nothing."""
+    """Set up, a little trained, and shown held-out images of which it knew nothing."""
     torch.manual_seed(1)
     network = URANet(tiny(**{"training.learning_rate": 3e-3}), Weights.RANDOM)
     train(network, features, textures, 5)
@@ -315,7 +315,7 @@ def test_perception_sees_how_far_features_are_from_normal_in_units_of_the_radius
     for i, seen in enumerate(given):
         torch.testing.assert_close(seen, expected[i >= plain], atol=1e-4, rtol=1e-4)
     typical = given[-1][:, 0].median().item()
-    assert typical == pytest.approx(0, abs=0.2)  # of good pictures, left out: the radius itself
+    assert typical == pytest.approx(0, abs=0.2)  # of good images, left out: the radius itself
 
 
 def test_without_prototypes_perception_sees_the_features(tiny):
@@ -325,7 +325,7 @@ def test_without_prototypes_perception_sees_the_features(tiny):
         assert torch.equal(network(x).layers["mean"], network.perception(x)[0])
 
 
-def test_what_was_learned_after_calibration_speaks_for_a_picture_and_never_against_it(extended, features):
+def test_what_was_learned_after_calibration_speaks_for_an_image_and_never_against_it(extended, features):
     everything = torch.cat([features, held_out(features)]).float()
     with torch.no_grad():
         found = extended(everything)
@@ -359,7 +359,7 @@ def test_after_extending_the_residual_is_the_same_and_the_rest_can_only_fall(tin
         network.extend(held, rng(seed))
         after, (_, lower) = network(everything), network.fuse(network(everything))
         calmed = network.perception(seen_by(network, everything, which=2))[0]
-    assert (calmed > before.layers["mean"]).any()  # which would have been against a picture
+    assert (calmed > before.layers["mean"]).any()  # which would have been against an image
     assert torch.equal(after.anomaly_maps[:, 0], before.anomaly_maps[:, 0])
     assert torch.equal(after.restored, before.restored)
     assert all(torch.equal(after.layers[name], layer) for name, layer in before.layers.items())
@@ -370,7 +370,7 @@ def test_after_extending_the_residual_is_the_same_and_the_rest_can_only_fall(tin
     assert (lower <= scores + 1e-5).all() and lower[12:17].mean() < scores[12:17].mean()
 
 
-def test_training_pictures_are_recalled_and_judged_without_themselves(trained, features):
+def test_training_images_are_recalled_and_judged_without_themselves(trained, features):
     network, rows = trained[0], torch.tensor([7, 1, 5])
     x = features[rows].float()
     with torch.no_grad():
@@ -385,13 +385,13 @@ def test_training_pictures_are_recalled_and_judged_without_themselves(trained, f
     torch.testing.assert_close(found.restored, restored)
 
 
-def test_what_is_cached_of_a_picture_is_recalled_without_itself(tiny, features):
+def test_what_is_cached_of_an_image_is_recalled_without_itself(tiny, features):
     many = torch.cat([features, features.flip(0) + 0.05 * torch.randn(features.shape, generator=rng(8)).half()])
     network = URANet(tiny(), Weights.RANDOM)
     batch = batch_of(network, many, None)
     recalled, distance, _ = network.memory(many.float(), torch.arange(24))
-    assert set(batch) == {"features", "recalled", "distance", "picture"}
-    assert batch["picture"].tolist() == list(range(24))
+    assert set(batch) == {"features", "recalled", "distance", "image"}
+    assert batch["image"].tolist() == list(range(24))
     assert batch["recalled"].shape == many.shape and batch["distance"].shape == (24, 1, GRID, GRID)
     torch.testing.assert_close(batch["distance"], distance)
     torch.testing.assert_close(batch["recalled"], recalled, atol=2e-3, rtol=2e-3)
@@ -399,7 +399,7 @@ def test_what_is_cached_of_a_picture_is_recalled_without_itself(tiny, features):
 
 
 def test_altered_cells_are_recalled_anew_and_the_others_are_cached(trained, features, textures):
-    """As if the whole altered picture had been recalled, and not from the pictures that it is made of."""
+    """As if the whole altered image had been recalled, and not from the images that it is made of."""
     network = trained[0]
     rows = torch.randperm(12, generator=rng(5))
     with torch.no_grad():
@@ -463,7 +463,7 @@ def test_restoration_learns_from_the_recall_of_what_was_there(trained, features,
 PAPER_PARTS = {"network.restoration.prototypes": 0, "network.restoration.coarse_prototypes": 0}
 
 
-def test_without_prototypes_the_picture_alone_is_restored(tiny, features):
+def test_without_prototypes_the_image_alone_is_restored(tiny, features):
     """As in the paper: one kind of evidence, no memory, nothing to cache."""
     network = URANet(tiny(**PAPER_PARTS), Weights.RANDOM)
     assert network.memory is None and network.judge is None and network.setup(features, None, rng()) == {}
@@ -517,7 +517,7 @@ def test_each_of_our_additions_has_a_switch_of_its_own(tiny, features, switch):
 
 
 def marking(tiny, features: Tensor) -> URANet:
-    """Thresholds of 0, so that they are what good pictures say."""
+    """Thresholds of 0, so that they are what good images say."""
     torch.manual_seed(0)
     zero = {"network.perception.mean_threshold": 0.0, "network.perception.deviation_threshold": 0.0}
     network = URANet(tiny(**zero), Weights.RANDOM)
@@ -579,7 +579,7 @@ def test_every_switch_trains_and_inspects(tiny, features, textures, changes):
         assert uncertain.any()
 
 
-def test_it_trains_without_any_texture_picture(tiny, features):
+def test_it_trains_without_any_texture_image(tiny, features):
     assert len(train(URANet(tiny(), Weights.RANDOM), features, None, 2)) == 2
 
 

@@ -21,7 +21,7 @@ from unflaw.parallel.shares import ALONE, Share, Team
 from unflaw.training import loop as training
 from unflaw.training.loop import optimise
 
-METHODS = ("uranet", "mfrnet", "memae", "lookup")
+METHODS = ("uranet", "mfrnet", "memae", "nearest_neighbor")
 SETTINGS = Training(batch=7, learning_rate=0.05, precision="float32", checkpoint_seconds=0)
 
 
@@ -61,7 +61,9 @@ def cached(team: Team, data: Path, tile: int | None = None) -> dict[str, Any]:
 
 def fitted(team: Team, method: str, data: Path, weights: Path, **changes: Any) -> dict[str, Any]:
     own = TINY | OWN[method] | {"training.precision": "float32", "training.display_steps": 0}
-    given = [read(path) for path in list_images(data / "train/good")] if method == "lookup" else data  # arrays, too
+    given = (
+        [read(path) for path in list_images(data / "train/good")] if method == "nearest_neighbor" else data
+    )  # arrays, too
     detector = Detector(config=make_config(method, "cpu", own | changes), weights=weights).fit(given, team=team)
     calibration = detector.calibration_
     assert calibration is not None
@@ -73,11 +75,11 @@ def gradients(team: Team, method: str) -> dict[str, Any]:
     torch.manual_seed(4)
     network, settings = create(make_config(method, "cpu", TINY | OWN[method]), Weights.RANDOM), SETTINGS
     rng, device = Generator().manual_seed(6), team.device
-    pictures, textures = (torch.rand(n, 3, 64, 64, generator=rng).double() for n in (7, 3))
-    network.setup(pictures, textures, rng)
+    images, textures = (torch.rand(n, 3, 64, 64, generator=rng).double() for n in (7, 3))
+    network.setup(images, textures, rng)
 
     def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
-        return network.loss({"features": pictures[indices].to(device)}, rng, share)
+        return network.loss({"features": images[indices].to(device)}, rng, share)
 
     optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], settings.learning_rate)
     network.double().train()

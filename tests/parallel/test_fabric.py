@@ -91,11 +91,11 @@ def test_two_processes_learn_what_one_does(together, alone, kind):
 
 def test_the_cache_is_the_same_to_the_bit(together, alone):
     assert apart(together[0]["cache"], alone["cache"]) == 0
-    assert len(alone["cache"]["skipped"]) == 1  # a picture that is not there shifts nothing
+    assert len(alone["cache"]["skipped"]) == 1  # an image that is not there shifts nothing
     assert apart(together[0]["cache, tiles"], alone["cache, tiles"]) < 2e-3  # other batches: float16 rounds otherwise
 
 
-@pytest.mark.parametrize("kind", ["uranet", "mfrnet", "lookup", "crossed"])
+@pytest.mark.parametrize("kind", ["uranet", "mfrnet", "nearest_neighbor", "crossed"])
 def test_two_processes_make_the_same_detector(together, alone, kind):
     assert apart(together[0][kind], alone[kind]) < 1e-3
 
@@ -289,8 +289,8 @@ def test_words_of_processes_are_weighed(tmp_path, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert launching.leave_word(error, expected)
     assert "process 1 of 2 failed:\nRuntimeError: peer is gone" in launching._reason([2, 2], tmp_path)
-    assert launching.leave_word(ValueError("no pictures"), True)
-    assert launching._reason([2, 2], tmp_path) == "no pictures"
+    assert launching.leave_word(ValueError("no images"), True)
+    assert launching._reason([2, 2], tmp_path) == "no images"
     assert "process 1 of 2 was ended by signal 11 (SIGSEGV)" in launching._reason([-11, 2], tmp_path)
     monkeypatch.delenv(OURS)
     assert not launching.leave_word(ValueError(), True)

@@ -87,13 +87,13 @@ def dataset(parts):
     return load_dataset(parts)
 
 
-def test_a_peer_sees_our_pictures_and_is_measured_by_our_metrics(python, dataset, weights, tmp_path):
+def test_a_peer_sees_our_images_and_is_measured_by_our_metrics(python, dataset, weights, tmp_path):
     done = run_peer(python, "patchcore", dataset, SMALL, weights=weights, out=tmp_path / "out", spool=True)
     mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     pixels, scores = PixelAccumulator(), []
     for sample, anomaly_map in zip(dataset.test, done.maps, strict=True):
-        picture = prepare(read(sample.path), SMALL).pixels.transpose(1, 2, 0)
-        expected = ((picture - mean) / deviation).mean(2)
+        image = prepare(read(sample.path), SMALL).pixels.transpose(1, 2, 0)
+        expected = ((image - mean) / deviation).mean(2)
         assert np.allclose(anomaly_map, expected, atol=1e-5)
         pixels.update(anomaly_map, prepare_mask(read_mask(sample.mask), SMALL) if sample.mask else None)
         scores.append(float(anomaly_map.max()))
@@ -101,22 +101,20 @@ def test_a_peer_sees_our_pictures_and_is_measured_by_our_metrics(python, dataset
     labels = [sample.label for sample in dataset.test]
     for name, value in (pixels.compute() | image_metrics(scores, labels)).items():
         assert metrics[name] == pytest.approx(value)
-    assert done.record["memory_bank"] == [len(dataset.train), 3]  # all good pictures: none is kept out
-    assert done.record["layers"] == ["layer2", "layer3"] and done.record["pictures"] == [12, 8]
-    assert done.evaluation.pictures.names == [
-        f"{sample.path.parent.name}/{sample.path.name}" for sample in dataset.test
-    ]
+    assert done.record["memory_bank"] == [len(dataset.train), 3]  # all good images: none is kept out
+    assert done.record["layers"] == ["layer2", "layer3"] and done.record["images"] == [12, 8]
+    assert done.evaluation.images.names == [f"{sample.path.parent.name}/{sample.path.name}" for sample in dataset.test]
     assert json.loads((tmp_path / "out/record.json").read_text()) == done.record
     assert "verdict" not in done.evaluation.rows[0]
 
 
-def test_pictures_that_cannot_be_read_are_named_and_skipped(python, weights, tmp_path):
+def test_images_that_cannot_be_read_are_named_and_skipped(python, weights, tmp_path):
     root = make_parts(tmp_path / "parts")
     for name in ("train/good/001.png", "test/square/002.png"):
-        (root / name).write_bytes(b"no picture")
+        (root / name).write_bytes(b"no image")
     done = run_peer(python, "patchcore", load_dataset(root), SMALL, weights=weights)
     assert [Path(path).name for path, _ in done.evaluation.skipped] == ["001.png", "002.png"]
-    assert done.record["pictures"] == [11, 7] and len(done.maps) == len(done.evaluation.rows) == 7
+    assert done.record["images"] == [11, 7] and len(done.maps) == len(done.evaluation.rows) == 7
 
 
 def test_what_cannot_run_says_why(python, dataset, weights, tmp_path):
@@ -134,7 +132,7 @@ def test_what_cannot_run_says_why(python, dataset, weights, tmp_path):
         "anomalib/models/__init__.py": STAND_IN + "\nraise OSError('no room')",
     }
     refused("anomalib failed; its last lines:(.|\n)*no room", python=interpreter(tmp_path / "broken", broken))
-    refused("there are no training pictures", TrainingError, data=Dataset("x", "folder", (), (), dataset.test, ()))
+    refused("there are no training images", TrainingError, data=Dataset("x", "folder", (), (), dataset.test, ()))
 
 
 def test_maps_that_are_not_finite_are_refused(dataset, weights, tmp_path):

@@ -51,7 +51,7 @@ def test_regions_come_by_peak_and_the_highest_are_kept():
 
 
 def test_padding_has_no_regions_and_adds_none():
-    prepared = canvas(100, 50, fit="pad")  # rows 16 to 48 of the canvas are the picture
+    prepared = canvas(100, 50, fit="pad")  # rows 16 to 48 of the canvas are the image
     assert prepared.box == (0, 16, 64, 48)
     anomaly_map = np.full((64, 64), 9.0, np.float32)
     anomaly_map[16:48] = 0.0

@@ -16,7 +16,7 @@ from unflaw.detector import Detector
 from unflaw.errors import DetectorError, ImageError
 from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import prepare
-from unflaw.methods.synthesis import texture_pictures
+from unflaw.methods.synthesis import texture_images
 from unflaw.report import figures, outline, overlay
 from unflaw.report.figures import write_figures
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, sheet
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 FILES = {
     "uranet": ["perception", "restoration", "fasm"],
-    "lookup": ["recall"],
+    "nearest_neighbor": ["recall"],
     "mfrnet": ["masks", "restoration"],
     "draem": ["repair", "anomalies"],
     "memae": ["reconstruction"],
@@ -77,7 +77,7 @@ def upright(mask: Tensor) -> np.ndarray:
 
 
 def path_of(parts: Path, name: list[str]) -> Path:
-    """The picture of a row."""
+    """The image of a row."""
     return parts / "test" / name[0] / name[1]
 
 
@@ -114,22 +114,22 @@ def test_every_method_has_figures_the_same_for_the_same_seed(method, fitted, par
 # What is shown is what is said
 
 
-def test_picture_and_heat_map_are_those_of_the_inspection(fitted, drawn, parts):
-    detector = fitted("lookup")
-    _, rows = drawn(detector, pictures=[Path("square/001.png"), parts / "test/good/002.png"])["recall"]
+def test_image_and_heat_map_are_those_of_the_inspection(fitted, drawn, parts):
+    detector = fitted("nearest_neighbor")
+    _, rows = drawn(detector, images=[Path("square/001.png"), parts / "test/good/002.png"])["recall"]
     truth = np.asarray(Image.open(parts / "ground_truth/square/001_mask.png"))
     for (name, tiles), path, mask in zip(rows, ("square/001.png", "good/002.png"), (truth, 0 * truth), strict=True):
         result = detector.inspect(parts / "test" / path)
         assert name == [*path.split("/"), f"verdict {result.verdict}", f"p {result.p_value:.2g}"]
         first, *_, last = tiles
-        assert (first, last) == ("Picture", "Heat map")
-        assert np.array_equal(tiles["Picture"], outline(result.image, mask))
+        assert (first, last) == ("Image", "Heat map")
+        assert np.array_equal(tiles["Image"], outline(result.image, mask))
         heat = overlay(result.image, result.map, detector.calibration_.scale)
         assert np.array_equal(tiles["Heat map"], outline(heat, mask))
 
 
 def test_a_column_has_one_scale_that_its_bar_states(fitted, drawn, parts):
-    detector = fitted("lookup")
+    detector = fitted("nearest_neighbor")
     columns, rows = drawn(detector)["recall"]
     paths = [path_of(parts, name) for name, _ in rows]
     distance = detector.network(features_of(detector, paths)).anomaly_maps
@@ -151,13 +151,13 @@ def test_masks_are_the_detectors_disjoint_and_complete(fitted, drawn, parts):
     assert [name[-1] for name, _ in rows] == ["k = 1", "k = 2"] * 2
     for i, (name, tiles) in enumerate(rows):
         masks = detector.network.masks[i % 2]
-        picture = detector.inspect(path_of(parts, name)).image
+        image = detector.inspect(path_of(parts, name)).image
         hidden = []
         for number, mask in enumerate(masks, 1):
             visible, restored = tiles[f"Visible {number}"], tiles[f"Restored {number}, drawn"]
             hidden.append(covered(visible))
             assert np.array_equal(~hidden[-1], upright(mask))
-            assert np.array_equal(visible[~hidden[-1]], picture[~hidden[-1]])
+            assert np.array_equal(visible[~hidden[-1]], image[~hidden[-1]])
             assert np.array_equal(covered(restored), ~hidden[-1])
             assert np.array_equal(restored[hidden[-1]], tiles["Assembled, drawn"][hidden[-1]])
         assert (np.sum(hidden, axis=0) == 1).all()
@@ -250,7 +250,7 @@ def test_without_a_memory_there_is_no_recall(fitted, drawn):
     without = {"network.restoration.prototypes": 0, "network.restoration.coarse_prototypes": 0}
     shown = drawn(fitted("uranet", **without), count=1)
     columns, _ = shown["restoration"]
-    assert list(columns) == ["Picture", "Features, drawn", "Restored, drawn", "Residual", "Heat map"]
+    assert list(columns) == ["Image", "Features, drawn", "Restored, drawn", "Residual", "Heat map"]
     assert list(shown) == FILES["uranet"]
 
 
@@ -259,26 +259,26 @@ def test_without_a_memory_there_is_no_recall(fitted, drawn):
 
 @pytest.fixture
 def exercised(fitted, parts) -> Any:
-    """Good pictures (4, 3, S, S), textures, and the rows of FASM on them."""
+    """Good images (4, 3, S, S), textures, and the rows of FASM on them."""
     detector = fitted("uranet")
     preparation = detector.config.preparation
     paths = sorted((parts / "test/good").iterdir())
-    pictures = torch.from_numpy(np.stack([prepare(read(path), preparation).pixels for path in paths]))
-    textures = torch.from_numpy(np.stack(texture_pictures(None, preparation)))
+    images = torch.from_numpy(np.stack([prepare(read(path), preparation).pixels for path in paths]))
+    textures = torch.from_numpy(np.stack(texture_images(None, preparation)))
     with torch.no_grad():
-        rows = detector.network.exercises(pictures, textures, torch.Generator().manual_seed(3))["fasm"]
-    return detector.network, pictures, textures, rows
+        rows = detector.network.exercises(images, textures, torch.Generator().manual_seed(3))["fasm"]
+    return detector.network, images, textures, rows
 
 
 def test_altered_features_are_those_of_the_source_shown(exercised):
-    network, pictures, textures, rows = exercised
+    network, images, textures, rows = exercised
     assert [name for name, _ in rows] == ["textures", "others", "shuffles", "jitter"]
-    candidates = torch.cat([pictures, textures])
-    features, (_, _, grid, _) = network.embed(candidates), network.embed(pictures).shape
+    candidates = torch.cat([images, textures])
+    features, (_, _, grid, _) = network.embed(candidates), network.embed(images).shape
     step = SIDE // grid
     for i, (name, tiles) in enumerate(rows):
         mask, altered = tiles["Mask M, the label"].values[0], tiles["beta 1: altered, drawn"].values
-        assert torch.equal(tiles["Good picture"].values, pictures[i])
+        assert torch.equal(tiles["Good image"].values, images[i])
         assert ("Foreign T, its source" in tiles) == (name != "jitter")
         assert mask.any()
         for y, x in mask.nonzero().tolist() if name != "jitter" else []:
@@ -286,15 +286,15 @@ def test_altered_features_are_those_of_the_source_shown(exercised):
             cells = torch.nn.functional.unfold(candidates, step, stride=step).view(len(candidates), 3, step, step, -1)
             same = (cells - shown[None, ..., None]).abs().amax((1, 2, 3)) < 1e-6
             assert same.sum() >= 1
-            picture, place = same.nonzero()[0].tolist()
-            origin = {"textures": picture >= len(pictures), "others": picture != i, "shuffles": picture == i}
+            image, place = same.nonzero()[0].tolist()
+            origin = {"textures": image >= len(images), "others": image != i, "shuffles": image == i}
             assert origin[name]
-            assert torch.allclose(altered[:, y, x], features[picture].flatten(1)[:, place], atol=1e-4)
+            assert torch.allclose(altered[:, y, x], features[image].flatten(1)[:, place], atol=1e-4)
 
 
 def test_distance_grows_with_beta_under_the_mask_only(exercised):
-    network, pictures, _, rows = exercised
-    clean = network.embed(pictures)
+    network, images, _, rows = exercised
+    clean = network.embed(images)
     limits = set()
     for i, (_, tiles) in enumerate(rows):
         mask = tiles["Mask M, the label"].values[0] == 1
@@ -329,16 +329,16 @@ def test_draem_alters_under_the_mask_only_and_shows_both_networks(fitted, parts)
     detector = fitted("draem")
     preparation = detector.config.preparation
     paths = sorted((parts / "test/good").iterdir())
-    pictures = torch.from_numpy(np.stack([prepare(read(path), preparation).pixels for path in paths]))
-    textures = torch.from_numpy(np.stack(texture_pictures(None, preparation)))
+    images = torch.from_numpy(np.stack([prepare(read(path), preparation).pixels for path in paths]))
+    textures = torch.from_numpy(np.stack(texture_images(None, preparation)))
     with torch.no_grad():
-        rows = detector.network.exercises(pictures, textures, torch.Generator().manual_seed(3))["anomalies"]
-        assert len(rows) == len(pictures)
-        for picture, (_, tiles) in zip(pictures, rows, strict=True):
+        rows = detector.network.exercises(images, textures, torch.Generator().manual_seed(3))["anomalies"]
+        assert len(rows) == len(images)
+        for image, (_, tiles) in zip(images, rows, strict=True):
             inside = tiles["Mask M, the label"].values[0] == 1
             altered = tiles["Altered"].values
-            same = (altered == picture).all(0)
-            assert torch.equal(tiles["Good picture"].values, picture)
+            same = (altered == image).all(0)
+            assert torch.equal(tiles["Good image"].values, image)
             assert inside.any() and same[~inside].all() and not same[inside].any()
             inspection = detector.network(altered[None])
             assert torch.allclose(tiles["Repair"].values, inspection.restored[0], atol=1e-6)
@@ -347,11 +347,11 @@ def test_draem_alters_under_the_mask_only_and_shows_both_networks(fitted, parts)
 
 def test_memae_shows_the_error_of_its_reconstruction(fitted, parts):
     network = fitted("memae").network
-    picture = features_of(fitted("memae"), [parts / "test/square/000.png"])
+    image = features_of(fitted("memae"), [parts / "test/square/000.png"])
     with torch.no_grad():
-        ((_, tiles),) = network.stages(picture, network(picture))["reconstruction"]
-    seen, made = tiles["Picture it sees"].values, tiles["Reconstruction"].values
-    assert torch.equal(seen, picture[0])
+        ((_, tiles),) = network.stages(image, network(image))["reconstruction"]
+    seen, made = tiles["Image it sees"].values, tiles["Reconstruction"].values
+    assert torch.equal(seen, image[0])
     assert torch.allclose(tiles["Squared error"].values[0], (seen - made).square().mean(0), atol=1e-6)
 
 
@@ -372,17 +372,17 @@ def test_kinds_of_defects_take_turns_and_a_quarter_is_good(fitted, drawn, tmp_pa
     assert shown() == ["dent", "hole", "square", "good"]
     assert shown(count=8) == ["dent", "hole", "square", "dent", "hole", "square", "good", "good"]
     assert shown(count=12) == 3 * ["dent", "hole", "square"] + 3 * ["good"]
-    assert shown(pictures=[Path("good/001.png"), data / "test/dent/../hole/2.png"]) == ["good", "hole"]
+    assert shown(images=[Path("good/001.png"), data / "test/dent/../hole/2.png"]) == ["good", "hole"]
 
 
-def test_data_without_defects_shows_good_pictures(fitted, drawn, tmp_path):
+def test_data_without_defects_shows_good_images(fitted, drawn, tmp_path):
     data = make_parts(tmp_path / "parts", bad=0)
     (data / "test/square").rmdir()
-    names = [name[:2] for name, _ in drawn(fitted("lookup"), data, count=3)["recall"][1]]
+    names = [name[:2] for name, _ in drawn(fitted("nearest_neighbor"), data, count=3)["recall"][1]]
     assert len(names) == 3 and {folder for folder, _ in names} == {"good"}
 
 
-def test_data_without_good_test_pictures_shows_training_on_those_to_train_on(fitted, drawn, tmp_path):
+def test_data_without_good_test_images_shows_training_on_those_to_train_on(fitted, drawn, tmp_path):
     data = make_parts(tmp_path / "parts", good=0)
     (data / "test/good").rmdir()
     shown = drawn(fitted("draem"), data, count=3)
@@ -401,12 +401,12 @@ def test_padding_is_not_shown(fitted, drawn, tmp_path):
     data = make_parts(tmp_path / "parts")
     wide = textured(np.random.default_rng(1))[16:48]
     Image.fromarray(wide).save(data / "test/good/wide.png")
-    detector, given = fitted("lookup", **{"preparation.fit": "pad"}), []
+    detector, given = fitted("nearest_neighbor", **{"preparation.fit": "pad"}), []
     network = detector.network
     network.register_forward_pre_hook(lambda _, args, named: given.append(named.get("valid")), with_kwargs=True)
-    ((_, tiles),) = drawn(detector, data, pictures=[Path("wide.png")])["recall"][1]
+    ((_, tiles),) = drawn(detector, data, images=[Path("wide.png")])["recall"][1]
     assert {pixels.shape for pixels in tiles.values()} == {(32, 64, 3)}
-    assert np.array_equal(tiles["Picture"], wide)
+    assert np.array_equal(tiles["Image"], wide)
     grid = network.features.grid
     assert given[-1][0].sum() == grid * grid / 2  # nor does it take part in what is shown
 
@@ -414,28 +414,28 @@ def test_padding_is_not_shown(fitted, drawn, tmp_path):
 def test_what_cannot_be_shown_is_said(fitted, tiny, parts, weights, tmp_path):
     detector, dataset, out = fitted("memae"), load_dataset(parts), tmp_path / "figures"
     for given, message in (
-        ("no.png", "no.png: is not among the test pictures of parts; name one as in square/003.png"),
-        ("000.png", "000.png: is the name of 2 of the test pictures"),
+        ("no.png", "no.png: is not among the test images of parts; name one as in square/003.png"),
+        ("000.png", "000.png: is the name of 2 of the test images"),
         (parts / "train/good/000.png", "is not among"),
     ):
         with pytest.raises(DatasetError, match=message):
-            write_figures(detector, dataset, out, pictures=[Path(given)])
-    for options in ({}, {"pictures": [Path("000.png")]}):
-        with pytest.raises(DatasetError, match="good: there are no test pictures to show"):
+            write_figures(detector, dataset, out, images=[Path(given)])
+    for options in ({}, {"images": [Path("000.png")]}):
+        with pytest.raises(DatasetError, match="good: there are no test images to show"):
             write_figures(detector, load_dataset(parts / "train/good"), out, **options)
     with pytest.raises(DetectorError, match="has not learned yet"):
         write_figures(Detector(config=tiny("memae"), weights=weights), dataset, out)
     assert not out.exists()
     broken = make_parts(tmp_path / "parts")
-    (broken / "test/square/000.png").write_text("no picture")
+    (broken / "test/square/000.png").write_text("no image")
     with pytest.raises(ImageError, match=r"000\.png"):
-        write_figures(detector, load_dataset(broken), out, pictures=[Path("square/000.png")])
+        write_figures(detector, load_dataset(broken), out, images=[Path("square/000.png")])
 
 
 # The sheet
 
 
-def test_a_sheet_has_its_pictures_in_rows_and_columns():
+def test_a_sheet_has_its_images_in_rows_and_columns():
     red, blue, green = (np.full((8, 16, 3), colour, np.uint8) for colour in ((200, 0, 0), (0, 0, 200), (0, 200, 0)))
     bar = np.full((1, 4, 3), (90, 0, 90), np.uint8)
     columns = [Column("a"), Column("b", bar, {0.0: "0", 1.0: "9"})]
@@ -471,10 +471,10 @@ def test_the_command(fitted, parts, tmp_path):
         return CliRunner().invoke(app, ["figures", str(model), "--data", str(parts), *map(str, arguments)])
 
     out = tmp_path / "deep/figures"
-    done = run("--out", out, "--picture", "square/001.png", "--picture", "good/000.png", "--seed", 1)
+    done = run("--out", out, "--image", "square/001.png", "--image", "good/000.png", "--seed", 1)
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines() == [str(out / "reconstruction.png")]
-    options: dict[str, Any] = {"pictures": [Path("square/001.png"), Path("good/000.png")], "seed": 1}
+    options: dict[str, Any] = {"images": [Path("square/001.png"), Path("good/000.png")], "seed": 1}
     (same,) = write_figures(fitted("memae"), load_dataset(parts), tmp_path / "same", **options)
     assert (out / "reconstruction.png").read_bytes() == same.read_bytes()
     heights = []
@@ -484,6 +484,6 @@ def test_the_command(fitted, parts, tmp_path):
     assert heights[1] > 2 * heights[0]
     assert run("--out", out, "--width", 700).exit_code == 0
     assert 600 < Image.open(out / "reconstruction.png").width <= 700
-    wrong = run("--out", out, "--picture", "no.png")
+    wrong = run("--out", out, "--image", "no.png")
     assert wrong.exit_code == 2 and wrong.stderr.startswith("error: no.png: is not among")
     assert run("--out", out, "--count", 0).exit_code == 2

@@ -20,7 +20,7 @@ from unflaw.report.text import Typeface
 
 SIZE = 48
 SCALE = Scale(low=1.0, threshold=3.0)
-VALID = (0, 8, 48, 40)  # a wide picture with padding above and below
+VALID = (0, 8, 48, 40)  # a wide image with padding above and below
 DEFECT = np.s_[16:24, 10:20]
 
 
@@ -93,7 +93,7 @@ def test_page_needs_nothing_else(evaluation: Evaluation, render: Callable[..., s
     page = render(evaluation)
     assert not re.search(r"https?://|@import|url\(|<link|<script src|<iframe", page)
     sources = re.findall(r'<img[^>]*\bsrc="([^"]*)"', page)
-    assert len(sources) == 1 + 6 + 3 + 3 + 2  # the colour bar, and the views of each picture
+    assert len(sources) == 1 + 6 + 3 + 3 + 2  # the colour bar, and the views of each image
     assert all(source.startswith("data:image/") for source in sources)
     assert page.count("<img") == len(re.findall(r'<img[^>]*\balt="[^"]+"', page))
 
@@ -121,8 +121,8 @@ def test_page_escapes_what_it_is_given(evaluation: Evaluation, render: Callable[
 def test_page_states_the_numbers(evaluation: Evaluation, render: Callable[..., str]) -> None:
     page = render(evaluation)
     assert (
-        "At the calibrated threshold, 1 of 2 good pictures (50.0%) raised a false alarm"
-        " and 1 of 2 defective pictures (50.0%) passed as good." in page
+        "At the calibrated threshold, 1 of 2 good images (50.0%) raised a false alarm"
+        " and 1 of 2 defective images (50.0%) passed as good." in page
     )
     for number in ("0.988", "0.432", "4.125", "threshold 2.5", "0.0001", "41.2", ">–<"):
         assert number in page
@@ -132,7 +132,7 @@ def test_page_states_the_numbers(evaluation: Evaluation, render: Callable[..., s
 
 def test_page_without_anything(render: Callable[..., str]) -> None:
     page = render(Evaluation({}, [], {}, []))
-    assert "No picture was inspected." in page
+    assert "No image was inspected." in page
     assert "<article" not in page
 
 
@@ -191,7 +191,7 @@ def test_import_is_light() -> None:
 
 
 def test_good_maps_are_not_warm() -> None:
-    values = np.linspace(-2, 3, 200)[None]  # up to the threshold, whatever is highest in this one picture
+    values = np.linspace(-2, 3, 200)[None]  # up to the threshold, whatever is highest in this one image
     red, _, blue = heat_map(values, SCALE).astype(int).transpose(2, 0, 1)
     assert (red < blue).all()
     red, _, blue = heat_map(values + 5.05, SCALE).astype(int).transpose(2, 0, 1)
@@ -208,7 +208,7 @@ def test_overlay_keeps_good_areas() -> None:
     assert laid.dtype == np.uint8
 
 
-def test_outline_leaves_picture_and_defect() -> None:
+def test_outline_leaves_image_and_defect() -> None:
     image, mask = np.full((32, 32, 3), 90, np.uint8), np.zeros((32, 32), np.uint8)
     mask[10:20, 10:20] = 255
     drawn = outline(image, mask, (1, 2, 3))
@@ -220,7 +220,7 @@ def test_outline_leaves_picture_and_defect() -> None:
 
 
 def test_boxes_of_a_region_of_interest_lie_where_they_are() -> None:
-    """Its picture is a cut-out; boxes count pixels of the whole."""
+    """Its image is a cut-out; boxes count pixels of the whole."""
     whole, part = make_result(True, None), make_result(True, None, size=(500, 400), crop=(300, 200, 396, 264))
     moved = replace(part.regions[0], box=(320, 216, 340, 232))
     boxed, expected = (views(shown, SCALE)["Heat map"] for shown in (replace(part, regions=(moved,)), whole))
@@ -229,12 +229,12 @@ def test_boxes_of_a_region_of_interest_lie_where_they_are() -> None:
 
 def test_views_are_cropped_and_boxed() -> None:
     shown = views(make_result(True, None, layers=True), SCALE, np.zeros((SIZE, SIZE), bool))
-    assert list(shown) == ["Picture", "Heat map", "Mean map", "Uncertainty", "Final mask", "Restored"]
+    assert list(shown) == ["Image", "Heat map", "Mean map", "Uncertainty", "Final mask", "Restored"]
     for pixels in shown.values():
         assert pixels.shape == (32, 48, 3)
         assert pixels.dtype == np.uint8
         assert not (pixels == (255, 0, 255)).all(axis=2).any()
-    assert (shown["Heat map"][7, 10:20] == 255).all()  # the box lies around rows 8 to 16 of the cropped picture
+    assert (shown["Heat map"][7, 10:20] == 255).all()  # the box lies around rows 8 to 16 of the cropped image
     quiet = views(make_result(True, None, regions=()), SCALE)["Heat map"]
     assert not (quiet == 255).all(axis=2).any()
 

@@ -33,9 +33,9 @@ def test_an_exported_one_computes_in_one_piece(exported, parts):
     assert throughput(found, list_images(parts / "test"), 10) > 0
 
 
-def test_made_up_pictures_can_be_read_and_differ():
-    pictures = [read(content) for content in made_up(2, 64)]
-    assert pictures[0].shape == (64, 64, 3) and (pictures[0] != pictures[1]).any()
+def test_made_up_images_can_be_read_and_differ():
+    images = [read(content) for content in made_up(2, 64)]
+    assert images[0].shape == (64, 64, 3) and (images[0] != images[1]).any()
     assert made_up(2, 64) == made_up(2, 64)
 
 
@@ -43,7 +43,7 @@ def test_the_command(saved, exported, parts):
     result = CliRunner().invoke(app, ["bench", str(saved), str(exported), "--data", str(parts), "--rounds", "1"])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    assert lines[0] == "1 thread, 1 round, 8 pictures"
+    assert lines[0] == "1 thread, 1 round, 8 images"
     assert sum(line.startswith("| parts.onnx | 1 |") for line in lines) == 4
     assert sum(line.startswith("| parts.safetensors | 32 |") for line in lines) == 6
     assert sum(line.endswith("images/s, files to results") for line in lines) == 2

@@ -27,8 +27,8 @@ ALONE = """
 import sys
 import unflaw
 detector = unflaw.load({path!r})
-one = detector.inspect({picture!r})
-many = list(detector.inspect_many([{picture!r}] * 3))
+one = detector.inspect({image!r})
+many = list(detector.inspect_many([{image!r}] * 3))
 heavy = {{"torch", "timm", "torchvision", "onnx", "onnxscript"}} & set(sys.modules)
 assert not heavy, heavy
 assert [result.score for result in many] == [one.score] * 3
@@ -47,15 +47,15 @@ def run(*arguments):
 
 
 def test_inspection_imports_no_torch_and_says_the_same(exported, detector, parts):
-    picture = list_images(parts / "test/square")[0]
+    image = list_images(parts / "test/square")[0]
     done = subprocess.run(
-        [sys.executable, "-c", ALONE.format(path=str(exported), picture=str(picture))],
+        [sys.executable, "-c", ALONE.format(path=str(exported), image=str(image))],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    expected = detector.inspect(picture)
+    expected = detector.inspect(image)
     verdict, score, p_value, regions, *layers = done.stdout.split(maxsplit=4)
     assert (verdict, int(regions)) == (expected.verdict, len(expected.regions))
     assert float(score) == pytest.approx(expected.score, rel=1e-4) and float(p_value) == expected.p_value
@@ -71,7 +71,7 @@ def test_it_is_an_inspector_like_the_one_that_learned(exported, detector):
         found.inspect(np.zeros((9, 9), np.uint8), category="nut")
 
 
-def test_pictures_of_a_batch_do_not_touch_each_other(exported, parts):
+def test_images_of_a_batch_do_not_touch_each_other(exported, parts):
     found, paths = load(exported, threads=1), list_images(parts / "test")
     together = list(found.inspect_many(paths, batch=5))
     alone = [found.inspect(path) for path in paths]
@@ -87,7 +87,7 @@ def test_evaluation_agrees(exported, detector, parts):
 def test_commands_take_either_file(exported, parts, tmp_path):
     lines = run("info", exported)
     assert lines.exit_code == 0 and "exported to onnx in fp32" in lines.output and "backbone" in lines.output
-    assert run("predict", exported, parts / "test", "--out", tmp_path, "--pictures").exit_code == 0
+    assert run("predict", exported, parts / "test", "--out", tmp_path, "--images").exit_code == 0
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
     assert run("evaluate", exported, "--data", parts).exit_code == 0
     refused = run("calibrate", exported, "--good", parts / "test/good")
@@ -96,7 +96,7 @@ def test_commands_take_either_file(exported, parts, tmp_path):
 
 def test_verify_compares_and_fails_above_the_tolerance(exported, saved, parts, copy):
     same = run("verify", saved, exported, "--data", parts)
-    assert same.exit_code == 0 and "8 pictures" in same.output and "verdicts  0 differ" in same.output
+    assert same.exit_code == 0 and "8 images" in same.output and "verdicts  0 differ" in same.output
     assert run("verify", saved, exported, "--data", parts, "--tolerance", 0).exit_code == 1
     model, path = copy
     for tensor in model.graph.initializer:  # another backbone
@@ -132,7 +132,7 @@ def test_verify_gives_the_reason_why_two_do_not_agree(exported, saved, detector,
 
 
 def test_verdicts_that_differ_are_a_reason_of_their_own():
-    agreed = Comparison(pictures=3, score=1e-5, map=1e-5)
+    agreed = Comparison(images=3, score=1e-5, map=1e-5)
     assert agreed.agrees(1e-4) and not Comparison().agrees(1e-4)
     turned = replace(agreed, verdicts=["a.png"])
     assert turned.faults(1e-4) == ["they give 1 image another verdict"] and not turned.agrees(1e-4)
@@ -249,21 +249,21 @@ def test_the_preparation_in_cpp_is_that_of_unflaw(tmp_path):
     subprocess.run(["g++", *flags, str(tmp_path / "main.cpp"), "-o", str(program)], check=True)
     rng = np.random.default_rng(3)
     for width, height in ((64, 64), (500, 333), (3, 500), (1, 1), (90, 31), (2000, 7)):
-        picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        given = f"{width} {height} 64\n".encode() + picture.tobytes()
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        given = f"{width} {height} 64\n".encode() + image.tobytes()
         pixels = np.frombuffer(
             subprocess.run([program], input=given, capture_output=True, check=True).stdout, np.float32
         )
-        np.testing.assert_array_equal(pixels.reshape(3, 64, 64), prepare(picture, Preparation(size=64)).pixels)
+        np.testing.assert_array_equal(pixels.reshape(3, 64, 64), prepare(image, Preparation(size=64)).pixels)
 
 
 def test_the_python_example_needs_no_unflaw(exported, detector, parts):
-    pictures = list_images(parts / "test")
+    images = list_images(parts / "test")
     code = "import sys, runpy; runpy.run_path(sys.argv.pop(1)); assert not {'unflaw', 'torch'} & set(sys.modules)"
-    arguments = [sys.executable, "-c", code, EXAMPLES / "inspect_onnx.py", exported, *pictures]
+    arguments = [sys.executable, "-c", code, EXAMPLES / "inspect_onnx.py", exported, *images]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for line, path in zip(done.stdout.splitlines(), pictures, strict=True):
+    for line, path in zip(done.stdout.splitlines(), images, strict=True):
         expected = detector.inspect(path)
         found = re.match(r"(.*): (good|defect), score (\S+), p-value (\S+),", line)
         assert found and found[1] == str(path) and found[2] == expected.verdict

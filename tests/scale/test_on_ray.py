@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from unflaw import scale
 from unflaw.cli import app
 from unflaw.detector import Detector
-from unflaw.experiments.per_category import RayWorker, WorkerConfig, members, seats, train_fleet
+from unflaw.experiments.per_category import RayWorker, WorkerConfig, members, train_fleet, training_workers
 from unflaw.scale import partitions
 from unflaw.scale.on_ray import running
 from unflaw.scale.store import OWN, Store
@@ -38,7 +38,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """60 pictures and two that cannot be read."""
+    """60 images and two that cannot be read."""
     made, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(5)
     for i in range(60):
         (made / f"{i % 3}").mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def rows_of(out):
     return [row for number in partitions.finished(store) for row in partitions.read(store, number)]
 
 
-def every_picture_once(out, plain):
+def every_image_once(out, plain):
     """Holds results to plain ones, by names, numbers and scores; returns them."""
     rows = rows_of(out)
     assert Counter(row["name"] for row in rows) == dict.fromkeys(plain, 1)
@@ -83,7 +83,7 @@ def test_two_workers_give_what_plain_predict_gives_and_go_on(cluster, exported, 
     options = ("--engine", "ray", "--input", folder, "--output", out, "--partition", 8, "--workers", 2)
     done = predict(exported, *options)
     assert done.exit_code == 3 and "8 of 8 partitions: " in done.output and "2 failed" in done.output, done.output
-    every_picture_once(out, plain)
+    every_image_once(out, plain)
 
     for number in (2, 5):
         (out / partitions.file_of(number)).unlink()
@@ -91,7 +91,7 @@ def test_two_workers_give_what_plain_predict_gives_and_go_on(cluster, exported, 
     done = predict(exported, *options)
     assert "8 of 8 partitions, 6 found finished" in done.output
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(list(out.glob("*.parquet"))) == 8
-    every_picture_once(out, plain)
+    every_image_once(out, plain)
 
     (folder / "2/empty.png").write_bytes((folder / "0/000.png").read_bytes())
     try:
@@ -146,7 +146,7 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(cluster, exported, fo
         thread.join()
     assert len(killed) == 2  # one in its first partition, one later
     assert totals.errors == {} and totals.finished == 8 and sum(totals.counts.values()) == 62
-    every_picture_once(out, plain)
+    every_image_once(out, plain)
     assert sorted(path.name for path in (out / OWN).iterdir()) == ["items-00000.parquet", "lock", "plan.json"]
     assert all(path.name.startswith(("part-", OWN)) for path in out.iterdir())
 
@@ -167,11 +167,11 @@ def test_workers_that_find_no_processor_stop_nothing(cluster, exported, folder, 
         (("--engine", "ray", "a", "--output", "b"), "a: with --engine ray, name inputs by --input"),
         (("--engine", "ray", "--input", "a", "--out", "b"), "by --output"),
         (("--engine", "ray", "--input", "a", "--output", "b", "--group-by", "folder"), "--group-by does not go with"),
-        (("--engine", "ray", "--input", "a", "--output", "b", "--pictures"), "--pictures does not go with"),
+        (("--engine", "ray", "--input", "a", "--output", "b", "--images"), "--images does not go with"),
         (("a", "--out", "b", "--workers", 2), "--workers goes with --engine ray"),
         (("a", "--out", "b", "--output", "c"), "--output goes with --engine ray"),
-        (("a",), "name pictures and --out"),
-        (("--out", "a"), "name pictures and --out"),
+        (("a",), "name images and --out"),
+        (("--out", "a"), "name images and --out"),
         (("--engine", "ray", "--input", "PARENT", "--output", "PARENT/out"), "lies in the input"),
         (("--engine", "ray", "--input", "PARENT/none", "--output", "PARENT/out"), "no such file or folder"),
         (("--engine", "ray", "--input", "a", "--output", "b", "--category", "screw"), "has no categories"),
@@ -225,8 +225,8 @@ def test_a_fleet_is_trained_over_ray_and_a_lost_worker_ends_its_category_only(cl
     for name in ("bolt", "nut", "washer"):
         make_parts(root / name, train=9)
     (root / "ring/train/good").mkdir(parents=True)
-    (root / "ring/train/good/one.png").write_bytes(b"no picture")
-    told, config = WorkerConfig(tmp_path / "features", None, str(weights), 1), tiny("lookup")
+    (root / "ring/train/good/one.png").write_bytes(b"no image")
+    told, config = WorkerConfig(tmp_path / "features", None, str(weights), 1), tiny("nearest_neighbor")
     data, failed = members(root)
 
     class Lost(RayWorker):
@@ -243,13 +243,13 @@ def test_a_fleet_is_trained_over_ray_and_a_lost_worker_ends_its_category_only(cl
     records, failed = train_fleet(data, config, tmp_path / "out", [Lost(told)], lambda *_: None, failed)
     assert [record.category for record in records] == ["bolt", "washer"] and killed == ["nut"]
     assert "was lost" in failed["nut"] and "TrainingError" in failed["ring"]
-    with seats(told, 2, "ray") as places:
+    with training_workers(told, 2, "ray") as places:
         records, failed = train_fleet(data, config, tmp_path / "out", places, lambda *_: None)
     assert [record.category for record in records] == ["bolt", "nut", "washer"] and list(failed) == ["ring"]
     with pytest.raises(ValueError, match="--workers 3 with --threads 1 are more than the 2 processors"):
-        seats(told, 3, "ray").__enter__()
+        training_workers(told, 3, "ray").__enter__()
     assert ray.is_initialized()  # it was not started here
     expected = Detector(config=config, weights=weights).fit(root / "nut")
-    picture = root / "nut/test/square/000.png"
-    found = Detector.load(tmp_path / "out/nut.safetensors").inspect(picture).score
-    assert found == pytest.approx(expected.inspect(picture).score, rel=1e-3)
+    image = root / "nut/test/square/000.png"
+    found = Detector.load(tmp_path / "out/nut.safetensors").inspect(image).score
+    assert found == pytest.approx(expected.inspect(image).score, rel=1e-3)

@@ -23,14 +23,14 @@ from unflaw.errors import ImageError
 from unflaw.io.listing import list_images
 from unflaw.postprocessing.results import Result
 from unflaw.scale import partitions, plan, store, worker
-from unflaw.scale.sources import Columns, Item, listed, pictures
+from unflaw.scale.sources import Columns, Item, images, listed
 from unflaw.scale.store import OWN, Store, StoreError
 from unflaw.scale.worker import Worker
 
 
 @pytest.fixture(scope="module")
-def test_pictures(parts) -> dict[str, bytes]:
-    """Eight pictures by the names of their files."""
+def test_images(parts) -> dict[str, bytes]:
+    """Eight images by the names of their files."""
     return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(parts.glob("test/*/*.png"))}
 
 
@@ -43,9 +43,9 @@ def memory():
     return "memory:///bucket"
 
 
-def tar_of(path, pictures, mode="w", extra=()):
+def tar_of(path, images, mode="w", extra=()):
     with tarfile.open(path, mode) as file:
-        for name, data in [*pictures.items(), *extra]:
+        for name, data in [*images.items(), *extra]:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             file.addfile(info, io.BytesIO(data))
@@ -53,29 +53,29 @@ def tar_of(path, pictures, mode="w", extra=()):
 
 
 def opened(inputs, column=None):
-    """(name, source, number, bytes or the error) of every picture, as read from items listed."""
+    """(name, source, number, bytes or the error) of every image, as read from items listed."""
     found = []
     for item in listed([str(given) for given in inputs], column):
-        for picture in pictures(item, column):
-            data = picture.data
+        for image in images(item, column):
+            data = image.data
             if not isinstance(data, bytes | ImageError):
                 try:
                     data = data.read()
                 except (OSError, ImageError) as error:
                     data = error
-            found.append((picture.name, picture.source, picture.number, data))
+            found.append((image.name, image.source, image.number, data))
     return found
 
 
 # Sources
 
 
-def test_a_folder_is_its_pictures_as_plain_predict_names_them(parts, test_pictures, tmp_path, monkeypatch):
+def test_a_folder_is_its_images_as_plain_predict_names_them(parts, test_images, tmp_path, monkeypatch):
     monkeypatch.chdir(parts)
     found = opened(["test"])
-    assert {name: data for name, _, _, data in found} == {f"test/{n}": data for n, data in test_pictures.items()}
+    assert {name: data for name, _, _, data in found} == {f"test/{n}": data for n, data in test_images.items()}
     assert all(source == name and number == 0 for name, source, number, _ in found)
-    assert [name for name, *_ in opened([parts / "test"])] == [str(parts / "test" / name) for name in test_pictures]
+    assert [name for name, *_ in opened([parts / "test"])] == [str(parts / "test" / name) for name in test_images]
     (tmp_path / "deep/.hidden").mkdir(parents=True)
     for name in ("deep/b.PNG", "deep/.c.png", "deep/.hidden/d.png", "a.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
@@ -119,47 +119,47 @@ def test_system_folders_are_passed_over_and_counted(tmp_path, memory, where):
     notes.clear()
     assert len(list(listed([f"{said}/**/*.png", f"{said}/a.png"], notes=notes))) == 2 and "2 files in all" in notes[0]
     assert len(list(listed([f"{said}/b/#recycle", f"{said}/@*/*/*.jpg", f"{said}/b/._*.png"]))) == 3  # asked for
-    with pytest.raises(ValueError, match=r"no pictures, .* passed over, 1 file in all"):
+    with pytest.raises(ValueError, match=r"no images, .* passed over, 1 file in all"):
         list(listed([f"{said}/*/*/t.jpg"]))
 
 
-def test_pictures_by_url(memory, test_pictures):
+def test_images_by_url(memory, test_images):
     fs = fsspec.filesystem("memory")
-    for name, data in test_pictures.items():
+    for name, data in test_images.items():
         fs.pipe_file(f"/bucket/in/{name}", data)
     found = opened([f"{memory}/in"])
-    assert {name: data for name, _, _, data in found} == {f"{memory}/in/{n}": d for n, d in test_pictures.items()}
+    assert {name: data for name, _, _, data in found} == {f"{memory}/in/{n}": d for n, d in test_images.items()}
     assert len(opened([f"{memory}/in/square/*.png"])) == 4
 
 
-def test_a_table_of_bytes(tmp_path, test_pictures):
-    names, data = list(test_pictures), list(test_pictures.values())
+def test_a_table_of_bytes(tmp_path, test_images):
+    names, data = list(test_images), list(test_images.values())
     pq.write_table(pa.table({"id": names, "image": data, "label": [1] * 8}), tmp_path / "t.parquet", row_group_size=3)
     items = list(listed([str(tmp_path)]))
     assert [(item.kind, item.start, item.stop) for item in items] == [("rows", 0, 3), ("rows", 3, 6), ("rows", 6, 8)]
     source = str(tmp_path / "t.parquet")
-    expected = [(name, source, i, test_pictures[name]) for i, name in enumerate(names)]
+    expected = [(name, source, i, test_images[name]) for i, name in enumerate(names)]
     assert opened([tmp_path]) == opened([tmp_path / "*.parquet"]) == expected
     part = items[0]._replace(start=2, stop=7)  # across row groups
-    assert [found.number for found in pictures(part)] == [2, 3, 4, 5, 6]
+    assert [found.number for found in images(part)] == [2, 3, 4, 5, 6]
 
 
-def test_a_table_as_datasets_write_it_and_holes_in_it(tmp_path, test_pictures, parts):
-    first = next(iter(test_pictures.values()))
+def test_a_table_as_datasets_write_it_and_holes_in_it(tmp_path, test_images, parts):
+    first = next(iter(test_images.values()))
     path = str(parts / "test/good/000.png")
     rows = [{"bytes": first, "path": "a.png"}, {"bytes": None, "path": path}, None, {"bytes": None, "path": None}]
     pq.write_table(pa.table({"image": rows, "text": ["x"] * 4}), tmp_path / "t.parquet")
     found = opened([tmp_path])
     assert [name for name, *_ in found][:2] == ["a.png", path] and found[1][3] == first
     assert [number for *_, number, _ in found] == [0, 1, 2, 3]
-    assert all("holds no picture" in str(data) for *_, data in found[2:])
+    assert all("holds no image" in str(data) for *_, data in found[2:])
 
 
-def test_a_table_of_paths_beside_it_and_elsewhere(tmp_path, test_pictures, parts):
-    (tmp_path / "pictures").mkdir()
-    data = next(iter(test_pictures.values()))
-    (tmp_path / "pictures/a.png").write_bytes(data)
-    paths = ["pictures/a.png", str(parts / "test/good/001.png"), "pictures/none.png"]
+def test_a_table_of_paths_beside_it_and_elsewhere(tmp_path, test_images, parts):
+    (tmp_path / "images").mkdir()
+    data = next(iter(test_images.values()))
+    (tmp_path / "images/a.png").write_bytes(data)
+    paths = ["images/a.png", str(parts / "test/good/001.png"), "images/none.png"]
     pq.write_table(pa.table({"path": paths, "note": ["", "", ""]}), tmp_path / "t.parquet")
     found = opened([tmp_path / "t.parquet"])
     assert [name for name, *_ in found] == paths and found[0][3] == data and isinstance(found[1][3], bytes)
@@ -172,7 +172,7 @@ def test_a_table_of_paths_beside_it_and_elsewhere(tmp_path, test_pictures, parts
 @pytest.mark.parametrize(
     "columns, wanted, expected",
     [
-        ({"a": pa.binary(), "b": pa.binary()}, None, "not clear which column holds the pictures; there are a, b"),
+        ({"a": pa.binary(), "b": pa.binary()}, None, "not clear which column holds the images; there are a, b"),
         ({"a": pa.binary(), "b": pa.binary()}, "b", "b"),
         ({"a": pa.binary(), "image": pa.large_binary()}, None, "image"),
         ({"n": pa.int64()}, None, "not clear"),
@@ -182,7 +182,7 @@ def test_a_table_of_paths_beside_it_and_elsewhere(tmp_path, test_pictures, parts
         ({"where": pa.large_string()}, "where", "where"),
     ],
 )
-def test_the_column_of_pictures(tmp_path, columns, wanted, expected):
+def test_the_column_of_images(tmp_path, columns, wanted, expected):
     schema = pa.schema(list(columns.items()))
     pq.write_table(schema.empty_table(), tmp_path / "t.parquet")
     with pq.ParquetFile(tmp_path / "t.parquet") as table:
@@ -194,25 +194,25 @@ def test_the_column_of_pictures(tmp_path, columns, wanted, expected):
 
 
 @pytest.mark.parametrize("suffix, mode", [(".tar", "w"), (".tar.gz", "w:gz")])
-def test_shards(tmp_path, test_pictures, suffix, mode):
+def test_shards(tmp_path, test_images, suffix, mode):
     extra = [("0.json", b"{}"), ("0.mask.png", b"m"), (".hidden.png", b"h")]
-    path = tar_of(tmp_path / f"s-000{suffix}", test_pictures, mode, extra)
+    path = tar_of(tmp_path / f"s-000{suffix}", test_images, mode, extra)
     items = list(listed([str(tmp_path)]))
-    assert [(item.kind, item.pictures) for item in items] == [("shard", None)]
-    expected = [(name, str(path), i, data) for i, (name, data) in enumerate(test_pictures.items())]
+    assert [(item.kind, item.images) for item in items] == [("shard", None)]
+    expected = [(name, str(path), i, data) for i, (name, data) in enumerate(test_images.items())]
     assert opened([tmp_path])[:8] == expected and opened([path], "png") == expected
     assert [data for *_, data in opened([path], "mask.png")] == [b"m"]
 
 
-def test_a_cut_off_shard_gives_what_is_whole_and_says_so(tmp_path, test_pictures):
-    path = tar_of(tmp_path / "s.tar", test_pictures)
+def test_a_cut_off_shard_gives_what_is_whole_and_says_so(tmp_path, test_images):
+    path = tar_of(tmp_path / "s.tar", test_images)
     path.write_bytes(path.read_bytes()[: 3 * path.stat().st_size // 5])
     *whole, last = opened([path])
-    assert 2 <= len(whole) < 8 and [data for *_, data in whole] == list(test_pictures.values())[: len(whole)]
-    assert f"cannot be read beyond {len(whole)} pictures" in str(last[3]) and last[2] == len(whole)
+    assert 2 <= len(whole) < 8 and [data for *_, data in whole] == list(test_images.values())[: len(whole)]
+    assert f"cannot be read beyond {len(whole)} images" in str(last[3]) and last[2] == len(whole)
 
 
-def test_a_damaged_table_tells_of_every_row(tmp_path, test_pictures):
+def test_a_damaged_table_tells_of_every_row(tmp_path, test_images):
     path = tmp_path / "t.parquet"
     data = [os.urandom(4000) for _ in range(6)]
     pq.write_table(pa.table({"image": data}), path, row_group_size=3, compression="zstd")
@@ -221,10 +221,10 @@ def test_a_damaged_table_tells_of_every_row(tmp_path, test_pictures):
     with path.open("r+b") as file:
         file.seek(start)
         file.write(b"\xff" * 200)
-    found = [picture for item in items for picture in pictures(item)]
-    assert [picture.number for picture in found] == list(range(6))
-    assert [picture.data for picture in found[:3]] == data[:3]
-    assert all("write the table again" in str(picture.data) for picture in found[3:])
+    found = [image for item in items for image in images(item)]
+    assert [image.number for image in found] == list(range(6))
+    assert [image.data for image in found[:3]] == data[:3]
+    assert all("write the table again" in str(image.data) for image in found[3:])
 
 
 def test_what_cannot_be_listed_is_said(tmp_path, memory):
@@ -234,10 +234,10 @@ def test_what_cannot_be_listed_is_said(tmp_path, memory):
     (tmp_path / "both/b.tar").write_bytes(b"x")
     (tmp_path / "no.parquet").write_bytes(b"PAR1 but not really PAR1")
     for given, message in (
-        ("both", "holds pictures and tar shards; name those that are meant"),
-        ("empty", "there are no pictures"),
+        ("both", "holds images and tar shards; name those that are meant"),
+        ("empty", "there are no images"),
         ("none", "no such file or folder"),
-        ("none/*.png", "there are no pictures"),
+        ("none/*.png", "there are no images"),
         ("no.parquet", "not a readable Parquet file"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -333,8 +333,8 @@ def test_a_file_is_no_folder(tmp_path):
 # The plan
 
 
-def item(name, pictures=1, kind="picture"):
-    return Item(kind, f"/{name}", name, 0, pictures, 10, "v")
+def item(name, images=1, kind="image"):
+    return Item(kind, f"/{name}", name, 0, images, 10, "v")
 
 
 def test_partitions_are_cut_and_filled():
@@ -352,21 +352,21 @@ def test_partitions_are_cut_and_filled():
 
 def test_a_plan_is_kept_and_other_ones_are_refused(url, parts, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "CHUNK", 2)
-    made, pictures = Store(url), tmp_path / "in"
-    pictures.mkdir()
+    made, images = Store(url), tmp_path / "in"
+    images.mkdir()
     for i in range(7):
-        (pictures / f"{i}.png").write_bytes(b"x")
+        (images / f"{i}.png").write_bytes(b"x")
     odd = os.fsdecode(b"\xff7.png")
-    (pictures / odd).write_bytes(b"x")
-    inputs = [str(pictures)]
+    (images / odd).write_bytes(b"x")
+    inputs = [str(images)]
     first = plan.prepare(made, inputs, "digest", size=3)
-    (pictures / "@eaDir").mkdir()
-    (pictures / "@eaDir/0.png").write_bytes(b"x")
+    (images / "@eaDir").mkdir()
+    (images / "@eaDir/0.png").write_bytes(b"x")
     notes: list[str] = []
     assert plan.prepare(made, inputs, "digest", size=3, notes=notes) == first and "1 file in all" in notes[0]
-    assert (first.pictures, first.partitions) == (8, 3) and plan.prepare(made, inputs, "digest", size=3) == first
+    assert (first.images, first.partitions) == (8, 3) and plan.prepare(made, inputs, "digest", size=3) == first
     names = [item.name for i in range(3) for item in plan.items_of(made, i)]
-    assert names == [str(pictures / name) for name in [*(f"{i}.png" for i in range(7)), odd]]
+    assert names == [str(images / name) for name in [*(f"{i}.png" for i in range(7)), odd]]
     for changes, message in (
         ({"size": 4}, r"another --partition \(3, now 4\)"),
         ({"category": "screw"}, r"another --category \(None, now screw\)"),
@@ -375,13 +375,13 @@ def test_a_plan_is_kept_and_other_ones_are_refused(url, parts, tmp_path, monkeyp
     ):
         with pytest.raises(StoreError, match=message):
             plan.prepare(made, inputs, **({"detector": "digest", "size": 3} | changes))
-    (pictures / "3.png").write_bytes(b"other")
+    (images / "3.png").write_bytes(b"other")
     with pytest.raises(StoreError, match="files have changed"):
         plan.prepare(made, inputs, "digest", size=3)
     mended = plan.prepare(made, inputs, "digest", size=3, retry=True)
     assert mended == plan.prepare(made, inputs, "digest", size=3) != first
-    (pictures / "more.png").write_bytes(b"x")
-    with pytest.raises(StoreError, match="pictures were added, removed or renamed"):
+    (images / "more.png").write_bytes(b"x")
+    with pytest.raises(StoreError, match="images were added, removed or renamed"):
         plan.prepare(made, inputs, "digest", size=3, retry=True)
     made.write(plan.PLAN, b'{"format": 99}')
     with pytest.raises(StoreError, match="not a plan of this version"):
@@ -397,12 +397,12 @@ def test_a_plan_is_kept_and_other_ones_are_refused(url, parts, tmp_path, monkeyp
 
 @pytest.fixture
 def inputs(parts, tmp_path):
-    """Eight pictures in a folder, and two that cannot be read."""
+    """Eight images in a folder, and two that cannot be read."""
     folder = tmp_path / "in"
     folder.mkdir()
     for i, path in enumerate(sorted(parts.glob("test/*/*.png"))):
         (folder / f"{i}.png").write_bytes(path.read_bytes())
-    (folder / "2x.png").write_bytes(b"no picture")
+    (folder / "2x.png").write_bytes(b"no image")
     (folder / "9.png").write_bytes(b"")
     return folder
 
@@ -419,7 +419,7 @@ def rows_of(made):
 
 
 def same_as_plain(rows, saved, inputs, out):
-    """Holds rows to what plain `predict` writes of the same pictures."""
+    """Holds rows to what plain `predict` writes of the same images."""
     CliRunner().invoke(app, ["predict", str(saved), str(inputs), "--out", str(out)])
     lines = {line["path"]: line for line in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
     assert Counter(row["name"] for row in rows) == Counter(lines.keys())
@@ -479,20 +479,20 @@ class Killed(BaseException):
 
 
 def deadly(doer, name, error):
-    """A worker that is hit by a picture of this name."""
+    """A worker that is hit by an image of this name."""
     inspect = doer.detector.inspect_named
 
     def checked(named):
-        for picture, data in named:
-            if Path(picture).name == name:
+        for image, data in named:
+            if Path(image).name == name:
                 raise error
-            yield picture, data
+            yield image, data
 
     doer.detector.inspect_named = lambda named, **options: inspect(checked(named), **options)
     return doer
 
 
-def test_a_picture_that_kills_workers_is_recorded_in_the_end(saved, inputs, tmp_path):
+def test_an_image_that_kills_workers_is_recorded_in_the_end(saved, inputs, tmp_path):
     made, planned, _ = begun(saved, inputs, tmp_path / "out", size=10)
     deaths = 0
     for _ in range(10):
@@ -519,11 +519,11 @@ def test_a_partition_that_never_begins_is_given_up(saved, inputs, tmp_path, monk
         for _ in range(worker.BEGINNINGS):
             with pytest.raises(Killed):
                 doer.do(0)
-        assert "died 5 times before the first picture" in doer.do(0).error
+        assert "died 5 times before the first image" in doer.do(0).error
     assert doer.do(0).error is None and len(rows_of(made)) == 10  # the next run tries anew
 
 
-def test_an_unforeseen_error_costs_one_picture(saved, inputs, tmp_path):
+def test_an_unforeseen_error_costs_one_image(saved, inputs, tmp_path):
     made, _, doer = begun(saved, inputs, tmp_path / "out", size=10)
     assert deadly(doer, "5.png", MemoryError("no more")).do(0).error is None
     rows = {Path(row["name"]).name: row for row in rows_of(made)}
@@ -537,10 +537,10 @@ def test_what_hits_the_whole_partition_is_told(saved, inputs, tmp_path, monkeypa
     assert "No space left" in doer.do(0).error and made.names() == set()
 
 
-def test_pictures_of_tables_and_shards_are_inspected_and_broken_ones_recorded(saved, test_pictures, tmp_path):
+def test_images_of_tables_and_shards_are_inspected_and_broken_ones_recorded(saved, test_images, tmp_path):
     broken = {"bad.png": b"\x89PNG broken"}
-    tar_of(tmp_path / "s.tar", test_pictures | broken)
-    table = pa.table({"name": [*test_pictures, "bad.png"], "data": [*test_pictures.values(), *broken.values()]})
+    tar_of(tmp_path / "s.tar", test_images | broken)
+    table = pa.table({"name": [*test_images, "bad.png"], "data": [*test_images.values(), *broken.values()]})
     pq.write_table(table, tmp_path / "t.parquet")
     scores = []
     for given in ("s.tar", "t.parquet"):
@@ -549,7 +549,7 @@ def test_pictures_of_tables_and_shards_are_inspected_and_broken_ones_recorded(sa
         assert all(doer.do(number).error is None for number in range(planned.partitions))
         rows = rows_of(made)
         assert [row["number"] for row in rows] == list(range(9)) and rows[8]["error"].startswith("bad.png: is damaged")
-        assert [row["name"] for row in rows] == [*test_pictures, "bad.png"]
+        assert [row["name"] for row in rows] == [*test_images, "bad.png"]
         scores.append([row["score"] for row in rows[:8]])
     assert np.allclose(*scores, rtol=1e-5)
 

@@ -42,7 +42,7 @@ TOKEN = "a token of sixteen letters or more".replace(" ", "-")
 def running(folder: Path, models: list[Path], keep: bool = True, token: str | None = None, **options):
     """A client of a station with its log in `folder`; `client.station` is what it serves."""
     limits = Limits(**{name: options.pop(name) for name in list(options) if name in Limits.__dataclass_fields__})
-    log = Log(f"sqlite:///{folder / 'log.db'}", folder / "pictures" if keep else None)
+    log = Log(f"sqlite:///{folder / 'log.db'}", folder / "images" if keep else None)
     station = Station(load_all([str(model) for model in models]), log, limits)
     app = create_app(station, token=token, **options)
     with TestClient(app, base_url="http://localhost:8000", raise_server_exceptions=False) as client:
@@ -91,22 +91,20 @@ def test_the_answer_is_what_the_detector_says_and_what_the_log_holds(client, sav
     logged = client.station.log.get(told["id"])
     assert Inspection.model_validate(logged).model_dump(mode="json") == told
     assert client.get(f"/inspections/{told['id']}").json() == told
-    assert client.station.log.picture(told["digest"]).read_bytes() == bad
+    assert client.station.log.image(told["digest"]).read_bytes() == bad
 
 
 def test_a_form_does_as_well_as_raw_bytes(client, bad):
     raw = client.post("/inspect", content=bad, headers={"content-type": "image/png"}).json()
-    form = client.post("/inspect", files={"picture": ("new/0001.png", bad)}).json()
-    named = client.post(
-        "/inspect", files={"picture": ("x.png", bad)}, data={"name": "mine", "detector": "parts"}
-    ).json()
-    assert [raw["name"], form["name"], named["name"]] == ["picture", "new/0001.png", "mine"]
+    form = client.post("/inspect", files={"image": ("new/0001.png", bad)}).json()
+    named = client.post("/inspect", files={"image": ("x.png", bad)}, data={"name": "mine", "detector": "parts"}).json()
+    assert [raw["name"], form["name"], named["name"]] == ["image", "new/0001.png", "mine"]
     assert raw["score"] == form["score"] == named["score"]
 
 
 @pytest.mark.parametrize("kind", ["Multipart/Form-Data; Boundary=x", "MULTIPART/FORM-DATA ;BOUNDARY=x"])
 def test_types_and_names_of_parameters_have_any_case(client, bad, kind):
-    body = b'--x\r\nCONTENT-disposition: Form-Data; Name="picture"; FileName="a.png"\r\n\r\n' + bad + b"\r\n--x--\r\n"
+    body = b'--x\r\nCONTENT-disposition: Form-Data; Name="image"; FileName="a.png"\r\n\r\n' + bad + b"\r\n--x--\r\n"
     told = client.post("/inspect", content=body, headers={"content-type": kind}).json()
     assert (told["name"], told["digest"]) == ("a.png", sha256(bad))
     assert client.post("/inspect", content=bad, headers={"content-type": "IMAGE/PNG"}).json()["digest"] == sha256(bad)
@@ -130,14 +128,14 @@ def test_types_and_names_of_parameters_have_any_case(client, bad, kind):
         ("""filename="a.png"; filename*=UTF-8''%E4.png""", "a.png"),  # what cannot be decoded does not count
         ("""filename="a.png"; filename*=punycode''%C3%A4.png""", "a.png"),
         ('filename="a.png"; filename*=%C3%A4.png', "a.png"),
-        ("filename*=UTF-8''%FF", "picture"),
-        ("filename*=", "picture"),
+        ("filename*=UTF-8''%FF", "image"),
+        ("filename*=", "image"),
         ("""filename="a; filename*=UTF-8''b.png\"""", "a; filename*=UTF-8''b.png"),  # is part of the name
         ("filename*=UTF-8''%0D%0Aa%00.png", "\ufffd\ufffda\ufffd.png"),
     ],
 )
 def test_names_of_files_may_be_percent_encoded(client, bad, given, name):
-    head = f'--x\r\nContent-Disposition: form-data; name="picture"; {given}\r\nContent-Type: image/png\r\n\r\n'
+    head = f'--x\r\nContent-Disposition: form-data; name="image"; {given}\r\nContent-Type: image/png\r\n\r\n'
     body = head.encode() + bad + b"\r\n--x--\r\n"
     answer = client.post("/inspect", content=body, headers={"content-type": "multipart/form-data; boundary=x"})
     assert answer.status_code == 200, answer.text
@@ -149,7 +147,7 @@ def test_several_detectors_need_a_name(saved, bad, tmp_path):
         assert "parts, other" in complaint(client.post("/inspect", content=bad), 404)
         assert "no detector nut" in complaint(client.post("/inspect?detector=nut", content=bad), 404)
         assert client.post("/inspect?detector=other", content=bad).json()["detector"] == "other"
-        form = client.post("/inspect?detector=parts", files={"picture": bad}, data={"detector": "other"})
+        form = client.post("/inspect?detector=parts", files={"image": bad}, data={"detector": "other"})
         assert form.json()["detector"] == "other"
         assert [d["name"] for d in client.get("/station").json()["detectors"]] == ["parts", "other"]
         assert [e["detector"] for e in client.get("/inspections?detector=other").json()["items"]] == ["other"] * 2
@@ -163,62 +161,62 @@ def test_two_detectors_of_one_name_are_refused(saved):
 def test_categories(parts, weights, tiny, bad, tmp_path):
     other = shutil.copytree(parts, tmp_path / "other")
     model = tmp_path / "both.safetensors"
-    unflaw.Detector(config=tiny("lookup"), weights=weights).fit({"left": parts, "right": other}).save(model)
+    unflaw.Detector(config=tiny("nearest_neighbor"), weights=weights).fit({"left": parts, "right": other}).save(model)
     with running(tmp_path, [model]) as client:
         assert "left, right" in complaint(client.post("/inspect", content=bad), 404)
         assert "nut" in complaint(client.post("/inspect?category=nut", content=bad), 404)
-        pictures = [new_good(i) for i in range(4)] * 4
+        images = [new_good(i) for i in range(4)] * 4
         sides = ["left", "right"] * 8
 
         def ask(pair):
             return client.post(f"/inspect?category={pair[1]}", content=pair[0]).json()
 
         with ThreadPoolExecutor(4) as pool:  # categories at once do not disturb each other
-            told = list(pool.map(ask, zip(pictures, sides, strict=True)))
+            told = list(pool.map(ask, zip(images, sides, strict=True)))
         detector = unflaw.load(str(model))
-        for picture, side, answer in zip(pictures, sides, told, strict=True):
+        for image, side, answer in zip(images, sides, told, strict=True):
             assert answer["category"] == side
-            assert answer["score"] == pytest.approx(detector.inspect(picture, category=side).score, rel=1e-4)
+            assert answer["score"] == pytest.approx(detector.inspect(image, category=side).score, rel=1e-4)
         assert set(client.get("/station").json()["detectors"][0]["categories"]) == {"left", "right"}
         assert len(client.get("/inspections?category=left").json()["items"]) == 8
 
 
-# Pictures of an inspection
+# Images of an inspection
 
 
-def test_pictures_can_be_had_from_memory_and_later_from_what_is_kept(client, bad, saved):
+def test_images_can_be_had_from_memory_and_later_from_what_is_kept(client, bad, saved):
     number = client.post("/inspect", content=bad).json()["id"]
-    names = client.get(f"/inspections/{number}/pictures").json()["pictures"]
-    assert names[:3] == ["picture", "heat", "overlay"] and {"uncertainty", "restored"} <= set(names)
-    contours = client.get(f"/inspections/{number}/pictures").json()["contours"]
+    names = client.get(f"/inspections/{number}/images").json()["images"]
+    assert names[:3] == ["image", "heat", "overlay"] and {"uncertainty", "restored"} <= set(names)
+    contours = client.get(f"/inspections/{number}/images").json()["contours"]
     for contour, region in zip(contours, unflaw.load(str(saved)).inspect(bad).regions, strict=True):
         assert [tuple(corner) for corner in contour] == list(region.contour)
-    fetched = {name: client.get(f"/inspections/{number}/pictures/{name}").content for name in names}
+    fetched = {name: client.get(f"/inspections/{number}/images/{name}").content for name in names}
     client.station._recent.clear()
     for name in names:
-        answer = client.get(f"/inspections/{number}/pictures/{name}")
+        answer = client.get(f"/inspections/{number}/images/{name}")
         assert answer.headers["content-type"] == "image/png" and answer.content == fetched[name]
     assert client.get("/inspections").json()["items"][0]["id"] == number  # seen again, but not logged again
-    picture = np.asarray(Image.open(io.BytesIO(fetched["picture"])))
-    assert (picture == np.asarray(Image.open(io.BytesIO(bad)).convert("RGB"))).all()
+    image = np.asarray(Image.open(io.BytesIO(fetched["image"])))
+    assert (image == np.asarray(Image.open(io.BytesIO(bad)).convert("RGB"))).all()
     result = unflaw.load(str(saved)).inspect(bad)
     heat = np.asarray(Image.open(io.BytesIO(fetched["heat"]))).astype(int)
     warm = heat[..., 0] > heat[..., 2]
     assert (warm == (result.map > unflaw.load(str(saved)).select().pixel_threshold)).mean() > 0.99
     veil = np.asarray(Image.open(io.BytesIO(fetched["overlay"])))
     assert (veil[..., :3] == heat).all() and veil[..., 3].max() <= 192 and not veil[result.map < 0, 3].any()
-    assert "no picture nose" in complaint(client.get(f"/inspections/{number}/pictures/nose"), 404)
+    assert "no image nose" in complaint(client.get(f"/inspections/{number}/images/nose"), 404)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_maps_of_a_region_of_interest_lie_where_it_is(saved, parts, weights, tiny, bad, tmp_path, masked):
-    """The page lays them over the whole picture."""
+    """The page lays them over the whole image."""
     marked = np.zeros((64, 64), bool)
     marked[16:48, 32:64] = True
     marked[20:28, 40:48] = not masked
     Image.fromarray(marked).save(tmp_path / "roi.png")
     roi = str(tmp_path / "roi.png") if masked else (0.5, 0.25, 1.0, 0.75)
-    config = tiny("lookup", **{"preparation.roi": roi, "training.display_steps": 3})
+    config = tiny("nearest_neighbor", **{"preparation.roi": roi, "training.display_steps": 3})
     detector = unflaw.Detector(config=config, weights=weights).fit(parts)
     detector.save(tmp_path / "roi.safetensors")
     large = Image.open(io.BytesIO(bad)).resize((2000, 1000))
@@ -228,10 +226,10 @@ def test_maps_of_a_region_of_interest_lie_where_it_is(saved, parts, weights, tin
         for data, size in ((bad, (64, 64)), (file.getvalue(), (1600, 800))):
             number = client.post("/inspect", content=data).json()["id"]
             result, scale = detector.inspect(data), detector.select().scale
-            for name in client.get(f"/inspections/{number}/pictures").json()["pictures"]:
-                image = Image.open(io.BytesIO(client.get(f"/inspections/{number}/pictures/{name}").content))
+            for name in client.get(f"/inspections/{number}/images").json()["images"]:
+                image = Image.open(io.BytesIO(client.get(f"/inspections/{number}/images/{name}").content))
                 assert image.size == size
-                if name in ("picture", "overlay"):
+                if name in ("image", "overlay"):
                     continue
                 shown = np.asarray(image.resize((64, 64), Image.Resampling.NEAREST))
                 assert ((shown[..., 3] > 127) == marked).mean() > 0.99
@@ -241,13 +239,13 @@ def test_maps_of_a_region_of_interest_lie_where_it_is(saved, parts, weights, tin
                     assert np.abs(seen - np.asarray(expected)[marked[16:48, 32:64]]).mean() < 4
 
 
-def test_without_kept_pictures_only_what_memory_holds_is_shown(saved, bad, tmp_path):
+def test_without_kept_images_only_what_memory_holds_is_shown(saved, bad, tmp_path):
     with running(tmp_path, [saved], keep=False) as client:
         number = client.post("/inspect", content=bad).json()["id"]
-        assert client.get(f"/inspections/{number}/pictures/heat").status_code == 200
+        assert client.get(f"/inspections/{number}/images/heat").status_code == 200
         client.station._recent.clear()
-        assert "not kept" in complaint(client.get(f"/inspections/{number}/pictures/heat"), 404)
-        assert not (tmp_path / "pictures").exists()
+        assert "not kept" in complaint(client.get(f"/inspections/{number}/images/heat"), 404)
+        assert not (tmp_path / "images").exists()
         assert "--keep" in complaint(client.post("/detectors/parts/calibrate", json={}), 409)
 
 
@@ -294,7 +292,7 @@ def test_decisions_make_a_new_threshold_and_a_new_file(saved, bad, tmp_path):
         assert "9 that count already" in complaint(client.post("/detectors/parts/calibrate", json={}), 409)
         client.put(f"/inspections/{again['id']}/review", json={"decision": "good", "by": "Ada"})
         kept = client.post("/detectors/parts/calibrate", json={"keep": True}).json()
-        assert (kept["good"], kept["counted"]) == (1, 9) and "10 good pictures" in kept["after"]["described"]
+        assert (kept["good"], kept["counted"]) == (1, 9) and "10 good images" in kept["after"]["described"]
         assert "10 that count already" in complaint(client.post("/detectors/parts/calibrate", json={}), 409)
         missed = client.post("/detectors/parts/calibrate", json={"keep": False, "miss_rate": 0.5}).json()
         assert missed["defects"] == 1 and "miss rate" in missed["after"]["described"]
@@ -320,21 +318,19 @@ def test_only_the_sampled_do_not_bend_the_threshold(saved, tmp_path):
 def test_what_it_has_learned_from_does_not_calibrate_it(saved, parts, tmp_path):
     model = shutil.copy(saved, tmp_path / "parts.safetensors")
     with running(tmp_path, [model]) as client:
-        pictures = [(parts / "train/good/000.png").read_bytes(), new_good(1), new_good(2)]
-        numbers = [client.post("/inspect", content=picture).json()["id"] for picture in pictures]
+        images = [(parts / "train/good/000.png").read_bytes(), new_good(1), new_good(2)]
+        numbers = [client.post("/inspect", content=image).json()["id"] for image in images]
         for number in numbers:
             client.put(f"/inspections/{number}/review", json={"decision": "good", "by": "Ada"})
-        client.station.log.picture(sha256(pictures[2])).unlink()
+        client.station.log.image(sha256(images[2])).unlink()
         done = client.post("/detectors/parts/calibrate", json={}).json()
         assert (done["good"], done["seen"], done["lost"]) == (1, 1, 1)
 
 
-def test_the_last_decision_on_a_picture_counts(saved, tmp_path):
+def test_the_last_decision_on_an_image_counts(saved, tmp_path):
     model = shutil.copy(saved, tmp_path / "parts.safetensors")
     with running(tmp_path, [model]) as client:
-        numbers = [
-            client.post("/inspect", content=picture).json()["id"] for picture in (new_good(1), *[new_good(2)] * 2)
-        ]
+        numbers = [client.post("/inspect", content=image).json()["id"] for image in (new_good(1), *[new_good(2)] * 2)]
         for number, decision in zip(numbers, ["good", "defect", "good"], strict=True):
             client.put(f"/inspections/{number}/review", json={"decision": decision, "by": "Ada"})
         assert client.post("/detectors/parts/calibrate", json={"keep": False}).json()["good"] == 2
@@ -369,8 +365,8 @@ def test_an_exported_detector_is_served_but_not_calibrated(saved, exported, bad,
     with running(tmp_path, [saved, f"exported={exported}"]) as client:
         trained, graph = (client.post(f"/inspect?detector={n}", content=bad).json() for n in ("parts", "exported"))
         assert graph["verdict"] == trained["verdict"] and graph["score"] == pytest.approx(trained["score"], rel=1e-3)
-        pictures = client.get(f"/inspections/{graph['id']}/pictures").json()["pictures"]
-        assert {"picture", "heat", "uncertainty"} <= set(pictures)
+        images = client.get(f"/inspections/{graph['id']}/images").json()["images"]
+        assert {"image", "heat", "uncertainty"} <= set(images)
         told = {detector["name"]: detector["fixed"] for detector in client.get("/station").json()["detectors"]}
         assert told["parts"] is None and "exported" in told["exported"]
         assert "exported" in complaint(client.post("/detectors/exported/calibrate", json={}), 409)
@@ -399,24 +395,24 @@ def test_history_goes_page_by_page(client):
 # Limits
 
 
-@pytest.mark.parametrize("data, named", [(b"", "empty"), (b"no picture", "not a picture"), (b"\x89PNG cut", "damaged")])
-def test_what_is_no_picture_is_named_and_not_logged(client, data, named):
+@pytest.mark.parametrize("data, named", [(b"", "empty"), (b"no image", "not an image"), (b"\x89PNG cut", "damaged")])
+def test_what_is_no_image_is_named_and_not_logged(client, data, named):
     assert named in complaint(client.post("/inspect", content=data, params={"name": "n.png"}), 422)
-    assert "n.png" in complaint(client.post("/inspect", files={"picture": ("n.png", data)}), 422)
+    assert "n.png" in complaint(client.post("/inspect", files={"image": ("n.png", data)}), 422)
     assert client.get("/inspections").json()["items"] == []
 
 
-def test_forms_without_a_picture_or_in_pieces(client, bad):
-    assert "picture" in complaint(client.post("/inspect", files={"image": bad}), 422)
-    assert "detector" in complaint(client.post("/inspect", files={"picture": bad}, data={"detector": "x" * 201}), 422)
+def test_forms_without_an_image_or_in_pieces(client, bad):
+    assert "image" in complaint(client.post("/inspect", files={"image": bad}), 422)
+    assert "detector" in complaint(client.post("/inspect", files={"image": bad}, data={"detector": "x" * 201}), 422)
     broken = client.post("/inspect", content=b"--x", headers={"content-type": "multipart/form-data"})
     assert complaint(broken, 400)
 
 
-def test_pictures_over_the_limits_are_refused(saved, bad, tmp_path):
+def test_images_over_the_limits_are_refused(saved, bad, tmp_path):
     with running(tmp_path, [saved], bytes=len(bad) - 1, pixels=SIDE * SIDE) as client:
         assert f"{len(bad) - 1:,}" in complaint(client.post("/inspect", content=bad), 413)
-        assert complaint(client.post("/inspect", files={"picture": bad}), 413)
+        assert complaint(client.post("/inspect", files={"image": bad}), 413)
         assert complaint(client.post("/inspect", content=bad * 100), 413)
         assert complaint(client.post("/inspect", content=iter([bad] * 100)), 413)  # of unknown length
         small, large = io.BytesIO(), io.BytesIO()
@@ -543,7 +539,7 @@ def test_with_a_token_nothing_but_page_and_health_is_open(saved, bad, tmp_path):
                 "/inspections",
                 "/station",
                 "/metrics",
-                "/inspections/1/pictures/heat",
+                "/inspections/1/images/heat",
                 "/openapi.json",
                 "/nope",
             ):
@@ -594,7 +590,7 @@ def test_head_is_answered_as_get_without_a_body(client, bad):
     documented = client.get("/openapi.json").json()["paths"]
     readable = [path for path, operations in documented.items() if "get" in operations]
     assert len(readable) > 6
-    places = [path.format(id=number, picture="heat") for path in readable]
+    places = [path.format(id=number, image="heat") for path in readable]
     places += ["/", "/page/page.js", "/openapi.json", "/nope", "/inspections/99", "/inspect", "/inspections/x"]
     with wired(client) as ask:
         for path in places:
@@ -620,7 +616,7 @@ def test_head_needs_the_token_that_get_needs(saved, tmp_path):
 def test_a_request_without_a_host_line_gets_what_is_open_and_no_data(saved, bad, tmp_path):
     """Old monitors ask so, by HTTP/1.0; but a proxy that drops the line could pass on what a browser sends."""
     post = f"POST /inspect HTTP/1.0\r\nContent-Length: {len(bad)}\r\n".encode()
-    private = ("/inspections", "/station", "/metrics", "/openapi.json", "/inspections/1/pictures/heat", "/nope")
+    private = ("/inspections", "/station", "/metrics", "/openapi.json", "/inspections/1/images/heat", "/nope")
     private += ("//health", "/health/../inspections", "http://evil.example/health")
     with running(tmp_path, [saved]) as client, wired(client) as ask:
         for line in ("GET /health", "HEAD /health", "GET /", "HEAD /", "GET /page/page.js"):
@@ -646,7 +642,7 @@ def test_a_prefix_may_be_removed_by_the_proxy_or_left(saved, bad, tmp_path, remo
     at = "" if removed else "/plant/line3"
     with running(tmp_path, [saved], token=TOKEN, root_path="/plant/line3/") as client:
         number = client.post(f"{at}/inspect", content=bad).json()["id"]
-        for path in ("/", "/health", "/station", "/page/page.js", f"/inspections/{number}/pictures/heat"):
+        for path in ("/", "/health", "/station", "/page/page.js", f"/inspections/{number}/images/heat"):
             assert client.get(at + path).status_code == 200
         assert client.get(f"{at}/page/page.js").headers["cache-control"] == "no-cache"
         assert client.get(f"{at}/openapi.json").json()["servers"] == [{"url": "/plant/line3"}]
@@ -710,7 +706,7 @@ def test_every_answer_has_strict_headers_and_the_page_names_no_other_host(client
 
 def test_metrics_count(client, bad):
     client.post("/inspect", content=bad)
-    client.post("/inspect", content=b"no picture")
+    client.post("/inspect", content=b"no image")
     text = client.get("/metrics").text
     assert 'unflaw_inspections_total{category="",detector="parts",verdict="defect"} 1.0' in text
     assert 'unflaw_answers_total{method="POST",path="/inspect",status="422"} 1.0' in text
@@ -730,13 +726,13 @@ def test_health_says_when_the_log_does_not_answer(client, monkeypatch):
 
 
 def test_retention_runs_by_itself(saved, bad, tmp_path):
-    with running(tmp_path, [saved], picture_bytes=0, every=0.05) as client:
+    with running(tmp_path, [saved], image_bytes=0, every=0.05) as client:
         digest = client.post("/inspect", content=bad).json()["digest"]
         for _ in range(100):
-            if client.station.log.picture(digest) is None:
+            if client.station.log.image(digest) is None:
                 break
             time.sleep(0.02)
-        assert client.station.log.picture(digest) is None and client.station.log.count(Filter()) == 1
+        assert client.station.log.image(digest) is None and client.station.log.count(Filter()) == 1
 
 
 def test_examples_in_the_openapi_document_are_valid(client):
@@ -758,7 +754,7 @@ def test_the_station_holds_the_openapi_document(start_station, saved, tmp_path):
     server = start_station(shutil.copy(saved, tmp_path / "parts.safetensors"), token=TOKEN)
     server.ask("/inspect", new_good(0))
     config = tmp_path / "schemathesis.toml"
-    # which bytes are a picture, no schema can say: there, and only there, what it allows may be refused
+    # which bytes are an image, no schema can say: there, and only there, what it allows may be refused
     accepted = 'positive_data_acceptance = {expected-statuses = ["2xx", 401, 404, 422, 429]}'
     config.write_text(f'[[operations]]\ninclude-name = "POST /inspect"\n[operations.checks]\n{accepted}\n')
     command = [program, "--config-file", config, "run", f"{server.url}/openapi.json", "--checks", "all"]

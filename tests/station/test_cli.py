@@ -33,8 +33,8 @@ def complaint(done: Result) -> str:
 
 @pytest.fixture
 def store(tmp_path) -> Path:
-    """A log with three inspections, one of them old, of one picture."""
-    log = Log(f"sqlite:///{tmp_path / 'station/log.db'}", tmp_path / "station/pictures")
+    """A log with three inspections, one of them old, of one image."""
+    log = Log(f"sqlite:///{tmp_path / 'station/log.db'}", tmp_path / "station/images")
     for year, verdict in ((2020, "good"), (2026, "defect"), (2026, "good")):
         entry = Entry(
             time=datetime(year, 11, 25, 12, tzinfo=timezone.utc),
@@ -155,7 +155,7 @@ def test_a_folder_is_watched_until_nothing_is_left(saved, parts, tmp_path):
     for path in sorted((parts / "test").rglob("*.png")):
         (camera / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
     options = ["--store", tmp_path / "station", "--settle", 0, "--patience", 0, "--poll-interval", 0.01, "--once"]
-    (camera / "broken.png").write_bytes(b"no picture")
+    (camera / "broken.png").write_bytes(b"no image")
     (camera / "\x1b[2Jescape.png").write_bytes((camera / "square-000.png").read_bytes())
     Path(os.fsdecode(bytes(camera) + b"/not \xff UTF-8.png")).write_bytes((camera / "square-000.png").read_bytes())
     (camera / "IMG_1.HEIC").write_bytes(b"a kind that is not read")

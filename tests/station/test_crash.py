@@ -19,7 +19,7 @@ from unflaw.station.log import Filter, Log, sha256
 pytestmark = pytest.mark.slow
 
 
-def picture(seed: int) -> bytes:
+def image(seed: int) -> bytes:
     data = io.BytesIO()
     Image.fromarray(textured(np.random.default_rng(seed))).save(data, "PNG")
     return data.getvalue()
@@ -34,7 +34,7 @@ def test_every_acknowledged_inspection_is_in_the_log_after_a_kill(start_station,
         for i in range(10_000):
             if stop.is_set():
                 return
-            data = picture(10_000 * number + i)
+            data = image(10_000 * number + i)
             try:
                 answer = server.ask("/inspect", data)
             except (OSError, ValueError, AssertionError):  # it is dead, or was before the answer was whole
@@ -51,25 +51,25 @@ def test_every_acknowledged_inspection_is_in_the_log_after_a_kill(start_station,
     stop.set()
     for client in clients:
         client.join()
-    log = Log(database, server.store / "pictures")
+    log = Log(database, server.store / "images")
     if "sqlite" in database:
         with log.engine.connect() as connection:
             assert connection.execute(text("PRAGMA integrity_check")).scalar() == "ok"
     found = {entry.id: entry for entry in log.find(Filter(), limit=100_000)}
     assert len(acknowledged) >= 20 and {number for number, _ in acknowledged} <= set(found)
     for number, digest in acknowledged:
-        assert found[number].digest == digest and sha256(log.picture(digest).read_bytes()) == digest
+        assert found[number].digest == digest and sha256(log.image(digest).read_bytes()) == digest
     again = start_station(saved, options=["--database", database])  # and it starts anew
-    assert again.ask("/inspect", picture(1))["id"] > max(found)
+    assert again.ask("/inspect", image(1))["id"] > max(found)
 
 
-def test_a_watcher_that_is_killed_again_and_again_inspects_each_picture_once(saved, tmp_path):
+def test_a_watcher_that_is_killed_again_and_again_inspects_each_image_once(saved, tmp_path):
     folder, out, store, runs = tmp_path / "camera", tmp_path / "sorted", tmp_path / "station", 3
     folder.mkdir()
     command = [sys.executable, "-c", "from unflaw.cli import main; main()", "watch", folder, "--model", saved]
     command += ["--out", out, "--store", store, "--settle", "0", "--poll-interval", "0.01"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    contents = {f"{i:03d}.png": picture(i) for i in range(60)}
+    contents = {f"{i:03d}.png": image(i) for i in range(60)}
     for name, data in contents.items():
         (folder / name).write_bytes(data)
     for run in range(runs):

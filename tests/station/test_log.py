@@ -48,7 +48,7 @@ def entry(**fields: object) -> Entry:
 
 @pytest.fixture
 def log(database, tmp_path):
-    log = Log(database, tmp_path / "pictures")
+    log = Log(database, tmp_path / "images")
     yield log
     log.close()
 
@@ -75,7 +75,7 @@ def test_a_source_has_each_content_once(log):
     other = log.add(entry(source="/camera/1.png", digest=sha256(b"b")))
     assert log.of_source("/camera/1.png", sha256(b"b")).id == other.id
     assert ids(log.find(Filter())) == [other.id, first.id]
-    assert log.add(entry()) and log.add(entry())  # over HTTP the same picture may come again
+    assert log.add(entry()) and log.add(entry())  # over HTTP the same image may come again
 
 
 def test_two_writers_agree_on_who_was_first(log, database):
@@ -204,31 +204,31 @@ def test_sqlite_is_written_to_disk_before_it_is_said(tmp_path):
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL
 
 
-# Pictures and retention
+# Images and retention
 
 
 def keep(log: Log, data: bytes, age: timedelta = timedelta()) -> Entry:
     return log.add(entry(time=datetime.now(timezone.utc) - age, digest=sha256(data)), data)
 
 
-def test_a_picture_is_kept_once_by_its_content(log, tmp_path):
+def test_an_image_is_kept_once_by_its_content(log, tmp_path):
     keep(log, b"one"), keep(log, b"one"), keep(log, b"two")
-    files = [path for path in (tmp_path / "pictures").rglob("*") if path.is_file()]
+    files = [path for path in (tmp_path / "images").rglob("*") if path.is_file()]
     assert sorted(path.read_bytes() for path in files) == [b"one", b"two"]
-    assert log.picture(sha256(b"one")).read_bytes() == b"one"
-    assert log.picture(sha256(b"three")) is None
+    assert log.image(sha256(b"one")).read_bytes() == b"one"
+    assert log.image(sha256(b"three")) is None
 
 
-def test_retention_by_days_removes_records_and_their_pictures(log):
+def test_retention_by_days_removes_records_and_their_images(log):
     day = timedelta(days=1)
     keep(log, b"old", 3 * day), keep(log, b"both", 3 * day)
     stay = [keep(log, b"both", 1 * day).id, keep(log, b"new").id]
     for data in (b"old", b"both", b"new"):
-        os.utime(log.picture(sha256(data)), (0, 0))
+        os.utime(log.image(sha256(data)), (0, 0))
     done = log.prune(days=2)
-    assert (done.records, done.pictures, done.bytes) == (2, 1, 3)
+    assert (done.records, done.images, done.bytes) == (2, 1, 3)
     assert sorted(ids(log.find(Filter()))) == stay
-    assert log.picture(sha256(b"old")) is None and log.picture(sha256(b"both")) and log.picture(sha256(b"new"))
+    assert log.image(sha256(b"old")) is None and log.image(sha256(b"both")) and log.image(sha256(b"new"))
     assert log.prune(days=2).records == 0
 
 
@@ -251,33 +251,33 @@ def test_where_all_is_old_all_goes(log):
 
 def test_what_a_killed_process_was_writing_goes_with_retention(log, tmp_path):
     log._put(sha256(b"whole"), b"whole")
-    stray = log.picture(sha256(b"whole")).with_name(f".{sha256(b'half')}.part")
+    stray = log.image(sha256(b"whole")).with_name(f".{sha256(b'half')}.part")
     stray.write_bytes(b"ha")
-    assert log.prune(days=1).pictures == 0 and stray.exists()  # perhaps it is being written
+    assert log.prune(days=1).images == 0 and stray.exists()  # perhaps it is being written
     os.utime(stray, (0, 0))
-    assert log.prune(days=1).pictures == 1 and not stray.exists()
+    assert log.prune(days=1).images == 1 and not stray.exists()
 
 
-def test_retention_by_bytes_removes_the_oldest_pictures_and_no_record(log):
+def test_retention_by_bytes_removes_the_oldest_images_and_no_record(log):
     for data in (b"1" * 10, b"2" * 10, b"3" * 10):
         keep(log, data)
     keep(log, b"1" * 10)  # seen again: now the newest
-    done = log.prune(picture_bytes=20)
-    assert (done.records, done.pictures, done.bytes) == (0, 1, 10) and log.count(Filter()) == 4
-    assert log.picture(sha256(b"2" * 10)) is None and log.picture(sha256(b"1" * 10)) and log.picture(sha256(b"3" * 10))
+    done = log.prune(image_bytes=20)
+    assert (done.records, done.images, done.bytes) == (0, 1, 10) and log.count(Filter()) == 4
+    assert log.image(sha256(b"2" * 10)) is None and log.image(sha256(b"1" * 10)) and log.image(sha256(b"3" * 10))
 
 
-def test_a_picture_on_its_way_in_is_not_taken_for_left_behind(log, tmp_path):
+def test_an_image_on_its_way_in_is_not_taken_for_left_behind(log, tmp_path):
     log._put(sha256(b"no record yet"), b"no record yet")
-    assert log.prune(days=1).pictures == 0
-    os.utime(log.picture(sha256(b"no record yet")), (0, 0))
-    assert log.prune(days=1).pictures == 1
+    assert log.prune(days=1).images == 0
+    os.utime(log.image(sha256(b"no record yet")), (0, 0))
+    assert log.prune(days=1).images == 1
 
 
-def test_a_picture_that_comes_again_while_old_ones_go_stays(log, monkeypatch):
+def test_an_image_that_comes_again_while_old_ones_go_stays(log, monkeypatch):
     for data in (b"1" * 10, b"2" * 10):
         keep(log, data)
-        os.utime(log.picture(sha256(data)), (0, 0))
+        os.utime(log.image(sha256(data)), (0, 0))
     unlink = Path.unlink
 
     def meanwhile(path, **options):  # the first one goes, once all have been looked at
@@ -285,11 +285,11 @@ def test_a_picture_that_comes_again_while_old_ones_go_stays(log, monkeypatch):
         unlink(path, **options)
 
     monkeypatch.setattr(Path, "unlink", meanwhile)
-    assert log.prune(picture_bytes=0).pictures == 1 and log.picture(sha256(b"2" * 10))
+    assert log.prune(image_bytes=0).images == 1 and log.image(sha256(b"2" * 10))
 
 
 def test_a_decision_waits_for_another_writer(database, tmp_path):
-    log, other = Log(database, tmp_path / "pictures"), Log(database, tmp_path / "pictures")
+    log, other = Log(database, tmp_path / "images"), Log(database, tmp_path / "images")
     number, decided = keep(log, b"one").id, threading.Event()
     with other.engine.connect().execution_options(immediate=True) as connection, connection.begin():
         connection.execute(update(Entry).values(score=2.0))

@@ -65,7 +65,7 @@ class Site:
         self.start()
 
     def start(self) -> None:
-        log = Log(f"sqlite:///{self._folder / 'log.db'}", self._folder / "pictures" if self._keep else None)
+        log = Log(f"sqlite:///{self._folder / 'log.db'}", self._folder / "images" if self._keep else None)
         self.station = Station(load_all([str(model) for model in self._models]), log, Limits(**self._limits))
         app = create_app(self.station, token=self._token, root_path=self._root_path)
         self._server = uvicorn.Server(
@@ -191,7 +191,7 @@ def shown(page, selector: str) -> np.ndarray:
 # Inspect
 
 
-def test_a_picture_gets_a_verdict_that_nobody_can_overlook(site, visit, bad):
+def test_an_image_gets_a_verdict_that_nobody_can_overlook(site, visit, bad):
     station = site()
     page = visit(station)
     expect(page.locator("#empty")).to_be_visible()
@@ -211,14 +211,14 @@ def test_a_picture_gets_a_verdict_that_nobody_can_overlook(site, visit, bad):
     expect(page.locator("#outlines polygon")).to_have_count(0)
 
 
-def test_blending_goes_from_the_picture_to_the_map(site, visit, bad):
+def test_blending_goes_from_the_image_to_the_map(site, visit, bad):
     page = visit(site())
     choose(page, bad)
     page.get_by_label("Outlines").uncheck()
     looks = {}
-    for name in ("Picture", "Heat map", "Uncertainty", "Restored"):
+    for name in ("Image", "Heat map", "Uncertainty", "Restored"):
         page.get_by_role("radio", name=name).check()
-        if name == "Picture":
+        if name == "Image":
             expect(page.locator("#blend")).to_be_disabled()
             page.wait_for_timeout(200)
             looks[name] = shown(page, "#stage")
@@ -229,7 +229,7 @@ def test_blending_goes_from_the_picture_to_the_map(site, visit, bad):
             page.wait_for_timeout(300)  # until it has faded
             looks[name, share] = shown(page, "#stage")
     for name in ("Heat map", "Uncertainty", "Restored"):
-        difference = [np.abs(looks[name, share] - looks["Picture"]).mean() for share in (0, 50, 100)]
+        difference = [np.abs(looks[name, share] - looks["Image"]).mean() for share in (0, 50, 100)]
         # the legend stands in a corner of the map
         assert difference[0] < 3 and difference[0] < difference[1] < difference[2], (name, difference)
     half = (looks["Restored", 0] + looks["Restored", 100]) / 2
@@ -242,7 +242,7 @@ def test_blending_goes_from_the_picture_to_the_map(site, visit, bad):
     expect(page.locator("#blend")).to_have_value("100")
 
 
-def test_several_pictures_and_the_keys_between_them(site, visit, bad):
+def test_several_images_and_the_keys_between_them(site, visit, bad):
     page = visit(site())
     choose(page, bad, good(1), good(2))
     expect(page.locator("#position")).to_have_text("1 of 3")
@@ -254,7 +254,7 @@ def test_several_pictures_and_the_keys_between_them(site, visit, bad):
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#verdict")).to_contain_text("good 1.png")
     page.keyboard.press("1")
-    expect(page.locator("#layers input:checked")).to_have_value("picture")
+    expect(page.locator("#layers input:checked")).to_have_value("image")
     page.keyboard.press("?")
     expect(page.locator("#keys")).to_be_visible()
     page.keyboard.press("Escape")
@@ -270,7 +270,7 @@ def test_several_detectors_can_be_chosen(site, visit, saved, bad):
     expect(page.locator("#facts")).to_contain_text("other")
 
 
-def test_pictures_can_be_dropped(site, visit, bad):
+def test_images_can_be_dropped(site, visit, bad):
     page = visit(site())
     transfer = page.evaluate_handle(
         """data => { const transfer = new DataTransfer();
@@ -284,13 +284,13 @@ def test_pictures_can_be_dropped(site, visit, bad):
     expect(page.locator("#drop")).to_be_hidden()
 
 
-def test_the_camera_gives_a_picture(site, visit):
+def test_the_camera_gives_an_image(site, visit):
     station = site()
     page = visit(station, permissions=["camera"])
     page.get_by_role("button", name="Use the camera").click()
     expect(page.locator("#camera")).to_be_visible()
     page.wait_for_timeout(500)
-    page.get_by_role("button", name="Inspect this picture").click()
+    page.get_by_role("button", name="Inspect this image").click()
     expect(page.locator("#camera")).to_be_hidden()
     expect(page.locator("#verdict")).to_have_class(re.compile("good|defect|review"))
     (entry,) = station.station.log.find(Filter())
@@ -360,7 +360,7 @@ def test_decisions_become_a_new_threshold(site, visit, bad):
     expect(card.locator(".done")).to_contain_text("by 9 good images and 0 defective images")
     page.evaluate("document.activeElement.blur()")
     page.get_by_role("button", name="Detectors").click()  # asks anew, and what was said stays
-    expect(card).to_contain_text("9 good pictures outside of training")
+    expect(card).to_contain_text("9 good images outside of training")
     expect(card.locator(".done")).to_be_visible()
     threshold = unflaw.load(str(station.model)).select().threshold
     highest = max(entry.score for entry in station.station.log.find(Filter()))
@@ -419,7 +419,7 @@ def test_what_is_not_kept_is_said(site, visit, bad):
 # Whatever may go wrong
 
 
-def test_pictures_that_cannot_be_inspected_are_named(site, visit, bad):
+def test_images_that_cannot_be_inspected_are_named(site, visit, bad):
     station = site(bytes=20_000)
     page = visit(station)
     broken = {"name": "broken.png", "mimeType": "image/png", "buffer": b"\x89PNG half"}
@@ -550,7 +550,7 @@ CONTRAST = """() => {
     for (let at = element; at; at = at.parentElement) {
       const colour = rgba(getComputedStyle(at).backgroundColor);
       if (colour[3] > 250) return colour;
-      if (at.id === "legend") return [69, 69, 69]; // its glass over the brightest picture
+      if (at.id === "legend") return [69, 69, 69]; // its glass over the brightest image
     }
     return [255, 255, 255];
   };
@@ -629,7 +629,7 @@ def test_it_fits_every_screen(site, visit, bad, size):
     box = page.locator("#verdict").bounding_box()
     stage = page.locator("#stage").bounding_box()
     assert box["y"] >= 0 and box["y"] + box["height"] <= size[1]  # without scrolling
-    assert stage["width"] == pytest.approx(stage["height"], abs=1) and stage["width"] > 200  # of a square picture
+    assert stage["width"] == pytest.approx(stage["height"], abs=1) and stage["width"] > 200  # of a square image
     if size[0] >= 1024:
         decide = page.get_by_role("button", name="Defect D").bounding_box()
         assert decide["y"] + decide["height"] <= size[1]

@@ -27,7 +27,7 @@ def place(served, tmp_path):
 
     class Place:
         folder, out, said = tmp_path / "camera", tmp_path / "sorted", []
-        log = Log(f"sqlite:///{tmp_path / 'log.db'}", tmp_path / "pictures")
+        log = Log(f"sqlite:///{tmp_path / 'log.db'}", tmp_path / "images")
 
         def watcher(self, **options) -> Watcher:
             whole = {"settle": 0, "patience": 0, "report": self.said.append} | options
@@ -46,9 +46,9 @@ def place(served, tmp_path):
 
 @pytest.fixture(scope="module")
 def good(parts, served) -> bytes:
-    """A picture that the detector calls good."""
-    pictures = [path.read_bytes() for path in sorted((parts / "train/good").iterdir())]
-    return next(data for data in pictures if served.inspect(data, name="")[0].verdict == "good")
+    """An image that the detector calls good."""
+    images = [path.read_bytes() for path in sorted((parts / "train/good").iterdir())]
+    return next(data for data in images if served.inspect(data, name="")[0].verdict == "good")
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,11 @@ def bad(parts) -> bytes:
     return (parts / "test/square/000.png").read_bytes()
 
 
-def test_pictures_move_to_the_folder_of_their_verdict(place, good, bad):
+def test_images_move_to_the_folder_of_their_verdict(place, good, bad):
     (place.folder / "line 1").mkdir()
     (place.folder / "line 1/a.png").write_bytes(good)
     (place.folder / "b.PNG").write_bytes(bad)
-    (place.folder / "notes.txt").write_text("no picture")
+    (place.folder / "notes.txt").write_text("no image")
     (place.folder / ".hidden.png").write_bytes(good)
     assert place.watcher().look() == 0
     assert place.filed() == ["defect/b.PNG", "good/line 1/a.png"]
@@ -68,7 +68,7 @@ def test_pictures_move_to_the_folder_of_their_verdict(place, good, bad):
     assert place.logged() == ["b.PNG", "line 1/a.png"]
     (entry,) = place.log.find(Filter(verdict="defect"))
     assert entry.source == str(place.folder / "b.PNG") and entry.digest == sha256(bad)
-    assert place.log.picture(entry.digest).read_bytes() == bad
+    assert place.log.image(entry.digest).read_bytes() == bad
     assert any(line.startswith("b.PNG: defect, score") for line in place.said)
 
 
@@ -78,7 +78,7 @@ def test_copies_stay_and_are_inspected_once_also_after_a_restart(place, good, ba
     watcher.look(), watcher.look()
     place.watcher(copy=True).look()
     assert place.filed() == ["good/a.png"] and place.logged() == ["a.png"] and (place.folder / "a.png").exists()
-    (place.folder / "a.png").write_bytes(bad)  # another picture under the same name
+    (place.folder / "a.png").write_bytes(bad)  # another image under the same name
     place.watcher(copy=True).look()
     assert place.filed() == ["defect/a.png", "good/a.png"] and place.logged() == ["a.png", "a.png"]
 
@@ -92,7 +92,7 @@ def test_a_name_that_is_taken_gets_the_content_added(place, good, parts):
     assert (place.out / "good/a.png").read_bytes() == b"of yesterday"
 
 
-def test_the_same_picture_dropped_again_is_only_filed(place, good):
+def test_the_same_image_dropped_again_is_only_filed(place, good):
     for _ in range(2):
         (place.folder / "a.png").write_bytes(good)
         place.watcher().look()
@@ -156,7 +156,7 @@ def test_between_file_systems_it_is_copied_whole_before_it_is_removed(place, goo
     assert (place.out / "good/a.png").read_bytes() == good and (place.out / "good/a.png").stat().st_mtime_ns == changed
 
 
-def test_a_picture_that_is_replaced_while_it_is_inspected_is_not_filed_for_the_old_one(place, good, bad, monkeypatch):
+def test_an_image_that_is_replaced_while_it_is_inspected_is_not_filed_for_the_old_one(place, good, bad, monkeypatch):
     path = place.folder / "a.png"
     path.write_bytes(good)
     add = Log.add
@@ -185,7 +185,7 @@ def test_a_share_or_a_database_that_is_away_is_waited_for(place, good, monkeypat
     assert watcher.look() == 0 and place.filed() == ["good/a.png"]
 
 
-def test_the_sorted_pictures_may_lie_within(place, good):
+def test_the_sorted_images_may_lie_within(place, good):
     place.out = place.folder / "sorted"
     (place.folder / "a.png").write_bytes(good)
     watcher = place.watcher()
@@ -217,7 +217,7 @@ def test_linked_folders_are_watched_and_loops_end(place, good, bad, tmp_path):
     assert place.filed() == ["good/one/a.png"] and place.logged() == ["one/a.png"]
 
 
-def test_the_sorted_pictures_are_known_by_whatever_way_they_are_reached(place, good, tmp_path):
+def test_the_sorted_images_are_known_by_whatever_way_they_are_reached(place, good, tmp_path):
     (place.folder / "a.png").write_bytes(good)
     (tmp_path / "link").symlink_to(place.folder)
     place.folder, place.out = tmp_path / "camera/../link", place.folder / "sorted"
@@ -253,7 +253,7 @@ def test_what_cannot_work_is_said_at_the_start(place, served):
 
 
 @pytest.mark.parametrize("out", ["camera", ".", "elsewhere/../camera"])
-def test_sorted_pictures_do_not_go_where_nothing_would_be_inspected(place, tmp_path, out):
+def test_sorted_images_do_not_go_where_nothing_would_be_inspected(place, tmp_path, out):
     place.out = tmp_path / out
     with pytest.raises(ValueError, match="is or holds the watched folder"):
         place.watcher()
@@ -272,9 +272,9 @@ def test_first_is_said_what_is_watched_and_last_what_was_done(place, served, goo
     (place.folder / "before.png").write_bytes(good)
     place.watcher().look()
     place.said.clear()
-    for name, data in (("before", good), ("a", good), ("b", bad), ("c", bad), ("broken", b"no picture")):
+    for name, data in (("before", good), ("a", good), ("b", bad), ("c", bad), ("broken", b"no image")):
         (place.folder / f"{name}.png").write_bytes(data)
-    (place.folder / "notes.txt").write_text("no picture")
+    (place.folder / "notes.txt").write_text("no image")
     place.watcher().run(threading.Event(), every=0.01, once=True)
     first, *lines, last = place.said
     assert first == (
@@ -333,10 +333,10 @@ def test_copies_that_are_there_already_take_one_line(place, good):
 
 
 def test_an_unreadable_file_is_named_with_the_place_that_it_went_to(place):
-    (place.folder / "a.png").write_bytes(b"no picture")
+    (place.folder / "a.png").write_bytes(b"no image")
     place.watcher().look()
     (line,) = place.said
-    assert line.startswith(f"note: {place.folder / 'a.png'}: is not a picture of a kind that is read; save it as PNG")
+    assert line.startswith(f"note: {place.folder / 'a.png'}: is not an image of a kind that is read; save it as PNG")
     assert line.endswith(f"; moved to {place.out / 'error/a.png'}")
 
 
@@ -368,7 +368,7 @@ def test_files_of_kinds_that_are_not_read_are_named_once(place, good):
 def test_a_file_that_is_passed_over_is_not_waited_for_but_named_at_the_end(place):
     (place.folder / "camera.log").write_text("it grows for ever")
     watcher = place.watcher(settle=60)
-    assert watcher.look() == 0 and place.said == []  # it may be a picture that has its name only when it is whole
+    assert watcher.look() == 0 and place.said == []  # it may be an image that has its name only when it is whole
     watcher.run(threading.Event(), every=0.01, once=True)
     assert [".log files" in line for line in place.said] == [False, True, False]
     assert place.said[-1].endswith("1 file passed over")
@@ -376,18 +376,18 @@ def test_a_file_that_is_passed_over_is_not_waited_for_but_named_at_the_end(place
 
 @pytest.mark.parametrize("letter", ["n", "ä", "日"])
 def test_a_name_as_long_as_names_may_be_is_filed_however_often_it_comes(place, parts, letter):
-    pictures = [path.read_bytes() for path in sorted((parts / "test/square").iterdir())[:3]]
+    images = [path.read_bytes() for path in sorted((parts / "test/square").iterdir())[:3]]
     name = letter * (250 // len(letter.encode())) + ".png"
-    for data in pictures:
+    for data in images:
         (place.folder / name).write_bytes(data)
         assert place.watcher().look() == 0
     assert not list(place.folder.iterdir()) and len(place.logged()) == 3
     filed = {path.name: path.read_bytes() for path in place.out.rglob("*") if path.is_file()}
-    assert sorted(filed.values()) == sorted(pictures) and filed[name] == pictures[0]
-    assert {f"{sha256(data)[:16]}.png" for data in pictures[1:]} == {other[-20:] for other in set(filed) - {name}}
+    assert sorted(filed.values()) == sorted(images) and filed[name] == images[0]
+    assert {f"{sha256(data)[:16]}.png" for data in images[1:]} == {other[-20:] for other in set(filed) - {name}}
     assert all(other.startswith(letter * 70) for other in filed)
     assert any(f"moved to {place.out}" in line and "cannot keep its name" in line for line in place.said)
-    (place.folder / name).write_bytes(b"no picture")
+    (place.folder / name).write_bytes(b"no image")
     (place.out / "error" / name).write_bytes(b"another one")
     assert place.watcher().look() == 0 and len(place.filed()) == 5 and not list(place.folder.iterdir())
 
@@ -428,7 +428,7 @@ def test_what_waits_to_be_filed_is_inspected_counted_and_told_once(place, good, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (place.folder / "a.png").write_bytes(good)
-    (place.folder / "b.png").write_bytes(b"no picture")
+    (place.folder / "b.png").write_bytes(b"no image")
     watcher = place.watcher()
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", full)

@@ -186,7 +186,7 @@ def test_running_statistics_go_on_too(tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
 
 
-def interrupted(path, identity: str = "these pictures", steps: int = 10) -> None:
+def interrupted(path, identity: str = "these images", steps: int = 10) -> None:
     """Leaves a checkpoint of an unfinished run."""
     line = Line()
     with pytest.raises(KeyboardInterrupt):
@@ -197,14 +197,14 @@ def test_a_checkpoint_of_other_data_or_settings_is_refused(tmp_path):
     checkpoint, line = tmp_path / "run.checkpoint", Line()
     interrupted(checkpoint)
     content = checkpoint.read_bytes()
-    for other in ("other pictures", ""):
-        with pytest.raises(TrainingError, match=r"run\.checkpoint.*other pictures or settings.*--resume"):
+    for other in ("other images", ""):
+        with pytest.raises(TrainingError, match=r"run\.checkpoint.*other images or settings.*--resume"):
             optimise(line, line.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity=other)
     assert not line.w.any()  # nothing of it was taken over
     assert checkpoint.read_bytes() == content  # and it is still there for those it belongs to
     whole, resumed = Line(), Line()
     optimise(whole, whole.loss_on(DATA), 50, 10, settings())
-    optimise(resumed, resumed.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity="these pictures")
+    optimise(resumed, resumed.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity="these images")
     assert torch.equal(resumed.w, whole.w)
 
 
@@ -213,7 +213,7 @@ def test_two_trainings_do_not_write_one_checkpoint(tmp_path, holder):
     interrupted(checkpoint)
     content, other = checkpoint.read_bytes(), holder(checkpoint)
     with pytest.raises(InUseError, match=rf"run\.checkpoint: .*process {other.pid} "):
-        optimise(line, line.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity="these pictures")
+        optimise(line, line.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity="these images")
     assert checkpoint.read_bytes() == content and not line.w.any()
 
 
@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, kind):
             metadata["history"] = "[{"
         save_file(tensors, checkpoint, metadata)
     with pytest.raises(TrainingError, match=r"run\.checkpoint.*damaged"):
-        optimise(line, line.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity="these pictures")
+        optimise(line, line.loss_on(DATA), 50, 10, settings(), checkpoint=checkpoint, identity="these images")
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_advice():

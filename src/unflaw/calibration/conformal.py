@@ -1,6 +1,6 @@
-"""Statistics of decisions: what n good pictures certify, what lies beyond, pictures of a part, many parts a day.
+"""Statistics of decisions: what n good images certify, what lies beyond, images of a part, many parts a day.
 
-A picture whose score is `s` has the conformal p-value `(1 + #{s_i ≥ s}) / (n + 1)` among n good pictures that the
+An image whose score is `s` has the conformal p-value `(1 + #{s_i ≥ s}) / (n + 1)` among n good images that the
 detector did not learn from (Vovk et al. 2005): if it is good and exchangeable with them, P(p ≤ α) ≤ α for every n.
 NumPy and SciPy only; `scipy.stats` takes most of a second to import and is only where it is used.
 """
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-EXCEEDANCES = 20  # scores that a tail is fitted to, at least; of many pictures it is a tenth of them
+EXCEEDANCES = 20  # scores that a tail is fitted to, at least; of many images it is a tenth of them
 REACH = 10  # times below the smallest certified rate that a tail is trusted, at most
 DRAWS = 999  # of the parametric bootstrap that judges a fit
 
@@ -39,12 +39,12 @@ def rank(n: int, rate: float) -> int:
 
 
 class Certificate(NamedTuple):
-    """What n good pictures say of a false-alarm rate.
+    """What n good images say of a false-alarm rate.
 
     Attributes:
-        rate: Certified: the probability that a good picture raises an alarm, the calibration pictures being as random
+        rate: Certified: the probability that a good image raises an alarm, the calibration images being as random
             as it is.
-        unlucky: With these n pictures the rate of alarms is what it is; of 100 calibrations, 95 have one of at most
+        unlucky: With these n images the rate of alarms is what it is; of 100 calibrations, 95 have one of at most
             this. It follows a Beta(k, n + 1 − k) distribution (Vovk 2012).
     """
 
@@ -54,7 +54,7 @@ class Certificate(NamedTuple):
 
 
 def certifiable(n: int, rate: float = 0.0) -> Certificate:
-    """What n good pictures can certify of a rate; by default of the smallest one there is, 1 / (n + 1).
+    """What n good images can certify of a rate; by default of the smallest one there is, 1 / (n + 1).
 
     Raises:
         ValueError: n is not positive.
@@ -62,13 +62,13 @@ def certifiable(n: int, rate: float = 0.0) -> Certificate:
     from scipy import stats
 
     if n < 1:
-        raise ValueError(f"{n} pictures certify nothing; at least one is needed")
+        raise ValueError(f"{n} images certify nothing; at least one is needed")
     k = min(rank(n, rate), n)
     return Certificate(n, k / (n + 1), float(stats.beta.ppf(0.95, k, n + 1 - k)))
 
 
 def needed(rate: float, k: int = 1, method: Combination = "bonferroni") -> int:
-    """The least number of good pictures that certifies a rate in (0, 1): for k > 1, of k images together (`combine`).
+    """The least number of good images that certifies a rate in (0, 1): for k > 1, of k images together (`combine`).
 
     A rate is certified in steps of 1 / (n + 1), so the factor of a combination counts rounded up.
     """
@@ -97,13 +97,13 @@ class Tail(BaseModel):
     goodness: float
 
     def p_value(self, score: float) -> float:
-        """Estimated share of good pictures above a score; of scores below `start`, `share`."""
+        """Estimated share of good images above a score; of scores below `start`, `share`."""
         from scipy import stats
 
         return self.share * float(stats.genpareto.sf(max(score - self.start, 0.0), self.shape, scale=self.scale))
 
     def threshold(self, rate: float) -> float:
-        """The score that a share `rate` of good pictures, at most `share`, is estimated to exceed."""
+        """The score that a share `rate` of good images, at most `share`, is estimated to exceed."""
         from scipy import stats
 
         return self.start + float(stats.genpareto.isf(rate / self.share, self.shape, scale=self.scale))
@@ -152,14 +152,14 @@ def _distance(excess: np.ndarray, shape: np.ndarray, scale: np.ndarray) -> np.nd
 
 
 def combine(p_values: Sequence[float], method: Combination = "bonferroni") -> float:
-    """One p-value of several, such as those of the pictures of one part; valid however they depend on each other.
+    """One p-value of several, such as those of the images of one part; valid however they depend on each other.
 
-    Pictures of a part share its orientation and light, and all p-values share the calibration pictures; so Fisher's
+    Images of a part share its orientation and light, and all p-values share the calibration images; so Fisher's
     product and Cauchy's sum, which want independence or hold in the limit only, are not offered.
 
     Args:
         p_values: K of them.
-        method: "bonferroni": K times the smallest, best where a defect shows in one picture. The others are multiples
+        method: "bonferroni": K times the smallest, best where a defect shows in one image. The others are multiples
             of means (Vovk and Wang 2020): "harmonic", "geometric" (e times it) and "mean" (twice it), in this order
             better where it shows in more and more of them.
 

@@ -1,22 +1,22 @@
 """Out-of-sample scores of good images, used for calibration.
 
-Held-out pictures give them (split conformal prediction), or, so that small sets need not give up pictures, all do
+Held-out images give them (split conformal prediction), or, so that small sets need not give up images, all do
 (`calibration.folds`): each is judged without what was learned from it, and the detector learns from all.
 
-* Held-out pictures, drawn at random, extend the memory as well (`calibration.update_memory`), and what each taught it
-  is left out while it is judged; likewise all pictures of a method that trains nothing (K = n folds, at no cost). A
-  memory only lowers distances, so the whole one finds no more in a new picture than any of those without one picture:
+* Held-out images, drawn at random, extend the memory as well (`calibration.update_memory`), and what each taught it
+  is left out while it is judged; likewise all images of a method that trains nothing (K = n folds, at no cost). A
+  memory only lowers distances, so the whole one finds no more in a new image than any of those without one image:
   p-values are at least those of the jackknife+ (Barber et al. 2021), and P(p ≤ α) ≤ 2α for every n and every
-  distribution; about α unless leaving one picture out changes everything. This takes the choice of prototypes, and the
-  few statistics of `Method.finish`, as given: one picture hardly moves them.
-* Pictures of a validation part may be alike among themselves, where new ones are not: leaving out one is not enough.
+  distribution; about α unless leaving one image out changes everything. This takes the choice of prototypes, and the
+  few statistics of `Method.finish`, as given: one image hardly moves them.
+* Images of a validation part may be alike among themselves, where new ones are not: leaving out one is not enough.
   They calibrate first and extend the memory after that, which can only lower scores, so their rate is certified.
-* Any other method is trained K times more, each time without one fold. If all K networks judged a new picture, P(p ≤ α)
+* Any other method is trained K times more, each time without one fold. If all K networks judged a new image, P(p ≤ α)
   would be at most 2α + (1 − K/n) / (K + 1) (Vovk 2015; Barber et al. 2021, CV+). But one network judges, that learned
-  from all: nothing is proved, and that the rate is about α rests on learning from more pictures making new good ones
+  from all: nothing is proved, and that the rate is about α rests on learning from more images making new good ones
   look no less normal.
 
-Standardisation and principal components of features are those of all pictures in every fold; that one picture, or one
+Standardisation and principal components of features are those of all images in every fold; that one image, or one
 fold, hardly moves them is taken as given too.
 """
 
@@ -42,12 +42,12 @@ from unflaw.methods.base import highest
 from unflaw.methods.memory_bank import MemoryBank
 from unflaw.postprocessing.stitching import TileStitcher
 
-FINISHED_ON = 64  # training pictures of a category that say how large evidence normally is
+FINISHED_ON = 64  # training images of a category that say how large evidence normally is
 
 
 def arrange(network: Method, cache: Cache) -> None:
     """Tells the memories of a network which rows of a cache belong together, and what of them counts."""
-    network.arrange(cache.pictures, cache.cells(network.features.grid))
+    network.arrange(cache.images, cache.cells(network.features.grid))
 
 
 def pieced(
@@ -60,11 +60,11 @@ def pieced(
 
     Args:
         network: With what is normal for their category in use.
-        windows: Of all pictures, in order.
+        windows: Of all images, in order.
         features: Gives F of some of them, by rows.
         **left_out: As for `gather_evidence`.
     """
-    size, mosaic = (network.config.preparation.size,) * 2, None
+    size, stitcher = (network.config.preparation.size,) * 2, None
     for rows in torch.arange(len(windows)).split(8):
         shown = [windows[row] for row in rows.tolist()]
         inside = cells(shown, network.features.grid)
@@ -75,11 +75,11 @@ def pieced(
         if (doubt := inspection.layers.get("uncertainty")) is not None:
             found["uncertainty"] = F.interpolate(doubt, size, mode="bilinear")[:, 0].numpy()
         for i, (window, score) in enumerate(zip(shown, scores.tolist(), strict=True)):
-            mosaic = mosaic or TileStitcher(window.layout)
-            mosaic.add(score, {name: values[i] for name, values in found.items()})
-            if mosaic.complete:
-                yield mosaic
-                mosaic = None
+            stitcher = stitcher or TileStitcher(window.layout)
+            stitcher.add(score, {name: values[i] for name, values in found.items()})
+            if stitcher.complete:
+                yield stitcher
+                stitcher = None
 
 
 def finish(network: Method, train: Cache, number: int, rows: Sequence[int]) -> None:
@@ -92,19 +92,19 @@ def finish(network: Method, train: Cache, number: int, rows: Sequence[int]) -> N
 
 @torch.inference_mode()
 def gather_evidence(network: Method, cache: Cache, found: CalibrationScores, **left_out: Tensor) -> CalibrationScores:
-    """Adds what a network finds in pictures to evidence, and returns it.
+    """Adds what a network finds in images to evidence, and returns it.
 
     Args:
         network: With what is normal for their category in use.
-        cache: The pictures.
+        cache: The images.
         found: What is added to.
-        **left_out: `pictures` or `held_out`, (N,), as `Method.forward` takes them: what a memory keeps of each image is
+        **left_out: `images` or `held_out`, (N,), as `Method.forward` takes them: what a memory keeps of each image is
             left out for it.
     """
     found.paths += [str(cache.paths[row]) for row in cache.heads()]
-    for mosaic in pieced(network, cache.windows, lambda rows: cache.features[rows].float(), **left_out):
-        score, maps = mosaic.result()
-        found.add(score, maps["map"], mosaic.layout.box, maps.get("uncertainty"), mosaic.layout.counted)
+    for stitcher in pieced(network, cache.windows, lambda rows: cache.features[rows].float(), **left_out):
+        score, maps = stitcher.result()
+        found.add(score, maps["map"], stitcher.layout.box, maps.get("uncertainty"), stitcher.layout.counted)
     return found
 
 
@@ -168,17 +168,17 @@ def find_outliers(
 def judge_held_out(
     network: Method, held: Cache, options: CalibrationOptions, rng: Generator, *, random: bool
 ) -> tuple[CalibrationScores, bool]:
-    """The evidence of held-out pictures of the category in use, which with `update_memory` teach its memory: see above.
+    """The evidence of held-out images of the category in use, which with `update_memory` teach its memory: see above.
 
     Args:
         network: Finished for the category. Its memory is extended.
-        held: The pictures.
+        held: The images.
         options: `update_memory` and `minimum_area`.
         rng: What `Method.extend` draws.
-        random: They are a random part of the good pictures, and teach before they calibrate; else they calibrate first.
+        random: They are a random part of the good images, and teach before they calibrate; else they calibrate first.
 
     Returns:
-        The evidence, and whether the pictures had taught something by then.
+        The evidence, and whether the images had taught something by then.
     """
     arrange(network, held)
     taught = options.update_memory and random and network.extend(held.features, rng)
@@ -194,7 +194,7 @@ def leave_one_out(
 ) -> CalibrationScores:
     """The evidence of the category in use, by its rows, of a method that trains nothing: see above."""
     own = train.take(rows, budget)
-    return gather_evidence(network, own, CalibrationScores(options.minimum_area), pictures=torch.tensor(rows))
+    return gather_evidence(network, own, CalibrationScores(options.minimum_area), images=torch.tensor(rows))
 
 
 def cross_fit(
@@ -204,23 +204,23 @@ def cross_fit(
     spared: Collection[str],
     budget: float,
 ) -> dict[str, CalibrationScores]:
-    """The evidence of all categories but those spared, each picture judged by a network trained without its fold.
+    """The evidence of all categories but those spared, each image judged by a network trained without its fold.
 
     Args:
-        learn: Trains a new network on some pictures; it gets the number of the fold, too.
-        train: All pictures, in random order.
+        learn: Trains a new network on some images; it gets the number of the fold, too.
+        train: All images, in random order.
         options: `folds` and `minimum_area`.
         spared: Categories that calibrate otherwise.
         budget: Of `Cache.take`.
 
     Raises:
-        TrainingError: There are more folds than pictures of a category, or too few are left to learn from.
+        TrainingError: There are more folds than images of a category, or too few are left to learn from.
     """
     rows = {name: own for name, own in train.rows().items() if name not in spared}
     for name, own in rows.items():
         if (heads := len(train.heads(own))) < max(options.folds, 4):
             of = f"{name}: " if name else ""
-            few = count(heads, "picture")
+            few = count(heads, "image")
             raise TrainingError(f"{of}{few} cannot make {options.folds} folds; lower calibration.folds")
     found = {name: CalibrationScores(options.minimum_area) for name in rows}
     for fold in range(options.folds):
@@ -236,6 +236,6 @@ def cross_fit(
 
 
 def _fold(cache: Cache, rows: Sequence[int], fold: int, folds: int) -> list[int]:
-    """Every so many pictures of some rows, with all their windows."""
+    """Every so many images of some rows, with all their windows."""
     first = torch.tensor([cache.windows[row].number == 0 for row in rows])
     return [row for row, number in zip(rows, (first.cumsum(0) - 1).tolist(), strict=True) if number % folds == fold]

@@ -1,7 +1,7 @@
-"""Whether pictures still come from the world that a detector learned: camera, light, focus, product. No torch.
+"""Whether images still come from the world that a detector learned: camera, light, focus, product. No torch.
 
 It is asked apart from the anomaly score. A local defect hardly moves what is looked at, quantiles over cells and the
-means of cells; a moved camera, other light, lost focus or another product moves them in every picture.
+means of cells; a moved camera, other light, lost focus or another product moves them in every image.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from threadpoolctl import ThreadpoolController
 
 from unflaw.imaging.statistics import STATISTICS
 
-KEPT = 256  # good pictures that a detector remembers, at most
+KEPT = 256  # good images that a detector remembers, at most
 SHUFFLES = 1999  # behind the p-value of a batch, which so is at least 1 / 2000
-RIDGE = 0.1  # share of the mean variance in the covariance, which has more entries than there are pictures
+RIDGE = 0.1  # share of the mean variance in the covariance, which has more entries than there are images
 RATE = 0.01  # of false alarms of a batch
 
 _WORDS = {  # where the most telling statistic is lower, and where it is higher
@@ -40,17 +40,17 @@ class Drift:
     """What a batch says of drift.
 
     Attributes:
-        p_value: Probability that good pictures like those learned from differ as much from them.
+        p_value: Probability that good images like those learned from differ as much from them.
         rate: The false-alarm rate of `alarm`.
-        pictures: How many there are in the batch.
+        images: How many there are in the batch.
         moved: What differs of "light", "colour", "sharpness" and "place"; "all together" where it is none of these
-            alone. For each how: 1 where its most telling statistic is higher than on the pictures learned from, −1
+            alone. For each how: 1 where its most telling statistic is higher than on the images learned from, −1
             lower.
     """
 
     p_value: float
     rate: float
-    pictures: int
+    images: int
     moved: dict[str, int]
 
     @property
@@ -59,23 +59,23 @@ class Drift:
 
     def describe(self) -> str:
         """One sentence for people."""
-        of = "one picture" if self.pictures == 1 else f"{self.pictures} pictures"
+        of = "one image" if self.images == 1 else f"{self.images} images"
         chance = f"p = {self.p_value:.2g} over {of}, alarm at {self.rate:.2g}"
         if not self.alarm:
             return f"no drift ({chance})"
         found = ", ".join(_WORDS[name][way > 0] for name, way in self.moved.items())
-        return f"drift: these pictures are unlike those learned from: {found} ({chance})"
+        return f"drift: these images are unlike those learned from: {found} ({chance})"
 
     def to_json(self) -> dict[str, Any]:
-        kept = {"p_value": self.p_value, "rate": self.rate, "pictures": self.pictures, "moved": self.moved}
+        kept = {"p_value": self.p_value, "rate": self.rate, "images": self.images, "moved": self.moved}
         return {"alarm": self.alarm, **kept}
 
 
 class Reference:
-    """Good pictures that a detector remembers, as described.
+    """Good images that a detector remembers, as described.
 
     Args:
-        described: (n, D), of good pictures in random order; the first KEPT are kept. Nothing in a description is
+        described: (n, D), of good images in random order; the first KEPT are kept. Nothing in a description is
             learned, so those that the detector trained on are as good as any.
     """
 
@@ -86,10 +86,10 @@ class Reference:
         return len(self.described)
 
     def p_value(self, described: np.ndarray) -> float:
-        """Of one picture: the share of pictures at least as far from all of them, in [1 / (n + 1), 1].
+        """Of one image: the share of images at least as far from all of them, in [1 / (n + 1), 1].
 
-        Full conformal prediction (Vovk et al. 2005): the picture takes part in the centre and spread that it is
-        measured with, as do all others, so that a good picture exchangeable with them gets p ≤ rate with probability
+        Full conformal prediction (Vovk et al. 2005): the image takes part in the centre and spread that it is
+        measured with, as do all others, so that a good image exchangeable with them gets p ≤ rate with probability
         at most `rate`, and none need be held out.
 
         Args:
@@ -101,11 +101,11 @@ class Reference:
     def test(self, described: Sequence[np.ndarray] | np.ndarray, rate: float = RATE) -> Drift:
         """Of a batch: a permutation test of the largest rank sum of any statistic.
 
-        Whatever the statistics are like, a batch of good pictures exchangeable with those remembered raises the alarm
-        with probability at most `rate`. Ranks see to it that a few odd pictures, such as defects, do not decide.
+        Whatever the statistics are like, a batch of good images exchangeable with those remembered raises the alarm
+        with probability at most `rate`. Ranks see to it that a few odd images, such as defects, do not decide.
 
         Args:
-            described: (m, D) of m ≥ 1 pictures.
+            described: (m, D) of m ≥ 1 images.
             rate: False-alarm rate, at least 1 / (SHUFFLES + 1).
 
         Raises:
@@ -145,9 +145,9 @@ class Reference:
             values = np.frombuffer(base64.b64decode(written["float16"], validate=True), "<f2")
             values = values.reshape(-1, written["statistics"])
         except (TypeError, OverflowError) as error:
-            raise ValueError(f"what it remembers of pictures is damaged: {error}") from error
+            raise ValueError(f"what it remembers of images is damaged: {error}") from error
         if not (values.size and np.isfinite(values).all()):
-            raise ValueError("what it remembers of pictures is empty or not finite")
+            raise ValueError("what it remembers of images is empty or not finite")
         return cls(values)
 
 
@@ -165,7 +165,7 @@ def references(metadata: Mapping[str, Any]) -> dict[str, Reference]:
     """
     known = metadata.get("drift", {})
     if not isinstance(known, Mapping):
-        raise ValueError("what it remembers of pictures is damaged")
+        raise ValueError("what it remembers of images is damaged")
     found = {name: Reference.from_json(written) for name, written in known.items()}
     return {name: known for name, known in found.items() if known.described.shape[1] == len(STATISTICS)}
 
@@ -185,7 +185,7 @@ def _one_thread() -> Iterator[None]:
     """Linear algebra stays in the thread that asks for it.
 
     For matrices as small as these, further threads gain nothing; and OpenBLAS lets them wait busily for a tenth of a
-    second after each picture, on cores that have pictures to inspect.
+    second after each image, on cores that have images to inspect.
     """
     with _LIMITING, _libraries().limit(limits=1, user_api="blas"):
         yield
@@ -197,7 +197,7 @@ def _libraries() -> ThreadpoolController:
 
 
 def _distances(described: np.ndarray) -> np.ndarray:
-    """Squared Mahalanobis distance of each picture to the mean of all, (n, D) → (n,), whatever the units of each."""
+    """Squared Mahalanobis distance of each image to the mean of all, (n, D) → (n,), whatever the units of each."""
     centred = described - np.median(described, 0)
     robust = 1.4826 * np.median(np.abs(centred), 0)
     scale = np.maximum(robust, 0.1 * centred.std(0))

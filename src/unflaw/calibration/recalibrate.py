@@ -62,7 +62,7 @@ def recalibrate(
     contents = {path: sha256_if_readable(path) for path in [*good, *defects]}
     (good, good_again), (defects, defects_again) = distinct(good, contents), distinct(defects, contents)
     again = [*good_again, *defects_again]
-    skipped = [[str(path), f"{path}: is the same picture as {first} and counts once"] for path, first in again]
+    skipped = [[str(path), f"{path}: is the same image as {first} and counts once"] for path, first in again]
     paths = [good, defects]
     seen = set(record.get("seen", []))
     if known := [path for path in good if contents[path] and contents[path][:SHORT] in seen]:
@@ -72,7 +72,7 @@ def recalibrate(
         )
     digests = {contents[path][:SHORT]: path for path in good if contents[path]}
     if both := [path for path in defects if contents[path][:SHORT] in digests]:
-        raise TrainingError(f"{both[0]}: is among the good pictures and among the defective ones; decide which it is")
+        raise TrainingError(f"{both[0]}: is among the good images and among the defective ones; decide which it is")
     known_already = counted(record, category) if keep else set()
     if known := [path for short, path in digests.items() if short in known_already]:
         raise TrainingError(
@@ -93,7 +93,7 @@ def recalibrate(
                 missable.append(outcome.score)
             progress("calibrating", len(found.scores) + len(missable) + len(skipped), total, None)
     if not found.scores:
-        raise TrainingError("; ".join(["there are no good pictures to calibrate with", *(why for _, why in skipped)]))
+        raise TrainingError("; ".join(["there are no good images to calibrate with", *(why for _, why in skipped)]))
     strangest = outliers(dict(zip(found.paths, found.scores, strict=True)))
     if keep:
         found.keep(before)
@@ -111,7 +111,7 @@ def recalibrate(
         "skipped": skipped,
         "kept": len(before.scores) if keep else 0,
         "digest": digest([path for part in paths for path in part], contents),
-        "pictures": sorted(short for short, path in digests.items() if str(path) not in left_out),
+        "images": sorted(short for short, path in digests.items() if str(path) not in left_out),
         "threshold": after.threshold,
         "described": after.describe(),
         "numbers": after.numbers(),
@@ -126,18 +126,18 @@ def recalibrate(
 
 def _more(known: Sequence[Input]) -> str:
     """The number of images beside the first, for a message; empty if there is none."""
-    return f" and {len(known) - 1} more of the good pictures" if len(known) > 1 else ""
+    return f" and {len(known) - 1} more of the good images" if len(known) > 1 else ""
 
 
 def counted(record: Mapping[str, Any], category: str) -> set[str]:
-    """Short digests of the pictures whose scores calibrate a category now; kept, they must not count twice.
+    """Short digests of the images whose scores calibrate a category now; kept, they must not count twice.
 
     Args:
-        record: `record_` of the detector. Pictures that it was calibrated with when it was trained are in its "seen".
+        record: `record_` of the detector. Images that it was calibrated with when it was trained are in its "seen".
         category: "" where there is one that needs no name.
     """
     found: set[str] = set()
     for entry in record.get("calibrations", []):
         if entry.get("category", "") == category:
-            found = (found if entry["kept"] else set()) | set(entry.get("pictures", []))
+            found = (found if entry["kept"] else set()) | set(entry.get("images", []))
     return found

@@ -1,4 +1,4 @@
-"""From good pictures to decisions: thresholds, p-value, verdict, heat-map scale. No torch: every runtime shares it."""
+"""From good images to decisions: thresholds, p-value, verdict, heat-map scale. No torch: every runtime shares it."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from unflaw.postprocessing.results import Region, Scale, Verdict
 
 @brief
 class Calibration(BaseModel):
-    """What good pictures outside of training say about scores and maps.
+    """What good images outside of training say about scores and maps.
 
-    A good picture, exchangeable with those, gets `p_value(score) <= rate` with probability at most `rate` (split
-    conformal prediction, valid for every n). The smallest rate that n pictures can certify is 1 / (n + 1).
+    A good image, exchangeable with those, gets `p_value(score) <= rate` with probability at most `rate` (split
+    conformal prediction, valid for every n). The smallest rate that n images can certify is 1 / (n + 1).
 
     Attributes:
         scores: Their image scores, ascending.
         asked_rate: The false-alarm rate asked for.
-        rate: The rate that `threshold` certifies: at most the asked one, or the smallest that n pictures can certify.
+        rate: The rate that `threshold` certifies: at most the asked one, or the smallest that n images can certify.
             Below that only as an estimate, where there is a `tail`.
-        threshold: Pictures that score above it are called defective.
-        pixel_threshold: The same rule over the map of each picture: at most a share `rate` of good pictures, or the
+        threshold: Images that score above it are called defective.
+        pixel_threshold: The same rule over the map of each image: at most a share `rate` of good images, or the
             smallest that is certified, shows any region.
         low: Median of the maps' values, the zero of the heat-map scale.
         defects: Scores of labelled defects, ascending, where they set the threshold.
         miss_rate: The share of defects like those that `threshold` misses: certified where it was asked for, else None.
-        review_rate: The share of good pictures, certified, that are called anything but good; None: no review.
-        review_threshold: Pictures that score above it, and not above `threshold`, are for review.
+        review_rate: The share of good images, certified, that are called anything but good; None: no review.
+        review_threshold: Images that score above it, and not above `threshold`, are for review.
         uncertainty_threshold: A region is dominated by uncertainty where that is higher on average. At most the share
-            of good pictures that review was asked for has any such value; where no review was asked for (a rate of 0),
+            of good images that review was asked for has any such value; where no review was asked for (a rate of 0),
             at most the false-alarm rate asked for. None: there is no map.
         review_uncertain: Defects whose first region is so are for review.
-        minimum_area: Smaller areas are no regions, share of the picture.
+        minimum_area: Smaller areas are no regions, share of the image.
         tail: Of the scores, where rates below the smallest certified one are estimated.
-        crossed: Each score was found without what was learned from its picture, but this detector has learned from all
+        crossed: Each score was found without what was learned from its image, but this detector has learned from all
             of them: rates are about so, and what is proved is said in `crossfit`.
     """
 
@@ -155,11 +155,11 @@ class Calibration(BaseModel):
         }
 
     def reach(self) -> str:
-        """One sentence on what so many pictures can certify."""
+        """One sentence on what so many images can certify."""
         found = conformal.certifiable(len(self.scores))
         words = "give about" if self.crossed else "could certify" if self.defects else "certify"
         more = ", ".join(f"{rate:.2%} takes {conformal.needed(rate)}" for rate in (0.01, 0.001) if rate < found.rate)
-        good = count(found.n, "good picture")
+        good = count(found.n, "good image")
         return (
             f"{good} {words} {found.rate:.2%} at best, on average over calibrations; 95 of 100 "
             f"calibrations stay below {found.unlucky:.2%}" + (f"; {more}" if more else "")
@@ -177,32 +177,32 @@ class Calibration(BaseModel):
             are = "is" if found == 1 else "are"
             return (
                 f"{by} by {count(len(self.defects), 'labelled defect')}, of which {found} {are} found; "
-                f"false-alarm rate about {self.rate:.2%}, from {count(n, 'good picture')}"
+                f"false-alarm rate about {self.rate:.2%}, from {count(n, 'good image')}"
             )
-        pictures = f"{count(n, 'good picture')} " + (
+        images = f"{count(n, 'good image')} " + (
             "judged without what they taught" if self.crossed else "outside of training"
         )
         if self.certified:
-            return f"false-alarm rate {self.rate:.2%} or less, certified by {pictures}"
+            return f"false-alarm rate {self.rate:.2%} or less, certified by {images}"
         promise = "give a false-alarm rate of about" if self.crossed else "certify a false-alarm rate of"
-        reach = f"{pictures} {promise} {self.smallest:.2%}"
+        reach = f"{images} {promise} {self.smallest:.2%}"
         if self.estimated and self.tail is not None:
             fit = f"goodness of fit p = {self.tail.goodness:.2g}"
             return f"false-alarm rate {self.rate:.2%}, estimated from the tail of the scores ({fit}); {reach}"
         if self.rate <= self.asked_rate:
-            return f"false-alarm rate about {self.rate:.2%}, from {pictures}"
+            return f"false-alarm rate about {self.rate:.2%}, from {images}"
         return f"{reach}, not the {self.asked_rate:.2%} asked for; {conformal.needed(self.asked_rate)} would"
 
 
 class CalibrationScores:
-    """What good pictures outside of training show, gathered one by one.
+    """What good images outside of training show, gathered one by one.
 
     Args:
-        minimum_area: Of a region, share of the picture.
+        minimum_area: Of a region, share of the image.
 
     Attributes:
-        scores: Of the pictures.
-        paths: Of the pictures, as far as they are known.
+        scores: Of the images.
+        paths: Of the images, as far as they are known.
         peaks: The `region_level` of their maps.
         medians: Of their maps.
         doubts: The largest values of their uncertainty maps, where there are some.
@@ -224,7 +224,7 @@ class CalibrationScores:
         uncertainty: np.ndarray | None = None,
         counted: np.ndarray | None = None,
     ) -> None:
-        """One picture: its score, its maps (h, w), the part of them that it covers, and what counts of that (h, w)."""
+        """One image: its score, its maps (h, w), the part of them that it covers, and what counts of that (h, w)."""
         x0, y0, x1, y1 = valid
         inside = np.s_[y0:y1, x0:x1] if counted is None else counted
         self.scores.append(score)
@@ -234,7 +234,7 @@ class CalibrationScores:
             self.doubts.append(float(uncertainty[inside].max()))
 
     def keep(self, before: Calibration) -> None:
-        """Counts the pictures of another calibration too, after all others.
+        """Counts the images of another calibration too, after all others.
 
         Of their maps only thresholds are known, and how many may exceed them: these count with the highest value seen.
         So the rate of a new pixel threshold holds, unless it is smaller than that of the old one: then about.
@@ -297,35 +297,35 @@ def calibrate(
     miss_rate: float | None = None,
     cost_ratio: float | None = None,
 ) -> Calibration:
-    """Calibrates on good pictures that training did not see and, where there are any, labelled defects.
+    """Calibrates on good images that training did not see and, where there are any, labelled defects.
 
     Without `miss_rate` and `cost_ratio` the threshold is that of `rate`. With one of them defects set it, and the
     false-alarm rate follows: (1 + number of good scores above the threshold) / (n + 1), at least 1 / (n + 1).
 
     Args:
-        scores: Image scores of good pictures.
+        scores: Image scores of good images.
         peaks: For each of them, the least pixel threshold at which it shows no region (`scoring.region_level`).
         low: Median of the map values.
         rate: False-alarm rate asked for, in (0, 1).
-        review_rate: Share of good pictures that may be called anything but good, in [0, 1); where the rate that it
+        review_rate: Share of good images that may be called anything but good, in [0, 1); where the rate that it
             certifies is not above that of alarms, there is no review.
-        doubts: For each of the good pictures, the largest value of the uncertainty map; empty where there is none.
+        doubts: For each of the good images, the largest value of the uncertainty map; empty where there is none.
         review_uncertain: Whether that has a say in verdicts.
-        minimum_area: Of a region, share of the picture: the one that `peaks` were found with.
-        tail: Estimate the threshold where n pictures cannot certify the rate, down to a tenth of 1 / (n + 1). It is
-            never below the highest score. Fewer than 40 pictures have no tail.
-        crossed: Each score was found without what was learned from its picture.
-        defects: Image scores of defective pictures.
+        minimum_area: Of a region, share of the image: the one that `peaks` were found with.
+        tail: Estimate the threshold where n images cannot certify the rate, down to a tenth of 1 / (n + 1). It is
+            never below the highest score. Fewer than 40 images have no tail.
+        crossed: Each score was found without what was learned from its image.
+        defects: Image scores of defective images.
         miss_rate: Share of defects that may be missed, in (0, 1): a defect exchangeable with those given is missed with
             at most this probability (split conformal prediction, for every number of them).
         cost_ratio: What a missed defect costs, a false alarm costing 1: the threshold with the least sum of the share
-            of good pictures above it and `cost_ratio` times the share of defects not above it. Nothing is certified.
+            of good images above it and `cost_ratio` times the share of defects not above it. Nothing is certified.
 
     Raises:
         ValueError: No scores, scores that are not finite, or too few defects for the miss rate.
     """
     if not scores or not all(map(math.isfinite, [*scores, *peaks, *doubts])):
-        raise ValueError("calibration needs finite scores of at least one good picture outside of training")
+        raise ValueError("calibration needs finite scores of at least one good image outside of training")
     if not all(map(math.isfinite, defects)):
         raise ValueError("scores of defects must be finite")
     by_defects = miss_rate is not None or cost_ratio is not None

@@ -25,7 +25,7 @@ app = typer.Typer(
     name="unflaw",
     help="Visual anomaly detection trained on good images only.",
     epilog="Example:  unflaw train --data parts/good --out parts.safetensors"
-    "  then  unflaw predict parts.safetensors parts/new --out results --pictures",
+    "  then  unflaw predict parts.safetensors parts/new --out results --images",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -50,7 +50,7 @@ def main_options(
     pass
 
 
-_KINDS = "Data set: MVTec layout, a public benchmark as it unpacks, a folder of good pictures, or a CSV table."
+_KINDS = "Data set: MVTec layout, a public benchmark as it unpacks, a folder of good images, or a CSV table."
 Data = Annotated[Path, typer.Option("--data", help=_KINDS)]
 Several = Annotated[
     list[Path],
@@ -64,7 +64,7 @@ WeightFile = Annotated[
         help="Backbone weights, .safetensors or .pth; random: random ones (a file of that name is ./random).",
     ),
 ]
-Category = Annotated[str | None, typer.Option(help="What the pictures show, if the detector has several categories.")]
+Category = Annotated[str | None, typer.Option(help="What the images show, if the detector has several categories.")]
 ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors, or exported: .onnx, .xml).")]
 TrainedFile = Annotated[Path, typer.Argument(help="A detector file as it was trained (.safetensors).")]
 
@@ -106,14 +106,14 @@ def detector_file(path: Path) -> None:
     writable(path)
 
 
-def pictures_in(inputs: list[Path]) -> list[Path]:
+def images_in(inputs: list[Path]) -> list[Path]:
     from unflaw.io.listing import Entry, counted, list_images, note
 
     passed_over: list[Entry] = []
     paths = [p for item in inputs for p in (list_images(item, passed_over) if item.is_dir() else [item])]
     report_problems(note(counted(passed_over)))
     if not paths:
-        raise ValueError(f"{', '.join(map(str, inputs))}: there are no pictures to inspect")
+        raise ValueError(f"{', '.join(map(str, inputs))}: there are no images to inspect")
     return paths
 
 

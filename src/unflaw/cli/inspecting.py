@@ -18,9 +18,9 @@ from unflaw.cli.common import (
     TrainedFile,
     app,
     errors,
+    images_in,
     load_detector,
     load_trained,
-    pictures_in,
     progress_bars,
     report_dataset_problems,
     report_problems,
@@ -37,7 +37,7 @@ def evaluate(
     report: Annotated[Path | None, typer.Option(help="Write an HTML report there.")] = None,
     category: Category = None,
 ) -> None:
-    """Measure a detector on labelled test pictures; of several data sets, each and the mean.
+    """Measure a detector on labelled test images; of several data sets, each and the mean.
 
     A detector of several categories takes each data set for the one that is called like it.
 
@@ -90,16 +90,14 @@ def run_evaluation(
 def predict(
     context: typer.Context,
     model: ModelFile,
-    inputs: Annotated[list[Path] | None, typer.Argument(help="Pictures and folders of pictures.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and pictures.")] = None,
-    pictures: Annotated[bool, typer.Option("--pictures", help="Also write a panel for each picture.")] = False,
+    inputs: Annotated[list[Path] | None, typer.Argument(help="Images and folders of images.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and images.")] = None,
+    images: Annotated[bool, typer.Option("--images", help="Also write a panel for each image.")] = False,
     drift_rate: Annotated[float, typer.Option(help="False-alarm rate of the drift alarm.")] = 0.01,
     category: Category = None,
     group_by: Annotated[
         str | None,
-        typer.Option(
-            help="Pictures of one part: 'folder', or a regular expression whose group names it. → parts.jsonl"
-        ),
+        typer.Option(help="Images of one part: 'folder', or a regular expression whose group names it. → parts.jsonl"),
     ] = None,
     combine: Annotated[
         str, typer.Option(help="How their p-values are combined: bonferroni, harmonic, geometric or mean.")
@@ -109,9 +107,7 @@ def predict(
         typer.Option(help="Mark discoveries in the whole batch at this false discovery rate, such as 0.1."),
     ] = None,
     coco: Annotated[Path | None, typer.Option(help="Write regions there, as COCO annotations.")] = None,
-    labelme: Annotated[
-        bool, typer.Option("--labelme", help="Write regions to OUT/labelme, a file per picture.")
-    ] = False,
+    labelme: Annotated[bool, typer.Option("--labelme", help="Write regions to OUT/labelme, a file per image.")] = False,
     exit_code: Annotated[
         bool,
         typer.Option(
@@ -129,14 +125,14 @@ def predict(
     column: scaling.Column = None,
     retry: scaling.Retry = False,
 ) -> None:
-    """Inspect pictures: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
+    """Inspect images: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
 
     All of them together are tested for drift: a moved camera, other light, lost focus, another product (drift.json).
 
-    With --engine ray, millions of pictures from folders, Parquet or tar shards, by several workers, into partitions of
+    With --engine ray, millions of images from folders, Parquet or tar shards, by several workers, into partitions of
     Parquet; the same command goes on after an interruption.
 
-    Example:  unflaw predict parts.safetensors parts/new 0001.png --out results --pictures
+    Example:  unflaw predict parts.safetensors parts/new 0001.png --out results --images
 
     Example:  unflaw predict parts.onnx --engine ray --input s3://plant/2026 --output s3://results/2026
     """
@@ -181,7 +177,7 @@ def predict(
             raise ValueError(f"--combine {combine}: there are {', '.join(COMBINATIONS)}")
         if coco is not None:
             writable(coco)
-        paths = pictures_in(inputs)
+        paths = images_in(inputs)
         make_folder(out)
         with holding(out):
             earlier = Earlier(out)
@@ -207,7 +203,7 @@ def predict(
                     paths,
                     out,
                     category=category,
-                    draw=panel if pictures else None,
+                    draw=panel if images else None,
                     drift_rate=drift_rate,
                     sinks=[*sinks, unread := Unread()],
                     progress=watched,
@@ -258,17 +254,17 @@ def figures(
     model: TrainedFile,
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the figures (.png).")],
-    picture: Annotated[
-        list[Path] | None, typer.Option(help="A test picture to show, such as scratch/003.png; may be repeated.")
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A test image to show, such as scratch/003.png; may be repeated.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many test pictures to choose where none are named.")] = 4,
+    count: Annotated[int, typer.Option(min=1, help="How many test images to choose where none are named.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of that choice and of artificial anomalies.")] = 0,
     width: Annotated[int, typer.Option(min=600, max=10000, help="Of the figures at most, pixels.")] = 1400,
     category: Category = None,
 ) -> None:
-    """Draw how a detector works: what its method makes of test pictures step by step, and what it is trained on.
+    """Draw how a detector works: what its method makes of test images step by step, and what it is trained on.
 
-    Example:  unflaw figures parts.safetensors --data parts --out figures --picture scratch/003.png
+    Example:  unflaw figures parts.safetensors --data parts --out figures --image scratch/003.png
     """
     with errors():
         from unflaw.datasets import load_dataset
@@ -284,7 +280,7 @@ def figures(
                 dataset,
                 out,
                 category=category,
-                pictures=picture or (),
+                images=image or (),
                 count=count,
                 seed=seed,
                 width=width,

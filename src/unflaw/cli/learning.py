@@ -17,9 +17,9 @@ from unflaw.cli.common import (
     app,
     detector_file,
     errors,
+    images_in,
     levels_of,
     load_trained,
-    pictures_in,
     progress_bars,
     report_dataset_problems,
     report_problems,
@@ -33,24 +33,24 @@ from unflaw.parallel.launch import launch, launched, watch_parent
 # Fabric's names for what the setting `training.precision` is
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 _KNOWN = {"accelerator": ("auto", "cpu", "gpu"), "strategy": ("auto", "ddp")}
-_TAIL = "Estimate thresholds of rates that the pictures cannot certify, from the tail of their scores."
+_TAIL = "Estimate thresholds of rates that the images cannot certify, from the tail of their scores."
 
 
 @app.command()
 def train(
     data: Several,
     out: Annotated[Path, typer.Option(help="Where to write the detector (.safetensors).")],
-    method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
+    method: Annotated[str, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae.")] = "uranet",
     profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
     levels: Annotated[str | None, typer.Option(help="Feature levels, such as 1,2,3.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels that images are brought to.")] = None,
     fit: Annotated[str | None, typer.Option(help="stretch, or pad to keep the aspect ratio.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same detector.")] = None,
     rate: Annotated[float | None, typer.Option(help="False-alarm rate to calibrate for, such as 0.01.")] = None,
     tail: Annotated[bool, typer.Option("--extrapolate-tail", help=_TAIL)] = False,
-    textures: Annotated[Path | None, typer.Option(help="Folder of texture pictures for artificial anomalies.")] = None,
+    textures: Annotated[Path | None, typer.Option(help="Folder of texture images for artificial anomalies.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, such as training.steps=200.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint after an interruption.")] = False,
     multi_class: Annotated[
@@ -63,7 +63,7 @@ def train(
     accumulate: Annotated[int | None, typer.Option(min=1, help="Passes per batch, to save memory.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines; see docs/scaling.md.")] = 1,
 ) -> None:
-    """Learn from good pictures and write a detector.
+    """Learn from good images and write a detector.
 
     Example:  unflaw train --data parts/good --out parts.safetensors
     """
@@ -147,11 +147,11 @@ def train(
 def fleet(
     data: Annotated[Path, typer.Argument(help="Folder with a folder, of any layout that train takes, per category.")],
     out: Annotated[Path, typer.Option(help="Folder for CATEGORY.safetensors and the summary, fleet.md, .csv, .json.")],
-    method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
+    method: Annotated[str, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae.")] = "uranet",
     profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels that images are brought to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same detectors.")] = None,
     rate: Annotated[float | None, typer.Option(help="False-alarm rate to calibrate for, such as 0.01.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, such as training.steps=200.")] = None,
@@ -166,7 +166,7 @@ def fleet(
 
     The same command goes on after an interruption: what is finished is not done again. Exit code 3 if some failed.
 
-    Example:  unflaw fleet products --out detectors --method lookup
+    Example:  unflaw fleet products --out detectors --method nearest_neighbor
     """
     changes: dict[str, Any] = {
         "features.backbone": backbone,
@@ -181,7 +181,14 @@ def fleet(
         if address is not None and engine != "ray":
             raise ValueError("--address is that of a Ray cluster; add --engine ray")
         from unflaw.config import Weights, make_config
-        from unflaw.experiments.per_category import WorkerConfig, members, seats, shares, summary, train_fleet
+        from unflaw.experiments.per_category import (
+            WorkerConfig,
+            members,
+            shares,
+            summary,
+            train_fleet,
+            training_workers,
+        )
 
         changes |= dict(map(setting_of, setting or []))
         source = Weights.parse(weights)
@@ -198,8 +205,8 @@ def fleet(
 
         Detector(config=config, weights=source)  # what cannot work fails here, once
         count, each = shares(workers, threads, len(found))
-        told = WorkerConfig(cache or out / "features", cache_gb * 1e9, source, each)
-        with seats(told, count, engine, address) as places, progress_bars() as progress:
+        worker_config = WorkerConfig(cache or out / "features", cache_gb * 1e9, source, each)
+        with training_workers(worker_config, count, engine, address) as places, progress_bars() as progress:
             records, failed = train_fleet(found, config, out, places, progress, failed)
         report_problems(f"skipped {reason}" for record in records for reason in record.skipped.values())
         typer.echo(summary(records, failed))
@@ -212,9 +219,9 @@ def fleet(
 @app.command()
 def calibrate(
     model: TrainedFile,
-    good: Annotated[list[Path], typer.Option(help="Good pictures and folders of them, that it has not learned from.")],
+    good: Annotated[list[Path], typer.Option(help="Good images and folders of them, that it has not learned from.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the detector; by default MODEL is replaced.")] = None,
-    defect: Annotated[list[Path] | None, typer.Option(help="Defective pictures, and folders of them.")] = None,
+    defect: Annotated[list[Path] | None, typer.Option(help="Defective images, and folders of them.")] = None,
     rate: Annotated[float | None, typer.Option(min=0, max=1, help="False-alarm rate asked for, such as 0.01.")] = None,
     miss_rate: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of defects that may be missed; --defect certifies it.")
@@ -223,16 +230,16 @@ def calibrate(
         float | None, typer.Option(min=0, help="What a missed defect costs if a false alarm costs 1; needs --defect.")
     ] = None,
     review_rate: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Rate of good pictures not called good; 0: no review.")
+        float | None, typer.Option(min=0, max=1, help="Rate of good images not called good; 0: no review.")
     ] = None,
     minimum_area: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Smaller areas are no regions; share of the picture.")
+        float | None, typer.Option(min=0, max=1, help="Smaller areas are no regions; share of the image.")
     ] = None,
     tail: Annotated[bool, typer.Option("--extrapolate-tail", help=_TAIL)] = False,
     keep: Annotated[bool, typer.Option("--append", help="Also count the images that calibrated it before.")] = False,
     category: Category = None,
 ) -> None:
-    """Set thresholds and p-values anew, without training: from good pictures of today and, if any, labelled defects.
+    """Set thresholds and p-values anew, without training: from good images of today and, if any, labelled defects.
 
     Example:  unflaw calibrate parts.safetensors --good parts/today --defect parts/rejects --miss-rate 0.05
     """
@@ -254,8 +261,8 @@ def calibrate(
         asked = {"review_rate": review_rate, "minimum_area": minimum_area, "tail": tail or None}
         with progress_bars() as progress:
             found = detector.calibrate(
-                pictures_in(good),
-                pictures_in(defect) if defect else [],
+                images_in(good),
+                images_in(defect) if defect else [],
                 rate=rate,
                 miss_rate=miss_rate,
                 cost_ratio=cost_ratio,
@@ -289,7 +296,7 @@ def demo(
         with holding(out):
             if not is_whole(data):
                 make_demo_data(data, seed)
-            found = count(len(load_dataset(data).train), "good picture")
+            found = count(len(load_dataset(data).train), "good image")
             typer.echo(f"{data}: {found} to learn from; defects are synthetic, on real textures")
             train(data=[data], out=model, seed=seed)
             note = (

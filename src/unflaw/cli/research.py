@@ -34,10 +34,10 @@ def stopped_runs(out: Path | None) -> str:
 
 @app.command()
 def ablate(
-    method: Annotated[str, typer.Option(help="uranet, lookup, mfrnet, draem or memae.")] = "uranet",
+    method: Annotated[str, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae.")] = "uranet",
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", help="Data set with test pictures, or a folder of categories; may be repeated."),
+        typer.Option("--data", help="Data set with test images, or a folder of categories; may be repeated."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
@@ -50,9 +50,7 @@ def ablate(
         list[str] | None, typer.Option("--variant", help="One of your own: 'name: setting=value; setting=value'.")
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all variants have.")] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="For features, some MB a picture; by default OUT/features.")
-    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="For features, some MB an image; by default OUT/features.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="Show the named variants and end.")] = False,
 ) -> None:
     """Train and measure variants of a method, several seeds each; table.md says what each part is worth.
@@ -100,11 +98,11 @@ def benchmark(
     out: Annotated[Path, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json, .tex, .html.")],
     grid: Annotated[Path | None, typer.Option(help="YAML with the fields below; flags go before it.")] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="uranet, lookup, mfrnet, draem or memae; may be repeated.")
+        list[str] | None, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae; may be repeated.")
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Data set with test pictures, or a folder of categories; may be repeated."),
+        typer.Option(help="Data set with test images, or a folder of categories; may be repeated."),
     ] = None,
     backbone: Annotated[
         list[str] | None, typer.Option(help="Any timm model, or MODEL=WEIGHTS with a file or random; may be repeated.")
@@ -120,7 +118,7 @@ def benchmark(
     peer_python: Annotated[Path | None, typer.Option(help="Interpreter of an environment that has anomalib.")] = None,
     features: Annotated[
         Path | None,
-        typer.Option(help="Folder for features, some MB a picture, that runs share: figures sooner, no costs."),
+        typer.Option(help="Folder for features, some MB an image, that runs share: figures sooner, no costs."),
     ] = None,
 ) -> None:
     """Methods × data sets × backbones × sizes × seeds into one table, with times, memory and intervals.
@@ -201,7 +199,7 @@ def list_datasets(
 
 @datasets_app.command("check")
 def check_dataset(folder: Annotated[Path, typer.Argument(help="A benchmark, or one category of it.")]) -> None:
-    """Count the pictures of a benchmark and compare with what was published. Exit code 1 if something is wrong.
+    """Count the images of a benchmark and compare with what was published. Exit code 1 if something is wrong.
 
     Example:  unflaw datasets check data/mvtec_ad
     """

@@ -33,7 +33,7 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="Where to write it; by default beside MODEL, as .onnx or as .xml and .bin.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Data set whose good pictures say what 8 bits must cover.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data set whose good images say what 8 bits must cover.")] = None,
 ) -> None:
     """Write a detector as one graph for ONNX Runtime or OpenVINO, which run it without torch.
 
@@ -52,7 +52,7 @@ def export(
         if out.resolve() == model.resolve():
             raise ValueError(f"{out}: is the detector itself, which would be lost; name another file with --out")
         writable(out)
-        pictures = []
+        images = []
         if precision == "int8" and data is not None:
             from unflaw.datasets import load_dataset
             from unflaw.imaging.reading import read
@@ -60,8 +60,8 @@ def export(
 
             train = load_dataset(data).train
             chosen = train[:: max(1, len(train) // CALIBRATED_ON)][:CALIBRATED_ON]
-            pictures = [prepare(read(sample.path), detector.config.preparation) for sample in chosen]
-        write(detector, out, to=to, precision=precision, pictures=pictures)  # type: ignore[arg-type]
+            images = [prepare(read(sample.path), detector.config.preparation) for sample in chosen]
+        write(detector, out, to=to, precision=precision, images=images)  # type: ignore[arg-type]
         files = [out, out.with_suffix(".bin")] if to == "openvino" else [out]
         size = sum(file.stat().st_size for file in files) / 1e6
         typer.echo(f"{' and '.join(map(str, files))}: {precision}, {size:.1f} MB; `unflaw verify` compares it")
@@ -75,7 +75,7 @@ def verify(
     tolerance: Annotated[float, typer.Option(min=0, help="Largest relative difference of scores and maps.")] = 1e-4,
     category: Category = None,
 ) -> None:
-    """Inspect the same pictures with both; exit code 1 where scores, maps or verdicts differ above the tolerance.
+    """Inspect the same images with both; exit code 1 where scores, maps or verdicts differ above the tolerance.
 
     Example:  unflaw verify parts.safetensors parts.onnx --data parts
     """
@@ -96,11 +96,9 @@ def verify(
                 progress=progress,
             )
         report_problems(f"skipped {reason}" for _, reason in found.skipped)
-        typer.echo(
-            f"{count(found.pictures, 'picture')}, {trained.name} and {exported.name}, largest relative differences"
-        )
+        typer.echo(f"{count(found.images, 'image')}, {trained.name} and {exported.name}, largest relative differences")
         typer.echo(f"scores    {found.score:.2e}  {found.score_path}")
-        typer.echo(f"maps      {found.map:.2e}  {found.map_path}  (mean over a picture; at one place {found.cell:.2e})")
+        typer.echo(f"maps      {found.map:.2e}  {found.map_path}  (mean over an image; at one place {found.cell:.2e})")
         for name, difference in sorted(found.layers.items()):
             typer.echo(f"{name:9} {difference:.2e}")
         typer.echo(f"verdicts  {len(found.verdicts)} differ  {' '.join(found.verdicts[:3])}".rstrip())
@@ -119,7 +117,7 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="That compute.")] = 1,
     category: Category = None,
 ) -> None:
-    """Time inspection by stage: a picture alone and 32 together, and files through `inspect_many`.
+    """Time inspection by stage: an image alone and 32 together, and files through `inspect_many`.
 
     Example:  unflaw bench parts.safetensors parts.onnx --data parts
     """
@@ -139,7 +137,7 @@ def bench(
                 paths = [sample.path for sample in dataset.test or dataset.train]
             detectors = {model.name: unflaw.load(model, threads=threads) for model in models}
             use_threads(threads)
-            given = count(threads, "thread"), count(rounds, "round"), count(len(paths), "picture")
+            given = count(threads, "thread"), count(rounds, "round"), count(len(paths), "image")
             typer.echo(f"{', '.join(given)}\n\n{HEAD}")
             for batch in (1, 32):
                 for name, detector in detectors.items():

@@ -27,11 +27,11 @@ Address = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="With ray: how many; by default one per processor.")]
 Threads = Annotated[int, typer.Option(min=1, help="With ray: that compute, in each worker.")]
-Partition = Annotated[int, typer.Option(min=1, help="With ray: pictures of a partition at most; a shard is one.")]
+Partition = Annotated[int, typer.Option(min=1, help="With ray: images of a partition at most; a shard is one.")]
 Column = Annotated[
-    str | None, typer.Option(help="With ray: what holds pictures, a column of Parquet or an extension in shards.")
+    str | None, typer.Option(help="With ray: what holds images, a column of Parquet or an extension in shards.")
 ]
-Retry = Annotated[bool, typer.Option("--retry", help="With ray: do failed pictures anew.")]
+Retry = Annotated[bool, typer.Option("--retry", help="With ray: do failed images anew.")]
 
 _OURS = {"given": "--input", "output": "--output"} | {
     name: f"--{name}" for name in ("address", "workers", "threads", "partition", "column", "retry")
@@ -55,7 +55,7 @@ def chosen(context: typer.Context) -> bool:
         if wrong := [_OURS[name] for name in set_ if name in _OURS]:
             raise ValueError(f"{wrong[0]} goes with --engine ray only; add that, or leave {wrong[0]} out")
         if not context.params["inputs"] or context.params["out"] is None:
-            raise ValueError("name pictures and --out FOLDER for the results, or give --engine ray")
+            raise ValueError("name images and --out FOLDER for the results, or give --engine ray")
         return False
     if engine != "ray":
         raise ValueError(f"--engine {engine}: there is ray; without --engine this process inspects")

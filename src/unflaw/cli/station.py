@@ -19,7 +19,7 @@ from unflaw.io.words import count
 if TYPE_CHECKING:
     from unflaw.station.log import Log
 
-Store = Annotated[Path, typer.Option(help="Folder of the log and of kept pictures.")]
+Store = Annotated[Path, typer.Option(help="Folder of the log and of kept images.")]
 Database = Annotated[
     str | None,
     typer.Option(
@@ -29,9 +29,9 @@ Database = Annotated[
     ),
 ]
 Keep = Annotated[
-    bool, typer.Option("--keep/--no-keep", help="Keep the pictures in STORE/pictures, for review and calibration.")
+    bool, typer.Option("--keep/--no-keep", help="Keep the images in STORE/images, for review and calibration.")
 ]
-Sample = Annotated[float, typer.Option(min=0, max=1, help="Share of pictures drawn at random for review.")]
+Sample = Annotated[float, typer.Option(min=0, max=1, help="Share of images drawn at random for review.")]
 Since = Annotated[datetime | None, typer.Option(help="First moment, UTC.")]
 Until = Annotated[datetime | None, typer.Option(help="First moment that is too late, UTC.")]
 _DAYS = 365_000  # a date before them can still be written
@@ -49,8 +49,8 @@ def serve(
         Path | None, typer.Option(help="File with the token; UNFLAW_TOKEN in the environment does as well.")
     ] = None,
     sample: Sample = 0.05,
-    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Of a picture's file.")] = 32,
-    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Of a picture.")] = 50,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Of an image's file.")] = 32,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Of an image.")] = 50,
     seconds: Annotated[float, typer.Option(min=0.001, help="After which a request is given up.")] = 30,
     concurrency: Annotated[
         int, typer.Option(min=1, help="Requests worked on or waiting; further ones get 429 and come back.")
@@ -61,7 +61,7 @@ def serve(
     ] = "",
     retain_days: Annotated[float | None, typer.Option(min=0, max=_DAYS, help="Records older than this go.")] = None,
     retain_gigabytes: Annotated[
-        float | None, typer.Option(min=0, max=1e9, help="The oldest pictures go until the rest takes no more.")
+        float | None, typer.Option(min=0, max=1e9, help="The oldest images go until the rest takes no more.")
     ] = None,
     tls_certificate: Annotated[
         Path | None, typer.Option(help="PEM file; browsers give a camera to https only.")
@@ -105,7 +105,7 @@ def serve(
             origins=cors or (),
             root_path=root_path,
             days=retain_days,
-            picture_bytes=_bytes(retain_gigabytes),
+            image_bytes=_bytes(retain_gigabytes),
         )
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -131,13 +131,13 @@ def serve(
 
 @app.command()
 def watch(
-    folder: Annotated[Path, typer.Argument(help="Where a camera drops pictures.")],
+    folder: Annotated[Path, typer.Argument(help="Where a camera drops images.")],
     model: Annotated[Path, typer.Option(help="A detector file.")],
     out: Annotated[Path, typer.Option(help="Gets the folders good, defect, review and error.")],
     store: Store = Path("station"),
     database: Database = None,
     keep: Keep = True,
-    copy: Annotated[bool, typer.Option("--copy", help="Leave the pictures where they are.")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Leave the images where they are.")] = False,
     category: Category = None,
     sample: Sample = 0.05,
     every: Annotated[
@@ -149,7 +149,7 @@ def watch(
     ] = 60,
     once: Annotated[bool, typer.Option("--once", help="End when no file is waited for.")] = False,
 ) -> None:
-    """Inspect pictures as they arrive in a folder, once each, and move or copy them by verdict.
+    """Inspect images as they arrive in a folder, once each, and move or copy them by verdict.
 
     Example:  unflaw watch camera --model parts.safetensors --out sorted
     """
@@ -231,18 +231,18 @@ def prune_log(
     database: Database = None,
     days: Annotated[float | None, typer.Option(min=0, max=_DAYS, help="Records older than this go.")] = None,
     gigabytes: Annotated[
-        float | None, typer.Option(min=0, max=1e9, help="The oldest pictures go until the rest takes no more.")
+        float | None, typer.Option(min=0, max=1e9, help="The oldest images go until the rest takes no more.")
     ] = None,
 ) -> None:
-    """Remove old records and pictures, once. `unflaw serve --retain-days 90` does so every hour.
+    """Remove old records and images, once. `unflaw serve --retain-days 90` does so every hour.
 
     Example:  unflaw log prune --days 90 --gigabytes 20
     """
     with errors():
         if days is None and gigabytes is None:
             raise ValueError("say what may stay: --days or --gigabytes")
-        done = _existing(store, database).prune(days=days, picture_bytes=_bytes(gigabytes))
-        records, images = count(done.records, "record"), count(done.pictures, "image")
+        done = _existing(store, database).prune(days=days, image_bytes=_bytes(gigabytes))
+        records, images = count(done.records, "record"), count(done.images, "image")
         typer.echo(f"removed {records} and {images} ({done.bytes / 1e6:.1f} MB)")
 
 
@@ -251,7 +251,7 @@ def _log(store: Path, database: str | None, keep: bool) -> Log:
 
     if store.exists() and not store.is_dir():
         raise ValueError(f"{store}: is a file; --store names a folder")
-    return Log(database or f"sqlite:///{(store / 'log.db').absolute()}", store / "pictures" if keep else None)
+    return Log(database or f"sqlite:///{(store / 'log.db').absolute()}", store / "images" if keep else None)
 
 
 def _existing(store: Path, database: str | None) -> Log:

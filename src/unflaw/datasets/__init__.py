@@ -1,4 +1,4 @@
-"""Data sets in: recognise how pictures are laid out on disk and list them as samples, which carry paths, not pixels."""
+"""Data sets in: recognise how images are laid out on disk and list them as samples, which carry paths, not pixels."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -35,9 +35,9 @@ __all__ = [
 
 _LAYOUTS = """Read are:
   - the layout of MVTec AD: train/good/*, test/good/*, test/<defect>/*, and ground_truth/<defect>/<name>_mask.*;
-    good pictures in validation/good/*, where there are any, calibrate
+    good images in validation/good/*, where there are any, calibrate
   - public benchmarks as they unpack: `unflaw datasets` lists them
-  - a folder of good pictures, with no folders of pictures inside
+  - a folder of good images, with no folders of images inside
   - a table (.csv) with the columns path, label[, mask][, defect][, split]"""
 
 
@@ -46,15 +46,15 @@ def load_dataset(path: str | Path) -> Dataset:
 
     Layouts: that of MVTec AD (a mask is `<name>_mask.*`, `<name>.*`, or a folder `<name>` of masks; without
     ground_truth there are image labels only), those of other public benchmarks (`layouts`), a plain folder of
-    good pictures, or a table, for which see `table.read_table`. Names of folders are known whatever their case. Links
+    good images, or a table, for which see `table.read_table`. Names of folders are known whatever their case. Links
     to folders are followed; hidden files and folders of the system are passed over (`unflaw.io.listing`).
 
-    Masks that are unreadable, empty, or of another size than their picture are left out and reported; so are files that
-    were not used, masks that fit no picture, and masks that may be inverted. The pixels of the pictures are not looked
+    Masks that are unreadable, empty, or of another size than their image are left out and reported; so are files that
+    were not used, masks that fit no image, and masks that may be inverted. The pixels of the images are not looked
     at.
 
     Raises:
-        DatasetError: Nothing there, no pictures, no known layout, several categories at once, or a benchmark without
+        DatasetError: Nothing there, no images, no known layout, several categories at once, or a benchmark without
             the file that says how it is split or labelled.
     """
     path = Path(path)
@@ -74,14 +74,14 @@ def load_dataset(path: str | Path) -> Dataset:
         name, layout, (train, validation, test, problems) = path.resolve().name, "folder", _folder(tree)
     problems += tree.notes()
     if not train and not test:
-        raise DatasetError("\n".join([f"{path}: holds no pictures that can be used.", *problems, _LAYOUTS]))
+        raise DatasetError("\n".join([f"{path}: holds no images that can be used.", *problems, _LAYOUTS]))
     test, mask_problems = check_masks(test, root)
     learned = [*train, *validation]
     problems += mask_problems + check_names([*learned, *test], root) + check_copies(learned, test, root)
     if not train:
-        problems.append("There are no pictures to train on: this can only be used to evaluate.")
+        problems.append("There are no images to train on: this can only be used to evaluate.")
     if len({sample.label for sample in test}) == 1:
-        problems.append(f"All test pictures are {'defective' if test[0].label else 'good'}: AUROC needs both kinds.")
+        problems.append(f"All test images are {'defective' if test[0].label else 'good'}: AUROC needs both kinds.")
     return Dataset(name, layout, tuple(train), tuple(validation), tuple(test), tuple(problems))
 
 
@@ -112,12 +112,12 @@ def _folder(tree: Tree) -> Found:
     if several := categories(root):
         remedy = f"name one, as in {several[0]}, or train one detector for all with --multi-class"
         raise DatasetError(f"{root}: holds categories; {remedy}: {', '.join(path.name for path in several)}")
-    images = tree.pictures(root)
+    images = tree.images(root)
     beside = [path for path in images if path.parent == root]
     if len(beside) < len(images):
         within = [path.relative_to(root).parts[0] for path in images if path.parent != root]
-        found = [f"{folder.name}/ with {count(within.count(folder.name), 'picture')}" for folder in subfolders(root)]
-        found.append(f"{count(len(beside), 'picture')} beside {'it' if len(found) == 1 else 'them'}")
+        found = [f"{folder.name}/ with {count(within.count(folder.name), 'image')}" for folder in subfolders(root)]
+        found.append(f"{count(len(beside), 'image')} beside {'it' if len(found) == 1 else 'them'}")
         raise DatasetError(f"{root}: this layout is not known: {', '.join(found)}.\n{_LAYOUTS}")
     train = [Sample(path, 0) for path in images]
     return train, [], [], tree.unused([root], images)

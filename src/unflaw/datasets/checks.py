@@ -23,7 +23,7 @@ _GONE = "There is no such mask"
 def check_masks(samples: list[Sample], root: Path) -> tuple[list[Sample], list[str]]:
     """The samples without the masks that cannot be used, and what is wrong, a sentence each.
 
-    Masks of good pictures are left out, too. Masks that may be inverted are reported, and used as they are: per kind of
+    Masks of good images are left out, too. Masks that may be inverted are reported, and used as they are: per kind of
     defect, where half of them or more mark more than half of the image or nearly all of its border.
     """
     wrong: dict[str, list[str]] = defaultdict(list)
@@ -57,11 +57,11 @@ def _looked_at(sample: Sample, any_masks: bool) -> tuple[str, np.ndarray | None]
         elif not mask.any():
             reason = "The mask is empty and was left out"
         elif image_size(sample.path) != mask.shape[::-1]:
-            reason = "The mask has another size than the picture and was left out"
+            reason = "The mask has another size than the image and was left out"
     except ImageError as error:
         if sample.label:
             why = str(error).removeprefix(f"{sample.mask}: ").removeprefix(f"{sample.path}: ")
-            reason = f"The mask, or the picture itself, cannot be read (it {why}); the mask was left out"
+            reason = f"The mask, or the image itself, cannot be read (it {why}); the mask was left out"
         return reason, None
     return reason, mask
 
@@ -87,7 +87,7 @@ def _inverted(kinds: dict[str, list[tuple[Sample, bool]]], root: Path) -> list[s
 
 
 def check_names(samples: Iterable[Sample], root: Path) -> list[str]:
-    """A sentence on pictures that are called like masks of others beside them, or lie in a folder of masks; or none."""
+    """A sentence on images that are called like masks of others beside them, or lie in a folder of masks; or none."""
     samples = list(samples)
     there = {(sample.path.parent, sample.path.stem.casefold()) for sample in samples}
     odd = []
@@ -106,7 +106,7 @@ def check_names(samples: Iterable[Sample], root: Path) -> list[str]:
 
 
 def check_copies(train: list[Sample], test: list[Sample], root: Path) -> list[str]:
-    """Sentences on test pictures that are byte for byte the same as a training picture, or good and defective at once.
+    """Sentences on test images that are byte for byte the same as a training image, or good and defective at once.
 
     Only files of equal size are opened.
     """
@@ -132,7 +132,7 @@ def check_copies(train: list[Sample], test: list[Sample], root: Path) -> list[st
     if torn:
         problems.append(f"The same file is both good and defective, and one of the two is wrong: {some(torn)}.")
     if same:
-        problems.append(f"Test pictures that are also training pictures, which flatters the results: {some(same)}.")
+        problems.append(f"Test images that are also training images, which flatters the results: {some(same)}.")
     return problems
 
 

@@ -1,7 +1,7 @@
-"""Layouts: how pictures, labels and masks lie in the folders of public benchmarks, as their archives unpack.
+"""Layouts: how images, labels and masks lie in the folders of public benchmarks, as their archives unpack.
 
 A layout is a recogniser, which looks at names only, and a reader, which gives paths. Names are known whatever their
-case. What a benchmark is, whose, and how many pictures it should have, `unflaw.datasets.public` knows.
+case. What a benchmark is, whose, and how many images it should have, `unflaw.datasets.public` knows.
 """
 
 import csv
@@ -29,7 +29,7 @@ from unflaw.errors import ImageError
 from unflaw.imaging.reading import read, read_mask
 from unflaw.io.listing import is_image, list_images, walk
 
-TEST_EVERY = 5  # where a benchmark has no official split, one good picture in so many is for testing
+TEST_EVERY = 5  # where a benchmark has no official split, one good image in so many is for testing
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Layout:
 
 
 def layout_of(root: Path) -> Layout | None:
-    """The layout of a data set, or None: a folder of categories, of pictures, or of anything else."""
+    """The layout of a data set, or None: a folder of categories, of images, or of anything else."""
     tree = Tree(root)
     return next((layout for layout in LAYOUTS if layout.fits(tree)), None)
 
@@ -60,15 +60,15 @@ def categories(root: Path) -> list[Path]:
 
 
 def held_out(name: str) -> bool:
-    """Whether a good picture of this name is for testing, by the SHA-256 of the name: no other file has a say in it."""
+    """Whether a good image of this name is for testing, by the SHA-256 of the name: no other file has a say in it."""
     return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % TEST_EVERY == 0
 
 
 def _paired(names: Iterable[str], masks: Mapping[str, Path], *forms: str) -> dict[str, Path]:
-    """The masks of pictures by the names of these; first those spelled alike, then, of the others, whatever the case.
+    """The masks of images by the names of these; first those spelled alike, then, of the others, whatever the case.
 
     Args:
-        names: Of the pictures, without suffix.
+        names: Of the images, without suffix.
         masks: By their names without suffix.
         forms: What a mask may be called, such as "{}_mask".
     """
@@ -91,7 +91,7 @@ def _is_mvtec(tree: Tree) -> bool:
 
 def _mvtec(tree: Tree, good: str = "good") -> Found:
     train, validation = (
-        [Sample(path, 0) for path in tree.pictures(tree.path(f"{part}/{good}"))] for part in ("train", "validation")
+        [Sample(path, 0) for path in tree.images(tree.path(f"{part}/{good}"))] for part in ("train", "validation")
     )
     test, problems = _tested(tree, good)
     used = [sample.path for sample in [*train, *validation, *test]]
@@ -117,7 +117,7 @@ def _truths(tree: Tree) -> list[Path]:
 
 
 def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
-    """The pictures in test/<kind>, with their masks in ground_truth/<kind>: a file each, or a folder of regions."""
+    """The images in test/<kind>, with their masks in ground_truth/<kind>: a file each, or a folder of regions."""
     test, problems = [], []
     tested, truth, fine = tree.path("test"), tree.path("ground_truth"), tree.path(f"test/{good}")
     kinds = [
@@ -128,12 +128,12 @@ def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
         names = some([relative(folder, tree.root) for folder in alike])
         problems.append(f"Kinds of defect whose names differ by case only, and count as several: {names}.")
     for folder in kinds:
-        images = tree.pictures(folder)
+        images = tree.images(folder)
         if not images:
-            problems.append(f"{relative(folder, tree.root)} holds no pictures.")
+            problems.append(f"{relative(folder, tree.root)} holds no images.")
         of_kind = truth / folder.name if folder in alike else tree.path(folder.name, truth)
         masks = {path.name: path for path in subfolders(of_kind)}
-        masks |= {stem(path, of_kind): path for path in tree.pictures(of_kind)}
+        masks |= {stem(path, of_kind): path for path in tree.images(of_kind)}
         of = _paired((stem(path, folder) for path in images), masks, "{}_mask", "{}")
         label, kind = (0, "good") if folder == fine else (1, folder.name)
         test += [Sample(path, label, of.get(stem(path, folder)), kind) for path in images]
@@ -143,7 +143,7 @@ def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
         return f"{truth.name}/{below}_mask.* or {truth.name}/{below}.*"
 
     truths = _truths(tree)
-    files = [path for folder in truths for path in tree.pictures(folder)]
+    files = [path for folder in truths for path in tree.images(folder)]
     return test, problems + tree.unfitting(files, test, name) + tree.unread(truths)
 
 
@@ -183,13 +183,13 @@ def _loco(tree: Tree) -> Found:
 
 def _oct2017(tree: Tree) -> Found:
     folder = tree.path("train/NORMAL")
-    train = [Sample(path, 0) for path in tree.pictures(folder)]
+    train = [Sample(path, 0) for path in tree.images(folder)]
     test, problems = _tested(tree, "NORMAL")
     used = [sample.path for sample in [*train, *test]]
     return train, [], test, problems + tree.unused([folder, tree.path("test")], used)
 
 
-# BMAD: each of its archives has ways of its own to lay out pictures and masks
+# BMAD: each of its archives has ways of its own to lay out images and masks
 
 _BMAD = (  # {s} is a split, {S} capitalised, {l} a label
     ("{s}/{l}/img", "{s}/{l}/label"),
@@ -200,7 +200,7 @@ _BMAD = (  # {s} is a split, {S} capitalised, {l} a label
 
 
 def _bmad_folders(tree: Tree, split: str, label: str) -> tuple[Path, Path] | None:
-    """Where the pictures of a split and label lie, and where their masks would."""
+    """Where the images of a split and label lie, and where their masks would."""
     for images, masks in _BMAD:
         names = {"s": split, "S": split.title(), "l": label}
         if (folder := tree.path(images.format(**names))).is_dir():
@@ -225,7 +225,7 @@ def _bmad(tree: Tree) -> Found:
             found[split, label] = []
             continue
         folder, truth = where
-        images, masks = home.pictures(folder), home.pictures(truth) if split == "test" else []
+        images, masks = home.images(folder), home.images(truth) if split == "test" else []
         of = _paired((stem(path, folder) for path in images), {stem(path, truth): path for path in masks}, "{}")
         bad, kind = (1, label) if label == "Ungood" else (0, "good")
         found[split, label] = [Sample(path, bad, of.get(stem(path, folder)), kind) for path in images]
@@ -250,7 +250,7 @@ def _visa(tree: Tree) -> Found:
     category = tree.root.absolute()
     table = Tree(category.parent).path("split_csv/1cls.csv", file=True)
     if not table.is_file():
-        raise DatasetError(f"{table}: is missing, and it says which pictures train; copy it there from the archive")
+        raise DatasetError(f"{table}: is missing, and it says which images train; copy it there from the archive")
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["object"].casefold() == category.name.casefold()]
@@ -274,7 +274,7 @@ def _visa(tree: Tree) -> Found:
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{table}: cannot be read ({error!r}); copy it again from the archive") from error
     problems = [f"Listed in {table.name}, yet not there: {some(missing)}."] if missing else []
-    masks = tree.pictures(tree.path("Data/Masks"))
+    masks = tree.images(tree.path("Data/Masks"))
     problems += tree.unfitting(
         masks, test, lambda sample: listed[sample.path] or f"what {table.name} says, if anything"
     )
@@ -301,8 +301,8 @@ def _dagm(tree: Tree) -> Found:
         if not labels.is_dir():
             raise DatasetError(f"{labels}: is missing, and it says what is defective; unpack the archive again")
         table = tree.path("Labels.txt", labels, file=True)
-        masks = {re.sub("_label$", "", path.stem, flags=re.I): path for path in tree.pictures(labels)}
-        images = [path for path in tree.pictures(folder) if path.parent == folder]
+        masks = {re.sub("_label$", "", path.stem, flags=re.I): path for path in tree.images(labels)}
+        images = [path for path in tree.images(folder) if path.parent == folder]
         of = _paired((path.stem for path in images), masks, "{}")
         labelled = _dagm_defective(table)
         defective = {name.casefold() for name in [*of, *labelled]}
@@ -314,12 +314,12 @@ def _dagm(tree: Tree) -> Found:
         if alone := sorted(name for name in {*masks, *labelled} if name.casefold() not in there):
             hint = "" if labelled.issuperset(alone) else " A mask is called <name>_label.*."
             problems.append(f"Labelled in {relative(labels, tree.root)}, yet not there: {some(alone)}.{hint}")
-        problems += tree.unused([folder], [*images, *tree.pictures(labels), table])
+        problems += tree.unused([folder], [*images, *tree.images(labels), table])
     return [sample for sample in found["Train"] if not sample.label], [], found["Test"], problems
 
 
 def _dagm_defective(table: Path) -> set[str]:
-    """The names of the defective pictures in Labels.txt: number, label, picture, ..., parted by tabs."""
+    """The names of the defective images in Labels.txt: number, label, image, ..., parted by tabs."""
     try:
         rows = [line.split("\t") for line in table.read_text("latin-1").splitlines() if "\t" in line.strip()]
         return {Path(row[2]).stem for row in rows if int(row[1])} if rows else set()
@@ -335,11 +335,11 @@ def _is_kolektor(tree: Tree) -> bool:
 
 
 def _kolektor(tree: Tree) -> Found:
-    """Every picture has a mask <name>_GT.png, black where it is good: only by opening all of them are labels known."""
+    """Every image has a mask <name>_GT.png, black where it is good: only by opening all of them are labels known."""
     found: dict[str, list[Sample]] = {}
     lacking, used = [], []
     for part in ("train", "test"):
-        images = {path.stem: path for path in tree.pictures(tree.path(part))}
+        images = {path.stem: path for path in tree.images(tree.path(part))}
         truths = {name: images.pop(name) for name in list(images) if name.casefold().endswith("_gt")}
         of = _paired(images, truths, "{}_GT")
         used += [*images.values(), *of.values()]
@@ -368,7 +368,7 @@ def _magnetic_tile(tree: Tree) -> Found:
     masks: list[Path] = []
     for folder in folders:
         kind = folder.parent.name[len("MT_") :].lower()
-        images = tree.pictures(folder)
+        images = tree.images(folder)
         truths = {path.stem: path for path in images if path.suffix.lower() == ".png"}
         images = [path for path in images if path.suffix.lower() in (".jpg", ".jpeg")]
         of = _paired((path.stem for path in images), truths, "{}")
@@ -392,9 +392,9 @@ def _aitex(tree: Tree) -> Found:
     train: list[Sample] = []
     test: list[Sample] = []
     fine, broken, truth = (tree.path(name) for name in ("NODefect_images", "Defect_images", "Mask_images"))
-    for path in tree.pictures(fine):
+    for path in tree.images(fine):
         (test if held_out(path.name) else train).append(Sample(path, 0))
-    images, masks = tree.pictures(broken), {path.stem: path for path in tree.pictures(truth)}
+    images, masks = tree.images(broken), {path.stem: path for path in tree.images(truth)}
     of = _paired((path.stem for path in images), masks, "{}_mask")
     parts = {path: re.sub(r"_mask\d+$", "", path.stem, flags=re.I) for path in masks.values()}
     several = [path for path in images if path.stem in parts.values()]
@@ -404,7 +404,7 @@ def _aitex(tree: Tree) -> Found:
     problems = [] if truth.is_dir() else [f"{truth.name} is missing; unpack it beside Defect_images."]
     if several:
         names = some([relative(path, tree.root) for path in several])
-        problems.append(f"Several masks (_mask1, …) of one picture; make one <name>_mask.png of them: {names}.")
+        problems.append(f"Several masks (_mask1, …) of one image; make one <name>_mask.png of them: {names}.")
     known = {path.stem for path in several}
     left = [path for path, name in parts.items() if name not in known]
     problems += tree.unfitting(left, test, lambda sample: f"{truth.name}/{sample.path.stem}_mask.*")

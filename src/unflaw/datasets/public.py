@@ -16,7 +16,7 @@ from unflaw.datasets.layouts import LAYOUTS, TEST_EVERY, categories, layout_of
 from unflaw.datasets.samples import Dataset, DatasetError, subfolders
 from unflaw.io.words import count
 
-Masks = Literal["all", "some", "none"]  # of the defective pictures; "some": at least one
+Masks = Literal["all", "some", "none"]  # of the defective images; "some": at least one
 _COLUMNS = {
     "train": "train",
     "validation": "validation",
@@ -28,7 +28,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Counts:
-    """How many pictures a category has; None where it is not known for sure."""
+    """How many images a category has; None where it is not known for sure."""
 
     train: int | None
     good: int | None  # to test on
@@ -146,7 +146,7 @@ def check(root: str | Path) -> Check:
 
 
 def counted(dataset: Dataset) -> tuple[Counts, int]:
-    """How many pictures a data set has, and how many masks."""
+    """How many images a data set has, and how many masks."""
     defective = [sample for sample in dataset.test if sample.label]
     good = len(dataset.test) - len(defective)
     train, validation = len(dataset.train), len(dataset.validation)
@@ -171,7 +171,7 @@ def _differences(found: Counts, masks: int, published: Counts) -> list[str]:
     if published.masks == "all" and found.masks != "all":
         lacking = (found.defective or 0) - masks
         lack = "lacks" if lacking == 1 else "lack"
-        wrong.append(f"{count(lacking, 'defective picture')} {lack} a mask that can be used")
+        wrong.append(f"{count(lacking, 'defective image')} {lack} a mask that can be used")
     elif published.masks == "some" and not masks:
         wrong.append("there are no masks that can be used")
     return wrong
@@ -210,7 +210,7 @@ def _rows(text: str, columns: str = "train good defective", masks: Masks = "all"
 
 _NON_COMMERCIAL = "CC BY-NC-SA 4.0, not for commercial use"
 _OURS = (
-    f"Ours, for there is no official one: of the good pictures those are tested on whose name has a SHA-256 that "
+    f"Ours, for there is no official one: of the good images those are tested on whose name has a SHA-256 that "
     f"{TEST_EVERY} divides, about a fifth, and the others train; so no added file moves another"
 )
 
@@ -235,7 +235,7 @@ COLLECTIONS = (
         "https://www.mvtec.com/company/research/datasets/mvtec-loco",
         "Bergmann et al., Beyond Dents and Scratches: Logical Constraints in Unsupervised Anomaly Detection and "
         "Localization, IJCV 130, 2022",
-        "Official; its validation pictures calibrate",
+        "Official; its validation images calibrate",
         _rows(
             """breakfast_box 351 62 102 173; juice_bottle 335 54 94 236; pushpins 372 69 138 172
             screw_bag 360 60 122 219""",
@@ -274,7 +274,7 @@ COLLECTIONS = (
         "https://data.mendeley.com/datasets/rscbjbr9sj",
         "Kermany et al., Identifying Medical Diagnoses and Treatable Diseases by Image-Based Deep Learning, Cell 172, "
         "2018",
-        "train/NORMAL trains, all of test is tested on; the defective training pictures and val, which only the copy "
+        "train/NORMAL trains, all of test is tested on; the defective training images and val, which only the copy "
         "on Kaggle has, are left out. The first row counts that copy, the second is what the paper states",
         {"": (Counts(26315, 242, 726, masks="none"), Counts(51140, 250, 750, masks="none"))},
     ),
@@ -285,7 +285,7 @@ COLLECTIONS = (
         "https://www.vicos.si/resources/kolektorsdd2/",
         "Božič, Tabernik, Skočaj, Mixed supervision for surface-defect detection: from weakly to fully supervised "
         "learning, Computers in Industry 129, 2021",
-        "Official, without the 246 defective training pictures. Good is what has a black mask",
+        "Official, without the 246 defective training images. Good is what has a black mask",
         {"": (Counts(2085, 894, 110, masks="some"),)},
     ),
     Collection(
@@ -304,8 +304,8 @@ COLLECTIONS = (
         "https://www.aitex.es/afid/",
         "Silvestre-Blanes et al., A Public Fabric Database for Defect Detection Methods and Results, Autex Research "
         "Journal 19, 2019",
-        f"{_OURS}. Counts are not compared: the paper's 140 good and 105 defective pictures are 141 and 106 in some "
-        "copies. Where a picture has several masks, merge them",
+        f"{_OURS}. Counts are not compared: the paper's 140 good and 105 defective images are 141 and 106 in some "
+        "copies. Where an image has several masks, merge them",
         {"": (Counts(None, None, None, masks="some"),)},
     ),
     Collection(
@@ -314,7 +314,7 @@ COLLECTIONS = (
         "CC BY 4.0 (as Dataset Ninja states it of the copy on Zenodo)",
         "https://zenodo.org/record/8086136",
         "Wieler, Hahn, Weakly Supervised Learning for Industrial Optical Inspection, DAGM symposium 2007",
-        "Official, without the defective training pictures. Its masks are ellipses around the defects",
+        "Official, without the defective training images. Its masks are ellipses around the defects",
         _rows(
             """Class1 496 504 71; Class2 509 491 84; Class3 509 491 84; Class4 493 507 68; Class5 505 495 80
             Class6 492 508 67; Class7 1000 1000 150; Class8 1000 1000 150; Class9 1000 1000 150
@@ -341,7 +341,7 @@ COLLECTIONS = (
         f"{_NON_COMMERCIAL} (as anomalib states it); the data sets it is made of have terms of their own",
         "https://github.com/DorisBao/BMAD",
         "Bao et al., BMAD: Benchmarks for Medical Anomaly Detection, CVPR Workshops 2024",
-        "Official; its validation pictures, good and defective ones to choose models by, are left out",
+        "Official; its validation images, good and defective ones to choose models by, are left out",
         _rows("Brain 7500 640 3075; Liver 1542 833 660; RESC 4297 1041 764", masks="some")
         | _rows("OCT2017 26315 242 726; Chest 8000 781 16413; Camelyon16 5088 1000 997", masks="none"),
         {

@@ -12,7 +12,7 @@ from unflaw.imaging.inputs import InMemory, Input
 from unflaw.imaging.reading import read
 from unflaw.io.listing import Entry, counted, is_image, is_passed_over, list_images, note, visible_files
 
-SHORT = 16  # digits of a SHA-256 that are enough to know a picture again
+SHORT = 16  # digits of a SHA-256 that are enough to know an image again
 
 
 class DatasetError(ValueError):
@@ -23,18 +23,18 @@ class DatasetError(ValueError):
 class Saturated:
     """One region of a defect, and how much of it must be found for it to count as found whole (saturated PRO)."""
 
-    mask: Path  # a picture of the same size, not 0 in the region
-    saturation: float  # pixels of the original picture, or a share of the region's area
+    mask: Path  # an image of the same size, not 0 in the region
+    saturation: float  # pixels of the original image, or a share of the region's area
     relative: bool  # whether it is a share
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what is known of it."""
+    """One image and what is known of it."""
 
     path: Path
     label: int  # 0 good, 1 defect
-    mask: Path | None = None  # a picture of the same size, not 0 where the defect is; or a folder of such, one a region
+    mask: Path | None = None  # an image of the same size, not 0 where the defect is; or a folder of such, one a region
     defect: str = "good"  # "good", or the kind of defect
     regions: tuple[Saturated, ...] = ()  # where the data set says how they saturate
 
@@ -55,7 +55,7 @@ Found = tuple[list[Sample], list[Sample], list[Sample], list[str]]  # train, val
 
 
 def digest(samples: Iterable[Sample | Input], contents: Mapping[Input, str] | None = None) -> str:
-    """SHA-256, in hex, of the names and contents of pictures: the same in any order, and wherever their folder lies.
+    """SHA-256, in hex, of the names and contents of images: the same in any order, and wherever their folder lies.
 
     `contents`: the `sha256` of each file, where it is known already.
     """
@@ -63,7 +63,7 @@ def digest(samples: Iterable[Sample | Input], contents: Mapping[Input, str] | No
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """SHA-256, in hex, of all that figures of a data set depend on: contents of pictures and masks, labels and order.
+    """SHA-256, in hex, of all that figures of a data set depend on: contents of images and masks, labels and order.
 
     Raises:
         OSError: A file that may not be read.
@@ -96,7 +96,7 @@ def sha256(path: Input) -> str:
 
 
 def sha256_if_readable(path: Input) -> str:
-    """As `sha256`; "" where the file cannot be read, which is said where it is needed as a picture."""
+    """As `sha256`; "" where the file cannot be read, which is said where it is needed as an image."""
     try:
         return sha256(path)
     except (OSError, ImageError):
@@ -154,8 +154,8 @@ class Tree:
             found /= chosen
         return found
 
-    def pictures(self, folder: Path) -> list[Path]:
-        """All pictures under a folder, sorted; none where there is no such folder."""
+    def images(self, folder: Path) -> list[Path]:
+        """All images under a folder, sorted; none where there is no such folder."""
         return list_images(folder, self._passed_over) if folder.is_dir() else []
 
     def unused(self, folders: Iterable[Path], used: Iterable[Path]) -> list[str]:
@@ -172,12 +172,12 @@ class Tree:
         return [f"Files among the masks that are no images: {some(files)}. Save masks as PNG."] if files else []
 
     def unfitting(self, masks: Iterable[Path], samples: Sequence[Sample], name: Callable[[Sample], str]) -> list[str]:
-        """A sentence on masks that fit no picture, or none.
+        """A sentence on masks that fit no image, or none.
 
         Args:
             masks: All files that should be masks.
-            samples: The pictures to test on.
-            name: How the mask of a picture would have to be called.
+            samples: The images to test on.
+            name: How the mask of an image would have to be called.
         """
         used = {sample.mask for sample in samples}
         left = [path for path in masks if path not in used and used.isdisjoint(path.parents)]
@@ -204,9 +204,9 @@ class Tree:
         return doubles + note({relative(Path(path), self.root): n for path, n in numbers.items()})
 
 
-def pictures(folder: Path) -> list[Path]:
-    """All pictures under a folder, sorted; none where there is no such folder."""
-    return Tree(folder).pictures(folder)
+def images(folder: Path) -> list[Path]:
+    """All images under a folder, sorted; none where there is no such folder."""
+    return Tree(folder).images(folder)
 
 
 def subfolders(folder: Path) -> list[Path]:

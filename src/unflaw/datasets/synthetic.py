@@ -12,7 +12,7 @@ from unflaw.io.files import write_png, write_text
 
 N_TRAIN, N_VALIDATION, N_GOOD, N_PER_DEFECT = 80, 40, 20, 10
 _BEGUN = ".unfinished"  # stands in the folder until all of it is written
-SIZE = 256  # side of the pictures, pixels
+SIZE = 256  # side of the images, pixels
 _CUT = 128  # side of the pieces cut from the photograph, pixels
 # Parts of the photograph (rows, columns) that share no stone: pieces of one part overlap each other, so calibrating on
 # pieces of the training part would promise too much.
@@ -24,11 +24,11 @@ _PARTS = {
 
 README = """Gravel: a small data set for visual anomaly detection in the layout of MVTec AD, made by unflaw.
 
-The pictures are cut from a real photograph: those under train/ from its left half, those under validation/ and test/
+The images are cut from a real photograph: those under train/ from its left half, those under validation/ and test/
 from the upper and the lower part of its right half, so that no stone is in two of them. THE DEFECTS ARE SYNTHETIC;
 ground_truth/ holds their masks. What a method reaches here says that it works, not how good it is.
 
-Photographs, all from the package scikit-image and all CC0: `gravel` (CC0Textures), which every picture shows; `brick`
+Photographs, all from the package scikit-image and all CC0: `gravel` (CC0Textures), which every image shows; `brick`
 (CC0Textures) and `coffee` (Rachel Michetti), of which the foreign matter is cut.
 Seed: {seed}
 """
@@ -37,14 +37,14 @@ Flaw = Callable[[np.random.Generator, np.ndarray], tuple[np.ndarray, np.ndarray]
 
 
 def make_demo_data(out: str | Path, seed: int = 0) -> Path:
-    """Write 80 good pictures to train on, 40 to calibrate with, 20 good and 50 defective ones to test on; about 13 MB.
+    """Write 80 good images to train on, 40 to calibrate with, 20 good and 50 defective ones to test on; about 13 MB.
 
     Args:
         out: The folder to write; it must be empty, new, or left by an interrupted run.
         seed: The same seed gives the same pixels (with the same versions of the libraries).
 
     Returns:
-        The folder, which `load_dataset` reads. Pictures are (256, 256) RGB, masks 0 or 255.
+        The folder, which `load_dataset` reads. Images are (256, 256) RGB, masks 0 or 255.
 
     Raises:
         FileExistsError: The folder holds something already.
@@ -61,10 +61,10 @@ def make_demo_data(out: str | Path, seed: int = 0) -> Path:
             _write(out / f"{part}/good/{i:03d}.png", _piece(rng, gravel[_PARTS[part]]), rng)
     for kind, flaw in FLAWS.items():
         for i in range(N_PER_DEFECT):
-            picture = _piece(rng, gravel[_PARTS["test"]])
-            changed, alpha = flaw(rng, picture)
+            image = _piece(rng, gravel[_PARTS["test"]])
+            changed, alpha = flaw(rng, image)
             mask = alpha > 0.15  # of a soft edge, what an eye would still count
-            _write(out / f"test/{kind}/{i:03d}.png", picture + alpha[..., None] * (changed - picture), rng)
+            _write(out / f"test/{kind}/{i:03d}.png", image + alpha[..., None] * (changed - image), rng)
             _write(out / f"ground_truth/{kind}/{i:03d}_mask.png", mask)
     write_text(out / "README.txt", README.format(seed=seed))
     begun.unlink()
@@ -86,22 +86,22 @@ def _photograph(name: str) -> np.ndarray:
 
 
 def _piece(rng: np.random.Generator, photograph: np.ndarray, side: int = _CUT) -> np.ndarray:
-    """A random square of a photograph at the size of the pictures, mirrored at times, in slightly varying light."""
+    """A random square of a photograph at the size of the images, mirrored at times, in slightly varying light."""
     y, x = (int(rng.integers(0, length - side + 1)) for length in photograph.shape[:2])
     square = Image.fromarray((photograph[y : y + side, x : x + side] * 255).astype(np.uint8))
     piece = np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / 255
     return piece[:, :: int(rng.choice([-1, 1]))] * rng.uniform(0.95, 1.05)
 
 
-def _write(path: Path, picture: np.ndarray, rng: np.random.Generator | None = None) -> None:
+def _write(path: Path, image: np.ndarray, rng: np.random.Generator | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if rng is not None:  # the grain of a camera, over good and bad alike, so that it gives no flaw away
-        picture = picture + rng.normal(0, 0.008, (SIZE, SIZE, 1))
-    write_png(path, Image.fromarray((picture * 255).round().clip(0, 255).astype(np.uint8)))
+        image = image + rng.normal(0, 0.008, (SIZE, SIZE, 1))
+    write_png(path, Image.fromarray((image * 255).round().clip(0, 255).astype(np.uint8)))
 
 
 def _blob(rng: np.random.Generator, radius: float, softness: float) -> np.ndarray:
-    """(SIZE, SIZE) in [0, 1]: an irregular patch wholly inside the picture, its edge `softness` pixels wide."""
+    """(SIZE, SIZE) in [0, 1]: an irregular patch wholly inside the image, its edge `softness` pixels wide."""
     cy, cx = rng.uniform(1.3 * radius, SIZE - 1.3 * radius, 2)
     y, x = np.mgrid[:SIZE, :SIZE]
     turn, stretch = rng.uniform(0, np.pi), rng.uniform(1, 1.5)
@@ -112,7 +112,7 @@ def _blob(rng: np.random.Generator, radius: float, softness: float) -> np.ndarra
     return np.clip((1 - distance) * radius / softness, 0, 1)
 
 
-def scratch(rng: np.random.Generator, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def scratch(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A thin curve, bright or dark."""
     start, bend, end = rng.uniform(0.1, 0.9, (3, 2)) * SIZE
     while np.linalg.norm(start - end) < 0.3 * SIZE:
@@ -122,22 +122,22 @@ def scratch(rng: np.random.Generator, picture: np.ndarray) -> tuple[np.ndarray, 
     large = Image.new("L", (4 * SIZE, 4 * SIZE))
     ImageDraw.Draw(large).line([tuple(4 * p) for p in curve], fill=255, width=int(rng.integers(7, 17)), joint="curve")
     alpha = np.asarray(large.resize((SIZE, SIZE), Image.Resampling.BOX)) / 255
-    return picture * 0.25 + rng.choice([0.05, 0.7]), alpha * rng.uniform(0.7, 1)
+    return image * 0.25 + rng.choice([0.05, 0.7]), alpha * rng.uniform(0.7, 1)
 
 
-def stain(rng: np.random.Generator, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def stain(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A wet or oily patch: darker, with less contrast."""
-    return picture * rng.uniform(0.35, 0.6), _blob(rng, rng.uniform(15, 45), 8)
+    return image * rng.uniform(0.35, 0.6), _blob(rng, rng.uniform(15, 45), 8)
 
 
-def missing(rng: np.random.Generator, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def missing(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """No stones: the bare ground between them."""
-    ground = gaussian_filter(picture, (9, 9, 0)) * rng.uniform(0.7, 0.95)
+    ground = gaussian_filter(image, (9, 9, 0)) * rng.uniform(0.7, 0.95)
     sand = gaussian_filter(rng.normal(size=(SIZE, SIZE, 1)), (1.2, 1.2, 0))
     return ground + 0.02 * sand / sand.std(), _blob(rng, rng.uniform(14, 36), 5)
 
 
-def foreign(rng: np.random.Generator, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def foreign(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A lump of something else, cut from another photograph, with its shadow."""
     alpha = _blob(rng, rng.uniform(10, 30), 2)
     matter = _piece(rng, _photograph(str(rng.choice(["brick", "coffee"]))))
@@ -145,10 +145,10 @@ def foreign(rng: np.random.Generator, picture: np.ndarray) -> tuple[np.ndarray, 
     return matter * alpha[..., None], np.maximum(alpha, shadow)  # where there is shadow alone, black shines through
 
 
-def colour(rng: np.random.Generator, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def colour(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Stones of another tint: rust, moss, or a bluish one."""
     tints = [(1.15, 0.98, 0.8), (0.92, 1.06, 0.82), (0.86, 0.97, 1.12)]
-    return picture * rng.choice(tints), _blob(rng, rng.uniform(18, 45), 6)
+    return image * rng.choice(tints), _blob(rng, rng.uniform(18, 45), 6)
 
 
 FLAWS: dict[str, Flaw] = {f.__name__: f for f in (scratch, stain, missing, foreign, colour)}

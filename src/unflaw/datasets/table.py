@@ -1,4 +1,4 @@
-"""Tables of pictures and labels, as people and programs write them."""
+"""Tables of images and labels, as people and programs write them."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ Row = tuple[int, Sample, str]  # its line, what it names, and its split, which m
 
 
 class TableError(DatasetError):
-    """A file that is no table of pictures."""
+    """A file that is no table of images."""
 
 
 class _RowError(ValueError):
@@ -107,16 +107,16 @@ def _row(texts: dict[str, str], folder: Path, extra: bool) -> tuple[Sample, str]
     if extra:
         raise _RowError("more cells than the first line", name, "quote paths that contain the separator")
     if not name:
-        raise _RowError("no path", label, "name a picture")
+        raise _RowError("no path", label, "name an image")
     if value is None:
         kind = "unknown label" if label else "no label"
         raise _RowError(kind, label or name, f"labels are {', '.join(GOOD_LABELS + DEFECT_LABELS)}")
     if split not in ("", "train", "validation", "test"):
         raise _RowError("unknown split", split, "splits are train, validation, test")
     if split in ("train", "validation") and value:
-        raise _RowError(f"defective, in the split {split}", name, "only good pictures train and calibrate")
+        raise _RowError(f"defective, in the split {split}", name, "only good images train and calibrate")
     if not is_image(path):
-        raise _RowError("not a picture by its suffix", name, f"pictures end in {', '.join(sorted(SUFFIXES))}")
+        raise _RowError("not an image by its suffix", name, f"images end in {', '.join(sorted(SUFFIXES))}")
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long
         raise _RowError("no such file", name, "paths are absolute or relative to the folder of the table")
     at = _beside(folder, mask) if mask else None
@@ -124,7 +124,7 @@ def _row(texts: dict[str, str], folder: Path, extra: bool) -> tuple[Sample, str]
 
 
 def _value(label: str) -> int | None:
-    """1 for a defective picture, 0 for a good one, None where it is neither."""
+    """1 for a defective image, 0 for a good one, None where it is neither."""
     plain = _plain(label)
     return 1 if plain in map(_plain, DEFECT_LABELS) else 0 if plain in map(_plain, GOOD_LABELS) else None
 

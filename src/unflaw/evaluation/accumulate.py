@@ -14,7 +14,7 @@ from scipy import ndimage
 from unflaw.datasets import Dataset, Sample
 from unflaw.datasets.samples import some
 from unflaw.errors import ImageError
-from unflaw.evaluation.bootstrap import MapSpool, PerPicture
+from unflaw.evaluation.bootstrap import MapSpool, PerImage
 from unflaw.evaluation.metrics import (
     Array,
     OverlapAccumulator,
@@ -36,7 +36,7 @@ class RegionTally:
 
     Args:
         threshold: The pixel threshold.
-        minimum_area: Of predicted regions, share of the picture.
+        minimum_area: Of predicted regions, share of the image.
     """
 
     def __init__(self, threshold: float, minimum_area: float) -> None:
@@ -44,7 +44,7 @@ class RegionTally:
         self.touched = self.true = self.good = self.good_with = self.false = 0
 
     def add(self, anomaly_map: Array, mask: Array | None, valid: Box, counted: Array | None = None) -> None:
-        """A map (S, S) and, of a defective picture, its mask; true regions are 8-connected as well."""
+        """A map (S, S) and, of a defective image, its mask; true regions are 8-connected as well."""
         labels, n = flagged(anomaly_map, self.threshold, valid, self.minimum_area, counted)
         if mask is None:
             self.good, self.good_with, self.false = self.good + 1, self.good_with + (n > 0), self.false + n
@@ -55,7 +55,7 @@ class RegionTally:
 
     def metrics(self) -> dict[str, Any]:
         """ "region_recall" (of true regions, those that a predicted one touches), "regions_found", "regions_true",
-        "good_with_regions" (share of good pictures that show any) and "false_regions" (per good picture)."""
+        "good_with_regions" (share of good images that show any) and "false_regions" (per good image)."""
         return {
             "region_recall": self.touched / self.true if self.true else None,
             "regions_found": self.touched,
@@ -66,20 +66,20 @@ class RegionTally:
 
 
 class Measurement:
-    """Takes the test pictures of a data set one by one.
+    """Takes the test images of a data set one by one.
 
-    Pixel metrics are taken on the prepared canvas (masks by nearest neighbour) over good pictures and those defective
-    ones that have a mask, unless nothing is left of it on the canvas; None where no picture has one.
+    Pixel metrics are taken on the prepared canvas (masks by nearest neighbour) over good images and those defective
+    ones that have a mask, unless nothing is left of it on the canvas; None where no image has one.
 
     Args:
         dataset: Its test part says whether there are masks.
-        preparation: Of the pictures that the maps are of.
+        preparation: Of the images that the maps are of.
         regions: Pixel threshold and minimum area of predicted regions, where they are to be measured.
-        spool: Keeps the maps in a file for `per_picture`.
+        spool: Keeps the maps in a file for `per_image`.
 
     Attributes:
-        rows: Per picture "path label defect score" and the facts that `add` was given.
-        vanished: Masks of thin or small defects of which nothing is left on the canvas. Their pictures count for image
+        rows: Per image "path label defect score" and the facts that `add` was given.
+        vanished: Masks of thin or small defects of which nothing is left on the canvas. Their images count for image
             metrics only.
     """
 
@@ -110,13 +110,13 @@ class Measurement:
         counted: Array | None = None,
         **facts: Any,
     ) -> Array | None:
-        """One picture: its image score, its map (h, w) and the part of the canvas `(x0, y0, x1, y1)` that it covers.
+        """One image: its image score, its map (h, w) and the part of the canvas `(x0, y0, x1, y1)` that it covers.
 
         Args:
             counted: (h, w) bool, what counts of the map; None: all of `valid`.
 
         Returns:
-            The mask on the canvas, bool (h, w); None for a good picture and where there is none, it cannot be read or
+            The mask on the canvas, bool (h, w); None for a good image and where there is none, it cannot be read or
             nothing is left of it.
         """
         row = {"path": str(sample.path), "label": sample.label, "defect": sample.defect, "score": score}
@@ -143,7 +143,7 @@ class Measurement:
     def metrics(self) -> dict[str, Any]:
         """`METRICS` of `results`, None where undefined, "per_defect", "n_images", "n_good" and those of `RegionTally`.
 
-        "per_defect" holds each defect type against all good pictures, and pixel AUROC within the pictures of that type.
+        "per_defect" holds each defect type against all good images, and pixel AUROC within the images of that type.
         """
         overlap = self._overlap.per_image()
         found = {
@@ -168,14 +168,14 @@ class Measurement:
             curves["pro"] = self._pixels.curves()["pro"]
         return {name: (curve[:, 0], curve[:, 1]) for name, curve in curves.items() if curve is not None}
 
-    def per_picture(self) -> PerPicture:
-        """What resampling needs of each picture; of pixels only with `spool`, and where there are masks."""
+    def per_image(self) -> PerImage:
+        """What resampling needs of each image; of pixels only with `spool`, and where there are masks."""
         scores, labels = self._ranked()
         paths = [Path(row["path"]).absolute() for row in self.rows]
         root = os.path.commonpath([path.parent for path in paths]) if paths else ""
         names = [path.relative_to(root).as_posix() for path in paths]  # the same wherever the data lie
         tables = None if self._spool is None else self._spool.tables(len(names), self._pixels.rankings()[0])
-        return PerPicture(names, labels, scores, tables)
+        return PerImage(names, labels, scores, tables)
 
     def _ranked(self) -> tuple[Array, Array]:
         return np.array([row["score"] for row in self.rows]), np.array([row["label"] for row in self.rows], int)
@@ -199,7 +199,7 @@ class Measurement:
         return [f"Masks that show nothing at this size: {some(self.vanished)}."] if self.vanished else []
 
     def _regions(self, sample: Sample, inside: Any) -> Iterator[tuple[Array, float]]:
-        """Masks and saturations on the canvas; what saturates is the same share of a region as on the picture."""
+        """Masks and saturations on the canvas; what saturates is the same share of a region as on the image."""
         for region in sample.regions:
             original = read_mask(region.mask)
             mask = prepare_mask(original, self.preparation)[inside]

@@ -1,7 +1,7 @@
-"""How sure a figure is: bootstrap over test pictures, and differences between methods on the same pictures.
+"""How sure a figure is: bootstrap over test images, and differences between methods on the same images.
 
-Good and defective pictures are resampled apart, so every resample has both. Image AUROC is recomputed exactly, pixel
-AUROC and AUPRO from each picture's counts at a few hundred thresholds.
+Good and defective images are resampled apart, so every resample has both. Image AUROC is recomputed exactly, pixel
+AUROC and AUPRO from each image's counts at a few hundred thresholds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METRICS = ("image_auroc", "pixel_auroc", "aupro_30")
 @brief
 @dataclass(frozen=True, eq=False)
 class PixelTables:
-    """Counts of I pictures at T falling thresholds; rows of pictures without part in pixel metrics are 0.
+    """Counts of I images at T falling thresholds; rows of images without part in pixel metrics are 0.
 
     Attributes:
         clean: (I, T) defect-free pixels at or above each threshold; the last threshold lies below all values.
@@ -39,11 +39,11 @@ class PixelTables:
 
 @brief
 @dataclass(frozen=True, eq=False)
-class PerPicture:
-    """What a method makes of the I test pictures of a data set.
+class PerImage:
+    """What a method makes of the I test images of a data set.
 
     Attributes:
-        names: Which pictures.
+        names: Which images.
         labels: (I,) 0 or 1.
         scores: (I,) image scores.
         pixels: None where there are no masks.
@@ -68,14 +68,14 @@ class PerPicture:
         write_atomically(path, write)
 
     @classmethod
-    def load(cls, path: Path) -> PerPicture:
+    def load(cls, path: Path) -> PerImage:
         """Reads what `save` wrote. Raises OSError or ValueError where that is not possible."""
         with np.load(path, allow_pickle=False) as file:
             tables = PixelTables(file["clean"], file["found"], file["overlap"]) if "clean" in file else None
             return cls(file["names"].tolist(), file["labels"], file["scores"], tables)
 
     def values(self, metric: str, counts: Array) -> Array | None:
-        """A metric of METRICS for resamples (B, I), how often each picture is drawn → (B,). None if undefined."""
+        """A metric of METRICS for resamples (B, I), how often each image is drawn → (B,). None if undefined."""
         if metric == "image_auroc":
             return self._image_auroc(counts)
         if self.pixels is None:
@@ -98,23 +98,23 @@ class PerPicture:
 
 
 class MapSpool:
-    """Maps and masks of pictures in a temporary file, until it is known at which thresholds to count."""
+    """Maps and masks of images in a temporary file, until it is known at which thresholds to count."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="unflaw-maps-")  # noqa: SIM115 - it lives as long as this does
         self._shapes: list[tuple[int, tuple[int, ...], bool]] = []
 
     def add(self, row: int, anomaly_map: Array, mask: Array | None) -> None:
-        """A map (H, W), NaN where it does not count, and bool mask of the picture `row`."""
+        """A map (H, W), NaN where it does not count, and bool mask of the image `row`."""
         self._file.write(np.ascontiguousarray(anomaly_map, np.float32).tobytes())
         if mask is not None:
             self._file.write(np.ascontiguousarray(mask, bool).tobytes())
         self._shapes.append((row, anomaly_map.shape, mask is not None))
 
-    def tables(self, pictures: int, ranking: Ranking) -> PixelTables:
-        """Counts of all pictures at thresholds spread evenly over recall and over the logarithm of the FPR."""
+    def tables(self, images: int, ranking: Ranking) -> PixelTables:
+        """Counts of all images at thresholds spread evenly over recall and over the logarithm of the FPR."""
         thresholds = _thresholds(ranking)
-        clean, found, overlap = np.zeros((3, pictures, len(thresholds)), np.float32)
+        clean, found, overlap = np.zeros((3, images, len(thresholds)), np.float32)
         self._file.seek(0)
         for row, shape, masked in self._shapes:
             values = np.frombuffer(self._file.read(4 * int(np.prod(shape))), np.float32).reshape(shape)
@@ -128,7 +128,7 @@ class MapSpool:
 
 
 def resamples(labels: Array, draws: int = 1000, seed: int = 0) -> Array:
-    """How often each of I pictures is drawn: (draws, I), good and defective ones apart; equal for equal labels."""
+    """How often each of I images is drawn: (draws, I), good and defective ones apart; equal for equal labels."""
     rng = np.random.default_rng(seed)
     counts = np.zeros((draws, len(labels)))
     for kind in (0, 1):
@@ -144,16 +144,16 @@ def interval(values: Array, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def resampled(runs: Sequence[PerPicture], metric: str, draws: int = 1000) -> Array | None:
-    """The mean of a metric over runs (seeds) on the same pictures, for every resample: (draws,). None if undefined.
+def resampled(runs: Sequence[PerImage], metric: str, draws: int = 1000) -> Array | None:
+    """The mean of a metric over runs (seeds) on the same images, for every resample: (draws,). None if undefined.
 
-    So the spread is that of the pictures, and no seed is taken for another picture.
+    So the spread is that of the images, and no seed is taken for another image.
 
     Raises:
-        ValueError: The runs are not of the same pictures.
+        ValueError: The runs are not of the same images.
     """
     if any((run.names, run.labels.tolist()) != (runs[0].names, runs[0].labels.tolist()) for run in runs):
-        raise ValueError("runs of different pictures cannot be compared")
+        raise ValueError("runs of different images cannot be compared")
     counts = resamples(runs[0].labels, draws)
     values = [run.values(metric, counts) for run in runs]
     known = [value for value in values if value is not None]

@@ -19,7 +19,7 @@ from unflaw.io.progress import Progress, silent
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
 
-SHOWN = 40  # pictures kept whole for the report
+SHOWN = 40  # images kept whole for the report
 
 
 def evaluate_all(
@@ -32,7 +32,7 @@ def evaluate_all(
     """`evaluate` for several data sets by name.
 
     Args:
-        category: What all pictures show, for a detector of several; None: for each data set the one of its name.
+        category: What all images show, for a detector of several; None: for each data set the one of its name.
 
     Raises:
         TrainingError, DetectorError: As `evaluate`; that a category is missing is noticed before any is measured.
@@ -58,25 +58,23 @@ def evaluate(
 ) -> Evaluation:
     """Inspects the test part of a data set and measures.
 
-    For the metrics see `Measurement`. Training pictures never take part.
+    For the metrics see `Measurement`. Training images never take part.
 
     Args:
         dataset: What `load_dataset` gives, or what it takes.
-        category: What the pictures show, for a detector of several; None: the one that is called like the data set.
-        shown: Pictures kept whole for the report; None: SHOWN.
-        spool: Also gives what `statistics` needs of each picture; maps are kept in a temporary file meanwhile.
+        category: What the images show, for a detector of several; None: the one that is called like the data set.
+        shown: Images kept whole for the report; None: SHOWN.
+        spool: Also gives what `statistics` needs of each image; maps are kept in a temporary file meanwhile.
 
     Raises:
-        TrainingError: The data set has no test pictures, or none could be read. DetectorError: as for
+        TrainingError: The data set has no test images, or none could be read. DetectorError: as for
             `BasePredictor.select`.
     """
     dataset = load_dataset(dataset) if isinstance(dataset, str | Path) else dataset
     category = detector.match(dataset.name) if category is None else category
     calibration = detector.select(category)
     if not dataset.test:
-        raise TrainingError(
-            f"{dataset.name}: there are no test pictures; give a folder with test/good and test/<defect>"
-        )
+        raise TrainingError(f"{dataset.name}: there are no test images; give a folder with test/good and test/<defect>")
     regions = calibration.pixel_threshold, calibration.minimum_area
     measured = Measurement(dataset, detector.config.preparation, regions=regions, spool=spool)
     skipped: list[tuple[str, str]] = []
@@ -91,7 +89,7 @@ def evaluate(
     rows = measured.rows
     if not rows:
         raise TrainingError(
-            f"{dataset.name}: none of {count(len(skipped), 'test picture')} could be read; {skipped[0][1]}"
+            f"{dataset.name}: none of {count(len(skipped), 'test image')} could be read; {skipped[0][1]}"
         )
     started_metrics = time.perf_counter()
     risks, curves = risk(rows, calibration)
@@ -118,8 +116,8 @@ def evaluate(
         "training": detector.record_.get("seconds"),
     }
     metrics["config"] = detector.config.model_dump(mode="json")
-    pictures = measured.per_picture() if spool else None
-    return Evaluation(metrics, rows, measured.curves() | curves, gallery.pictures(), skipped, pictures)
+    images = measured.per_image() if spool else None
+    return Evaluation(metrics, rows, measured.curves() | curves, gallery.images(), skipped, images)
 
 
 def _inspected(
@@ -139,7 +137,7 @@ def _inspected(
 
 
 class _Gallery:
-    """Keeps the pictures a report shows, in bounded memory: mistakes first, then the least certain of each kind."""
+    """Keeps the images a report shows, in bounded memory: mistakes first, then the least certain of each kind."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -153,7 +151,7 @@ class _Gallery:
         group.sort(key=lambda i: i.result.score if (i.label == 1) else -i.result.score)
         del group[self.size // 2 if wrong else self.size // 4 :]
 
-    def pictures(self) -> list[Inspected]:
+    def images(self) -> list[Inspected]:
         mistakes = [i for (wrong, _), group in self.kept.items() if wrong for i in group]
         right = [group for (wrong, _), group in sorted(self.kept.items(), key=lambda g: g[0]) if not wrong]
         longest = max((len(group) for group in right), default=0)

@@ -173,13 +173,13 @@ def saturated_weights(scores: Array, regions: Iterable[tuple[Array, float]], mas
 
 
 class OverlapAccumulator:
-    """AUPIMO: how much of each defective picture is found at false-positive rates that use demands, 1e-5 to 1e-4.
+    """AUPIMO: how much of each defective image is found at false-positive rates that use demands, 1e-5 to 1e-4.
 
-    The area under a picture's recall over the logarithm of the shared FPR (share of the pixels of good pictures at or
+    The area under an image's recall over the logarithm of the shared FPR (share of the pixels of good images at or
     above the threshold) between `LOW` and `HIGH`, divided by the width: in [0, 1]. Bertoldo et al., "AUPIMO" (arXiv
-    2401.01984); their FPR is a mean over good pictures, the same where all have equally many pixels.
+    2401.01984); their FPR is a mean over good images, the same where all have equally many pixels.
 
-    Exact up to 2^22 pixels of good pictures, above for the highest 2^16 of them. Of a defective picture at most `KEPT`
+    Exact up to 2^22 pixels of good images, above for the highest 2^16 of them. Of a defective image at most `KEPT`
     defect pixels are kept, evenly spread by rank.
     """
 
@@ -198,9 +198,9 @@ class OverlapAccumulator:
             self._found.append(values[steps])
 
     def per_image(self) -> Array | None:
-        """AUPIMO of each defective picture, float64 (D,), in the order of the updates.
+        """AUPIMO of each defective image, float64 (D,), in the order of the updates.
 
-        None without defective pictures or with too few good pixels to tell `LOW` from 0.
+        None without defective images or with too few good pixels to tell `LOW` from 0.
         """
         if not self._found or self._good.total < 1 / self.LOW:
             return None

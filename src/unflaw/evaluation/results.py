@@ -13,7 +13,7 @@ from unflaw.io.brief import brief
 from unflaw.postprocessing.results import Result
 
 if TYPE_CHECKING:
-    from unflaw.evaluation.bootstrap import PerPicture
+    from unflaw.evaluation.bootstrap import PerImage
 
 
 # Figures of an evaluation that can be compared, in the order in which they are shown.
@@ -29,7 +29,7 @@ RARE = ("aupimo", "spro_05")
 @brief
 @dataclass(frozen=True)
 class Inspected:
-    """One labelled test picture and its inspection."""
+    """One labelled test image and its inspection."""
 
     result: Result
     label: int
@@ -45,11 +45,11 @@ class Evaluation:
     Attributes:
         metrics: The JSON record: METRICS, `per_defect n_images`, verdict counts, timing and configuration. None where a
             metric is undefined. "category" where the detector has several.
-        rows: Per picture `path label defect score p_value verdict`.
+        rows: Per image `path label defect score p_value verdict`.
         curves: Points for plots, `name -> (x, y)`: "roc" and "pr" over images, "pro" over pixels.
-        shown: Pictures kept whole for the report: mistakes and a sample of each defect type, worst mistakes first.
-        skipped: `(path, reason)` of pictures that could not be read.
-        pictures: For `statistics`, where asked for.
+        shown: Images kept whole for the report: mistakes and a sample of each defect type, worst mistakes first.
+        skipped: `(path, reason)` of images that could not be read.
+        images: For `statistics`, where asked for.
     """
 
     metrics: dict[str, Any]
@@ -57,7 +57,7 @@ class Evaluation:
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
     shown: list[Inspected]
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    pictures: PerPicture | None = None
+    images: PerImage | None = None
 
 
 def mean_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float | None]:

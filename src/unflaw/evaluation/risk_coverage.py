@@ -1,4 +1,4 @@
-"""What review is worth: errors left against the share of pictures that people look at (risk and coverage)."""
+"""What review is worth: errors left against the share of images that people look at (risk and coverage)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unflaw.evaluation.metrics import Array
 def review_order(rows: Sequence[Mapping[str, Any]], calibration: Calibration, *, uncertainty: bool = False) -> Array:
     """Rows of an evaluation in the order in which widening review takes them.
 
-    By p-value alone, as the band of `Calibration.verdict` does: pictures below the threshold, highest score first;
+    By p-value alone, as the band of `Calibration.verdict` does: images below the threshold, highest score first;
     then the others, lowest first. With uncertainty, first come the others whose first region it dominates, the most
     uncertain first.
 
@@ -33,11 +33,11 @@ def review_order(rows: Sequence[Mapping[str, Any]], calibration: Calibration, *,
 
 
 def errors_left(wrong: Array, order: Array) -> tuple[Array, Array]:
-    """The share sent to review, rising from 0 to 1, and the errors among the others, as a share of all pictures.
+    """The share sent to review, rising from 0 to 1, and the errors among the others, as a share of all images.
 
     Args:
         wrong: (N,) bool, which verdicts would be wrong without review.
-        order: (N,) in which pictures are reviewed.
+        order: (N,) in which images are reviewed.
     """
     n = len(wrong)
     return np.arange(n + 1) / n, (wrong.sum() - np.append(0, np.cumsum(wrong[order]))) / n

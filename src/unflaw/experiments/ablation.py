@@ -60,7 +60,7 @@ class Record(Finished):
         overrides: Settings that the variant changes.
         common: Settings that all variants of the ablation have.
         metrics: METRICS and KEPT; None where undefined.
-        skipped: Pictures that could not be read, and why.
+        skipped: Images that could not be read, and why.
         seconds: Of "training", from features on, and "evaluation".
         machine, unflaw, torch: What it was made with.
     """
@@ -97,7 +97,7 @@ def ablate(
 
     Args:
         method: Of all variants that do not choose another.
-        data: Data sets with training and test pictures, of different names.
+        data: Data sets with training and test images, of different names.
         variants: `FULL`, which the others are compared with, and the others.
         common: Dotted settings of all variants.
         seeds: Every variant is run with the seeds 0 to seeds − 1.
@@ -121,10 +121,10 @@ def ablate(
     for dataset in data:
         if not (dataset.train and dataset.test):
             lacking = "test" if dataset.train else "good training"
-            raise ValueError(f"{dataset.name}: there are no {lacking} pictures; an ablation needs train/ and test/")
-    laboratory = ExperimentRunner(cache, weights)
+            raise ValueError(f"{dataset.name}: there are no {lacking} images; an ablation needs train/ and test/")
+    runner = ExperimentRunner(cache, weights)
     with Log(out / "runs.jsonl", Record) as log:
-        plan = list(_plan(laboratory, method, data, variants, common, seeds))
+        plan = list(_plan(runner, method, data, variants, common, seeds))
         write_tables(out, plan, common, log.records)
         left = [run for run in plan if run.digest not in log.records]
         for done, run in enumerate(left):
@@ -132,7 +132,7 @@ def ablate(
             if run.digest in log.records:  # another variant came to the same settings
                 continue
             try:
-                log.append(_record(laboratory, run, common, progress))
+                log.append(_record(runner, run, common, progress))
             except TrainingError as error:
                 kept = "finished runs are kept, the same command goes on"
                 raise TrainingError(f"{run.name}: {error} ({kept})") from error
@@ -142,7 +142,7 @@ def ablate(
 
 
 def _plan(
-    laboratory: ExperimentRunner,
+    runner: ExperimentRunner,
     method: str,
     data: Sequence[Dataset],
     variants: Sequence[Variant],
@@ -156,16 +156,16 @@ def _plan(
         for variant in variants:
             for config in [variant.config(method, common, seed) for seed in range(seeds)]:
                 try:
-                    yield Run(dataset, variant, config, laboratory.digest(config, dataset))
+                    yield Run(dataset, variant, config, runner.digest(config, dataset))
                 except (ValueError, WeightsError) as error:
                     kind = WeightsError if isinstance(error, WeightsError) else ValueError
                     raise kind(f"variant {variant.name!r}: {error}") from error
 
 
-def _record(laboratory: ExperimentRunner, run: Run, common: dict[str, Any], progress: Progress) -> Record:
+def _record(runner: ExperimentRunner, run: Run, common: dict[str, Any], progress: Progress) -> Record:
     from unflaw.evaluation.evaluate import evaluate
 
-    detector = laboratory.fit(run.config, run.dataset, progress=progress)
+    detector = runner.fit(run.config, run.dataset, progress=progress)
     metrics, fitted = evaluate(detector, run.dataset, progress=progress).metrics, detector.record_
     return Record(
         digest=run.digest,
@@ -174,7 +174,7 @@ def _record(laboratory: ExperimentRunner, run: Run, common: dict[str, Any], prog
         seed=run.config.training.seed,
         method=run.config.method,
         backbone=run.config.features.backbone,
-        weights=Weights.name_of(laboratory.weights, short=True),
+        weights=Weights.name_of(runner.weights, short=True),
         overrides=run.variant.overrides,
         common=common,
         metrics={name: metrics[name] for name in (*METRICS, *KEPT)},

@@ -2,7 +2,7 @@
 
 A run is what `unflaw train` and `unflaw evaluate` do, from files, in a process of its own: so its time and memory are
 those that a user has, and one that fails ends no other. A finished run is a line of `runs.jsonl`, under a digest of all
-that decides its figures, and a file in `pictures/` for confidence intervals; it is never done again.
+that decides its figures, and a file in `images/` for confidence intervals; it is never done again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from unflaw.config import Weights
 from unflaw.experiments.grid import Run
-from unflaw.experiments.records import KEPT, Latency, Record, pictures_file
+from unflaw.experiments.records import KEPT, Latency, Record, images_file
 from unflaw.experiments.run_log import Log
 from unflaw.io.words import count
 
@@ -116,14 +116,14 @@ def _work(run: Run, out: Path, pipe: Connection) -> None:
 
 
 def measure(run: Run, out: Path, progress: Progress) -> Record:
-    """Trains, saves, evaluates and times a detector; writes `out/pictures/<digest>.npz`.
+    """Trains, saves, evaluates and times a detector; writes `out/images/<digest>.npz`.
 
     Raises:
-        TrainingError, WeightsError, ValueError, OSError: As `Detector.fit`, `evaluate` and `PerPicture.save`.
+        TrainingError, WeightsError, ValueError, OSError: As `Detector.fit`, `evaluate` and `PerImage.save`.
     """
     found = _measure_peer(run, progress) if run.peer else _measure_ours(run, progress)
     evaluation = found.pop("evaluation")
-    evaluation.pictures.save(pictures_file(out, run.digest))
+    evaluation.images.save(images_file(out, run.digest))
     return Record(
         digest=run.digest,
         data=run.dataset.name,
@@ -217,7 +217,7 @@ def peak_memory() -> int | None:
 def latencies(
     detector: Detector, paths: Sequence[Path], singles: int = 40, batches: int = 4
 ) -> Iterator[tuple[str, Latency]]:
-    """("1", …), one picture after the other, and ("32", …), batches that are decoded ahead; the first do not count."""
+    """("1", …), one image after the other, and ("32", …), batches that are decoded ahead; the first do not count."""
     endless = cycle(paths)
     times = []
     for path in islice(endless, singles + 3):

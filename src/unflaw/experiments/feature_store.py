@@ -1,7 +1,7 @@
-"""Many detectors on the same pictures: raw features are computed once, kept in files, and shared by all of them.
+"""Many detectors on the same images: raw features are computed once, kept in files, and shared by all of them.
 
 They are kept as float32: so a detector fitted and measured from a file is the one that `Detector.fit` makes of the
-pictures, up to the rounding of a backbone that sees them in other batches. As float16 they would take half the room,
+images, up to the rounding of a backbone that sees them in other batches. As float16 they would take half the room,
 but a coreset of features that differ by little is another coreset.
 """
 
@@ -31,7 +31,7 @@ from unflaw.features.extractor import Extractor, FeatureExtractor
 from unflaw.imaging.inputs import Input
 from unflaw.imaging.statistics import STATISTICS
 from unflaw.imaging.tiling import Preparation, Window, layout
-from unflaw.imaging.transforms import try_show
+from unflaw.imaging.transforms import try_load_windows
 from unflaw.io.files import make_folder, write_atomically
 from unflaw.io.progress import Progress, batched, silent
 from unflaw.methods import create
@@ -40,22 +40,22 @@ from unflaw.postprocessing.regions import find_regions
 from unflaw.postprocessing.results import Region, Result
 from unflaw.training.loop import seeded
 
-BATCH = 16  # pictures that pass the backbone together
+BATCH = 16  # images that pass the backbone together
 
 
 class FeatureFile:
-    """Raw features of pictures in one file: a record for each window with what `Part` has of it, memory-mapped.
+    """Raw features of images in one file: a record for each window with what `Part` has of it, memory-mapped.
 
     Args:
         file: Of an earlier time, or where to write one.
-        paths: The pictures. One that cannot be read has records of size 0, or none.
+        paths: The images. One that cannot be read has records of size 0, or none.
         extractor: What makes raw features.
-        preparation: Of the pictures.
+        preparation: Of the images.
         progress: Called as `progress("features", done, total, None)` while the file is written.
         limit: Bytes of all files in the folder.
 
     Attributes:
-        skipped: The reasons why pictures could not be read, by path.
+        skipped: The reasons why images could not be read, by path.
 
     Raises:
         ValueError: A damaged file. WriteError: It cannot be written. DiskCacheFull: It does not fit in the limit.
@@ -88,10 +88,10 @@ class FeatureFile:
                 raise DiskCacheFull(f"{file}: deleted for the room") from error
         sizes = self.records["size"]
         broken = [path for path, rows in self.rows.items() if not rows or not sizes[rows.start].any()]
-        self.skipped = {path: str(try_show(path, preparation)) for path in broken}
+        self.skipped = {path: str(try_load_windows(path, preparation)) for path in broken}
 
     def part(self, group: Sequence[Input]) -> Part:
-        """What there is of some of the pictures."""
+        """What there is of some of the images."""
         good = [path for path in group if path not in self.skipped]
         found = self.records[[row for path in good for row in self.rows[path]]]
         raw, thumbnails, described = (
@@ -147,12 +147,12 @@ class FeatureFile:
 
 
 class CachedDetector(Detector):
-    """A detector whose pictures are in a feature file. What it finds has no regions and no pictures: it is measured.
+    """A detector whose images are in a feature file. What it finds has no regions and no images: it is measured.
 
     Args:
         config: Of the detector.
         backbone: The one that the file was made with.
-        file: Holds all pictures that it will be fitted on and asked about.
+        file: Holds all images that it will be fitted on and asked about.
     """
 
     def __init__(self, config: Config, backbone: nn.Module, file: FeatureFile) -> None:
@@ -161,11 +161,11 @@ class CachedDetector(Detector):
         self.file = file
 
     def inspect_named(
-        self, pictures: Iterable[tuple[str, Any]], *, category: str | None = None, batch: int = 8
+        self, images: Iterable[tuple[str, Any]], *, category: str | None = None, batch: int = 8
     ) -> Iterator[Result | ImageError]:
         """As `Detector.inspect_named`, of paths in the feature file."""
         tiled = self.config.preparation.tile is not None
-        for group in batched((Path(name) for name, _ in pictures), 1 if tiled else batch):
+        for group in batched((Path(name) for name, _ in images), 1 if tiled else batch):
             part = self.file.part(group)
             results = iter(self._results(part, category) if part.paths else [])
             for path in group:
@@ -176,15 +176,15 @@ class CachedDetector(Detector):
     def _results(self, part: Part, category: str | None) -> list[Result]:
         calibration, network = self.select(category), self.network_of(category)
         nothing, results = np.empty((0, 0, 3), np.uint8), []
-        for mosaic in pieced(network, part.windows, lambda rows: network.features.project(part.raw[rows])):
-            s, found = mosaic.result()
-            box, counted = mosaic.layout.box, mosaic.layout.counted
+        for stitcher in pieced(network, part.windows, lambda rows: network.features.project(part.raw[rows])):
+            s, found = stitcher.result()
+            box, counted = stitcher.layout.box, stitcher.layout.counted
             regions: tuple[Region, ...] = ()
             if calibration.review_uncertain:
                 regions = find_regions(
                     found["map"],
                     calibration.pixel_threshold,
-                    mosaic.layout,
+                    stitcher.layout,
                     minimum_area=calibration.minimum_area,
                     uncertainty=found.get("uncertainty"),
                 )

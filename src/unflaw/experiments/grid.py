@@ -157,7 +157,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
     for dataset in datasets:
         if not (dataset.train and dataset.test):
             lacking = "test" if dataset.train else "good training"
-            raise ValueError(f"{dataset.name}: there are no {lacking} pictures; a benchmark needs both")
+            raise ValueError(f"{dataset.name}: there are no {lacking} images; a benchmark needs both")
     if unknown := [method for method in grid.methods if method not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
     if not (grid.methods or grid.peers):
@@ -170,24 +170,24 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
     some = {name for name in grid.settings if any(applies(name, method) for method in grid.methods)}
     settings = {m: {n: v for n, v in grid.settings.items() if n not in some or applies(n, m)} for m in grid.methods}
     runs: dict[tuple[Any, ...], Run] = {}
-    laboratories: dict[str, ExperimentRunner] = {}
+    runners: dict[str, ExperimentRunner] = {}
     backbones = [backbone.partition("=")[::2] for backbone in grid.backbones] or [("", "")]
     for dataset, method in product(datasets, [*grid.methods, *grid.peers]):
         peer = None if method in METHODS else method
         for (name, weights), size in product([("", "")] if method in ON_PIXELS else backbones, grid.sizes or [0]):
-            laboratory = laboratories.setdefault(weights, ExperimentRunner(Path(), Weights.parse(weights or None)))
+            runner = runners.setdefault(weights, ExperimentRunner(Path(), Weights.parse(weights or None)))
             for seed in range(grid.seeds):
                 changes = {} if peer else dict(settings[method])
                 changes |= {"training.seed": seed}
                 changes |= {"features.backbone": name} if name else {}
                 changes |= {"preparation.size": size} if size else {}
-                config = make_config("lookup" if peer else method, "cpu" if peer else grid.profile, changes)
-                digest, of, given = laboratory.digest(config, dataset), None, written(settings.get(method, {}))
+                config = make_config("nearest_neighbor" if peer else method, "cpu" if peer else grid.profile, changes)
+                digest, of, given = runner.digest(config, dataset), None, written(settings.get(method, {}))
                 if peer:
                     assert grid.peer_python is not None
                     of, given = (peer, grid.peers[peer], grid.peer_python), written(grid.peers[peer])
                     digest = hashlib.sha256(json.dumps([digest, *of[:2]], sort_keys=True).encode()).hexdigest()
-                run = Run(dataset, config, laboratory.weights, given, digest, of, grid.features)
+                run = Run(dataset, config, runner.weights, given, digest, of, grid.features)
                 if runs.setdefault((*run.row, seed), run).digest != digest:
                     raise ValueError(f"{name}: has two weight files; a table holds one, give each an --out of its own")
     return list(runs.values())

@@ -11,10 +11,10 @@ from typing import Any
 
 from unflaw.datasets.public import COLLECTIONS
 from unflaw.evaluation.bootstrap import METRICS as RESAMPLED
-from unflaw.evaluation.bootstrap import PerPicture, interval, resampled
+from unflaw.evaluation.bootstrap import PerImage, interval, resampled
 from unflaw.evaluation.results import METRICS, defined
 from unflaw.experiments.grid import Run
-from unflaw.experiments.records import Record, pictures_file
+from unflaw.experiments.records import Record, images_file
 from unflaw.experiments.tables import short, summary
 from unflaw.io.words import count
 
@@ -34,7 +34,7 @@ COSTS = {
     "training": "training s",
     "memory": "memory GB",
     "file": "file MB",
-    "latency_1": "ms per picture",
+    "latency_1": "ms per image",
     "latency_1_p95": "p95",
     "latency_32": "ms, batch 32",
 }
@@ -103,18 +103,18 @@ _MIDDLES = ("mean", "median")
 
 
 def intervals(runs: Sequence[Run], records: Mapping[str, Record], out: Path) -> tuple[list[Row], list[Row]]:
-    """95 % intervals of rows, and of differences between rows on the same pictures, by bootstrap (`statistics`).
+    """95 % intervals of rows, and of differences between rows on the same images, by bootstrap (`statistics`).
 
     Returns:
         Rows "data method backbone size" with "low" and "high" of each of RESAMPLED; and rows "data size a b", of each
         two that differ in method or backbone alone, with "difference", "low", "high" and "certain": whether 0 lies
-        outside. None where undefined. Runs whose pictures are no longer there take no part.
+        outside. None where undefined. Runs whose images are no longer there take no part.
     """
-    samples: dict[tuple[str, str, str, int], list[PerPicture]] = defaultdict(list)
+    samples: dict[tuple[str, str, str, int], list[PerImage]] = defaultdict(list)
     for run in runs:
-        file = pictures_file(out, run.digest)
+        file = images_file(out, run.digest)
         if run.digest in records and file.is_file():
-            samples[run.row].append(PerPicture.load(file))
+            samples[run.row].append(PerImage.load(file))
     values = {key: {name: resampled(found, name) for name in RESAMPLED} for key, found in samples.items()}
     rows = []
     for key, by_metric in values.items():
@@ -141,8 +141,8 @@ def _bounds(values: Any) -> dict[str, float]:
     return dict(zip(("low", "high"), interval(values), strict=True))
 
 
-def _point(samples: Sequence[PerPicture], metric: str) -> list[float]:
-    """The metric itself: every picture once."""
+def _point(samples: Sequence[PerImage], metric: str) -> list[float]:
+    """The metric itself: every image once."""
     found = [sample.values(metric, (sample.labels >= 0)[None].astype(float)) for sample in samples]
     return [float(value[0]) for value in found if value is not None]
 
@@ -186,7 +186,7 @@ def preamble(made: Mapping[str, Any]) -> str:
     ]
     shared = f"Of {count(sharing, 'run')} with shared features it counts from these on. " if sharing else ""
     return (
-        f"{'. '.join(parts)}. [In brackets]: where 95 % of bootstrap resamples of the test pictures lie. AUPRO: up to "
+        f"{'. '.join(parts)}. [In brackets]: where 95 % of bootstrap resamples of the test images lie. AUPRO: up to "
         "a rate of false positives of 0.3. Training: from files to saved detector, in a process of its own, whose "
         f"largest memory is given. {shared}Milliseconds: from file to result, warm. Of anomalib's methods training and "
         "milliseconds are without reading and resizing. –: undefined or not run."
@@ -219,7 +219,7 @@ def markdown(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], m
             f"| {who} | {_number(i)} | {_number(p)} | {_number(o)} | {source} |" for who, i, p, o, source in others
         ]
     if pairs:
-        lines += ["", "## Differences on the same pictures", "", MEANING.replace("*", "\\*"), ""]
+        lines += ["", "## Differences on the same images", "", MEANING.replace("*", "\\*"), ""]
         lines += [
             f"| data | size | difference | {' | '.join(HEADS[name] for name in RESAMPLED)} |",
             "|---|---|---|---|---|---|",
@@ -231,8 +231,8 @@ def markdown(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], m
 
 
 MEANING = (
-    "Means over the seeds, with 95 % intervals over resampled test pictures. *: 0 lies outside. What another draw of "
-    "training pictures would change is not in them, and with many comparisons some exclude 0 by chance."
+    "Means over the seeds, with 95 % intervals over resampled test images. *: 0 lies outside. What another draw of "
+    "training images would change is not in them, and with many comparisons some exclude 0 by chance."
 )
 
 

@@ -67,7 +67,7 @@ def page(rows: Sequence[Row], bounds: Sequence[Row], pairs: Sequence[Row], made:
 
 
 def plot(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Image AUROC over milliseconds per picture (logarithmic), in pixels of the plot; None where neither is known."""
+    """Image AUROC over milliseconds per image (logarithmic), in pixels of the plot; None where neither is known."""
     known = [
         (f"{row['method']} {row['backbone']} {row['size']}", row["latency_1"]["median"], row["image_auroc"]["median"])
         for row in rows

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from unflaw.config import Config, WeightSource
 from unflaw.datasets import Dataset, DatasetError, load_dataset
 from unflaw.datasets.layouts import layout_of
-from unflaw.datasets.samples import pictures, sha256, sha256_if_readable, subfolders
+from unflaw.datasets.samples import images, sha256, sha256_if_readable, subfolders
 from unflaw.experiments.run_log import Finished, Log
 from unflaw.experiments.tables import comma_separated, short
 from unflaw.io.files import write_text
@@ -61,17 +61,17 @@ class Record(Finished):
         digest: Of category, configuration, data, weights and version.
         category: Name of its folder.
         file, size, content: Of the detector: relative to the folder of the fleet, bytes, and SHA-256.
-        good_pictures, held_out: How many it learned from, and how many of these calibrated.
+        good_images, held_out: How many it learned from, and how many of these calibrated.
         promise: What its false-alarm rate is.
-        metrics: METRICS and COUNTS on its test pictures; empty where there are none, None where undefined.
-        skipped: Pictures that could not be read, and why.
+        metrics: METRICS and COUNTS on its test images; empty where there are none, None where undefined.
+        skipped: Images that could not be read, and why.
         seconds: Of features, training, calibration and evaluation, together.
     """
 
     category: str
     file: str
     size: int
-    good_pictures: int
+    good_images: int
     held_out: int
     promise: str
     metrics: dict[str, int | float | None]
@@ -105,7 +105,7 @@ class TrainingWorker(Protocol):
 
 
 def members(root: Path) -> tuple[dict[str, Dataset], dict[str, str]]:
-    """The data sets in a folder of categories: any layout that `load_dataset` reads, folders of good pictures too.
+    """The data sets in a folder of categories: any layout that `load_dataset` reads, folders of good images too.
 
     Returns:
         By the name of their folder, and why other folders cannot be used.
@@ -115,21 +115,21 @@ def members(root: Path) -> tuple[dict[str, Dataset], dict[str, str]]:
     """
     if not root.is_dir():
         raise DatasetError(f"{root}: there is no such folder; name the one that holds a folder for each category")
-    if layout_of(root) or any(path.parent == root for path in pictures(root)):
+    if layout_of(root) or any(path.parent == root for path in images(root)):
         raise DatasetError(f"{root}: is one data set; `unflaw train` makes its detector, or name the folder above it")
     found, failed = {}, {}
     for folder in subfolders(root):
-        if not (layout_of(folder) or pictures(folder)):
+        if not (layout_of(folder) or images(folder)):
             continue  # licences, notes
         try:
             found[folder.name] = load_dataset(folder)
             if not found[folder.name].train:
-                raise DatasetError(f"{folder}: there are no good pictures to train on")
+                raise DatasetError(f"{folder}: there are no good images to train on")
         except DatasetError as error:
             found.pop(folder.name, None)
             failed[folder.name] = str(error)
     if not (found or failed):
-        raise DatasetError(f"{root}: there are no folders of pictures in it; each category needs one")
+        raise DatasetError(f"{root}: there are no folders of images in it; each category needs one")
     return found, failed
 
 
@@ -137,7 +137,7 @@ def train_fleet(
     data: dict[str, Dataset],
     config: Config,
     out: Path,
-    seats: Sequence[TrainingWorker],
+    workers: Sequence[TrainingWorker],
     progress: Progress,
     failed: dict[str, str] | None = None,
 ) -> tuple[list[Record], dict[str, str]]:
@@ -147,7 +147,7 @@ def train_fleet(
         data: By category.
         config: Of all detectors.
         out: Folder of the fleet.
-        seats: Where they are trained, one at a time on each.
+        workers: Where they are trained, one at a time on each.
         progress: Called as `progress("detectors", done, total, None)`.
         failed: Categories that are known to fail, and why.
 
@@ -158,7 +158,7 @@ def train_fleet(
         ValueError: `out` cannot be used. InUseError: Another run writes to it.
     """
     with Log(out / "fleet.jsonl", Record) as log:
-        return _train_all(log, data, config, out, seats, progress, dict(failed or {}))
+        return _train_all(log, data, config, out, workers, progress, dict(failed or {}))
 
 
 def _train_all(
@@ -166,7 +166,7 @@ def _train_all(
     data: dict[str, Dataset],
     config: Config,
     out: Path,
-    seats: Sequence[TrainingWorker],
+    workers: Sequence[TrainingWorker],
     progress: Progress,
     failed: dict[str, str],
 ) -> tuple[list[Record], dict[str, str]]:
@@ -174,19 +174,19 @@ def _train_all(
     newest = {name: line for name, line in lines.items() if sha256_if_readable(out / line.file) == line.content}
     current: dict[str, Record] = {}
     free: SimpleQueue[TrainingWorker] = SimpleQueue()
-    for seat in seats:
-        free.put(seat)
+    for worker in workers:
+        free.put(worker)
 
     def one(name: str) -> Record | None:
-        seat = free.get()
+        worker = free.get()
         try:
             there = newest.get(name)
             task = Task(name, data[name], config, out / f"{name}.safetensors", there.digest if there else None)
-            return seat.train(task) or there
+            return worker.train(task) or there
         finally:
-            free.put(seat)
+            free.put(worker)
 
-    pool = ThreadPoolExecutor(len(seats))
+    pool = ThreadPoolExecutor(len(workers))
     try:
         # large ones first, so that no worker is left alone with one at the end
         order = sorted(data, key=lambda name: -len(data[name].train))
@@ -211,15 +211,15 @@ def _train_all(
 
 
 class Worker:
-    """A seat in this process: one backbone for all detectors."""
+    """A worker in this process: one backbone for all detectors."""
 
-    def __init__(self, told: WorkerConfig) -> None:
+    def __init__(self, worker_config: WorkerConfig) -> None:
         import torch
 
         from unflaw.experiments.feature_store import ExperimentRunner
 
-        torch.set_num_threads(told.threads)
-        self.laboratory = ExperimentRunner(told.cache, told.weights, told.limit)
+        torch.set_num_threads(worker_config.threads)
+        self.runner = ExperimentRunner(worker_config.cache, worker_config.weights, worker_config.limit)
 
     def train(self, task: Task) -> Record | None:
         try:
@@ -234,10 +234,10 @@ class Worker:
         from unflaw.evaluation.evaluate import evaluate
 
         started, dataset = time.perf_counter(), task.dataset
-        digest = self.laboratory.digest(task.config, dataset, task.category)
+        digest = self.runner.digest(task.config, dataset, task.category)
         if digest == task.finished:
             return None
-        detector = self.laboratory.fit(task.config, dataset)
+        detector = self.runner.fit(task.config, dataset)
         metrics, skipped = {}, dict(detector.record_["skipped"])
         if dataset.test:
             found = evaluate(detector, dataset, shown=0)
@@ -250,7 +250,7 @@ class Worker:
             category=task.category,
             file=task.file.name,
             size=task.file.stat().st_size,
-            good_pictures=detector.record_["good_pictures"],
+            good_images=detector.record_["good_images"],
             held_out=detector.record_["held_out"],
             promise=detector.select().describe(),
             metrics=metrics,
@@ -263,15 +263,15 @@ class Worker:
 class ProcessWorker:
     """A process of this machine; where it ends before its work, as out of memory, a new one takes its place."""
 
-    def __init__(self, told: WorkerConfig) -> None:
-        self.told = told
+    def __init__(self, worker_config: WorkerConfig) -> None:
+        self.worker_config = worker_config
         self.process: Any = None
 
     def train(self, task: Task) -> Record | None:
         if self.process is None:
             context = multiprocessing.get_context("spawn")
             self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(self.told, theirs), daemon=True)
+            self.process = context.Process(target=_serve, args=(self.worker_config, theirs), daemon=True)
             self.process.start()
             theirs.close()
         try:
@@ -292,8 +292,8 @@ class ProcessWorker:
             self.process.join()
 
 
-def _serve(told: WorkerConfig, pipe: Any) -> None:
-    """In the process of a seat: tasks come in, records or reasons go out."""
+def _serve(worker_config: WorkerConfig, pipe: Any) -> None:
+    """In the process of a worker: tasks come in, records or reasons go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
     worker: Worker | None = None
     while True:
@@ -302,7 +302,7 @@ def _serve(told: WorkerConfig, pipe: Any) -> None:
         except EOFError:
             return
         try:
-            worker = worker or Worker(told)
+            worker = worker or Worker(worker_config)
             record = worker.train(task)
             pipe.send(("done", record and record.model_dump_json()))
         except FleetError as error:
@@ -312,16 +312,16 @@ def _serve(told: WorkerConfig, pipe: Any) -> None:
 class RayWorker:
     """An actor of a Ray cluster; data, features and detectors must lie where all its machines find them."""
 
-    def __init__(self, told: WorkerConfig) -> None:
+    def __init__(self, worker_config: WorkerConfig) -> None:
         import ray
 
-        self.told, self.kind = told, ray.remote(num_cpus=told.threads)(Worker)
+        self.worker_config, self.kind = worker_config, ray.remote(num_cpus=worker_config.threads)(Worker)
         self.actor: Any = None
 
     def train(self, task: Task) -> Record | None:
         import ray
 
-        self.actor = self.actor or self.kind.remote(self.told)
+        self.actor = self.actor or self.kind.remote(self.worker_config)
         try:
             record: Record | None = ray.get(self.actor.train.remote(task))
             return record
@@ -339,13 +339,13 @@ class RayWorker:
 
 
 @contextmanager
-def seats(
-    told: WorkerConfig, count: int, engine: str = "processes", address: str | None = None
+def training_workers(
+    worker_config: WorkerConfig, count: int, engine: str = "processes", address: str | None = None
 ) -> Iterator[list[TrainingWorker]]:
     """Places to train at; whatever runs there at the end is ended.
 
     Args:
-        told: The same for all.
+        worker_config: The same for all.
         count: How many.
         engine: "processes" of this machine, or "ray".
         address: Of a Ray cluster that runs already; None: one of this machine, for as long as this takes.
@@ -360,17 +360,17 @@ def seats(
                 raise ImportError("the engine ray needs ray; install it with: pip install 'unflaw[ray]'")
             from unflaw.scale.on_ray import running
 
-            ray = stack.enter_context(running(address, count * told.threads))
+            ray = stack.enter_context(running(address, count * worker_config.threads))
             there = int(ray.cluster_resources().get("CPU", 0))
-            if count * told.threads > there:  # a worker that is never placed would be waited for without end
+            if count * worker_config.threads > there:  # a worker that is never placed would be waited for without end
                 raise ValueError(
-                    f"--workers {count} with --threads {told.threads} are more than the {there} processors that Ray "
-                    "has; ask for less, or give Ray more"
+                    f"--workers {count} with --threads {worker_config.threads} are more than the {there} processors "
+                    "that Ray has; ask for less, or give Ray more"
                 )
         for _ in range(count):
-            seat: TrainingWorker = RayWorker(told) if engine == "ray" else ProcessWorker(told)
-            stack.callback(seat.close)
-            taken.append(seat)
+            worker: TrainingWorker = RayWorker(worker_config) if engine == "ray" else ProcessWorker(worker_config)
+            stack.callback(worker.close)
+            taken.append(worker)
         yield taken
 
 
@@ -384,7 +384,7 @@ def shares(count: int | None, threads: int | None, most: int) -> tuple[int, int]
 def rows(records: Sequence[Record], failed: dict[str, str]) -> list[dict[str, Any]]:
     """A line of the summary for each category, failed ones last."""
     done = [
-        {"category": record.category, "good": record.good_pictures, "calibrating": record.held_out}
+        {"category": record.category, "good": record.good_images, "calibrating": record.held_out}
         | {name: record.metrics.get(name) for name in (*METRICS, *COUNTS)}
         | {"seconds": record.seconds, "bytes": record.size, "promise": record.promise, "error": None}
         for record in records
@@ -395,14 +395,14 @@ def rows(records: Sequence[Record], failed: dict[str, str]) -> list[dict[str, An
 
 def summary(records: Sequence[Record], failed: dict[str, str]) -> str:
     """The fleet as a table in Markdown."""
-    heads = ["category", "good pictures", *METRICS.values(), "false alarms", "missed", "seconds", "MB", "promise"]
+    heads = ["category", "good images", *METRICS.values(), "false alarms", "missed", "seconds", "MB", "promise"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for record in records:
         found = record.metrics
         figures = ["–" if (value := found.get(name)) is None else short(value) for name in METRICS]
         alarms = f"{found['false_alarms']} of {found['n_good']}" if found else "–"
         missed = f"{found['missed']} of {(found['n_images'] or 0) - (found['n_good'] or 0)}" if found else "–"
-        cells = [record.category, str(record.good_pictures), *figures, alarms, missed]
+        cells = [record.category, str(record.good_images), *figures, alarms, missed]
         cells += [f"{record.seconds:.1f}", f"{record.size / 1e6:.1f}", record.promise]
         lines.append(f"| {' | '.join(cells)} |")
     for name, reason in sorted(failed.items()):

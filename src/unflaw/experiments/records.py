@@ -18,7 +18,7 @@ KEPT = (*METRICS, "n_images", "n_good", "false_alarms", "missed")
 
 
 class Latency(BaseModel):
-    """Wall seconds per picture, from file to result, warm."""
+    """Wall seconds per image, from file to result, warm."""
 
     median: float
     p95: float
@@ -33,8 +33,8 @@ class Record(Finished):
         weights: Name of the backbone's weight file, or "default" or "random".
         settings: What was changed for the whole grid.
         metrics: KEPT; None where undefined.
-        skipped: Pictures that could not be read, and why.
-        seconds: "training", from files to saved detector (of a peer: from prepared pictures on), and "metrics".
+        skipped: Images that could not be read, and why.
+        seconds: "training", from files to saved detector (of a peer: from prepared images on), and "metrics".
         memory: Largest resident size of the training process, bytes, that of the libraries included; None where the
             system does not tell.
         file: Size of the detector file, bytes.
@@ -63,6 +63,6 @@ class Record(Finished):
     shared: bool = False
 
 
-def pictures_file(out: Path, digest: str) -> Path:
-    """Where the scores and counts of every test picture of a run are kept."""
-    return out / "pictures" / f"{digest[:16]}.npz"
+def images_file(out: Path, digest: str) -> Path:
+    """Where the scores and counts of every test image of a run are kept."""
+    return out / "images" / f"{digest[:16]}.npz"

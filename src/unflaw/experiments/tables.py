@@ -37,7 +37,7 @@ def _number(value: float | None) -> str:
 
 def _verdicts(metrics: Mapping[str, Any]) -> str:
     return (
-        f"{count(metrics['n_images'], 'picture')}: {count(metrics['false_alarms'], 'false alarm')} among "
+        f"{count(metrics['n_images'], 'image')}: {count(metrics['false_alarms'], 'false alarm')} among "
         f"{count(metrics['n_good'], 'good one')}, "
         f"{metrics['missed']} missed of {count(metrics['n_images'] - metrics['n_good'], 'defective one')}, "
         f"for review {metrics['review_good']} good and {count(metrics['review_defective'], 'defective one')}"
@@ -45,14 +45,14 @@ def _verdicts(metrics: Mapping[str, Any]) -> str:
 
 
 def _regions(metrics: Mapping[str, Any]) -> list[str]:
-    """A line on predicted regions, where there are masks or good pictures to compare them with."""
+    """A line on predicted regions, where there are masks or good images to compare them with."""
     found = []
     if metrics["region_recall"] is not None:
         number = metrics["regions_found"]
         true = count(metrics["regions_true"], "true region")
         found.append(f"{number} of {true} {'is' if number == 1 else 'are'} touched by one")
     if metrics["false_regions"] is not None:
-        found.append(f"{metrics['false_regions']:.3g} per good picture, on {metrics['good_with_regions']:.2%} of these")
+        found.append(f"{metrics['false_regions']:.3g} per good image, on {metrics['good_with_regions']:.2%} of these")
     return [f"regions: {'; '.join(found)}"] if found else []
 
 

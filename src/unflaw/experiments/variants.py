@@ -43,7 +43,7 @@ class Variant:
         own = dict(self.changes)
         chosen = own.pop("method", method)
         shared = {name: v for name, v in common.items() if chosen == method or not name.startswith("network.")}
-        # the decoder that draws restored pictures takes no part in any figure
+        # the decoder that draws restored images takes no part in any figure
         settings = {"training.display_steps": 0} | shared | own
         try:
             if "training.seed" in settings:
@@ -108,7 +108,7 @@ _NAMED: dict[str, tuple[tuple[str, str], ...]] = {
             "the paper's parts alone: no memory of any kind",
         ),
         ("untrained: training.steps=0", "the start of training: what it adds"),
-        ("lookup: method=lookup", "distance to the memory alone, the floor"),
+        ("nearest_neighbor: method=nearest_neighbor", "distance to the memory alone, the floor"),
         *_LEVELS,
         ("levels-1-2: features.levels=[1, 2]", "without the coarsest level"),
         ("levels-1-3: features.levels=[1, 3]", "without the middle level"),
@@ -132,7 +132,7 @@ _NAMED: dict[str, tuple[tuple[str, str], ...]] = {
         ("no-memory: network.prototypes=0", "what is hidden is restored from its surroundings alone"),
         ("no-judge: network.coarse_prototypes=0", "without the memory of whole regions"),
         ("paper-parts: network.prototypes=0; network.coarse_prototypes=0", "the paper's parts alone"),
-        ("lookup: method=lookup", "distance to the memory alone, the floor"),
+        ("nearest_neighbor: method=nearest_neighbor", "distance to the memory alone, the floor"),
         ("no-attention: network.attention=false", "blocks of convolution alone"),
         ("no-convolution: network.convolution=false", "blocks of attention alone"),
         ("l2-only: network.ssim=0; network.gms=0", "loss and map without structure"),

@@ -87,7 +87,7 @@ def check_size(backbone: nn.Module, name: str, size: int) -> None:
     except (AssertionError, RuntimeError) as error:
         side = cfg["input_size"][-1]
         raise WeightsError(
-            f"{name} takes pictures of {side} × {side} pixels, not of {size}; give --size {side}"
+            f"{name} takes images of {side} × {side} pixels, not of {size}; give --size {side}"
         ) from error
 
 

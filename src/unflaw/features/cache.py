@@ -1,4 +1,4 @@
-"""The feature cache: every good picture is read once and passes the backbone once; training runs on what is kept."""
+"""The feature cache: every good image is read once and passes the backbone once; training runs on what is kept."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from unflaw.features.extractor import Extractor
 from unflaw.imaging.inputs import Input
 from unflaw.imaging.reading import image_size
 from unflaw.imaging.tiling import Preparation, Window, layout
-from unflaw.imaging.transforms import ModelInput, Picture, try_show
+from unflaw.imaging.transforms import ModelInput, PreparedImage, try_load_windows
 from unflaw.io.brief import brief
 from unflaw.io.files import scratch
 from unflaw.io.progress import Progress, ahead, batched, silent
 from unflaw.io.words import count
 from unflaw.parallel.shares import ALONE, Team
 
-THUMBNAIL = 128  # side of the pictures that the display decoder learns to draw
-MINIMUM = 8  # good pictures of a category to learn from
-FITTED_ON = 64  # pictures, or half a gigabyte of features, that standardisation and components are learned from
+THUMBNAIL = 128  # side of the images that the display decoder learns to draw
+MINIMUM = 8  # good images of a category to learn from
+FITTED_ON = 64  # images, or half a gigabyte of features, that standardisation and components are learned from
 
 
 def stack(prepared: Sequence[ModelInput]) -> Tensor:
-    """Prepared pictures as (N, 3, S, S) float32 in [0, 1]."""
+    """Prepared images as (N, 3, S, S) float32 in [0, 1]."""
     return torch.from_numpy(np.stack([p.pixels for p in prepared]))
 
 
 def cells(windows: Sequence[Window], grid: int) -> Tensor | None:
-    """(N, grid, grid) bool: cells of the windows that touch what counts of the picture; None where all must."""
+    """(N, grid, grid) bool: cells of the windows that touch what counts of the image; None where all must."""
     if not windows or windows[0].layout.preparation.covers:
         return None
     return torch.from_numpy(np.stack([window.cells(grid) for window in windows]))
 
 
 def count_windows(path: Input, preparation: Preparation) -> int:
-    """How many a picture has; 0 where it cannot be read."""
+    """How many an image has; 0 where it cannot be read."""
     if preparation.tile is None:
         return 1
     try:
@@ -68,16 +68,16 @@ def allocate(shape: tuple[int, ...], budget: float) -> tuple[Tensor, IO[bytes] |
 @brief
 @dataclass
 class Cache:
-    """What training needs of each good picture, in random order.
+    """What training needs of each good image, in random order.
 
     Attributes:
         features: F (N, C, g, g), float16, in RAM or memory-mapped.
         thumbnails: (N, 3, t, t) uint8.
-        windows: What each of the N rows shows of a picture. Windows of one picture lie together.
-        paths: The picture of each row.
-        skipped: `(path, reason)` of pictures that could not be read.
-        described: (N, D) float16, what `drift.describe` says of each picture.
-        categories: The category of each picture; left out, all are of the category "".
+        windows: What each of the N rows shows of an image. Windows of one image lie together.
+        paths: The image of each row.
+        skipped: `(path, reason)` of images that could not be read.
+        described: (N, D) float16, what `drift.describe` says of each image.
+        categories: The category of each image; left out, all are of the category "".
     """
 
     features: Tensor
@@ -96,22 +96,22 @@ class Cache:
         return len(self.paths)
 
     @cached_property
-    def pictures(self) -> Tensor:
-        """(N,) int64: the number of the picture of each row, from 0."""
+    def images(self) -> Tensor:
+        """(N,) int64: the number of the image of each row, from 0."""
         return torch.tensor([window.number == 0 for window in self.windows]).cumsum(0) - 1
 
     @property
     def count(self) -> int:
-        """The number of pictures."""
+        """The number of images."""
         return len(self.heads())
 
     def heads(self, rows: Sequence[int] | None = None) -> list[int]:
-        """The first row of each picture, of some rows or all."""
+        """The first row of each image, of some rows or all."""
         return [row for row in (range(len(self)) if rows is None else rows) if self.windows[row].number == 0]
 
     def mixed(self, rows: Sequence[int]) -> list[int]:
-        """Some rows in an order that goes from picture to picture, so that the first of them show many."""
-        numbers = self.pictures.tolist()
+        """Some rows in an order that goes from image to image, so that the first of them show many."""
+        numbers = self.images.tolist()
 
         def turn(row: int) -> tuple[int, int]:
             layout, number = self.windows[row]
@@ -120,7 +120,7 @@ class Cache:
         return sorted(rows, key=turn)
 
     def cells(self, grid: int, rows: Sequence[int] | None = None) -> Tensor | None:
-        """(N, grid, grid) bool, cells that touch what counts of the picture; None where all of all do.
+        """(N, grid, grid) bool, cells that touch what counts of the image; None where all of all do.
 
         Args:
             grid: Side of the feature grid.
@@ -130,7 +130,7 @@ class Cache:
         return cells(shown, grid)
 
     def __getitem__(self, part: slice) -> Cache:
-        """Some of the pictures, without copying their features."""
+        """Some of the images, without copying their features."""
         return replace(
             self,
             features=self.features[part],
@@ -149,7 +149,7 @@ class Cache:
         return rows
 
     def take(self, rows: Sequence[int], budget: float) -> Cache:
-        """Some of the pictures; their features are copied only where they do not lie together.
+        """Some of the images; their features are copied only where they do not lie together.
 
         Args:
             rows: At least one.
@@ -170,12 +170,12 @@ class Cache:
 @brief
 @dataclass
 class Part:
-    """Some pictures on their way into a cache.
+    """Some images on their way into a cache.
 
     Attributes:
         paths: Of the N windows of those that could be read.
         raw: What `Extractor.aggregate` makes of them, (N, C_raw, g, g) float32.
-        thumbnails, windows, described, skipped: As in `Cache`. A picture in tiles may go on in the next part.
+        thumbnails, windows, described, skipped: As in `Cache`. An image in tiles may go on in the next part.
     """
 
     paths: list[Input]
@@ -186,25 +186,25 @@ class Part:
     skipped: list[tuple[str, str]]
 
 
-Source = Callable[[Sequence[Input], int], Iterator[Part]]  # pictures and how many make a part
+Source = Callable[[Sequence[Input], int], Iterator[Part]]  # images and how many make a part
 
 
 def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
-    """The source that reads pictures from their files and takes them through the backbone."""
+    """The source that reads images from their files and takes them through the backbone."""
 
     tiled = preparation.tile is not None
 
-    def load(path: Input) -> tuple[Input, Picture | ImageError]:
-        return path, try_show(path, preparation)
+    def load(path: Input) -> tuple[Input, PreparedImage | ImageError]:
+        return path, try_load_windows(path, preparation)
 
     def stream(paths: Sequence[Input]) -> Iterator[tuple[Input, ModelInput | ImageError, Tensor]]:
-        loaded = ahead(load, paths, 1, 1) if tiled else ahead(load, paths)  # pictures in tiles wait whole
-        for path, picture in loaded:
-            if isinstance(picture, ImageError):
-                yield path, picture, torch.empty(0)
+        loaded = ahead(load, paths, 1, 1) if tiled else ahead(load, paths)  # images in tiles wait whole
+        for path, image in loaded:
+            if isinstance(image, ImageError):
+                yield path, image, torch.empty(0)
             else:
-                described = torch.from_numpy(picture.described)
-                yield from ((path, window, described) for window in picture.windows)
+                described = torch.from_numpy(image.described)
+                yield from ((path, window, described) for window in image.windows)
 
     def parts(paths: Sequence[Input], batch: int) -> Iterator[Part]:
         for group in batched(stream(paths), batch):
@@ -230,8 +230,8 @@ def take_turns(source: Source, team: Team, whole: bool) -> Source:
 
     Args:
         source: Of one process.
-        team: Every process has to ask for the same pictures.
-        whole: Pictures may have several windows, which must stay together. Parts then end where a turn ends, and what
+        team: Every process has to ask for the same images.
+        whole: Images may have several windows, which must stay together. Parts then end where a turn ends, and what
             the backbone computes in other batches may be rounded otherwise.
     """
 
@@ -265,22 +265,22 @@ def build_cache(
     progress: Progress = silent,
     team: Team = ALONE,
 ) -> Cache:
-    """Reads every picture once, in random order, fits the extractor on the first ones and embeds all.
+    """Reads every image once, in random order, fits the extractor on the first ones and embeds all.
 
     Args:
-        extractor: Its `fit` sees the first 64 pictures (or 512 MB of features), less the share `held_out`.
+        extractor: Its `fit` sees the first 64 images (or 512 MB of features), less the share `held_out`.
         budget: Features above this many bytes are memory-mapped, else kept in RAM.
         seed: Of the order.
-        fit: False leaves the extractor as it is, for pictures that only calibrate.
-        held_out: Share of the pictures of a category, the last ones, that will calibrate: nothing may be learned from
+        fit: False leaves the extractor as it is, for images that only calibrate.
+        held_out: Share of the images of a category, the last ones, that will calibrate: nothing may be learned from
             them.
-        categories: Of each picture, where there are several; they take turns in the order of reading, in proportion.
-        source: Where raw features come from; None: from the pictures.
+        categories: Of each image, where there are several; they take turns in the order of reading, in proportion.
+        source: Where raw features come from; None: from the images.
         team: Whose processes share the reading and the backbone; each of them gets the whole cache, and those of one
             machine share the budget.
 
     Raises:
-        TrainingError: To learn from: fewer than 8 readable pictures of a category, or all identical. To calibrate with:
+        TrainingError: To learn from: fewer than 8 readable images of a category, or all identical. To calibrate with:
             none.
     """
     category, budget = categories or {}, budget / team.near
@@ -290,8 +290,8 @@ def build_cache(
     order = _shuffled(paths, category, seed)
     features: Tensor | None = None
     folder = None
-    filled = done = 0  # rows and pictures
-    first: list[Tensor] = []  # raw features of the first pictures, until there are enough to fit
+    filled = done = 0  # rows and images
+    first: list[Tensor] = []  # raw features of the first images, until there are enough to fit
     kept: list[Input] = []
     names: list[str] = []  # their categories
     windows: list[Window] = []
@@ -335,7 +335,7 @@ def build_cache(
         else:
             keep(part.raw)
     named = {str(path): own for path, own in category.items()}
-    pictures = torch.cat(thumbnails) if thumbnails else torch.empty(0)
+    images = torch.cat(thumbnails) if thumbnails else torch.empty(0)
     for name in dict.fromkeys(category.get(path, "") for path in order) or [""]:
         of = f"{name}: " if name else ""
         found = sum(own == name and window.number == 0 for own, window in zip(names, windows, strict=True))
@@ -343,15 +343,15 @@ def build_cache(
             broken = [reason for path, reason in skipped if named.get(path, "") == name]
             reasons = f"; {len(broken)} could not be read, first: {broken[0]}" if broken else ""
             purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
-            few = f"{count(found, 'good picture')} {'is' if found == 1 else 'are'}"
+            few = f"{count(found, 'good image')} {'is' if found == 1 else 'are'}"
             raise TrainingError(f"{of}{few} too few to {purpose}{reasons}")
-        own = pictures[torch.tensor([each == name for each in names])]
+        own = images[torch.tensor([each == name for each in names])]
         if fit and bool((own == own[:1]).all()):
-            raise TrainingError(f"{of}all good pictures are identical; give pictures of different parts")
+            raise TrainingError(f"{of}all good images are identical; give images of different parts")
     if first:
         fit_first()
     assert features is not None
-    return Cache(features[:filled], pictures, windows, torch.cat(described), kept, sorted(skipped), names, folder)
+    return Cache(features[:filled], images, windows, torch.cat(described), kept, sorted(skipped), names, folder)
 
 
 def _shuffled(paths: Sequence[Input], category: Mapping[Input, str], seed: int) -> list[Input]:
@@ -368,11 +368,11 @@ def _shuffled(paths: Sequence[Input], category: Mapping[Input, str], seed: int) 
 
 
 def _trained_on(windows: Sequence[Window], categories: Sequence[str], held_out: float) -> list[int]:
-    """Rows, among the first of a cache, that will not calibrate however many pictures of their category follow."""
+    """Rows, among the first of a cache, that will not calibrate however many images of their category follow."""
     rows: list[int] = []
     for name in dict.fromkeys(categories):
         found = [row for row, category in enumerate(categories) if category == name]
-        number = np.cumsum([windows[row].number == 0 for row in found])  # of the picture, from 1
+        number = np.cumsum([windows[row].number == 0 for row in found])  # of the image, from 1
         trained = max(2, int((1 - held_out) * max(number[-1], MINIMUM)) - 1)
-        rows += [row for row, picture in zip(found, number.tolist(), strict=True) if picture <= trained]
+        rows += [row for row, image in zip(found, number.tolist(), strict=True) if image <= trained]
     return sorted(rows)

@@ -1,6 +1,6 @@
-"""Frozen backbone and aggregation: pictures (N, 3, S, S) → one feature grid F (N, C, g, g).
+"""Frozen backbone and aggregation: images (N, 3, S, S) → one feature grid F (N, C, g, g).
 
-The backbone never learns, so each picture passes it once; everything after that works on F.
+The backbone never learns, so each image passes it once; everything after that works on F.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class FeatureExtractor(nn.Module):
         weights: A `.safetensors` or `.pth` file with the backbone's state_dict. Without it: an installed package
             (`WEIGHT_PACKAGES`), then the hub that timm uses. `Weights.RANDOM` and `Weights.LATER` load nothing; the
             first is for tests, the second for a detector whose file brings the weights.
-        size: Side of the canvas, where it is known already. Some transformers take pictures of one size only.
+        size: Side of the canvas, where it is known already. Some transformers take images of one size only.
 
     Raises:
-        WeightsError: As `create_backbone`; the backbone takes no pictures of this size.
+        WeightsError: As `create_backbone`; the backbone takes no images of this size.
     """
 
     def __init__(self, config: Features, weights: WeightSource = None, size: int | None = None) -> None:
@@ -75,7 +75,7 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def fit(self, raw: Tensor) -> FeatureExtractor:
-        """Learns centre, scale and components from raw features (N, C_raw, g, g) of good pictures.
+        """Learns centre, scale and components from raw features (N, C_raw, g, g) of good images.
 
         One scale per *level* (default) gives each level its share `level_weights` of the mean squared norm, which is 1
         in all. One per channel instead amplifies the noise of channels that hardly vary (docs/research.md).
@@ -141,7 +141,7 @@ class FeatureExtractor(nn.Module):
 
 
 class PixelExtractor(nn.Module):
-    """Pictures themselves as F (N, 3, g, g) in [0, 1], for methods on pixels; stands where `FeatureExtractor` does.
+    """Images themselves as F (N, 3, g, g) in [0, 1], for methods on pixels; stands where `FeatureExtractor` does.
 
     Args:
         size: Side of the canvas, pixels.
@@ -170,7 +170,7 @@ class PixelExtractor(nn.Module):
         return self
 
     def project(self, raw: Tensor) -> Tensor:
-        """The pictures as they are."""
+        """The images as they are."""
         return raw
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What makes a small picture file long to read or large in memory, found before a decoder sees it.
+"""What makes a small image file long to read or large in memory, found before a decoder sees it.
 
 Decoders check that a file is whole, not that it is reasonable. Each function here looks at one way in which a few
 megabytes can take minutes or gigabytes, and says what is wrong, or nothing. Limits are far above what cameras and
@@ -14,7 +14,7 @@ import numpy as np
 
 from unflaw.errors import ImageError
 
-BLOCKS = 10_000  # of any picture; decoders take some microseconds for each
+BLOCKS = 10_000  # of any image; decoders take some microseconds for each
 PER_BLOCK = {b"\x89P": 1024, b"\xff\xd8": 1024, b"GI": 128, b"II": 32, b"MM": 32}  # and one more for so many bytes
 SCANS, SCANNED = 16, 2_000_000_000  # of a progressive JPEG; and pixels that the scans beyond may pass
 RUNS = 4_000_000  # pixels, and bytes, of a run-length compressed BMP, which Pillow decodes in Python
@@ -115,11 +115,11 @@ SIDEWAYS = (5, 6, 7, 8)
 
 
 def check(size: tuple[int, int], several: bool, max_pixels: int) -> None:
-    """Refuses, by ImageError, what is too large and what is several pictures."""
+    """Refuses, by ImageError, what is too large and what is several images."""
     if size[0] * size[1] > max_pixels:
         raise ImageError(f"has {size[0]} × {size[1]} pixels, over the limit of {max_pixels:,}; scale it down or cut it")
     if several:
-        raise ImageError("has several frames or pages; save the one that counts as a picture of its own")
+        raise ImageError("has several frames or pages; save the one that counts as an image of its own")
 
 
 AT_ONCE = 2**24  # pixels that are converted at once: above, in strips

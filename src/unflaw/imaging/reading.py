@@ -1,4 +1,4 @@
-"""From a picture's file, whatever it holds, to one kind of array; what cannot be used is refused in a sentence."""
+"""From an image's file, whatever it holds, to one kind of array; what cannot be used is refused in a sentence."""
 
 import io
 import stat
@@ -40,13 +40,13 @@ def read(
     max_pixels: int = 200_000_000,
     name: str | None = None,
 ) -> np.ndarray:
-    """Read one picture as RGB.
+    """Read one image as RGB.
 
     Args:
-        source: A path, the bytes of a file or a stream of them, a picture of Pillow, or an array (H, W) or
+        source: A path, the bytes of a file or a stream of them, an image of Pillow, or an array (H, W) or
             (H, W, 1 to 4 channels) of bool, uint8, uint16, or floats in [0, 1].
-        max_pixels: Refuse larger pictures before they are decoded.
-        name: What messages call the picture; by default its path.
+        max_pixels: Refuse larger images before they are decoded.
+        name: What messages call the image; by default its path.
 
     Returns:
         (H, W, 3), contiguous: uint8, or float32 in [0, 1] for sources of more than 8 bits (of n bits, 2^n - 1 is 1)
@@ -55,7 +55,7 @@ def read(
         read as its header says (see `tiff.decode_tiff`). An array may come back as itself.
 
     Raises:
-        ImageError: Missing, unreadable, empty, damaged, no picture of a supported format, several frames or pages, too
+        ImageError: Missing, unreadable, empty, damaged, no image of a supported format, several frames or pages, too
             large, transparent everywhere, or values outside the ranges above. TypeError: Anything else than these
             sources.
     """
@@ -69,7 +69,7 @@ def read(
             rows = max(1, AT_ONCE // max(width, 1))
             parts = (_rgb(_pixels(decoded.crop((0, y, width, min(y + rows, height))))) for y in range(0, height, rows))
             whole, seen = first = next(parts)
-            if rows < height:  # a large picture in strips: no second copy is ever held
+            if rows < height:  # a large image in strips: no second copy is ever held
                 whole = np.empty((height, width, 3), whole.dtype)
                 for y, (part, visible_part) in zip(range(0, height, rows), chain([first], parts), strict=True):
                     whole[y : y + rows] = part
@@ -106,12 +106,12 @@ def image_size(path: str | Path | InMemory) -> tuple[int, int]:
 
 
 def name_of(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "") or "the picture")
+    return str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "") or "the image")
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a picture into an ImageError that names it."""
+    """Turn whatever goes wrong with an image into an ImageError that names it."""
     try:
         yield
     except ImageError as error:
@@ -136,16 +136,16 @@ def _damaged(name: str, error: Exception) -> str:
 
 
 def read_file(path: str | Path, max_pixels: int = 200_000_000) -> bytes:
-    """The bytes of a picture's file; of what is none, and of what cannot be of so many pixels, nothing is read.
+    """The bytes of an image's file; of what is none, and of what cannot be of so many pixels, nothing is read.
 
     Raises:
-        ImageError: A folder, a pipe or a device, too large, empty or no picture. OSError: Not readable.
+        ImageError: A folder, a pipe or a device, too large, empty or no image. OSError: Not readable.
     """
     status, most = Path(path).stat(), OVERHEAD + PIXEL * max_pixels
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError("is a folder; name one picture in it")
+        raise ImageError("is a folder; name one image in it")
     if not stat.S_ISREG(status.st_mode):  # one could wait for it, or read it, for ever
-        raise ImageError("is a pipe or a device, not a file; name a picture's file")
+        raise ImageError("is a pipe or a device, not a file; name an image's file")
     if status.st_size > most:
         raise ImageError(f"has {status.st_size:,} bytes, over the limit of {most:,}; save it again or cut it")
     with Path(path).open("rb") as file:
@@ -166,11 +166,11 @@ def _decoder(data: bytes) -> Any:
     for signature, decoder in _DECODERS.items():
         if data.startswith(signature):
             return decoder
-    raise ImageError("is not a picture of a kind that is read; save it as PNG, JPEG, BMP, TIFF, WebP or GIF")
+    raise ImageError("is not an image of a kind that is read; save it as PNG, JPEG, BMP, TIFF, WebP or GIF")
 
 
 def _open(data: bytes) -> Image.Image:
-    """A picture of which only the header has been read."""
+    """An image of which only the header has been read."""
     decoder = _decoder(data)
     _refuse(containers.crowded(data))
     return decoder(io.BytesIO(data))
@@ -182,7 +182,7 @@ def _refuse(fault: str) -> None:
 
 
 def _decode(source: Any, max_pixels: int) -> np.ndarray | Image.Image:
-    """An array (H, W) or (H, W, channels), or a picture of Pillow; upright, in the depth of the source."""
+    """An array (H, W) or (H, W, channels), or an image of Pillow; upright, in the depth of the source."""
     source = source.source if isinstance(source, InMemory) else source
     if isinstance(source, np.ndarray):
         return source
@@ -249,14 +249,14 @@ def read_mask(path: str | Path) -> np.ndarray:
     A folder stands for the union of the masks in it.
 
     Raises:
-        ImageError: As `read`, or a folder without pictures or with pictures of several sizes.
+        ImageError: As `read`, or a folder without images or with images of several sizes.
     """
     if Path(path).is_dir():
         masks = [read_mask(file) for file in list_images(path)]
         if not masks:
             raise ImageError(f"{path}: holds no masks; put them there, or remove the folder")
         if len({mask.shape for mask in masks}) > 1:
-            raise ImageError(f"{path}: holds masks of several sizes; all must have that of the picture")
+            raise ImageError(f"{path}: holds masks of several sizes; all must have that of the image")
         return np.logical_or.reduce(masks)
     red, green, blue = np.moveaxis(read(path), 2, 0)
     over = 127 if Path(path).suffix.lower() in {".jpg", ".jpeg"} else 0

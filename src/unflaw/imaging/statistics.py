@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-SIDE = 256  # pictures are described at this side
+SIDE = 256  # images are described at this side
 
 
 CELLS = 8  # a side, of the grid over which quantiles are taken
@@ -20,7 +20,7 @@ FLOOR = 1 / 1024  # a quarter of a grey level: what is flatter is flat
 _BANDS = [f"{2**k} px {way}" for k in range(BANDS) for way in ("across", "down")]
 
 
-STATISTICS = {  # what is said of a picture, and what it is a matter of
+STATISTICS = {  # what is said of an image, and what it is a matter of
     **{
         f"{part} of the light": "light" for part in ("shadows", "lower quartile", "median", "upper quartile", "heights")
     },
@@ -31,7 +31,7 @@ STATISTICS = {  # what is said of a picture, and what it is a matter of
 
 
 def describe(image: np.ndarray) -> np.ndarray:
-    """What a picture looks like as a whole: `STATISTICS`, (D,) float16.
+    """What an image looks like as a whole: `STATISTICS`, (D,) float16.
 
     Args:
         image: (h, w, 3) uint8, the part of it that counts.

@@ -16,7 +16,7 @@ from unflaw.errors import ImageError
 from unflaw.imaging.limits import AT_ONCE, SIDEWAYS, TRANSPARENT, check, paged, visible
 
 SAMPLES = 16  # of a pixel at most
-SPARE = 2**22  # pixels by which strips and tiles may be larger than the picture
+SPARE = 2**22  # pixels by which strips and tiles may be larger than the image
 _ORIENTATION, _PHOTOMETRIC = 0x0112, 0x0106
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE = range(4)
 _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, 5: 4, 6: 3, 8: 3}  # CMYK, YCbCr, CIELAB
@@ -95,7 +95,7 @@ def _is_plain(page: Any, data: bytes) -> bool:
 
 
 def _swollen(page: Any, data: bytes, max_pixels: int) -> str:
-    """A TIFF page whose strips or tiles hold more than the picture has, or that says so.
+    """A TIFF page whose strips or tiles hold more than the image has, or that says so.
 
     Args:
         page: Of tifffile.
@@ -105,7 +105,7 @@ def _swollen(page: Any, data: bytes, max_pixels: int) -> str:
     samples, pixels = page.samplesperpixel, page.imagewidth * page.imagelength
     bits = max(page.bitspersample) if isinstance(page.bitspersample, tuple) else page.bitspersample
     if max(page.imagedepth, page.tiledepth) > 1:
-        return f"is {page.imagedepth} pictures deep; save the one that counts as a picture of its own"
+        return f"is {page.imagedepth} images deep; save the one that counts as an image of its own"
     if samples > SAMPLES or samples * bits * pixels > 128 * max_pixels:
         return f"has {samples} channels of {bits} bits; save it as RGB or grey in 8 or 16 bits"
     if prod(page.chunks) > (pixels + SPARE) * samples or len(page.dataoffsets) > pixels * samples + 1:

@@ -1,7 +1,7 @@
-"""Where a picture lies on canvases: resized, cut into windows, its region of interest. Geometry only; no pixels.
+"""Where an image lies on canvases: resized, cut into windows, its region of interest. Geometry only; no pixels.
 
-Without tiles a picture has one canvas, and one window on it that shows all. With tiles the canvas is as large as the
-picture needs and windows of the detector's size cover it, overlapping. All else follows from that, so no other code
+Without tiles an image has one canvas, and one window on it that shows all. With tiles the canvas is as large as the
+image needs and windows of the detector's size cover it, overlapping. All else follows from that, so no other code
 knows whether there are tiles.
 """
 
@@ -28,17 +28,17 @@ _PNG = "data:image/png;base64,"
 
 @brief
 class Preparation(BaseModel):
-    """How pictures are brought to the canvas of a detector.
+    """How images are brought to the canvas of a detector.
 
-    `stretch` fills the canvas and gives up the aspect ratio; `pad` keeps it, centres the picture and repeats its edges.
-    With `tile` the aspect ratio is kept too, and a picture smaller than a tile is padded at the right and below.
+    `stretch` fills the canvas and gives up the aspect ratio; `pad` keeps it, centres the image and repeats its edges.
+    With `tile` the aspect ratio is kept too, and an image smaller than a tile is padded at the right and below.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     size: int = Field(256, ge=32, le=4096, description="side of the square canvas, pixels")
     fit: Literal["stretch", "pad"] = "stretch"
     tile: int | None = Field(
-        None, ge=8, description="side of the squares of a picture that the canvas shows, its pixels; None: all of it"
+        None, ge=8, description="side of the squares of an image that the canvas shows, its pixels; None: all of it"
     )
     overlap: float = Field(
         0.25, ge=0, le=0.75, description="share of a tile that it shares with the next one, at least"
@@ -68,7 +68,7 @@ class Preparation(BaseModel):
 
     @property
     def covers(self) -> bool:
-        """Whether every picture fills all of its canvas."""
+        """Whether every image fills all of its canvas."""
         return self.fit == "stretch" and self.tile is None and not isinstance(self.roi, str)
 
 
@@ -107,10 +107,10 @@ def _check_mask(roi: str) -> None:
 
 
 class Window(NamedTuple):
-    """What a network sees of a picture at once.
+    """What a network sees of an image at once.
 
     Attributes:
-        layout: Of the picture.
+        layout: Of the image.
         number: Of the window, from 0.
     """
 
@@ -119,18 +119,18 @@ class Window(NamedTuple):
 
     @property
     def place(self) -> tuple[int, int]:
-        """Its left upper corner on the canvas of the picture."""
+        """Its left upper corner on the canvas of the image."""
         return self.layout.places[self.number]
 
     @property
     def box(self) -> Box:
-        """The part of the window that the picture fills."""
+        """The part of the window that the image fills."""
         (x, y), size = self.place, self.layout.preparation.size
         x0, y0, x1, y1 = self.layout.filled
         return max(x0 - x, 0), max(y0 - y, 0), min(x1 - x, size), min(y1 - y, size)
 
     def cells(self, grid: int) -> np.ndarray:
-        """(grid, grid) bool: the cells of a grid over the window that touch what counts of the picture."""
+        """(grid, grid) bool: the cells of a grid over the window that touch what counts of the image."""
         size = self.layout.preparation.size
         if isinstance(self.layout.preparation.roi, str):
             x, y = self.place
@@ -149,18 +149,18 @@ class Window(NamedTuple):
 
 
 class TilingGeometry:
-    """How a picture of a size lies on its canvas, and the map that shows it.
+    """How an image of a size lies on its canvas, and the map that shows it.
 
     Args:
-        width, height: Of the picture, pixels.
+        width, height: Of the image, pixels.
         preparation: Of the detector.
 
     Attributes:
-        crop: The region of interest, or the box around it, in pixels of the picture.
+        crop: The region of interest, or the box around it, in pixels of the image.
         filled: The part of the canvas that `crop` fills.
-        canvas: Width and height of the canvas: the detector's size, or with tiles as large as the picture needs.
+        canvas: Width and height of the canvas: the detector's size, or with tiles as large as the image needs.
         places: Left upper corners of the windows on the canvas. Together the windows show all that counts.
-        step: Pixels of the canvas to a side of a pixel of the map: 1, but for pictures whose map would be larger than
+        step: Pixels of the canvas to a side of a pixel of the map: 1, but for images whose map would be larger than
             MAP_PIXELS.
     """
 
@@ -206,7 +206,7 @@ class TilingGeometry:
 
     @property
     def box(self) -> Box:
-        """The part of the map that the picture, or its region of interest, fills."""
+        """The part of the map that the image, or its region of interest, fills."""
         x0, y0, x1, y1 = self.filled
         return x0 // self.step, y0 // self.step, -(-x1 // self.step), -(-y1 // self.step)
 
@@ -231,7 +231,7 @@ class TilingGeometry:
         return self.region_of(self.source(box), size)
 
     def region_of(self, source: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
-        """The same, of a box in pixels of the picture."""
+        """The same, of a box in pixels of the image."""
         assert isinstance(self.preparation.roi, str)
         mask = _unpacked(self.preparation.roi)
         scale = (mask.width / self.original_size[0], mask.height / self.original_size[1]) * 2
@@ -240,7 +240,7 @@ class TilingGeometry:
         return np.asarray(mask.resize(size, Image.Resampling.NEAREST, (x0, y0, x1, y1)), bool)
 
     def source(self, box: Box) -> tuple[float, float, float, float]:
-        """A box of the canvas in pixels of the picture."""
+        """A box of the canvas in pixels of the image."""
         (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, self.crop
         across, down = (x1 - x0) / (right - left), (y1 - y0) / (bottom - top)
         return (
@@ -251,7 +251,7 @@ class TilingGeometry:
         )
 
     def to_original(self, box: Box) -> Box:
-        """A box on the map as a box in the picture, rounded outward and clipped to the region of interest's box.
+        """A box on the map as a box in the image, rounded outward and clipped to the region of interest's box.
 
         A box that lies wholly in the padding comes back without area.
         """
@@ -261,20 +261,20 @@ class TilingGeometry:
         return x0 + left_edge, y0 + top_edge, x0 + right_edge, y0 + bottom_edge
 
     def points_to_original(self, points: np.ndarray) -> np.ndarray:
-        """Points (..., 2), x and y on the map, as points in the picture; float64, clipped to the region's box."""
+        """Points (..., 2), x and y on the map, as points in the image; float64, clipped to the region's box."""
         (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, np.array(self.crop)
         scale = np.array([x1 - x0, y1 - y0]) / (right - left, bottom - top)
         return ((points * self.step - (left, top)) * scale + (x0, y0)).clip((x0, y0), (x1, y1))
 
     def area_to_original(self, area: float) -> float:
-        """An area in pixels of the map as an area in pixels of the picture."""
+        """An area in pixels of the map as an area in pixels of the image."""
         (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, self.crop
         return area * self.step**2 * ((x1 - x0) * (y1 - y0)) / ((right - left) * (bottom - top))
 
 
 @lru_cache(256)
 def layout(width: int, height: int, preparation: Preparation) -> TilingGeometry:
-    """The `TilingGeometry` of a picture; pictures of one size share it."""
+    """The `TilingGeometry` of an image; images of one size share it."""
     return TilingGeometry(width, height, preparation)
 
 

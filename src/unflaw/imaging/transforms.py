@@ -1,4 +1,4 @@
-"""Pictures in: find files, read them, and bring them to the size that a detector works at.
+"""Images in: find files, read them, and bring them to the size that a detector works at.
 
 Training, evaluation, prediction, the HTTP service and exported models all enter by `read` and `windows`, so that no two
 of them can resize differently.
@@ -33,29 +33,29 @@ __all__ = [
     "visible_files",
 ]
 
-AT_ONCE = 2**24  # pixels of a picture that are resized at once: above, in strips
+AT_ONCE = 2**24  # pixels of an image that are resized at once: above, in strips
 
 
 @brief
 @dataclass(frozen=True)
 class ModelInput:
-    """What a window shows of a picture."""
+    """What a window shows of an image."""
 
     pixels: np.ndarray  # (3, size, size) float32 in [0, 1]
     window: Window
 
     @property
     def box(self) -> Box:
-        """The part of the canvas that the picture fills."""
+        """The part of the canvas that the image fills."""
         return self.window.box
 
-    def picture(self) -> np.ndarray:
+    def image(self) -> np.ndarray:
         """(size, size, 3) uint8."""
         return (self.pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8)
 
     @property
     def layout(self) -> TilingGeometry:
-        """Of the picture."""
+        """Of the image."""
         return self.window.layout
 
 
@@ -71,8 +71,8 @@ def prepare(image: np.ndarray, preparation: Preparation) -> ModelInput:
 def windows(image: np.ndarray, preparation: Preparation) -> Iterable[ModelInput]:
     """(H, W, 3) from `read` window by window: bilinear, antialiased where it shrinks. The only resize rule there is.
 
-    Pictures of 8 bits are resized in 8 bits, which is several times faster. What is outside of a region of interest is
-    mid-grey. Of a picture in tiles one window at a time is made, when it is asked for.
+    Images of 8 bits are resized in 8 bits, which is several times faster. What is outside of a region of interest is
+    mid-grey. Of an image in tiles one window at a time is made, when it is asked for.
 
     Raises:
         ImageError: It has nothing in the region of interest.
@@ -103,7 +103,7 @@ def _cut(image: np.ndarray, window: Window) -> ModelInput:
 
 
 def _resized(image: np.ndarray, laid: TilingGeometry, box: Box) -> np.ndarray:
-    """What a box of the canvas shows of a picture, (3, h, w) float32 in [0, 1]."""
+    """What a box of the canvas shows of an image, (3, h, w) float32 in [0, 1]."""
     x0, y0, x1, y1 = box
     source = laid.source(box)
     if (source[2] - source[0]) * (source[3] - source[1]) > AT_ONCE and y1 - y0 > 1:
@@ -111,7 +111,7 @@ def _resized(image: np.ndarray, laid: TilingGeometry, box: Box) -> np.ndarray:
         return np.concatenate([_resized(image, laid, (x0, *rows)) for rows in ((y0, x1, middle), (middle, x1, y1))], 1)
     left, top, right, bottom = laid.crop
     size = x1 - x0, y1 - y0
-    # with the pixels around that the filter may reach, so that every box is a cut-out of one resized picture
+    # with the pixels around that the filter may reach, so that every box is a cut-out of one resized image
     reach = [2 + int((end - start) / side) for start, end, side in zip(source[:2], source[2:], size, strict=True)]
     x_start, y_start = max(int(source[0]) - reach[0], left), max(int(source[1]) - reach[1], top)
     x_end, y_end = min(ceil(source[2]) + reach[0], right), min(ceil(source[3]) + reach[1], bottom)
@@ -131,8 +131,8 @@ def _resized(image: np.ndarray, laid: TilingGeometry, box: Box) -> np.ndarray:
 
 
 @brief
-class Picture(NamedTuple):
-    """A picture that has been read.
+class PreparedImage(NamedTuple):
+    """An image that has been read.
 
     Attributes:
         windows: What is seen of it; with tiles, made when asked for, once.
@@ -143,7 +143,7 @@ class Picture(NamedTuple):
     described: np.ndarray
 
 
-def show(image: np.ndarray, preparation: Preparation) -> Picture:
+def load_windows(image: np.ndarray, preparation: Preparation) -> PreparedImage:
     """(H, W, 3) from `read`, ready to be looked at.
 
     Raises:
@@ -152,13 +152,13 @@ def show(image: np.ndarray, preparation: Preparation) -> Picture:
     cut = windows(image, preparation)
     whole = prepare(image, preparation) if preparation.tile is not None else next(iter(cut))
     x0, y0, x1, y1 = whole.box
-    return Picture(cut, describe(whole.picture()[y0:y1, x0:x1]))
+    return PreparedImage(cut, describe(whole.image()[y0:y1, x0:x1]))
 
 
-def try_show(
+def try_load_windows(
     source: Path | bytes | Readable | InMemory, preparation: Preparation, name: str | None = None
-) -> Picture | ImageError:
-    """`show` of a file, or why it could not be read: one bad file must not end a batch.
+) -> PreparedImage | ImageError:
+    """`load_windows` of a file, or why it could not be read: one bad file must not end a batch.
 
     Args:
         source: As of `read`: its path, its bytes, or what reads them.
@@ -170,7 +170,7 @@ def try_show(
     except ImageError as error:
         return error
     try:
-        return show(image, preparation)
+        return load_windows(image, preparation)
     except ImageError as error:  # the file is whole: what else goes wrong from here on is no fault of it
         return ImageError(f"{name}: {error}")
 
@@ -184,7 +184,7 @@ def try_prepare(path: Path, preparation: Preparation) -> ModelInput | ImageError
 
 
 def marked(mask: np.ndarray, preparation: Preparation) -> np.ndarray:
-    """What a mask (H, W) marks of what counts of its picture: a cut-out of it, bool, not resized."""
+    """What a mask (H, W) marks of what counts of its image: a cut-out of it, bool, not resized."""
     laid = layout(mask.shape[1], mask.shape[0], preparation)
     x0, y0, x1, y1 = laid.crop
     inside = mask[y0:y1, x0:x1]
@@ -192,7 +192,7 @@ def marked(mask: np.ndarray, preparation: Preparation) -> np.ndarray:
 
 
 def prepare_mask(mask: np.ndarray, preparation: Preparation) -> np.ndarray:
-    """Bring (H, W) bool to the map of a picture in the geometry of `windows`, by nearest pixel, as bool.
+    """Bring (H, W) bool to the map of an image in the geometry of `windows`, by nearest pixel, as bool.
 
     The padding is False, and so is what is outside of a region of interest.
     """

@@ -1,4 +1,4 @@
-"""What is said of many pictures together: parts of several pictures, and discoveries in a batch."""
+"""What is said of many images together: parts of several images, and discoveries in a batch."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class Sink(Protocol):
 
 @runtime_checkable
 class Amending(Protocol):
-    """A sink that has something to add to the lines of all pictures, before the file with them takes its name."""
+    """A sink that has something to add to the lines of all images, before the file with them takes its name."""
 
     def amend(self, file: Path) -> None: ...
 
 
 def part_of(path: Path, rule: str) -> str:
-    """The part that a picture shows.
+    """The part that an image shows.
 
     Args:
-        path: Of the picture.
-        rule: "folder": pictures of a part share a folder. Else a regular expression that is searched in the path: what
+        path: Of the image.
+        rule: "folder": images of a part share a folder. Else a regular expression that is searched in the path: what
             its first group matches or, if it has none, the whole, is the part.
 
     Raises:
@@ -71,7 +71,7 @@ class _Image(NamedTuple):
 
 
 class Parts:
-    """Several pictures of one part: a combined p-value and a verdict for each part, in a file of JSON lines.
+    """Several images of one part: a combined p-value and a verdict for each part, in a file of JSON lines.
 
     A part is defective where its combined p-value is at most the calibration's rate, and for review up to the rate of
     review. Its verdict is never more severe than the worst one of its images. A part that would be good is for review
@@ -84,7 +84,7 @@ class Parts:
 
     Args:
         file: To be written.
-        paths: All pictures that will come.
+        paths: All images that will come.
         rule: Of `part_of`.
         calibration: Of the detector.
         method: Of `conformal.combine`.
@@ -128,7 +128,7 @@ class Parts:
 
     def _line(self, part: str, found: list[_Image]) -> dict[str, Any]:
         known = [image.p_value for image in found if image.p_value is not None]
-        line: dict[str, Any] = {"part": part, "pictures": [str(image.path) for image in found]}
+        line: dict[str, Any] = {"part": part, "images": [str(image.path) for image in found]}
         verdict: Verdict | None = "good"
         if known:
             p_value, calibration = conformal.combine(known, self.method), self.calibration
@@ -169,7 +169,7 @@ class Parts:
 
 
 class Unread:
-    """Why pictures could not be read, in `reasons`."""
+    """Why images could not be read, in `reasons`."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -179,7 +179,7 @@ class Unread:
             self.reasons.append(str(outcome))
 
     def close(self) -> str:
-        return f"{count(len(self.reasons), 'picture')} could not be read"
+        return f"{count(len(self.reasons), 'image')} could not be read"
 
 
 class Discoveries:

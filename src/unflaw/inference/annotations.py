@@ -20,7 +20,7 @@ class Coco:
     """One file of object detection annotations: a category, a box and a polygon per region, its peak as "score".
 
     Args:
-        file: To be written; names of pictures in it are as they were given.
+        file: To be written; names of images in it are as they were given.
     """
 
     def __init__(self, file: Path) -> None:
@@ -58,14 +58,14 @@ class Coco:
             "annotations": self.annotations,
         }
         write_atomically(self.file, lambda file: file.write_text(json.dumps(written), "utf-8"))
-        return f"{self.file}: {count(len(self.annotations), 'region')} on {count(len(self.images), 'picture')} (COCO)"
+        return f"{self.file}: {count(len(self.annotations), 'region')} on {count(len(self.images), 'image')} (COCO)"
 
 
 class LabelMe:
-    """One file per picture: a polygon for each region, with its peak as the description, and the verdict as a flag.
+    """One file per image: a polygon for each region, with its peak as the description, and the verdict as a flag.
 
     Args:
-        folder: To be made; files are named like those of `predict --pictures`.
+        folder: To be made; files are named like those of `predict --images`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -107,5 +107,5 @@ class LabelMe:
 
 
 def numbered(number: int, path: Path) -> str:
-    """A file name, without suffix, of what belongs to a picture; whole names can be too long."""
+    """A file name, without suffix, of what belongs to an image; whole names can be too long."""
     return f"{number:05d}_{path.stem.encode(errors='replace')[:100].decode(errors='ignore')}"

@@ -18,7 +18,7 @@ from unflaw.config import Config
 from unflaw.errors import DetectorError, ImageError
 from unflaw.imaging.inputs import ImageLike, InMemory, Input, Readable, inputs
 from unflaw.imaging.reading import read
-from unflaw.imaging.transforms import ModelInput, Picture, show, try_show
+from unflaw.imaging.transforms import ModelInput, PreparedImage, load_windows, try_load_windows
 from unflaw.io.brief import brief
 from unflaw.io.progress import ahead, batched
 from unflaw.postprocessing.regions import find_regions
@@ -34,7 +34,7 @@ class Outputs:
     Attributes:
         maps: Anomaly maps (N, size, size) float32, raw.
         scores: Image scores (N,), raw.
-        layers: The method's own pictures by name, as in `Result.layers`, with N in front.
+        layers: The method's own images by name, as in `Result.layers`, with N in front.
     """
 
     maps: np.ndarray
@@ -51,7 +51,7 @@ class BasePredictor(ABC):
     """A fitted detector: subclasses say what it is calibrated with and compute. Threads may share it.
 
     Attributes:
-        config: How it was made; `config.preparation` is how pictures enter.
+        config: How it was made; `config.preparation` is how images enter.
         record_: How it was trained.
     """
 
@@ -65,11 +65,11 @@ class BasePredictor(ABC):
 
     @property
     def references(self) -> Mapping[str, Reference]:
-        """By category, the good pictures that tell drift; without those of a detector that remembers none."""
+        """By category, the good images that tell drift; without those of a detector that remembers none."""
         return {}
 
     @abstractmethod
-    def compute(self, pictures: Sequence[ModelInput], category: str) -> Outputs:
+    def compute(self, images: Sequence[ModelInput], category: str) -> Outputs:
         """What it finds in windows, of images of a category that it has. Threads may call it at the same time."""
 
     def category(self, wanted: str | None = None) -> str:
@@ -115,7 +115,7 @@ class BasePredictor(ABC):
             ImageError: The image cannot be read. TypeError: It is none. DetectorError: as for `select`.
         """
         path = str(image) if isinstance(image, str | Path) else None
-        found = next(self._inspected([(path, show(read(image), self.config.preparation))], category, 8))
+        found = next(self._inspected([(path, load_windows(read(image), self.config.preparation))], category, 8))
         assert isinstance(found, Result)
         return found
 
@@ -181,7 +181,7 @@ class BasePredictor(ABC):
 
     def inspect_named(
         self,
-        pictures: Iterable[tuple[str, Input | bytes | Readable | ImageError]],
+        images: Iterable[tuple[str, Input | bytes | Readable | ImageError]],
         *,
         category: str | None = None,
         batch: int = 8,
@@ -193,62 +193,66 @@ class BasePredictor(ABC):
         """
         self.select(category)
 
-        def load(named: tuple[str, Input | bytes | Readable | ImageError]) -> tuple[str | None, Picture | ImageError]:
+        def load(
+            named: tuple[str, Input | bytes | Readable | ImageError],
+        ) -> tuple[str | None, PreparedImage | ImageError]:
             name, source = named
             if isinstance(source, ImageError):
                 return name, source
-            return None if isinstance(source, InMemory) else name, try_show(source, self.config.preparation, name)
+            return None if isinstance(source, InMemory) else name, try_load_windows(
+                source, self.config.preparation, name
+            )
 
-        # pictures in tiles wait whole, and may be large
+        # images in tiles wait whole, and may be large
         tiled = self.config.preparation.tile is not None
-        yield from self._inspected(ahead(load, pictures, 1, 1) if tiled else ahead(load, pictures), category, batch)
+        yield from self._inspected(ahead(load, images, 1, 1) if tiled else ahead(load, images), category, batch)
 
     def _inspected(
         self,
-        pictures: Iterable[tuple[str | None, Picture | ImageError]],
+        images: Iterable[tuple[str | None, PreparedImage | ImageError]],
         category: str | None,
         batch: int,
     ) -> Iterator[Result | ImageError]:
-        """Pictures in order; windows of several are computed together, and no more are held than a batch."""
+        """Images in order; windows of several are computed together, and no more are held than a batch."""
         name = self.category(category)
-        waiting: deque[tuple[str | None, Picture | ImageError, TileStitcher | None]] = deque()
+        waiting: deque[tuple[str | None, PreparedImage | ImageError, TileStitcher | None]] = deque()
 
         def stream() -> Iterator[tuple[TileStitcher, ModelInput]]:
-            for path, picture in pictures:
-                if isinstance(picture, ImageError):
-                    waiting.append((path, picture, None))
+            for path, image in images:
+                if isinstance(image, ImageError):
+                    waiting.append((path, image, None))
                     continue
-                mosaic: TileStitcher | None = None
-                for window in picture.windows:
-                    if mosaic is None:
-                        mosaic = TileStitcher(window.layout)
-                        waiting.append((path, picture, mosaic))
-                    yield mosaic, window
+                stitcher: TileStitcher | None = None
+                for window in image.windows:
+                    if stitcher is None:
+                        stitcher = TileStitcher(window.layout)
+                        waiting.append((path, image, stitcher))
+                    yield stitcher, window
 
         def finished() -> Iterator[Result | ImageError]:
             while waiting:
-                path, picture, mosaic = waiting[0]
-                if mosaic is not None and not mosaic.complete:
+                path, image, stitcher = waiting[0]
+                if stitcher is not None and not stitcher.complete:
                     return
                 waiting.popleft()
-                if isinstance(picture, ImageError):
-                    yield picture
-                elif mosaic is not None:
-                    yield self._concluded(mosaic, picture.described, path, name)
+                if isinstance(image, ImageError):
+                    yield image
+                elif stitcher is not None:
+                    yield self._concluded(stitcher, image.described, path, name)
 
         for group in batched(stream(), batch):
             outputs = self.compute([window for _, window in group], name)
-            for i, (mosaic, window) in enumerate(group):
+            for i, (stitcher, window) in enumerate(group):
                 layers = {layer: values[i] for layer, values in outputs.layers.items()}
-                mosaic.add(float(outputs.scores[i]), {"map": outputs.maps[i], "image": window.picture(), **layers})
+                stitcher.add(float(outputs.scores[i]), {"map": outputs.maps[i], "image": window.image(), **layers})
             yield from finished()
         yield from finished()
 
-    def _concluded(self, mosaic: TileStitcher, described: np.ndarray, path: str | None, category: str) -> Result:
-        """From what was found in all windows of a picture to decisions."""
+    def _concluded(self, stitcher: TileStitcher, described: np.ndarray, path: str | None, category: str) -> Result:
+        """From what was found in all windows of an image to decisions."""
         calibration, reference = self.calibrations[category], self.references.get(category)
-        score, layers = mosaic.result()
-        anomaly_map, image, laid = layers.pop("map"), layers.pop("image"), mosaic.layout
+        score, layers = stitcher.result()
+        anomaly_map, image, laid = layers.pop("map"), layers.pop("image"), stitcher.layout
         regions = find_regions(
             anomaly_map,
             calibration.pixel_threshold,

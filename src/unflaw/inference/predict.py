@@ -1,4 +1,4 @@
-"""Inspecting many files: `results.jsonl`, one line per picture, and panels where asked."""
+"""Inspecting many files: `results.jsonl`, one line per image, and panels where asked."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def predict(
     So an interruption loses no line, and `out/results.jsonl` is of this time or, whole, of an earlier one.
 
     A line holds path, score, p_value, verdict, drift and regions, or path and error. `out/drift.json` says whether all
-    pictures together differ from those learned from (`drift.Reference.test`). With `draw`, also
-    `out/pictures/<number>_<name>.png`.
+    images together differ from those learned from (`drift.Reference.test`). With `draw`, also
+    `out/images/<number>_<name>.png`.
 
     Args:
         draw: Draws a result with the detector's fixed scale, such as `report.panel`: image, heat map and the method's
@@ -74,7 +74,7 @@ def predict(
                 if draw is not None:
                     name = f"{numbered(i, paths[i])}.png"
                     write_png(folder / name, draw(outcome, scale), drawn=True)
-                    line["picture"] = f"{PANELS}/{name}"
+                    line["image"] = f"{PANELS}/{name}"
             else:
                 counts["error"] += 1
                 line = {"path": str(paths[i]), "error": str(outcome)}

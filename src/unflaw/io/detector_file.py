@@ -117,7 +117,7 @@ def read_metadata(path: str | Path, data: bytes | None = None) -> dict[str, Any]
 class _Calibrated(BaseModel):
     category: str = ""
     kept: int
-    pictures: list[str] = []
+    images: list[str] = []
 
 
 class _Record(BaseModel):

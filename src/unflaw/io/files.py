@@ -55,12 +55,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         _rename(temporary, target)
 
 
-def write_png(path: Path, picture: Image, drawn: bool = False) -> None:
+def write_png(path: Path, image: Image, drawn: bool = False) -> None:
     """Writes an image of Pillow, whole or not at all.
 
     Args:
         path: Of the file.
-        picture: The image.
+        image: The image.
         drawn: It shows what unflaw makes of other images: the file says so, and `outputs` knows that it is no input.
     """
     from PIL.PngImagePlugin import PngInfo
@@ -68,7 +68,7 @@ def write_png(path: Path, picture: Image, drawn: bool = False) -> None:
     said = PngInfo()
     if drawn:
         said.add_text("Software", "unflaw")
-    write_atomically(path, lambda file: picture.save(file, "PNG", pnginfo=said))
+    write_atomically(path, lambda file: image.save(file, "PNG", pnginfo=said))
 
 
 @contextmanager

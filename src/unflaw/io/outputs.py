@@ -19,7 +19,7 @@ from typing import NamedTuple
 from unflaw.io.files import write_atomically
 from unflaw.io.words import count
 
-PANELS, LABELS, PARTS = "pictures", "labelme", "parts.jsonl"  # in a folder of results
+PANELS, LABELS, PARTS = "images", "labelme", "parts.jsonl"  # in a folder of results
 SORTED = ".unflaw-sorted"  # in a watched folder: a line for each folder in it that images were sorted into
 HEAD = 128  # bytes of a file that tell whether unflaw drew it
 SLACK = 2.0  # seconds that a run goes on writing after its last line

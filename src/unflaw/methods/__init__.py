@@ -7,14 +7,14 @@ from unflaw.methods.base import Inspection, Method
 from unflaw.methods.draem import DRAEM
 from unflaw.methods.memae import MemAE
 from unflaw.methods.mfrnet import MFRNet
-from unflaw.methods.nearest import Lookup
+from unflaw.methods.nearest import NearestNeighbor
 from unflaw.methods.uranet import URANet
 
 __all__ = ["Inspection", "Method", "create"]
 
 _CLASSES: dict[str, type[Method]] = {
     "uranet": URANet,
-    "lookup": Lookup,
+    "nearest_neighbor": NearestNeighbor,
     "mfrnet": MFRNet,
     "draem": DRAEM,
     "memae": MemAE,

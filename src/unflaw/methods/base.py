@@ -22,7 +22,7 @@ from unflaw.parallel.shares import WHOLE, Share
 Batch = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
-ALTERED = 2  # times that each of the first training pictures is altered, for the say of fine evidence
+ALTERED = 2  # times that each of the first training images is altered, for the say of fine evidence
 MUTE = 1e-3  # the least say of fine evidence: where there is no other, it still decides
 
 
@@ -33,9 +33,9 @@ class Inspection:
     Attributes:
         witnesses: Anomaly maps (N, W, g, g), raw: W kinds of evidence, such as the residual of the restoration and the
             distance to the memory. `Method.fuse` makes them one map.
-        perceived: One more map (N, 1, g, g) of evidence, raw, that judges the picture and has no part in the map; or
+        perceived: One more map (N, 1, g, g) of evidence, raw, that judges the image and has no part in the map; or
             None.
-        coarse: One more map (N, 1, h, h) of evidence, raw, on a coarser grid: says whether a picture is anomalous
+        coarse: One more map (N, 1, h, h) of evidence, raw, on a coarser grid: says whether an image is anomalous
             better than where; or None.
         restored: F̂ (N, C, g, g), or None where the method restores nothing.
         layers: Further maps (N, 1, g, g) in [0, 1], by name: "mean", "uncertainty", "mask".
@@ -54,8 +54,8 @@ class Method(nn.Module):
     kinds = 1  # W, kinds of evidence
     perceives = False  # whether `Inspection.perceived` is given
     judges = False  # whether `Inspection.coarse` is given
-    window = 3  # side in cells of the mean filter over the map that judges a picture; odd
-    uses_textures = False  # whether `setup` wants texture pictures
+    window = 3  # side in cells of the mean filter over the map that judges an image; odd
+    uses_textures = False  # whether `setup` wants texture images
     finishes: tuple[str, ...] = ("normal", "normal_scores", "patch_weight")  # buffers that `finish` writes
 
     def __init__(self, config: Config, weights: WeightSource = None) -> None:
@@ -64,7 +64,7 @@ class Method(nn.Module):
         self.features = self.extractor(config, weights)
         self.normal: Tensor
         self.normal_scores: Tensor
-        # mean and deviation on good training pictures: of every kind of evidence, and of what judges a picture
+        # mean and deviation on good training images: of every kind of evidence, and of what judges an image
         statistics = len(config.scoring.shares) * (1 + self.perceives) + self.judges
         self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(self.kinds + self.judges, 1))
         self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(statistics, 1))
@@ -72,7 +72,7 @@ class Method(nn.Module):
         self.register_buffer("patch_weight", torch.tensor(1.0))
 
     def extractor(self, config: Config, weights: WeightSource) -> Extractor:
-        """What makes F of pictures; a method on pixels has its own, which uses no weights."""
+        """What makes F of images; a method on pixels has its own, which uses no weights."""
         return FeatureExtractor(config.features, weights, config.preparation.size)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -85,26 +85,26 @@ class Method(nn.Module):
         """Learns what needs no gradient steps from all cached features (N, C, g, g, float16).
 
         Args:
-            features: Of all training pictures.
-            textures: F of texture pictures, for methods that use them.
+            features: Of all training images.
+            textures: F of texture images, for methods that use them.
             rng: What it draws.
-            categories: (N,) int64, the category of each picture, counted from 0; None: one.
+            categories: (N,) int64, the category of each image, counted from 0; None: one.
 
         Returns:
-            Further tensors to cache, one row per picture; `loss` gets them by name beside "features".
+            Further tensors to cache, one row per image; `loss` gets them by name beside "features".
         """
         return {}
 
-    def arrange(self, pictures: Tensor, valid: Tensor | None) -> None:
+    def arrange(self, images: Tensor, valid: Tensor | None) -> None:
         """Before `setup` and `extend`: tells the memories of the rows that they will be given.
 
         Args:
-            pictures: (N,) int64, the number of the picture that each row shows a window of.
+            images: (N,) int64, the number of the image that each row shows a window of.
             valid: (N, g, g) bool, the cells that count; None: all.
         """
         for part in self.modules():
             if isinstance(part, MemoryBank):
-                part.arrange(pictures, valid)
+                part.arrange(images, valid)
 
     def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
         """Terms by name; "loss" is minimised.
@@ -119,7 +119,7 @@ class Method(nn.Module):
     def forward(
         self,
         features: Tensor,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         valid: Tensor | None = None,
         held_out: Tensor | None = None,
     ) -> Inspection:
@@ -127,7 +127,7 @@ class Method(nn.Module):
 
         Args:
             features: Of any images.
-            pictures: (N,) or (N, L) rows of the cache that `setup` saw, where they are training images: what a memory
+            images: (N,) or (N, L) rows of the cache that `setup` saw, where they are training images: what a memory
                 keeps of them is left out, so that their evidence is that of new good images. The first is the image's
                 own row; further ones are of images that its features were altered with.
             valid: (N, g, g) bool, the cells that count; None: all.
@@ -140,22 +140,22 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:
-        """For people: how the evidence on one picture, F (1, C, g, g), comes about."""
+        """For people: how the evidence on one image, F (1, C, g, g), comes about."""
         raise NotImplementedError
 
-    def exercises(self, pictures: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
-        """For people: what training is done on, where it is more than good pictures.
+    def exercises(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
+        """For people: what training is done on, where it is more than good images.
 
         Args:
-            pictures: Good ones, (N, 3, S, S) in [0, 1].
-            textures: Texture pictures (K, 3, S, S); None where the method uses none.
+            images: Good ones, (N, 3, S, S) in [0, 1].
+            textures: Texture images (K, 3, S, S); None where the method uses none.
             rng: The same generator state gives the same stages.
         """
         return {}
 
     @torch.no_grad()
-    def finish(self, features: Tensor, valid: Tensor | None = None, pictures: Tensor | None = None) -> None:
-        """After training: what evidence is like on the first training pictures of a category.
+    def finish(self, features: Tensor, valid: Tensor | None = None, images: Tensor | None = None) -> None:
+        """After training: what evidence is like on the first training images of a category.
 
         Mean and deviation of each kind; and, of a method that judges, the say of fine evidence: how far artificial
         anomalies move it, in its normal deviations (of an image, 3 at most), at most 1. So where altered places
@@ -168,9 +168,9 @@ class Method(nn.Module):
         Args:
             features: F (N, C, g, g, float16).
             valid: (N, g, g) bool, as for `fuse`.
-            pictures: (N,) rows of the cache that `setup` saw; None: the first N.
+            images: (N,) rows of the cache that `setup` saw; None: the first N.
         """
-        rows = torch.arange(len(features)) if pictures is None else pictures
+        rows = torch.arange(len(features)) if images is None else images
         inspection = self._inspected(features, rows, valid)
         cells = [kind if valid is None else kind[valid] for kind in inspection.anomaly_maps.unbind(1)]
         if inspection.coarse is not None:
@@ -200,7 +200,7 @@ class Method(nn.Module):
         return torch.cat(moved).mean().clamp(MUTE, 1)
 
     def _inspected(self, features: Tensor, rows: Tensor, valid: Tensor | None) -> Inspection:
-        """Evidence on training pictures, as they are or altered; `rows` and `valid` as `forward` takes them."""
+        """Evidence on training images, as they are or altered; `rows` and `valid` as `forward` takes them."""
         cells = [None] * len(features.split(8)) if valid is None else valid.split(8)
         parts = zip(features.split(8), rows.split(8), cells, strict=True)
         found = [self(part.float(), i, inside) for part, i, inside in parts]
@@ -251,10 +251,10 @@ class Method(nn.Module):
         return view.eval()
 
     def extend(self, features: Tensor, rng: Generator) -> bool:
-        """After `finish`: learns from the pictures that calibrate the category in use, F (N, C, g, g, float16).
+        """After `finish`: learns from the images that calibrate the category in use, F (N, C, g, g, float16).
 
-        Only what can lower the evidence of a picture and never raise it. From then on `forward` takes rows of these
-        pictures, and leaves out for each what it has taught here, so that they still calibrate (see `crossfit`).
+        Only what can lower the evidence of an image and never raise it. From then on `forward` takes rows of these
+        images, and leaves out for each what it has taught here, so that they still calibrate (see `crossfit`).
 
         Returns:
             Whether anything was learned: whether there is a memory.
@@ -275,8 +275,8 @@ class Method(nn.Module):
         with the weight `regional_weight`, the mean of the highest `coarse_share` of the coarse evidence.
 
         Args:
-            inspection: Of N pictures.
-            valid: (N, g, g) bool, the cells that the picture covers; None: all.
+            inspection: Of N images.
+            valid: (N, g, g) bool, the cells that the image covers; None: all.
         """
         scoring, size = self.config.scoring, self.config.preparation.size
         maps, coarse = self._standardised(inspection)
@@ -310,7 +310,7 @@ class Method(nn.Module):
         return anomaly_maps, (inspection.coarse[:, 0] - mean[-1]) / deviation[-1]
 
     def _statistics(self, inspection: Inspection, valid: Tensor | None = None) -> Tensor:
-        """What judges a picture, (N, Q): shares of the witnesses, shares of what is perceived, the coarse evidence."""
+        """What judges an image, (N, Q): shares of the witnesses, shares of what is perceived, the coarse evidence."""
         scoring = self.config.scoring
         maps, coarse = self._standardised(inspection)
         found = [highest(maps, scoring.shares, valid, self.window)]
@@ -332,7 +332,7 @@ def _sharing(module: Module) -> Module:
 
 
 def _joined(found: Sequence[Inspection], name: str) -> Tensor | None:
-    """One kind of evidence of all pictures; None where there is none."""
+    """One kind of evidence of all images; None where there is none."""
     parts = [getattr(inspection, name) for inspection in found]
     return None if parts[0] is None else torch.cat(parts)
 
@@ -341,7 +341,7 @@ def highest(maps: Tensor, shares: Sequence[float], valid: Tensor | None = None, 
     """(N, g, g) → (N, Q): mean of the highest share q of the valid cells, after a mean over a square `window`."""
     inside = torch.ones_like(maps) if valid is None else valid.to(maps)
     around = (window, 1, window // 2)
-    covered = F.avg_pool2d(inside[:, None], *around)  # so that the padding does not blur into the picture
+    covered = F.avg_pool2d(inside[:, None], *around)  # so that the padding does not blur into the image
     smooth = (F.avg_pool2d((maps * inside)[:, None], *around) / covered.clamp_min(1e-6)).flatten(1)
     cells = smooth if valid is None else smooth.masked_fill(~valid.flatten(1), -torch.inf)
     ordered = cells.sort(dim=1, descending=True).values

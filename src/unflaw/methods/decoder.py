@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class DisplayDecoder(nn.Module):
-    """F (N, C, g, g) → picture (N, 3, 128, 128), about [0, 1]: convolutions and two pixel shuffles.
+    """F (N, C, g, g) → image (N, 3, 128, 128), about [0, 1]: convolutions and two pixel shuffles.
 
-    Trained on good pictures by the mean absolute error against thumbnails.
+    Trained on good images by the mean absolute error against thumbnails.
     """
 
     def __init__(self, channels: int, width: int = 64, side: int = 128) -> None:

@@ -1,6 +1,6 @@
 """DRAEM (arXiv 2108.07610): a discriminatively trained reconstruction embedding, on pixels. A reference, small.
 
-    picture ──▶ artificial anomalies (training only) ──▶ reconstructive network ──▶ discriminative network ──▶ map
+    image ──▶ artificial anomalies (training only) ──▶ reconstructive network ──▶ discriminative network ──▶ map
                                                     └──────────────────────────▶──┘
 
 Networks, losses and anomalies are the paper's, at widths and a side that options reduce. Ours: the plain window of
@@ -24,14 +24,14 @@ from unflaw.methods.visualization import Stage, Stages
 from unflaw.parallel.shares import WHOLE, Share
 
 FOCUS = 2.0  # γ of the focal loss
-AUGMENTATIONS = 3  # of each texture picture
+AUGMENTATIONS = 3  # of each texture image
 
 
 class UNet(nn.Module):
     """Encoder–decoder of pairs of 3×3 convolutions, with maximum pooling and bilinear upsampling.
 
     Args:
-        channels_in, channels_out: Of pictures in and out.
+        channels_in, channels_out: Of images in and out.
         width: Channels at full resolution; doubled by each halving, up to eightfold.
         halvings: 4 in the reconstructive network, 5 in the discriminative one.
         skips: Whether the decoder sees what the encoder had at its scale.
@@ -84,7 +84,7 @@ class DRAEM(Method):
         return {}
 
     def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
-        """L2 and SSIM of reconstruction and clean picture, focal loss of the map and M (sections 3.1, 3.2)."""
+        """L2 and SSIM of reconstruction and clean image, focal loss of the map and M (sections 3.1, 3.2)."""
         anomalies = self._altered(batch["features"], self.textures, self.options.synthesis, rng, share)
         clean = share.take(batch["features"])
         restored, logits = self._both(anomalies.features)
@@ -99,50 +99,50 @@ class DRAEM(Method):
     def forward(
         self,
         features: Tensor,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         valid: Tensor | None = None,
         held_out: Tensor | None = None,
     ) -> Inspection:
-        """Pictures (N, 3, g, g) → the probability of an anomaly at each pixel."""
+        """Images (N, 3, g, g) → the probability of an anomaly at each pixel."""
         restored, logits = self._both(features)
         return Inspection(logits.softmax(1)[:, 1:], restored=restored)
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:
-        return {"repair": [("", {"Picture it sees": Stage("picture", features[0]), **_tiles(inspection, 0)})]}
+        return {"repair": [("", {"Image it sees": Stage("image", features[0]), **_tiles(inspection, 0)})]}
 
-    def exercises(self, pictures: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
-        """Altered pictures, none left clean, and what the networks make of them."""
-        clean = self.embed(pictures)
+    def exercises(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
+        """Altered images, none left clean, and what the networks make of them."""
+        clean = self.embed(images)
         always = self.options.synthesis.model_copy(update={"clean": 0.0})
         anomalies = self._altered(clean, None if textures is None else self.embed(textures), always, rng)
         inspection, rows = self(anomalies.features), []
-        for i, (picture, altered, mask) in enumerate(zip(clean, anomalies.features, anomalies.mask, strict=True)):
-            made = {"Good picture": Stage("picture", picture), "Mask M, the label": Stage("mask", mask)}
-            rows.append(("altered", made | {"Altered": Stage("picture", altered), **_tiles(inspection, i)}))
+        for i, (image, altered, mask) in enumerate(zip(clean, anomalies.features, anomalies.mask, strict=True)):
+            made = {"Good image": Stage("image", image), "Mask M, the label": Stage("mask", mask)}
+            rows.append(("altered", made | {"Altered": Stage("image", altered), **_tiles(inspection, i)}))
         return {"anomalies": rows}
 
     def _altered(
         self, clean: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator, share: Share = WHOLE
     ) -> Anomalies:
-        """Artificial anomalies on a share of pictures (N, 3, g, g), textures augmented first."""
+        """Artificial anomalies on a share of images (N, 3, g, g), textures augmented first."""
         if textures is not None and len(textures):
             drawn = torch.randint(len(textures), (len(clean),), generator=rng)
             textures = torch.stack([augment(texture, rng) for texture in textures[drawn]])
         return synthesise(clean, textures, config, rng, share)
 
-    def _both(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def _both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction (N, 3, g, g) and logits (N, 2, g, g): good, anomalous."""
-        pictures = pictures.contiguous(memory_format=torch.channels_last)
-        restored = self.reconstructive(pictures)
-        logits = self.discriminative(torch.cat([restored, pictures.to(restored)], dim=1))
+        images = images.contiguous(memory_format=torch.channels_last)
+        restored = self.reconstructive(images)
+        logits = self.discriminative(torch.cat([restored, images.to(restored)], dim=1))
         return restored.float(), logits.float()
 
 
 def _tiles(inspection: Inspection, i: int) -> dict[str, Stage]:
-    """What both networks say of the i-th picture."""
+    """What both networks say of the i-th image."""
     assert inspection.restored is not None
     repaired, probability = inspection.restored[i], inspection.anomaly_maps[i]
-    return {"Repair": Stage("picture", repaired), "Probability of anomaly": Stage("share", probability)}
+    return {"Repair": Stage("image", repaired), "Probability of anomaly": Stage("share", probability)}
 
 
 def focal_loss(logits: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From prepared pictures to all that an inspection shows, in one module: what `Detector` computes and export writes."""
+"""From prepared images to all that an inspection shows, in one module: what `Detector` computes and export writes."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Graph(nn.Module):
         self.network, self.display = network, display
         self.size = network.config.preparation.size
 
-    def forward(self, pictures: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
-        """Prepared pictures (N, 3, S, S) in [0, 1] → everything by name.
+    def forward(self, images: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
+        """Prepared images (N, 3, S, S) in [0, 1] → everything by name.
 
         Args:
-            pictures: On the canvas, float32.
+            images: On the canvas, float32.
             cells: (N, g, g) bool, the feature cells that count (`Window.cells`); None: all.
 
         Returns:
             "map" (N, S, S) and "score" (N,), float32, raw; then what the method has of "mean", "uncertainty" and
             "mask", each (N, S, S) float32 in [0, 1], and "restored" (N, S, S, 3) uint8.
         """
-        inspection = self.network(self.network.embed(pictures), valid=cells)
+        inspection = self.network(self.network.embed(images), valid=cells)
         maps, scores = self.network.fuse(inspection, cells)
         found = {"map": maps, "score": scores}
         for name, layer in inspection.layers.items():
@@ -47,7 +47,7 @@ class Graph(nn.Module):
         return found
 
     def _drawn(self, inspection: Inspection) -> Tensor | None:
-        """What was restored, as pictures (N, 3, h, w): restored pixels are some already."""
+        """What was restored, as images (N, 3, h, w): restored pixels are some already."""
         if inspection.restored is None or isinstance(self.network.features, PixelExtractor):
             return inspection.restored
         return None if self.display is None else self.display(inspection.restored.float())

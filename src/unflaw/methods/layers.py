@@ -19,7 +19,7 @@ class BayesianConv2d(nn.Module):
 
     Training samples activations instead of weights (local reparameterisation, Kingma et al. 2015), which needs two
     convolutions whatever the batch. Inspection uses `draws` weight samples, fixed before training (`freeze`), all in
-    one grouped convolution: the same picture always gets the same maps.
+    one grouped convolution: the same image always gets the same maps.
 
     Args:
         channels_in, channels_out, kernel: As nn.Conv2d, with "same" padding.

@@ -1,6 +1,6 @@
 """MemAE (arXiv 1904.02639): an autoencoder whose code is re-composed from a memory of normal prototypes, on pixels.
 
-    picture ──▶ encoder ──▶ queries z ──▶ memory: sparse addressing ──▶ ẑ ──▶ decoder ──▶ picture,   map = squared error
+    image ──▶ encoder ──▶ queries z ──▶ memory: sparse addressing ──▶ ẑ ──▶ decoder ──▶ image,   map = squared error
 
 A reference, small. Addressing and losses are the paper's, the convolutions those of its CIFAR-10 network at widths and
 a side that options reduce. Ours: the optimiser of the common loop and the common score.
@@ -70,35 +70,35 @@ class MemAE(Method):
 
     def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
         """Mean squared error and the entropy of addressing, summed over items (section 3.4)."""
-        pictures = share.take(batch["features"])
-        restored, weights = self._restore(pictures)
+        images = share.take(batch["features"])
+        restored, weights = self._restore(images)
         entropy = -(weights * (weights + 1e-12).log()).sum(-1).mean()
-        terms = {"mse": F.mse_loss(restored, pictures), "entropy": entropy}
+        terms = {"mse": F.mse_loss(restored, images), "entropy": entropy}
         return terms | {"loss": terms["mse"] + self.options.entropy * entropy}
 
     def forward(
         self,
         features: Tensor,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         valid: Tensor | None = None,
         held_out: Tensor | None = None,
     ) -> Inspection:
-        """Pictures (N, 3, g, g) → squared error of the reconstruction at each pixel."""
+        """Images (N, 3, g, g) → squared error of the reconstruction at each pixel."""
         restored, _ = self._restore(features)
         return Inspection((features - restored).square().mean(1, keepdim=True), restored=restored)
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:
         assert inspection.restored is not None
         tiles = {
-            "Picture it sees": Stage("picture", features[0]),
-            "Reconstruction": Stage("picture", inspection.restored[0]),
+            "Image it sees": Stage("image", features[0]),
+            "Reconstruction": Stage("image", inspection.restored[0]),
             "Squared error": Stage("map", inspection.anomaly_maps[0]),
         }
         return {"reconstruction": [("", tiles)]}
 
-    def _restore(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def _restore(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, g, g) → restored (N, 3, g, g), addressing weights (N, T, M) of the T places of the code."""
-        mixed, weights = self.memory(to_tokens(self.encoder(pictures)))
+        mixed, weights = self.memory(to_tokens(self.encoder(images)))
         return self.decoder(to_grid(mixed)).float(), weights.float()
 
 

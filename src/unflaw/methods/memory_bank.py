@@ -1,4 +1,4 @@
-"""A memory of normal tokens: what "global normal semantics" means across pictures (our reading of URA-Net's RAM)."""
+"""A memory of normal tokens: what "global normal semantics" means across images (our reading of URA-Net's RAM)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unflaw.methods.layers import coarser, greedy_coreset, largest, to_grid, to_
 
 CHUNK = 256  # tokens compared with the memory at a time: their (256, M) matrix stays in the processor's cache
 
-MOST_TOKENS = 2**20  # that prototypes are chosen among: whole pictures, drawn at random where there are more
+MOST_TOKENS = 2**20  # that prototypes are chosen among: whole images, drawn at random where there are more
 
 FAR = 1e4  # where prototypes lie that are not there: no token comes near
 
@@ -66,9 +66,9 @@ class MemoryBank(nn.Module):
         self._arranged: Tensor | None = None  # as `_images`, of the rows to come
         self.valid: Tensor | None = None  # of the rows to come: which cells count
 
-    def arrange(self, pictures: Tensor, valid: Tensor | None) -> None:
+    def arrange(self, images: Tensor, valid: Tensor | None) -> None:
         """As `Method.arrange`: what an image taught is left out for all its windows."""
-        self._arranged, self.valid = pictures, valid
+        self._arranged, self.valid = images, valid
 
     @torch.no_grad()
     def fit(self, features: Tensor, rng: Generator, categories: Tensor | None = None) -> None:
@@ -86,10 +86,10 @@ class MemoryBank(nn.Module):
             self.banks.append(self._fit(features, (self._categories == category).nonzero()[:, 0], rng))
         self.select_category(0)
 
-    def _fit(self, features: Tensor, pictures: Tensor, rng: Generator) -> Bank:
+    def _fit(self, features: Tensor, images: Tensor, rng: Generator) -> Bank:
         """From some of the images, by their rows."""
-        n, side = len(pictures), features.shape[-1]
-        rows = pictures[torch.randperm(n, generator=rng)[: max(1, MOST_TOKENS // side**2)].sort().values]
+        n, side = len(images), features.shape[-1]
+        rows = images[torch.randperm(n, generator=rng)[: max(1, MOST_TOKENS // side**2)].sort().values]
         tokens = to_tokens(features[rows].float()).flatten(0, 1)
         owners = rows.repeat_interleave(side**2)
         if self.valid is not None:
@@ -100,7 +100,7 @@ class MemoryBank(nn.Module):
         chosen = chosen.repeat(-(-size // len(chosen)))[:size]
         owners = owners[chosen] if self._images is None else self._images[owners[chosen]]
         bank = Bank(tokens[chosen], owners, torch.ones(()))
-        sample = pictures[torch.randperm(n, generator=rng)[: max(2, 2**14 // side**2)]]
+        sample = images[torch.randperm(n, generator=rng)[: max(2, 2**14 // side**2)]]
         asked, own = to_tokens(features[sample].float()).flatten(0, 1), sample.repeat_interleave(side**2)
         distances = self._search(asked, bank, own[:, None], None)[1].clamp_min(1e-6)
         if self.valid is not None:
@@ -124,12 +124,12 @@ class MemoryBank(nn.Module):
         self.extra.fill_(FAR)
         self._extra_owners = self._extra_images = None
 
-    def unit(self, pictures: Tensor | None = None) -> Tensor:
+    def unit(self, images: Tensor | None = None) -> Tensor:
         """`radius`, (), or that of the category of each of the training images, (N,) or (N, L): (N, 1, 1, 1)."""
-        if pictures is None or len(self.banks) < 2:
+        if images is None or len(self.banks) < 2:
             return self.radius
         radii = torch.stack([bank.radius for bank in self.banks])
-        first = pictures if pictures.ndim == 1 else pictures[:, 0]
+        first = images if images.ndim == 1 else images[:, 0]
         return radii[self._categories[first]].view(-1, 1, 1, 1).to(self.radius)
 
     @torch.no_grad()
@@ -163,18 +163,18 @@ class MemoryBank(nn.Module):
             budget: Recalled features above this many bytes are memory-mapped.
 
         Returns:
-            Tensors to cache: "recalled" (N, C, g, g) float16, "distance" (N, 1, g, g), "picture" (N,).
+            Tensors to cache: "recalled" (N, C, g, g) float16, "distance" (N, 1, g, g), "image" (N,).
         """
         recalled, self._folder = allocate(tuple(features.shape), budget)
         distance = torch.empty(len(features), 1, *features.shape[2:])
-        pictures = torch.arange(len(features))
-        for rows in pictures.split(16):
+        images = torch.arange(len(features))
+        for rows in images.split(16):
             mixture, distance[rows], _ = self(features[rows].float(), rows)
             recalled[rows] = mixture.to(recalled.dtype)
-        return {"recalled": recalled, "distance": distance, "picture": pictures}
+        return {"recalled": recalled, "distance": distance, "image": images}
 
     def recall(
-        self, tokens: Tensor, pictures: Tensor | None = None, held_out: Tensor | None = None
+        self, tokens: Tensor, images: Tensor | None = None, held_out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(T, C) → attended mixture of prototypes (T, C), distance to the nearest one (T,), and the same with `extra`.
 
@@ -183,7 +183,7 @@ class MemoryBank(nn.Module):
 
         Args:
             tokens: Of any images.
-            pictures: (T, L) rows that `fit` saw; what these images taught the memory is left out for that token, unless
+            images: (T, L) rows that `fit` saw; what these images taught the memory is left out for that token, unless
                 it is all. The first is the one it belongs to, whose category's prototypes are used.
             held_out: (T,) rows that `extend` saw; what that image added is left out.
 
@@ -192,14 +192,14 @@ class MemoryBank(nn.Module):
         """
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
-            if pictures is None or not self.banks:
-                return self._search(tokens, Bank(self.prototypes, None, self.radius), pictures, held_out)
+            if images is None or not self.banks:
+                return self._search(tokens, Bank(self.prototypes, None, self.radius), images, held_out)
             if len(self.banks) < 2 or not len(tokens):
-                return self._search(tokens, self.banks[0], pictures, held_out)
-            of = self._categories[pictures[:, 0]]
+                return self._search(tokens, self.banks[0], images, held_out)
+            of = self._categories[images[:, 0]]
             rows = [(of == category).nonzero()[:, 0] for category in range(len(self.banks))]
             found = [
-                self._search(tokens[own], bank, pictures[own], None if held_out is None else held_out[own])
+                self._search(tokens[own], bank, images[own], None if held_out is None else held_out[own])
                 for own, bank in zip(rows, self.banks, strict=True)
                 if len(own)
             ]
@@ -208,16 +208,16 @@ class MemoryBank(nn.Module):
             return mixture, distance, least
 
     def _search(
-        self, tokens: Tensor, bank: Bank, pictures: Tensor | None, held_out: Tensor | None
+        self, tokens: Tensor, bank: Bank, images: Tensor | None, held_out: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`recall` with the prototypes of one bank."""
         keys, extra = _keys(bank.prototypes), _keys(self.extra)
-        if pictures is None and held_out is None:
+        if images is None and held_out is None:
             parts = [self._recall(part, bank, keys, extra) for part in _chunks(tokens)]
         else:
             parts = []
             for rows in torch.arange(len(tokens)).split(CHUNK) or (torch.arange(0),):
-                excluded = None if pictures is None else self._excluded(bank, pictures[rows])
+                excluded = None if images is None else self._excluded(bank, images[rows])
                 own = None if held_out is None else self._excluded_extra(held_out[rows])
                 parts.append(self._recall(tokens[rows], bank, keys, extra, excluded, own))
         mixture, distance, least = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -274,22 +274,22 @@ class MemoryBank(nn.Module):
         return mixture, distance, least
 
     def forward(
-        self, features: Tensor, pictures: Tensor | None = None, held_out: Tensor | None = None
+        self, features: Tensor, images: Tensor | None = None, held_out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """F (N, C, g, g) → what `recall` says of its tokens: (N, C, g, g) and twice (N, 1, g, g).
 
         Args:
             features: Of any images.
-            pictures: (N,) or (N, L) rows that `fit` saw, to be left out; the first is the image's own.
+            images: (N,) or (N, L) rows that `fit` saw, to be left out; the first is the image's own.
             held_out: (N,) rows that `extend` saw, to be left out.
         """
         tokens = to_tokens(features)
         count = tokens.shape[1]
-        if pictures is not None:
-            pictures = pictures.view(len(pictures), -1).repeat_interleave(count, 0)
+        if images is not None:
+            images = images.view(len(images), -1).repeat_interleave(count, 0)
         if held_out is not None:
             held_out = held_out.repeat_interleave(count)
-        found = self.recall(tokens.flatten(0, 1), pictures, held_out)
+        found = self.recall(tokens.flatten(0, 1), images, held_out)
         mixture, *distances = (part.unflatten(0, (features.shape[0], -1)) for part in found)
         distance, least = (to_grid(d[..., None]) for d in distances)
         return to_grid(mixture), distance, least
@@ -312,9 +312,9 @@ def _closeness(tokens: Tensor, keys: Tensor) -> Tensor:
 class RegionalMemoryBank(nn.Module):
     """A memory of whole regions: the coarsest level on half the grid (ours).
 
-    Fine levels say where a small defect is; whether a picture as a whole is normal is better seen in the coarsest one
-    (docs/research.md). It has fewer tokens, so more prototypes cost the same. What all regions of a picture have in
-    common, such as its exposure, is left out: a region stands out against its own picture.
+    Fine levels say where a small defect is; whether an image as a whole is normal is better seen in the coarsest one
+    (docs/research.md). It has fewer tokens, so more prototypes cost the same. What all regions of an image have in
+    common, such as its exposure, is left out: a region stands out against its own image.
     """
 
     def __init__(self, size: int, extractor: Extractor) -> None:
@@ -334,17 +334,17 @@ class RegionalMemoryBank(nn.Module):
     def forward(
         self,
         features: Tensor,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         valid: Tensor | None = None,
         held_out: Tensor | None = None,
     ) -> Tensor:
         """F (N, C, g, g) → distance to the nearest region known, (N, 1, ⌈g/2⌉, ⌈g/2⌉).
 
         Args:
-            features, pictures, held_out: As for `MemoryBank`.
+            features, images, held_out: As for `MemoryBank`.
             valid: (N, g, g) bool, the cells that count; None: all.
         """
-        return self.memory(self._regions(features, valid), pictures, held_out)[2]
+        return self.memory(self._regions(features, valid), images, held_out)[2]
 
     def _regions(self, features: Tensor, valid: Tensor | None) -> Tensor:
         coarse = self._coarsen(features)

@@ -182,16 +182,16 @@ class MFRNet(Method):
     def forward(
         self,
         features: Tensor,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         valid: Tensor | None = None,
         held_out: Tensor | None = None,
     ) -> Inspection:
         """All masks of all k in one batch; maps and restored features are means over k."""
         recalled, distance = None, []
         if self.memory is not None:
-            recalled, _, least = self.memory(features, pictures, held_out)
+            recalled, _, least = self.memory(features, images, held_out)
             distance = [least]
-        coarse = None if self.judge is None else self.judge(features, pictures, valid, held_out)
+        coarse = None if self.judge is None else self.judge(features, images, valid, held_out)
         restored = self.restore(features, self.masks, recalled)  # (N, K, C, g, g)
         kinds = self.masks.shape[0]
         terms = self.compare(features.repeat_interleave(kinds, 0), restored.flatten(0, 1))

@@ -1,4 +1,4 @@
-"""Lookup: the distance to the nearest of some normal prototypes. Nothing is trained; the floor for methods that are.
+"""Distance to the nearest of a set of normal prototypes. Nothing is trained: the floor for methods that are.
 
 Our own baseline, of the family of PatchCore (Roth et al. 2022): standardised, reduced features, a k-centre greedy
 coreset of all training tokens, nearest-prototype distance as the map; and a second memory of whole regions
@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from torch import Generator, Tensor
 
-from unflaw.config import Config, LookupOptions, WeightSource
+from unflaw.config import Config, NearestNeighborOptions, WeightSource
 from unflaw.methods.base import Batch, Inspection, Method
 from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
 from unflaw.methods.visualization import Stage, Stages
 
 
-class Lookup(Method):
+class NearestNeighbor(Method):
     """See the module."""
 
     def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
-        assert isinstance(options, LookupOptions)
+        assert isinstance(options, NearestNeighborOptions)
         self.judges = options.coarse_prototypes > 0
         super().__init__(config, weights)
         self.memory = MemoryBank(options.prototypes, self.features.channels)
@@ -37,12 +37,12 @@ class Lookup(Method):
     def forward(
         self,
         features: Tensor,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         valid: Tensor | None = None,
         held_out: Tensor | None = None,
     ) -> Inspection:
-        recalled, _, distance = self.memory(features, pictures, held_out)
-        coarse = None if self.judge is None else self.judge(features, pictures, valid, held_out)
+        recalled, _, distance = self.memory(features, images, held_out)
+        coarse = None if self.judge is None else self.judge(features, images, valid, held_out)
         return Inspection(distance, coarse=coarse, restored=recalled)
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:

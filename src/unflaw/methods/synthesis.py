@@ -1,6 +1,6 @@
 """FASM, feature-level artificial anomaly synthesis (URA-Net): Perlin masks and sources of foreign features.
 
-Anomalies are made on cached features, so that no picture passes the backbone again during training. Randomness comes
+Anomalies are made on cached features, so that no image passes the backbone again during training. Randomness comes
 from the given generator only: the same generator state gives the same anomalies.
 """
 
@@ -35,7 +35,7 @@ class Anomalies:
     Attributes:
         features: F_a, altered features (N, C, g, g).
         mask: M, what was altered, (N, 1, g, g) in {0, 1}.
-        origin: (N,) picture of the whole batch whose features were put in; the own one where they came from no other.
+        origin: (N,) image of the whole batch whose features were put in; the own one where they came from no other.
     """
 
     features: Tensor
@@ -87,13 +87,13 @@ def perlin_masks(n: int, side: int, config: Synthesis, rng: Generator, share: Sh
 
 
 def _others(features: Tensor, step: int, rng: Generator, share: Share) -> Tensor:
-    """Features of another picture of the batch, `step` before, moved to other places."""
+    """Features of another image of the batch, `step` before, moved to other places."""
     dy, dx = torch.randint(0, features.shape[-1], (2,), generator=rng).tolist()
     return share.take(features.roll(step, 0)).roll((dy, dx), dims=(2, 3))
 
 
 def _shuffled(features: Tensor, rng: Generator, share: Share) -> Tensor:
-    """The picture's own cells, permuted among all places."""
+    """The image's own cells, permuted among all places."""
     flat = share.take(features).flatten(2)
     return flat[..., torch.randperm(flat.shape[-1], generator=rng)].unflatten(2, features.shape[2:])
 
@@ -110,7 +110,7 @@ def sources(
 ) -> dict[str, Callable[[], Tensor]]:
     """What makes foreign features T, each (N, C, g, g), or a share of them, by the name of its weight in `Synthesis`.
 
-    Other pictures are those `step` before in the batch.
+    Other images are those `step` before in the batch.
     """
     made: dict[str, Callable[[], Tensor]] = {
         "others": lambda: _others(features, step, rng, share),
@@ -133,7 +133,7 @@ def synthesise(
 ) -> Anomalies:
     """F_a = (1 − M) ⊙ F + M ⊙ (β·T + (1 − β)·F), T from one source per sample (our reading of FASM).
 
-    T is foreign: features of a texture picture (the paper's), or ours: other good pictures, shuffled cells, jitter.
+    T is foreign: features of a texture image (the paper's), or ours: other good images, shuffled cells, jitter.
     β is drawn per sample from `config.strength`; a share `config.clean` of the samples stays as it is.
 
     Args:
@@ -165,21 +165,21 @@ def synthesise(
 
 
 def texture_files(folder: str | Path, limit: int = 32) -> list[Path]:
-    """The texture pictures of a folder that are used: the first `limit`. Raises ImageError: there is none."""
+    """The texture images of a folder that are used: the first `limit`. Raises ImageError: there is none."""
     if found := list_images(folder)[:limit]:
         return found
-    raise ImageError(f"{folder}: holds no texture pictures; name a folder of photographs, or none")
+    raise ImageError(f"{folder}: holds no texture images; name a folder of photographs, or none")
 
 
-def texture_pictures(folder: str | Path | None, preparation: Preparation) -> list[np.ndarray]:
-    """Prepared texture pictures (3, S, S), of a folder or those packaged with scikit-image.
+def texture_images(folder: str | Path | None, preparation: Preparation) -> list[np.ndarray]:
+    """Prepared texture images (3, S, S), of a folder or those packaged with scikit-image.
 
-    A region of interest is a matter of the product's pictures, and left out.
+    A region of interest is a matter of the product's images, and left out.
     """
     preparation = preparation.model_copy(update={"roi": None})
     if folder is not None:
         return [prepare(read(path), preparation).pixels for path in texture_files(folder)]
     import skimage.data
 
-    pictures = [getattr(skimage.data, name)() for name in PACKAGED_TEXTURES]
-    return [prepare(read(np.asarray(picture)), preparation).pixels for picture in pictures]
+    images = [getattr(skimage.data, name)() for name in PACKAGED_TEXTURES]
+    return [prepare(read(np.asarray(image)), preparation).pixels for image in images]

@@ -54,7 +54,7 @@ class UIAPM(nn.Module):
         self.register_buffer("thresholds", torch.tensor([options.mean_threshold, options.deviation_threshold]))
 
     def fit_thresholds(self, mean: Tensor, deviation: Tensor) -> None:
-        """Raises τ_U and τ_V to the 99.99th percentile of U and V of good pictures, where that is higher (ours)."""
+        """Raises τ_U and τ_V to the 99.99th percentile of U and V of good images, where that is higher (ours)."""
         found = torch.stack([m.flatten().sort().values[int(0.9999 * (m.numel() - 1))] for m in (mean, deviation)])
         asked = torch.tensor([self.options.mean_threshold, self.options.deviation_threshold])
         self.thresholds.copy_(torch.maximum(asked, found))
@@ -91,12 +91,12 @@ class UIAPM(nn.Module):
         marked, ambiguous = mean >= self.thresholds[0], deviation >= self.thresholds[1]
         return marked.float(), (marked | ambiguous).float()
 
-    def loss(self, logits: Tensor, mask: Tensor, n_pictures: int, share: Share = WHOLE) -> dict[str, Tensor]:
-        """BCE + Dice against M, and KL / N (our reading of the loss). Dice is of all pictures of a batch together."""
+    def loss(self, logits: Tensor, mask: Tensor, n_images: int, share: Share = WHOLE) -> dict[str, Tensor]:
+        """BCE + Dice against M, and KL / N (our reading of the loss). Dice is of all images of a batch together."""
         bce = F.binary_cross_entropy_with_logits(logits, mask)
         p = logits.sigmoid()
         dice = 1 - (2 * share.total((p * mask).sum()) + 1) / (share.total(p.sum() + mask.sum()) + 1)
-        cells = n_pictures * mask[0].numel()
+        cells = n_images * mask[0].numel()
         kl = sum((layer.kl() for layer in self.bayesian_layers()), torch.zeros(())) * self.options.kl_weight / cells
         return {"perception": bce + 0.5 * dice, "kl": kl}
 
@@ -105,7 +105,7 @@ class RAM(nn.Module):
     """Restoration attention: F̂ from what is unmarked in the image and from the memory of normal tokens.
 
     1. Attention to the prototypes turns each token into a mixture of normal ones (`MemoryBank`). It is not trained;
-       alone it is a soft nearest-neighbour lookup, where restoration starts. Nothing but this mixture goes on, so what
+       alone it is a soft nearest-neighbor search, where restoration starts. Nothing but this mixture goes on, so what
        is not normal cannot be copied through.
     2. Marked tokens become a learned mask token.
     3. A transformer over p×p patches, keys restricted to unmarked ones, predicts from context what the mixture lacks.
@@ -175,12 +175,12 @@ class URANet(Method):
         self.perception = UIAPM(2 if self.sees_distance else channels, options.perception)
         self.restoration = RAM(channels, config.features.grid, options.restoration)
         self.textures: Tensor | None = None
-        self.n_pictures = 1
+        self.n_images = 1
 
     def setup(
         self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
     ) -> Batch:
-        self.textures, self.n_pictures = textures, len(features)
+        self.textures, self.n_images = textures, len(features)
         for layer in self.perception.bayesian_layers():
             layer.freeze(rng)
         if self.memory is not None:
@@ -195,10 +195,10 @@ class URANet(Method):
         """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
         everything = batch["features"]
         anomalies = synthesise(everything, self.textures, self.options.synthesis, rng, share)
-        pictures = batch["picture"].long().cpu() if "picture" in batch else None
+        images = batch["image"].long().cpu() if "image" in batch else None
         batch = {name: share.take(rows) for name, rows in batch.items()}
-        logits = self.perception.sample(self._altered_evidence(anomalies, batch, pictures), rng, share)
-        terms = self.perception.loss(logits, anomalies.mask, self.n_pictures, share)
+        logits = self.perception.sample(self._altered_evidence(anomalies, batch, images), rng, share)
+        terms = self.perception.loss(logits, anomalies.mask, self.n_images, share)
         # altered cells are the marked ones, which become mask tokens: the recall of F serves for that of F_a
         restored = self.restoration(batch.get("recalled", anomalies.features), anomalies.mask)
         difference = (restored - batch["features"]).square().sum(1).mean()
@@ -209,18 +209,18 @@ class URANet(Method):
     def forward(
         self,
         features: Tensor,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         valid: Tensor | None = None,
         held_out: Tensor | None = None,
     ) -> Inspection:
         seen, distances, evidence = features, [], [features]
         if self.memory is not None:
-            seen, distance, least = self.memory(features, pictures, held_out)
+            seen, distance, least = self.memory(features, images, held_out)
             distances = [least]
             if self.sees_distance:
                 retrieval_residual = length(features - seen)
                 # prototypes added after calibration may lower the evidence of an image, never raise it
-                evidence = [self._evidence(d, retrieval_residual, pictures) for d in (distance, least)]
+                evidence = [self._evidence(d, retrieval_residual, images) for d in (distance, least)]
         logits = self.perception.draws(evidence[0])
         mean, deviation = self.perception.moments(logits)
         final = self.perception.masks(mean, deviation)[1]
@@ -233,13 +233,13 @@ class URANet(Method):
         return Inspection(
             torch.cat([length(features - restored), *distances], dim=1),
             perceived,
-            None if self.judge is None else self.judge(features, pictures, valid, held_out),
+            None if self.judge is None else self.judge(features, images, valid, held_out),
             restored,
             {"mean": mean, "uncertainty": deviation, "mask": final},
         )
 
     def stages(self, features: Tensor, inspection: Inspection) -> Stages:
-        """Perception: what UIAPM makes of the picture. Restoration: what RAM does, and all evidence."""
+        """Perception: what UIAPM makes of the image. Restoration: what RAM does, and all evidence."""
         assert inspection.restored is not None
         mean, deviation, final = (inspection.layers[name] for name in ("mean", "uncertainty", "mask"))
         perception = {
@@ -259,28 +259,28 @@ class URANet(Method):
             restoration["Coarse evidence"] = Stage("map", inspection.coarse[0])
         return {"perception": [("", perception)], "restoration": [("", restoration)]}
 
-    def exercises(self, pictures: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
+    def exercises(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
         """FASM, a row for each source of foreign features: both ends of the range of β, and what UIAPM says of them.
 
-        Foreign features are shown by the cells of the pictures that they come from; jitter comes from none.
+        Foreign features are shown by the cells of the images that they come from; jitter comes from none.
         """
         options, side = self.options.synthesis, self.features.grid
         bank = None if textures is None else self.embed(textures)
         bank_cells = None if textures is None else _cells(textures, side)
-        clean, cells = self.embed(pictures), _cells(pictures, side)
+        clean, cells = self.embed(images), _cells(images, side)
         made = sources(clean, bank, 1, rng)
         names = [n for n in ("textures", "others", "shuffles", "jitter") if n in made and getattr(options, n)]
         rows: list[Row] = []
         for row, name in enumerate(names):
             i, seed = row % len(clean), int(torch.randint(2**31, (1,), generator=rng))
-            foreign, shown = (  # the same draw of features and of the pictures that these were made from
+            foreign, shown = (  # the same draw of features and of the images that these were made from
                 sources(grid, others, 1, Generator().manual_seed(seed))[name]()[i]
                 for grid, others in ((clean, bank), (cells, bank_cells))
             )
             mask = perlin_masks(1, side, options, rng)[0]
-            tiles = {"Good picture": Stage("picture", pictures[i]), "Mask M, the label": Stage("mask", mask)}
+            tiles = {"Good image": Stage("image", images[i]), "Mask M, the label": Stage("mask", mask)}
             if name != "jitter":
-                tiles["Foreign T, its source"] = Stage("picture", F.pixel_shuffle(shown, math.isqrt(len(shown) // 3)))
+                tiles["Foreign T, its source"] = Stage("image", F.pixel_shuffle(shown, math.isqrt(len(shown) // 3)))
             for beta in options.strength:
                 altered = blend(clean[i : i + 1], foreign, mask, beta)
                 tiles[f"beta {beta:g}: altered, drawn"] = Stage("features", altered[0])
@@ -290,30 +290,30 @@ class URANet(Method):
         farthest = max((float(t.values.max()) for _, row in rows for t in row.values() if t.kind == "map"), default=0)
         return {"fasm": [(name, {h: t._replace(limit=farthest) for h, t in row.items()}) for name, row in rows]}
 
-    def _evidence(self, distance: Tensor, retrieval_residual: Tensor, pictures: Tensor | None = None) -> Tensor:
+    def _evidence(self, distance: Tensor, retrieval_residual: Tensor, images: Tensor | None = None) -> Tensor:
         """Distance to the memory and to the recall, both (N, 1, g, g) → (N, 2, g, g) in units of the usual distance.
 
         What UIAPM sees where there is a memory (ours). From F itself it learns to know the artificial anomalies and not
         the real ones; how far F is from normal means the same for both.
         """
         assert self.memory is not None
-        return torch.cat([distance, retrieval_residual], dim=1) / self.memory.unit(pictures) - 1
+        return torch.cat([distance, retrieval_residual], dim=1) / self.memory.unit(images) - 1
 
-    def _altered_evidence(self, anomalies: Anomalies, batch: Batch, pictures: Tensor | None = None) -> Tensor:
-        """What UIAPM sees of F_a; recalled anew are the altered cells only, not from the pictures they are made of.
+    def _altered_evidence(self, anomalies: Anomalies, batch: Batch, images: Tensor | None = None) -> Tensor:
+        """What UIAPM sees of F_a; recalled anew are the altered cells only, not from the images they are made of.
 
         Args:
             anomalies: Of a share of a batch.
             batch: What is cached of the share.
-            pictures: (B,) those of the whole batch, rows of the cache; None: the share is all of it.
+            images: (B,) those of the whole batch, rows of the cache; None: the share is all of it.
         """
         if self.memory is None or not self.sees_distance:
             return anomalies.features
-        own = batch["picture"].long().cpu()
+        own = batch["image"].long().cpu()
         seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]), own)
         tokens = to_tokens(anomalies.features).flatten(0, 1)
         altered = anomalies.mask.flatten().nonzero()[:, 0]
-        made_of = torch.stack([own, (own if pictures is None else pictures)[anomalies.origin]], dim=1)
+        made_of = torch.stack([own, (own if images is None else images)[anomalies.origin]], dim=1)
         of = altered.cpu() // (len(tokens) // len(own))
         with torch.no_grad():
             mixture, distance, _ = self.memory.recall(tokens[altered], made_of[of])
@@ -323,20 +323,20 @@ class URANet(Method):
         return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
 
     @torch.no_grad()
-    def finish(self, features: Tensor, valid: Tensor | None = None, pictures: Tensor | None = None) -> None:
-        """Also raises τ_U and τ_V so far that hardly any cell of good training pictures is marked."""
-        rows = torch.arange(len(features)) if pictures is None else pictures
+    def finish(self, features: Tensor, valid: Tensor | None = None, images: Tensor | None = None) -> None:
+        """Also raises τ_U and τ_V so far that hardly any cell of good training images is marked."""
+        rows = torch.arange(len(features)) if images is None else images
         layers = self._inspected(features, rows, valid).layers
         mean, deviation = (layers[name][:, 0] for name in ("mean", "uncertainty"))
         inside = torch.ones_like(mean, dtype=torch.bool) if valid is None else valid
         self.perception.fit_thresholds(mean[inside], deviation[inside])
-        super().finish(features, valid, pictures)
+        super().finish(features, valid, images)
 
 
-def _cells(pictures: Tensor, side: int) -> Tensor:
-    """Pictures (N, 3, S, S) as a grid whose cells hold their pixels, (N, 3·m², side, side); m about S / side."""
-    m = max(1, pictures.shape[-1] // side)
-    return F.pixel_unshuffle(F.interpolate(pictures, (m * side, m * side), mode="bilinear"), m)
+def _cells(images: Tensor, side: int) -> Tensor:
+    """Images (N, 3, S, S) as a grid whose cells hold their pixels, (N, 3·m², side, side); m about S / side."""
+    m = max(1, images.shape[-1] // side)
+    return F.pixel_unshuffle(F.interpolate(images, (m * side, m * side), mode="bilinear"), m)
 
 
 def mean_logit(logits: Tensor) -> Tensor:

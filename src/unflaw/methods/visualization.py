@@ -11,11 +11,11 @@ class Stage(NamedTuple):
     """One tile.
 
     Attributes:
-        kind: How `values` are drawn, all brought to the size of the picture:
-            "picture": (3, h, w) in [0, 1], as it is;
+        kind: How `values` are drawn, all brought to the size of the image:
+            "image": (3, h, w) in [0, 1], as it is;
             "features": F (C, g, g), by the detector's display decoder; left out where it has none;
             "mask": (1, h, w) in {0, 1}, white where 1;
-            "cover": likewise, the row's picture where 1 and covered where 0;
+            "cover": likewise, the row's image where 1 and covered where 0;
             "share": (1, h, w) in [0, 1], grey;
             "map": (1, h, w), at least 0, in colours from 0 to `limit`.
         values: What is drawn.
@@ -23,11 +23,11 @@ class Stage(NamedTuple):
         seen: (1, h, w) in {0, 1}: values are covered where it is 0; None: nowhere.
     """
 
-    kind: Literal["picture", "features", "mask", "cover", "share", "map"]
+    kind: Literal["image", "features", "mask", "cover", "share", "map"]
     values: Tensor
     limit: float | None = None
     seen: Tensor | None = None
 
 
-Row = tuple[str, dict[str, Stage]]  # what the row shows, "" where its picture says it all; tiles by heading
+Row = tuple[str, dict[str, Stage]]  # what the row shows, "" where its image says it all; tiles by heading
 Stages = dict[str, list[Row]]  # the rows of each figure, by the figure's name

@@ -1,4 +1,4 @@
-"""Who works on a training: one process alone, or several that share every batch and every set of pictures.
+"""Who works on a training: one process alone, or several that share every batch and every set of images.
 
 A batch is drawn once for all, with everything random in it, from a generator that is the same in every process; each
 process works on its `Share` of the rows. So several processes learn what one would.
@@ -41,7 +41,7 @@ class Share:
         return (self.stop - self.start) / self.of if self.stop is not None else 1.0
 
     def take(self, rows: Tensor) -> Tensor:
-        """The share's rows of something that has a row for each picture of the batch."""
+        """The share's rows of something that has a row for each image of the batch."""
         return rows[self.start : self.stop] if self.of else rows
 
     def randn(self, shape: torch.Size | tuple[int, ...], rng: Generator) -> Tensor:

@@ -1,7 +1,7 @@
-"""Methods of anomalib measured beside unflaw: same pictures, same backbone weights, same size, same metrics.
+"""Methods of anomalib measured beside unflaw: same images, same backbone weights, same size, same metrics.
 
 anomalib runs in an environment of its own and is no dependency; `anomalib_adapter.py` is all of ours that runs there.
-Pictures go over as arrays, maps and scores come back raw. docs/peers.md says what is equal and what is not.
+Images go over as arrays, maps and scores come back raw. docs/peers.md says what is equal and what is not.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class PeerRun:
 
     Attributes:
         evaluation: As `evaluate` gives it, without what needs calibration: no verdicts, p-values or threshold, and no
-            pictures for a report. "timing" is that of the method alone, pictures read and resized before; "peer" is
+            images for a report. "timing" is that of the method alone, images read and resized before; "peer" is
             `record`.
         maps: (N, S, S) float32, raw, memory-mapped, in the order of the N rows of the evaluation.
-        boxes: The part of the canvas (x0, y0, x1, y1) that each of the N pictures covers.
+        boxes: The part of the canvas (x0, y0, x1, y1) that each of the N images covers.
         record: What the adapter says of the run: versions, times, peak memory, threads, size of the model.
     """
 
@@ -74,7 +74,7 @@ def run_peer(
     spool: bool = False,
     progress: Progress = silent,
 ) -> PeerRun:
-    """Trains a method of anomalib on the good pictures of a data set and measures it on the test part.
+    """Trains a method of anomalib on the good images of a data set and measures it on the test part.
 
     It trains on *all* of `dataset.train`, since it keeps none out to calibrate, and never sees `dataset.validation`.
 
@@ -90,14 +90,14 @@ def run_peer(
 
     Raises:
         PeerError: Unknown method, no interpreter, no anomalib, or the adapter failed. WeightsError: as
-            `create_backbone`. TrainingError: no pictures to train or to test on.
+            `create_backbone`. TrainingError: no images to train or to test on.
     """
     if method not in LEVELS:
         raise PeerError(f"there is no peer {method!r}; choose from {', '.join(LEVELS)}")
     for part, samples in (("training", dataset.train), ("test", dataset.test)):
         if not samples:
-            raise TrainingError(f"{dataset.name}: there are no {part} pictures")
-    preparation = preparation.model_copy(update={"tile": None})  # whole pictures are what a peer takes
+            raise TrainingError(f"{dataset.name}: there are no {part} images")
+    preparation = preparation.model_copy(update={"tile": None})  # whole images are what a peer takes
     _run(python, "-c", _KNOWN)
     model = create_backbone(backbone, levels or LEVELS[method], weights)
     feature_info: Any = model.feature_info
@@ -142,17 +142,17 @@ def run_peer(
         },
         "peer": record,
     }
-    pictures = measured.per_picture() if spool else None
-    evaluation = Evaluation(metrics, measured.rows, measured.curves(), [], skipped, pictures)
+    images = measured.per_image() if spool else None
+    evaluation = Evaluation(metrics, measured.rows, measured.curves(), [], skipped, images)
     return PeerRun(evaluation, maps, boxes, record, folder)
 
 
 def _write(
     samples: Sequence[Sample], preparation: Preparation, file: str, skipped: list[tuple[str, str]], progress: Progress
 ) -> tuple[list[Sample], list[Box]]:
-    """Prepared pictures into a file, (N, S, S, 3) uint8, one at a time.
+    """Prepared images into a file, (N, S, S, 3) uint8, one at a time.
 
-    `prepare` resizes pictures of eight bits in eight bits, so nothing is lost of those; deeper ones are rounded.
+    `prepare` resizes images of eight bits in eight bits, so nothing is lost of those; deeper ones are rounded.
 
     Returns:
         The samples that could be read, and their boxes; the others are added to `skipped`.
@@ -163,16 +163,16 @@ def _write(
     boxes: list[Box] = []
     before = len(skipped)
     outcomes = ahead(lambda sample: try_prepare(sample.path, preparation), samples)
-    for i, (sample, picture) in enumerate(zip(samples, outcomes, strict=True)):
-        if isinstance(picture, ImageError):
-            skipped.append((str(sample.path), str(picture)))
+    for i, (sample, image) in enumerate(zip(samples, outcomes, strict=True)):
+        if isinstance(image, ImageError):
+            skipped.append((str(sample.path), str(image)))
         else:
-            pixels[len(kept)] = np.rint(picture.pixels.transpose(1, 2, 0) * 255)
+            pixels[len(kept)] = np.rint(image.pixels.transpose(1, 2, 0) * 255)
             kept.append(sample)
-            boxes.append(picture.box)
-        progress("pictures", i + 1, len(samples), None)
+            boxes.append(image.box)
+        progress("images", i + 1, len(samples), None)
     if not kept:
-        raise TrainingError(f"none of {count(len(samples), 'picture')} could be read; {skipped[before][1]}")
+        raise TrainingError(f"none of {count(len(samples), 'image')} could be read; {skipped[before][1]}")
     if len(kept) < len(samples):
         np.save(f"{file}.part.npy", pixels[: len(kept)])
         Path(f"{file}.part.npy").replace(file)

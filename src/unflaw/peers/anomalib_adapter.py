@@ -1,4 +1,4 @@
-"""Runs a method of anomalib on prepared pictures: `python anomalib_adapter.py JOB.json`, in anomalib's environment.
+"""Runs a method of anomalib on prepared images: `python anomalib_adapter.py JOB.json`, in anomalib's environment.
 
 It imports nothing of unflaw. The job is
 
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-OPTIONS = {  # of anomalib's modules, and ours: pictures per training batch, and how long to train
+OPTIONS = {  # of anomalib's modules, and ours: images per training batch, and how long to train
     "patchcore": {"coreset_sampling_ratio", "num_neighbors", "batch"},
     "padim": {"n_features", "batch"},
     "reverse_distillation": {"anomaly_map_mode", "batch", "epochs", "steps"},
@@ -58,24 +58,24 @@ def main(path: str) -> None:
     train, test = (np.load(job[part], mmap_mode="r") for part in ("train", "test"))
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
 
-    def images(pictures: Any) -> Any:
+    def tensor(images: Any) -> Any:
         """(n, S, S, 3) uint8 → (n, 3, S, S) float32, standardised."""
-        return (torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).contiguous() / 255 - mean) / deviation
+        return (torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).contiguous() / 255 - mean) / deviation
 
     started = time.perf_counter()
     module = _module(models, job, train.shape[1])
-    trained = _train(module, job, train, images)
+    trained = _train(module, job, train, tensor)
     training = time.perf_counter() - started
     model = module.model.eval()
     out = Path(job["out"])
     maps = np.lib.format.open_memmap(out / "maps.npy", "w+", np.float32, test.shape[:3])
     scores = np.empty(len(test), np.float32)
     with torch.inference_mode():
-        model(images(test[:1]))  # warm up
+        model(tensor(test[:1]))  # warm up
         cpu, seconds = time.process_time(), []
         for i in range(len(test)):
             begun = time.perf_counter()
-            found = model(images(test[i : i + 1]))
+            found = model(tensor(test[i : i + 1]))
             maps[i] = found.anomaly_map.reshape(test.shape[1:3]).float().numpy()
             scores[i] = float(found.pred_score)
             seconds.append(time.perf_counter() - begun)
@@ -89,7 +89,7 @@ def main(path: str) -> None:
         "torch": torch.__version__,
         **{name: job[name] for name in ("method", "backbone", "seed", "options")},
         "layers": list(module.model.layers if hasattr(module.model, "layers") else module.layers),
-        "pictures": [len(train), len(test)],
+        "images": [len(train), len(test)],
         "seconds_training": training,
         "seconds_per_image": {"median": float(np.median(seconds)), "p95": float(np.quantile(seconds, 0.95))},
         "cpu_seconds_per_image": cpu / len(test),
@@ -164,27 +164,27 @@ def _load(backbone: Any, path: Path, purpose: str) -> None:
         raise JobError(f"{path}: cannot serve {purpose}: lacks {len(missing)} of its tensors (first: {missing[0]})")
 
 
-def _train(module: Any, job: dict[str, Any], pictures: Any, images: Any) -> dict[str, Any]:
+def _train(module: Any, job: dict[str, Any], images: Any, tensor: Any) -> dict[str, Any]:
     """Trains as anomalib's trainer would; returns what the record says of it."""
     import torch
 
     batch, model = job["options"].get("batch", BATCH), module.model.train()
     if job["method"] != "reverse_distillation":
         with torch.no_grad():
-            for start in range(0, len(pictures), batch):
-                model(images(pictures[start : start + batch]))  # keeps the embeddings
+            for start in range(0, len(images), batch):
+                model(tensor(images[start : start + batch]))  # keeps the embeddings
             module.fit()
         if job["method"] == "padim":
             return {"gaussians": list(model.gaussian.mean.shape[::-1])}
         return {"memory_bank": list(model.memory_bank.shape)}
-    epoch = math.ceil(len(pictures) / batch)
+    epoch = math.ceil(len(images) / batch)
     steps = job["options"].get("steps", job["options"].get("epochs", EPOCHS) * epoch)
     optimizer = module.configure_optimizers()
     order: list[torch.Tensor] = []  # the batches left of this epoch
     losses = []
     for _ in range(steps):
-        order = order or list(torch.randperm(len(pictures)).split(batch))
-        loss = module.loss(*model(images(pictures[order.pop(0).sort().values.numpy()])))
+        order = order or list(torch.randperm(len(images)).split(batch))
+        loss = module.loss(*model(tensor(images[order.pop(0).sort().values.numpy()])))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

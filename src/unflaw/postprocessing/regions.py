@@ -26,14 +26,14 @@ def find_regions(
     minimum_area: float = 0.0,
     uncertainty: np.ndarray | None = None,
 ) -> tuple[Region, ...]:
-    """8-connected areas above the threshold, highest peak first, in pixels of the original picture.
+    """8-connected areas above the threshold, highest peak first, in pixels of the original image.
 
     Args:
         anomaly_map: (h, w); what lies in the padding or outside of a region of interest is ignored.
         threshold: The calibrated pixel threshold.
-        layout: Of the picture.
+        layout: Of the image.
         limit: At most this many regions.
-        minimum_area: Smaller areas are no regions: share of the picture, in [0, 1).
+        minimum_area: Smaller areas are no regions: share of the image, in [0, 1).
         uncertainty: (h, w), the uncertainty map, where there is one.
     """
     labels, n = flagged(anomaly_map, threshold, layout.box, minimum_area, layout.counted)
@@ -59,7 +59,7 @@ def find_regions(
 
 
 def _rounded(points: np.ndarray) -> tuple[tuple[float, float], ...]:
-    """To hundredths of a pixel; of small pictures corners fall together, of which one stays."""
+    """To hundredths of a pixel; of small images corners fall together, of which one stays."""
     return tuple(point for point, _ in groupby((round(x, 2), round(y, 2)) for x, y in points.tolist()))
 
 
@@ -119,7 +119,7 @@ def region_level(
 
 
 def pixels(minimum_area: float, valid: Box) -> int:
-    """A share of the picture in pixels of the canvas, one at least."""
+    """A share of the image in pixels of the canvas, one at least."""
     x0, y0, x1, y1 = valid
     return max(1, round(minimum_area * (x1 - x0) * (y1 - y0)))
 

@@ -21,11 +21,11 @@ class Region:
     """A connected area of the anomaly map above the detector's pixel threshold.
 
     Attributes:
-        box: `(x0, y0, x1, y1)` in pixels of the original picture; x1 and y1 are exclusive.
-        area: Pixels of the original picture.
+        box: `(x0, y0, x1, y1)` in pixels of the original image; x1 and y1 are exclusive.
+        area: Pixels of the original image.
         peak: Largest map value inside.
         uncertainty: Mean of the uncertainty map inside; None where the method does not estimate one.
-        contour: Corners (x, y) of the polygon around it, in pixels of the original picture.
+        contour: Corners (x, y) of the polygon around it, in pixels of the original image.
     """
 
     box: tuple[int, int, int, int]
@@ -45,30 +45,30 @@ class Region:
 @brief
 @dataclass(frozen=True)
 class Result:
-    """The inspection of one picture. All maps are (h, w) float32 on the prepared canvas (see `Preparation`).
+    """The inspection of one image. All maps are (h, w) float32 on the prepared canvas (see `Preparation`).
 
-    h and w are the size of the canvas; of a picture in tiles what it needs, up to `layout.MAP_PIXELS` in all.
+    h and w are the size of the canvas; of an image in tiles what it needs, up to `layout.MAP_PIXELS` in all.
 
     Attributes:
-        score: Image score, raw and unbounded; comparable between pictures of one detector only.
-        p_value: Share of held-out good pictures that score at least as high, in (0, 1]: `(1 + #{s_i >= s}) / (n + 1)`.
+        score: Image score, raw and unbounded; comparable between images of one detector only.
+        p_value: Share of held-out good images that score at least as high, in (0, 1]: `(1 + #{s_i >= s}) / (n + 1)`.
         verdict: "defect" where the score exceeds the threshold calibrated for the stated false-alarm rate; "review"
             where the evidence is ambiguous (see `Calibration.verdict`); else "good".
         map: Anomaly map, raw values.
         regions: Areas above the pixel threshold, largest peak first.
-        image: (h, w, 3) uint8, the picture as the detector saw it.
-        valid: `(x0, y0, x1, y1)`, the part of the canvas which the picture covers; the rest is padding.
-        layers: The method's own pictures by name. Maps in [0, 1] such as "mean", "uncertainty" and "mask" (URA-Net's
+        image: (h, w, 3) uint8, the image as the detector saw it.
+        valid: `(x0, y0, x1, y1)`, the part of the canvas which the image covers; the rest is padding.
+        layers: The method's own images by name. Maps in [0, 1] such as "mean", "uncertainty" and "mask" (URA-Net's
             U, V and M_final); "restored" is (h, w, 3) uint8. Empty where the method has none.
-        path: Where the picture came from, if from a file.
-        drift: p-value, in (0, 1], of the picture as a whole being like those learned from (see `drift.Reference`);
+        path: Where the image came from, if from a file.
+        drift: p-value, in (0, 1], of the image as a whole being like those learned from (see `drift.Reference`);
             small where camera, light, focus or product have changed. None where the detector remembers none.
-        described: What `drift.describe` says of the picture, (D,).
+        described: What `drift.describe` says of the image, (D,).
         counted: (h, w) bool, what counts of the map; None where that is all of `valid`.
-        size: (width, height) of the original picture; (0, 0) where it is not known, and there are no regions.
-        crop: `(x0, y0, x1, y1)`, what `valid` shows of the original picture, in its pixels: all of it, or the region of
+        size: (width, height) of the original image; (0, 0) where it is not known, and there are no regions.
+        crop: `(x0, y0, x1, y1)`, what `valid` shows of the original image, in its pixels: all of it, or the region of
             interest.
-        p_estimated: Where the calibration has a tail: an estimate of the share of good pictures that score higher,
+        p_estimated: Where the calibration has a tail: an estimate of the share of good images that score higher,
             which goes below what `p_value` can reach.
     """
 
@@ -109,9 +109,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Scale:
-    """The fixed colour scale of every heat map of a detector, set once from held-out good pictures.
+    """The fixed colour scale of every heat map of a detector, set once from held-out good images.
 
-    `low` (the median value on good pictures) is shown as 0 and `threshold` (the pixel threshold) as 0.5, so that a good
+    `low` (the median value on good images) is shown as 0 and `threshold` (the pixel threshold) as 0.5, so that a good
     part never glows, whatever its neighbours look like.
     """
 

@@ -1,4 +1,4 @@
-"""From what was found in windows to what is shown of a picture: maps blended without seams. NumPy only."""
+"""From what was found in windows to what is shown of an image: maps blended without seams. NumPy only."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def weights(starts: list[int], size: int, step: int = 1) -> np.ndarray:
 
 
 class TileStitcher:
-    """Gathers what was found in the windows of one picture, window by window.
+    """Gathers what was found in the windows of one image, window by window.
 
     Args:
-        layout: Of the picture. Its `shape` is that of all that comes out.
+        layout: Of the image. Its `shape` is that of all that comes out.
     """
 
     def __init__(self, layout: TilingGeometry) -> None:
@@ -50,7 +50,7 @@ class TileStitcher:
 
         Args:
             score: Its image score.
-            found: Maps (size, size) or pictures (size, size, 3) by name; uint8 stays so, "mask" stays 0 and 1.
+            found: Maps (size, size) or images (size, size, 3) by name; uint8 stays so, "mask" stays 0 and 1.
         """
         layout, size = self.layout, self.layout.preparation.size
         (x, y), step = layout.places[len(self.scores)], layout.step
@@ -67,7 +67,7 @@ class TileStitcher:
         self.scores.append(score)
 
     def result(self) -> tuple[float, dict[str, np.ndarray]]:
-        """The score of the picture, which is that of its highest window, and everything blended, by name.
+        """The score of the image, which is that of its highest window, and everything blended, by name.
 
         In the map, what does not count has its lowest value.
         """

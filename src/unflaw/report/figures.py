@@ -22,13 +22,13 @@ from unflaw.imaging.tiling import Box
 from unflaw.imaging.transforms import ModelInput, prepare_mask, windows
 from unflaw.io.files import holding, make_folder, write_png
 from unflaw.io.progress import Progress, silent
-from unflaw.methods.synthesis import texture_pictures
+from unflaw.methods.synthesis import texture_images
 from unflaw.methods.visualization import Stage
 from unflaw.postprocessing.results import Scale
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
 
-EXERCISES = 4  # good pictures that training is shown on
-_PICTURE, _HEAT_MAP = "Picture", "Heat map"
+EXERCISES = 4  # good images that training is shown on
+_IMAGE, _HEAT_MAP = "Image", "Heat map"
 _DRAWN = "Drawn: features as the display decoder draws them, for people only; it takes no part in scoring."
 _HEAT = "Heat map: blue up to the pixel threshold, the number in the middle, warm above it. Green: the true defect."
 
@@ -48,23 +48,23 @@ def write_figures(
     out: Path,
     *,
     category: str | None = None,
-    pictures: Sequence[Path] = (),
+    images: Sequence[Path] = (),
     count: int = 4,
     seed: int = 0,
     width: int = 1400,
     progress: Progress = silent,
 ) -> list[Path]:
-    """Draws how a detector works on test pictures, and what it is trained on, as PNG files.
+    """Draws how a detector works on test images, and what it is trained on, as PNG files.
 
     The same detector, data and seed give the same bytes.
 
     Args:
         detector: Fitted, of any method; the method decides which figures there are.
-        dataset: Its test part is shown. Good pictures of it (where there are none, those to train on) stand for those
+        dataset: Its test part is shown. Good images of it (where there are none, those to train on) stand for those
             that training alters.
         out: Folder to write to; files of the same names are replaced.
-        category: What the pictures show, for a detector of several; None: the one that is called like the data set.
-        pictures: Test pictures to show, by path or by the end of it, such as scratch/003.png; empty: chosen at random.
+        category: What the images show, for a detector of several; None: the one that is called like the data set.
+        images: Test images to show, by path or by the end of it, such as scratch/003.png; empty: chosen at random.
         count: How many are chosen: kinds of defects in turn, about a quarter of them good.
         seed: Of that choice and of artificial anomalies.
         width: Of the figures at most, pixels.
@@ -73,13 +73,13 @@ def write_figures(
         The files, in the order of drawing.
 
     Raises:
-        DatasetError: No test pictures, or a picture of `pictures` that is not among them.
-        ImageError: A picture or mask that is needed cannot be read. DetectorError: as for `Detector.select`.
+        DatasetError: No test images, or an image of `images` that is not among them.
+        ImageError: An image or mask that is needed cannot be read. DetectorError: as for `Detector.select`.
         InUseError: Another run writes to `out`.
     """
     category = detector.match(dataset.name) if category is None else category
     scale = detector.select(category).scale
-    samples = [_named(dataset, picture) for picture in pictures] or _chosen(dataset, count, seed)
+    samples = [_named(dataset, image) for image in images] or _chosen(dataset, count, seed)
     make_folder(out)
     with holding(out):
         lines: dict[str, list[_Line]] = defaultdict(list)
@@ -99,25 +99,25 @@ def write_figures(
     return written
 
 
-def _named(dataset: Dataset, picture: Path) -> Sample:
-    """The test picture of this path, or the one whose path ends so."""
-    exact = [s for s in dataset.test if s.path.resolve() == picture.resolve()]
-    found = exact or [s for s in dataset.test if s.path.parts[-len(picture.parts) :] == picture.parts]
+def _named(dataset: Dataset, image: Path) -> Sample:
+    """The test image of this path, or the one whose path ends so."""
+    exact = [s for s in dataset.test if s.path.resolve() == image.resolve()]
+    found = exact or [s for s in dataset.test if s.path.parts[-len(image.parts) :] == image.parts]
     if len(found) != 1:
         fault = "is not among" if not found else f"is the name of {len(found)} of"
         example = _example(dataset)
-        raise DatasetError(f"{picture}: {fault} the test pictures of {dataset.name}; name one as in {example}")
+        raise DatasetError(f"{image}: {fault} the test images of {dataset.name}; name one as in {example}")
     return found[0]
 
 
 def _example(dataset: Dataset) -> str:
     if not dataset.test:
-        raise DatasetError(f"{dataset.name}: there are no test pictures to show; give data that has some, as test/good")
+        raise DatasetError(f"{dataset.name}: there are no test images to show; give data that has some, as test/good")
     return "/".join(dataset.test[-1].path.parts[-2:])
 
 
 def _chosen(dataset: Dataset, count: int, seed: int) -> list[Sample]:
-    """Defective pictures, their kinds in turn, then good ones: about a quarter, and all where there are no others."""
+    """Defective images, their kinds in turn, then good ones: about a quarter, and all where there are no others."""
     _example(dataset)
     kinds: dict[str, list[Sample]] = defaultdict(list)
     for sample in dataset.test:
@@ -135,7 +135,7 @@ def _drawn_from(samples: Sequence[Sample], count: int, seed: int) -> list[Sample
 
 
 def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str | None) -> dict[str, list[_Line]]:
-    """The rows of one test picture, by figure: the picture, the method's stages, the heat map."""
+    """The rows of one test image, by figure: the image, the method's stages, the heat map."""
     network, preparation = detector.network_of(category), detector.config.preparation
     result = detector.inspect(sample.path, category=category)
     truth = np.zeros(result.map.shape, bool)
@@ -145,7 +145,7 @@ def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str |
     seen = list(windows(read(sample.path), preparation))
     shown = max(seen, key=lambda window: float(result.map[_on_map(window)].max()))  # of tiles the most anomalous
     here = _on_map(shown)
-    first = {_PICTURE: _pixels(outline(result.image, truth)[here])}
+    first = {_IMAGE: _pixels(outline(result.image, truth)[here])}
     last = {_HEAT_MAP: _pixels(outline(heat, truth)[here])}
     name = [*label(result).split("/"), f"verdict {result.verdict}", f"p {result.p_value:.2g}"]
     features, image = network.embed(stack([shown])), result.image[here]
@@ -160,7 +160,7 @@ def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str |
 
 
 def _on_map(window: ModelInput) -> tuple[slice, slice]:
-    """Where a window lies on the map of its picture."""
+    """Where a window lies on the map of its image."""
     (x, y), step, size = window.window.place, window.layout.step, window.layout.preparation.size
     return slice(y // step, (y + size) // step), slice(x // step, (x + size) // step)
 
@@ -172,13 +172,13 @@ def _exercises(
     network, preparation = detector.network_of(category), detector.config.preparation
     textures = None
     if network.uses_textures:
-        textures = torch.from_numpy(np.stack(texture_pictures(detector.config.training.textures, preparation)))
+        textures = torch.from_numpy(np.stack(texture_images(detector.config.training.textures, preparation)))
     seen = [list(windows(read(sample.path), preparation)) for sample in samples]
-    pictures = stack([shown[len(shown) // 2] for shown in seen])
+    images = stack([shown[len(shown) // 2] for shown in seen])
     whole = (0, 0, preparation.size, preparation.size)
     return {
         figure: [_Line([name], _shown(detector, stages), whole) for name, stages in rows]
-        for figure, rows in network.exercises(pictures, textures, Generator().manual_seed(seed)).items()
+        for figure, rows in network.exercises(images, textures, Generator().manual_seed(seed)).items()
     }
 
 
@@ -197,8 +197,8 @@ def _shown(detector: Detector, stages: dict[str, Stage], image: np.ndarray | Non
 
 
 def _pixels(image: np.ndarray) -> Stage:
-    """A picture (h, w, 3) uint8."""
-    return Stage("picture", torch.from_numpy(image).permute(2, 0, 1) / 255)
+    """An image (h, w, 3) uint8."""
+    return Stage("image", torch.from_numpy(image).permute(2, 0, 1) / 255)
 
 
 def _draw(lines: Sequence[_Line], scale: Scale, size: int, width: int) -> Image.Image:
@@ -222,7 +222,7 @@ def _draw(lines: Sequence[_Line], scale: Scale, size: int, width: int) -> Image.
 
 
 def _canvas(values: Tensor, size: int, kind: str, valid: Box) -> np.ndarray:
-    """(C, h, w) at the size of the canvas, masks by nearest neighbour; the part that the picture covers, (h, w, C)."""
+    """(C, h, w) at the size of the canvas, masks by nearest neighbour; the part that the image covers, (h, w, C)."""
     mode = "nearest" if kind == "mask" else "bilinear"
     x0, y0, x1, y1 = valid
     return F.interpolate(values[None].float(), (size, size), mode=mode)[0, :, y0:y1, x0:x1].permute(1, 2, 0).numpy()

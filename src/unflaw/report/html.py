@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _METRICS = {
-    "image_auroc": ("Image AUROC", "chance that a defective picture scores above a good one"),
-    "image_ap": ("Image AP", "average precision over pictures"),
-    "image_f1_max": ("Image F1 max", "best F1 of all thresholds; chosen on these pictures, so an upper bound"),
+    "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one"),
+    "image_ap": ("Image AP", "average precision over images"),
+    "image_f1_max": ("Image F1 max", "best F1 of all thresholds; chosen on these images, so an upper bound"),
     "pixel_auroc": ("Pixel AUROC", "chance that a defective pixel scores above a good one"),
     "pixel_ap": ("Pixel AP", "average precision over pixels"),
     "pixel_f1_max": ("Pixel F1 max", "best F1 of all pixel thresholds, likewise an upper bound"),
     "aupro_30": ("AUPRO 30%", "share found of each defect, averaged while up to 30% of good pixels are marked"),
     "aupro_05": ("AUPRO 5%", "the same up to 5%, which is closer to use in practice"),
-    "aupimo": ("AUPIMO", "share found of each picture's defects while 1 to 10 of 100,000 good pixels are marked"),
+    "aupimo": ("AUPIMO", "share found of each image's defects while 1 to 10 of 100,000 good pixels are marked"),
     "spro_05": ("sPRO 5%", "as AUPRO 5%, but of each defect only as much need be found as its kind asks for"),
 }
 # Of verdicts and regions, at the detector's own thresholds.
 _DECISIONS = {
     "region_recall": ("Region recall", "share of the true defect areas that a predicted region touches"),
-    "false_regions": ("False regions", "per good picture"),
-    "good_with_regions": ("Good with regions", "share of good pictures that show any region"),
-    "review_good": ("Good for review", "good pictures that went to review"),
-    "review_defective": ("Defects for review", "defective pictures that went to review"),
+    "false_regions": ("False regions", "per good image"),
+    "good_with_regions": ("Good with regions", "share of good images that show any region"),
+    "review_good": ("Good for review", "good images that went to review"),
+    "review_defective": ("Defects for review", "defective images that went to review"),
 }
 # name -> title, x axis, y axis, end of the x axis. PRO is only of interest where few good pixels are marked.
 _CURVES = {
-    "roc": ("ROC, pictures", "false-alarm rate", "detection rate", 1.0),
-    "pr": ("Precision and recall, pictures", "recall", "precision", 1.0),
+    "roc": ("ROC, images", "false-alarm rate", "detection rate", 1.0),
+    "pr": ("Precision and recall, images", "recall", "precision", 1.0),
     "pro": ("Per-region overlap, pixels", "false-positive rate", "overlap", 0.3),
     "risk": ("Review by p-value", "share sent to review", "share of errors left", 1.0),
     "risk_uncertainty": ("Review with uncertainty", "share sent to review", "share of errors left", 1.0),
@@ -63,7 +63,7 @@ def write_report(
 
     Args:
         evaluation: What was measured. Besides the metrics, `threshold`, `per_defect`, `config` and `timing` of
-            `evaluation.metrics` are shown where present. Pictures appear in the order of `evaluation.shown`. Several,
+            `evaluation.metrics` are shown where present. Images appear in the order of `evaluation.shown`. Several,
             by category, stand below a table of their metrics and the means of these.
         path: The file to write; missing folders are made.
         title: Heading, such as "URA-Net on screw".
@@ -139,35 +139,33 @@ def _outcome(label: int, verdict: str) -> str:
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many pictures, false alarms and missed defects, in one sentence."""
+    """How many images, false alarms and missed defects, in one sentence."""
     clauses, kinds = [], {"good": ("false alarm", "raised a false alarm"), "defective": ("missed", "passed as good")}
     for kind, (mistake, happened) in kinds.items():
         outcomes = [row["outcome"] for row in rows if bool(row["label"]) == (kind == "defective")]
         if outcomes:
             n, total = outcomes.count(mistake), len(outcomes)
-            clauses.append(f"{n} of {count(total, f'{kind} picture')} ({n / total:.1%}) {happened}")
+            clauses.append(f"{n} of {count(total, f'{kind} image')} ({n / total:.1%}) {happened}")
     if not clauses:
-        return "No picture was inspected."
+        return "No image was inspected."
     review = sum(row["outcome"] == "review" for row in rows)
-    reviewed = (
-        f" {review} of {count(len(rows), 'picture')} ({review / len(rows):.1%}) went to review." if review else ""
-    )
+    reviewed = f" {review} of {count(len(rows), 'image')} ({review / len(rows):.1%}) went to review." if review else ""
     return f"At the calibrated threshold, {' and '.join(clauses)}.{reviewed}"
 
 
 def _card(inspected: Inspected, scale: Scale) -> dict[str, Any]:
-    pictures = views(inspected.result, scale, inspected.mask)
+    images = views(inspected.result, scale, inspected.mask)
     return {
         "result": inspected.result,
         "name": label(inspected.result),
         "defect": inspected.defect,
         "outcome": _outcome(inspected.label, inspected.result.verdict),
-        "pictures": {caption: _data_uri(pixels) for caption, pixels in pictures.items()},
+        "images": {caption: _data_uri(pixels) for caption, pixels in images.items()},
     }
 
 
 def _data_uri(pixels: np.ndarray, side: int = 384) -> str:
-    """An image for `src`, at most `side` pixels long, so that a report of 40 pictures stays at a few megabytes."""
+    """An image for `src`, at most `side` pixels long, so that a report of 40 images stays at a few megabytes."""
     image, data = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((side, side))
     image.save(data, "JPEG", quality=90, subsampling=0)  # coarser colour would let outlines bleed

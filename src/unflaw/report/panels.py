@@ -1,4 +1,4 @@
-"""Pictures of a result: heat maps on the detector's fixed scale, outlines, and captioned panels."""
+"""Images of a result: heat maps on the detector's fixed scale, outlines, and captioned panels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLOURS = np.array([(11, 16, 38), (74, 111, 165), (226, 82, 43), (250, 150, 20)
 # A method's own maps, 0 dark and the stated limit light: lighter throughout too, and free of the colours of an alarm.
 _MAP_STOPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MAP_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
-COVER = (214, 228, 240)  # what is covered in a picture
+COVER = (214, 228, 240)  # what is covered in an image
 
 _CAPTIONS = {"mean": "Mean map", "uncertainty": "Uncertainty", "mask": "Final mask", "restored": "Restored"}
 _VERDICTS = {"good": "#1b6e3c", "review": "#8a5a00", "defect": "#b3261e"}
@@ -50,7 +50,7 @@ def _coloured(values: np.ndarray, stops: Sequence[float], colours: np.ndarray) -
 
 
 def overlay(image: np.ndarray, anomaly_map: np.ndarray, scale: Scale, opacity: float = 0.75) -> np.ndarray:
-    """Lays the heat map over the picture, more opaque where it is higher; good areas stay the picture. (H, W, 3) uint8.
+    """Lays the heat map over the image, more opaque where it is higher; good areas stay the image. (H, W, 3) uint8.
 
     Args:
         image: (H, W, 3) uint8.
@@ -63,7 +63,7 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, scale: Scale, opacity: f
 
 
 def veil(anomaly_map: np.ndarray, scale: Scale, opacity: float = 0.75) -> np.ndarray:
-    """What `overlay` lays over a picture, as (H, W, 4) uint8: colours and their opacity."""
+    """What `overlay` lays over an image, as (H, W, 4) uint8: colours and their opacity."""
     alpha = (255 * _opacity(anomaly_map, scale, opacity)).round().astype(np.uint8)
     return np.concatenate([heat_map(anomaly_map, scale), alpha], axis=-1)
 
@@ -79,7 +79,7 @@ def outline(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = 
     Args:
         image: (H, W, 3) uint8; left as it is.
         mask: (H, W), any type; true where not 0.
-        colour: RGB. A dark rim outside the line keeps it legible on any picture.
+        colour: RGB. A dark rim outside the line keeps it legible on any image.
     """
     inside, drawn = mask != 0, image.copy()
     width = max(1, round(max(mask.shape) / 128))
@@ -89,7 +89,7 @@ def outline(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = 
 
 
 def views(result: Result, scale: Scale, mask: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """The pictures that explain a result, by caption, without the padding of the canvas.
+    """The images that explain a result, by caption, without the padding of the canvas.
 
     Args:
         result: An inspection.
@@ -102,7 +102,7 @@ def views(result: Result, scale: Scale, mask: np.ndarray | None = None) -> dict[
     x0, y0, x1, y1 = result.valid
     valid = np.s_[y0:y1, x0:x1]
     image, anomaly_map = result.image[valid], result.map[valid]
-    shown = {"Picture": image}
+    shown = {"Image": image}
     if mask is not None and mask[valid].any():
         shown["Ground truth"] = outline(image, mask[valid])
     shown["Heat map"] = _boxed(overlay(image, anomaly_map, scale), result)
@@ -119,11 +119,11 @@ def panel(result: Result, scale: Scale, mask: np.ndarray | None = None, tile: in
         result: An inspection.
         scale: The detector's fixed scale.
         mask: (size, size), the true defect on the same canvas, if it is known.
-        tile: Longer side of each picture, pixels.
+        tile: Longer side of each image, pixels.
     """
     shown = views(result, scale, mask)
-    width, height = _fitted(shown["Picture"].shape, tile)
-    step = max(width, 90) + _MARGIN  # a narrow picture still leaves room for its caption
+    width, height = _fitted(shown["Image"].shape, tile)
+    step = max(width, 90) + _MARGIN  # a narrow image still leaves room for its caption
     row = Image.new("RGB", (max(260, _MARGIN + step * len(shown)), _HEADER + height + _CAPTION + _MARGIN), "white")
     draw, small, large = ImageDraw.Draw(row), Typeface(12), Typeface(15)
     large.draw(draw, (_MARGIN, 8), _shortened(label(result), large, row.width - 2 * _MARGIN), "black")
@@ -150,11 +150,11 @@ def sheet(
     notes: Sequence[str] = (),
     width: int = 1400,
 ) -> Image.Image:
-    """Pictures in rows and columns on white: headings above, names at the left, scales and notes below.
+    """Images in rows and columns on white: headings above, names at the left, scales and notes below.
 
     Args:
         columns: From left to right.
-        rows: Lines of the name and pictures (h, w, 3) uint8 by heading, all of a row of one shape; where a column has
+        rows: Lines of the name and images (h, w, 3) uint8 by heading, all of a row of one shape; where a column has
             none, the place stays empty.
         notes: Lines of text.
         width: At most this many pixels; tiles are 24 to 240 pixels wide.
@@ -165,7 +165,7 @@ def sheet(
     tile = max(24, min(240, (width - margin - _MARGIN) // len(columns) - _GAP))
     headings = [_wrapped(column.heading, small, tile) for column in columns]
     top = _MARGIN + 17 * max(map(len, headings))
-    sizes = [_fitted(next(iter(pictures.values())).shape, tile) for _, pictures in rows]
+    sizes = [_fitted(next(iter(images.values())).shape, tile) for _, images in rows]
     heights = [max(height, 17 * len(lines)) for (_, height), (lines, _) in zip(sizes, rows, strict=True)]
     bottom = top + sum(heights) + _GAP * len(heights)
     scaled = 30 if any(column.bar is not None for column in columns) else 0
@@ -176,10 +176,10 @@ def sheet(
         x, y = margin + _MARGIN + i * (tile + _GAP), top
         for j, line in enumerate(heading):
             small.draw(draw, (x, top - 4 - 17 * (len(heading) - j)), line, "#222222")
-        for (_, pictures), (w, h), height in zip(rows, sizes, heights, strict=True):
-            if column.heading in pictures:
-                picture = Image.fromarray(pictures[column.heading]).resize((w, h), Image.Resampling.LANCZOS)
-                drawn.paste(picture, (x, y))
+        for (_, images), (w, h), height in zip(rows, sizes, heights, strict=True):
+            if column.heading in images:
+                image = Image.fromarray(images[column.heading]).resize((w, h), Image.Resampling.LANCZOS)
+                drawn.paste(image, (x, y))
             y += height + _GAP
         if column.bar is not None:
             drawn.paste(Image.fromarray(column.bar).resize((tile, 8)), (x, bottom))
@@ -196,7 +196,7 @@ def sheet(
 
 
 def _fitted(shape: Sequence[int], tile: int) -> tuple[int, int]:
-    """Width and height of a picture whose longer side is `tile`."""
+    """Width and height of an image whose longer side is `tile`."""
     width, height = (max(1, round(tile * side / max(shape[:2]))) for side in (shape[1], shape[0]))
     return width, height
 
@@ -221,11 +221,11 @@ def _shortened(text: str, font: Typeface, width: float) -> str:
 
 def label(result: Result) -> str:
     """What to call a result: its file with the folder, which in most layouts is the defect type."""
-    return "/".join(Path(result.path).parts[-2:]) if result.path else "picture"
+    return "/".join(Path(result.path).parts[-2:]) if result.path else "image"
 
 
 def _boxed(image: np.ndarray, result: Result) -> np.ndarray:
-    """Boxes the regions of a result, whose places are in pixels of its file, on the picture of its crop."""
+    """Boxes the regions of a result, whose places are in pixels of its file, on the image of its crop."""
     left, top, right, bottom = result.crop
     height, width = image.shape[:2]
     across, down = width / max(right - left, 1), height / max(bottom - top, 1)

@@ -27,7 +27,7 @@ COMPUTED = ("backbone", "method", "map and layers")  # what `compute` is made of
 
 @dataclass
 class Stage:
-    """Milliseconds per picture, a value for each round: on the clock, and of all processor cores together."""
+    """Milliseconds per image, a value for each round: on the clock, and of all processor cores together."""
 
     clock: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
@@ -67,9 +67,9 @@ def pieces(detector: BasePredictor, category: str | None = None) -> Iterator[Map
 def measure(
     detector: BasePredictor, sources: Sequence[Path | bytes], *, batch: int, rounds: int, category: str | None = None
 ) -> dict[str, Stage]:
-    """Stages of `batch` pictures computed together, over `rounds` rounds that take the sources in turn.
+    """Stages of `batch` images computed together, over `rounds` rounds that take the sources in turn.
 
-    "decode" and "prepare" are one picture after the other; "compute" is the network or graph, and its pieces where the
+    "decode" and "prepare" are one image after the other; "compute" is the network or graph, and its pieces where the
     detector is a trained one; "inspect" is `BasePredictor.inspect`, all of that and the decisions.
     """
     name, preparation = detector.category(category), detector.config.preparation
@@ -78,10 +78,10 @@ def measure(
     for number in range(rounds + WARM):
         chosen = list(islice(endless, batch))
         found: dict[str, tuple[float, float]] = {}
-        images, found["decode"] = _timed(list, map(read, chosen))
-        pictures, found["prepare"] = _timed(list, (prepare(image, preparation) for image in images))
+        decoded, found["decode"] = _timed(list, map(read, chosen))
+        images, found["prepare"] = _timed(list, (prepare(image, preparation) for image in decoded))
         with pieces(detector, name) as spent:
-            _, found["compute"] = _timed(detector.compute, pictures, name)
+            _, found["compute"] = _timed(detector.compute, images, name)
         for piece, (clock, processor) in spent.items():
             found[piece] = clock, processor
         if spent:
@@ -95,16 +95,16 @@ def measure(
     return dict(stages)
 
 
-def throughput(detector: BasePredictor, paths: Sequence[Path], pictures: int, category: str | None = None) -> float:
-    """Pictures per second of `inspect_many`, which reads the next ones while it computes."""
+def throughput(detector: BasePredictor, paths: Sequence[Path], images: int, category: str | None = None) -> float:
+    """Images per second of `inspect_many`, which reads the next ones while it computes."""
     started = time.perf_counter()
-    for _ in detector.inspect_many(list(islice(cycle(paths), pictures)), category=category):
+    for _ in detector.inspect_many(list(islice(cycle(paths), images)), category=category):
         pass
-    return pictures / (time.perf_counter() - started)
+    return images / (time.perf_counter() - started)
 
 
 def made_up(count: int = 8, side: int = 1024) -> list[bytes]:
-    """Pictures to measure with where none are given: JPEG files of smooth noise, side×side."""
+    """Images to measure with where none are given: JPEG files of smooth noise, side×side."""
     rng, files = np.random.default_rng(0), []
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""A trained detector as one graph for ONNX Runtime or OpenVINO: from the prepared picture to map, score and layers."""
+"""A trained detector as one graph for ONNX Runtime or OpenVINO: from the prepared image to map, score and layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Precision = Literal["fp32", "fp16", "int8"]
 OPSET = 18
 SUFFIX: Mapping[str, str] = {"onnx": ".onnx", "openvino": ".xml"}
 HALVED = 1024  # numbers that a tensor has at least to be stored in 16 bits; smaller ones hold scales and means
-CALIBRATED_ON = 64  # pictures at most that say which range 8 bits have to cover
+CALIBRATED_ON = 64  # images at most that say which range 8 bits have to cover
 
 
 class ByCategory(nn.Module):
@@ -55,10 +55,10 @@ class ByCategory(nn.Module):
         for name, place in self.owned.items():
             self.register_buffer(place, torch.stack([category[name] for category in categories]))
 
-    def forward(self, pictures: Tensor, category: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, category: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
         """As `Graph`, with the number of the category, () int64."""
         own = {f"network.{name}": getattr(self, place)[category] for name, place in self.owned.items()}
-        return functional_call(self.whole, own, (pictures, cells))
+        return functional_call(self.whole, own, (images, cells))
 
 
 def export(
@@ -67,7 +67,7 @@ def export(
     *,
     to: Target = "onnx",
     precision: Precision = "fp32",
-    pictures: Sequence[ModelInput] = (),
+    images: Sequence[ModelInput] = (),
 ) -> Path:
     """Writes a detector as a graph, with all that its file says of it; docs/runtime.md is the contract.
 
@@ -77,20 +77,20 @@ def export(
         to: What will run it.
         precision: "fp32" agrees with the detector to rounding. "fp16" stores weights and memories in 16 bits and
             computes in 32: half the file. "int8" also computes the deeper half of the backbone in 8 bits.
-        pictures: Good ones, which say what range 8 bits have to cover; up to 64 are used.
+        images: Good ones, which say what range 8 bits have to cover; up to 64 are used.
 
     Raises:
-        DetectorError: Not fitted. ValueError: "int8" without pictures, or without a backbone.
+        DetectorError: Not fitted. ValueError: "int8" without images, or without a backbone.
     """
     path = Path(path)
-    if precision == "int8" and not pictures:
-        raise ValueError("8 bits need good pictures that say which range they have to cover; give --data")
+    if precision == "int8" and not images:
+        raise ValueError("8 bits need good images that say which range they have to cover; give --data")
     detector.select(next(iter(detector.calibrations), None))  # fails where there is none
     model = to_onnx(detector)
     if precision == "int8":
         from unflaw.runtime.quantisation import quantise
 
-        model = quantise(model, pictures[:CALIBRATED_ON])
+        model = quantise(model, images[:CALIBRATED_ON])
     for node in model.graph.node:
         del node.metadata_props[:]  # where in torch's code it comes from
         node.doc_string = ""
@@ -106,12 +106,12 @@ def export(
 
 
 def to_onnx(detector: Detector) -> ModelProto:
-    """The graph of a fitted detector in float32, without metadata. The number of pictures, N, is open."""
+    """The graph of a fitted detector in float32, without metadata. The number of images, N, is open."""
     networks = [category.network for category in detector.categories_.values()]
     graph: Graph | ByCategory = Graph(networks[0], detector.display)
     size = detector.config.preparation.size
     batch = torch.export.Dim("N", min=1)
-    arguments: dict[str, tuple[Tensor, Any]] = {"pictures": (torch.rand(2, 3, size, size), {0: batch})}
+    arguments: dict[str, tuple[Tensor, Any]] = {"images": (torch.rand(2, 3, size, size), {0: batch})}
     if len(networks) > 1:
         graph = ByCategory(Graph(networks[0], detector.display), [network.finished_state() for network in networks])
         arguments["category"] = (torch.tensor(0), None)

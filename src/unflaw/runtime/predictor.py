@@ -17,7 +17,7 @@ from unflaw.imaging.transforms import ModelInput
 from unflaw.inference.base import BasePredictor, Outputs
 from unflaw.io.detector_file import kind_of, read_metadata, read_weights
 
-INPUTS = ("pictures", "cells", "category")  # of which every graph has the first
+INPUTS = ("images", "cells", "category")  # of which every graph has the first
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -27,7 +27,7 @@ class ExportedDetector(BasePredictor):
 
     Args:
         path: The `.onnx` file, or the `.xml` file of OpenVINO, whose `.bin` file lies beside it.
-        threads: That compute a picture; None: as many as the runtime likes, usually one per core.
+        threads: That compute an image; None: as many as the runtime likes, usually one per core.
 
     Raises:
         DetectorError: Missing, damaged, not a detector, of a newer format, or with parts that no exported detector has.
@@ -46,7 +46,7 @@ class ExportedDetector(BasePredictor):
         self.record_ = metadata.get("record", {})
         open_graph = _open_onnx if kind_of(path) == "onnx" else _open_openvino
         self.inputs, outputs, self._run = open_graph(Path(path), threads)
-        if not {"map", "score"} <= set(outputs) or not {"pictures"} <= set(self.inputs) <= set(INPUTS):
+        if not {"map", "score"} <= set(outputs) or not {"images"} <= set(self.inputs) <= set(INPUTS):
             raise DetectorError(
                 f"{path}: its graph has the inputs {', '.join(self.inputs)} and the outputs {', '.join(outputs)}, "
                 "which are not those of a detector; export it again"
@@ -60,20 +60,20 @@ class ExportedDetector(BasePredictor):
     def references(self) -> Mapping[str, Reference]:
         return self._references
 
-    def compute(self, pictures: Sequence[ModelInput], category: str) -> Outputs:
-        """What the graph finds in windows, of pictures of a category; see `BasePredictor.compute`.
+    def compute(self, images: Sequence[ModelInput], category: str) -> Outputs:
+        """What the graph finds in windows, of images of a category; see `BasePredictor.compute`.
 
-        One picture at a time: matrices of one stay in the processor's cache, those of several do not.
+        One image at a time: matrices of one stay in the processor's cache, those of several do not.
         """
         number = list(self.calibrations).index(category)
-        found = [self._run(self.feeds([picture], number)) for picture in pictures]
+        found = [self._run(self.feeds([image], number)) for image in images]
         return Outputs.of({name: np.concatenate([one[name] for one in found]) for name in found[0]})
 
-    def feeds(self, pictures: Sequence[ModelInput], category: int = 0) -> dict[str, np.ndarray]:
+    def feeds(self, images: Sequence[ModelInput], category: int = 0) -> dict[str, np.ndarray]:
         """What goes into the graph, by the names of its inputs."""
         fed = {
-            "pictures": np.stack([picture.pixels for picture in pictures]),
-            "cells": np.stack([picture.window.cells(self.exported["grid"]) for picture in pictures]),
+            "images": np.stack([image.pixels for image in images]),
+            "cells": np.stack([image.window.cells(self.exported["grid"]) for image in images]),
             "category": np.array(category, np.int64),
         }
         return {name: fed[name] for name in self.inputs}

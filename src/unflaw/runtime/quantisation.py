@@ -1,8 +1,8 @@
 """Eight bits for the deeper half of an exported backbone.
 
 The distance to a memory takes the noise of rounding for what is not normal: with all of EfficientNet-Lite0 in 8 bits
-image AUROC on screw fell from .945 to .194 (`lookup`), with the 1×1 convolutions alone to .877, with those of its first
-half to .874, and with those of its second half not at all (.949). That half has most of the weights.
+image AUROC on screw fell from .945 to .194 (`nearest_neighbor`), with the 1×1 convolutions alone to .877, with those
+of its first half to .874, and with those of its second half not at all (.949). That half has most of the weights.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from unflaw.imaging.transforms import ModelInput
 BACKBONE = "network.features.backbone"
 
 
-def quantise(model: ModelProto, pictures: Sequence[ModelInput]) -> ModelProto:
-    """Quantised statically, weights by output channel, activations in the range that good pictures show.
+def quantise(model: ModelProto, images: Sequence[ModelInput]) -> ModelProto:
+    """Quantised statically, weights by output channel, activations in the range that good images show.
 
     Args:
         model: As `to_onnx` writes it: its nodes say which module they come from.
-        pictures: Good ones, on the detector's canvas.
+        images: Good ones, on the detector's canvas.
 
     Raises:
         DetectorError: No backbone.
@@ -49,15 +49,15 @@ def quantise(model: ModelProto, pictures: Sequence[ModelInput]) -> ModelProto:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.rest = iter(pictures)
+            self.rest = iter(images)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            picture = next(self.rest, None)
-            if picture is None:
+            image = next(self.rest, None)
+            if image is None:
                 return None
             fed = {
-                "pictures": picture.pixels[None],
-                "cells": picture.window.cells(grid)[None],
+                "images": image.pixels[None],
+                "cells": image.window.cells(grid)[None],
                 "category": np.array(0, np.int64),
             }
             return {name: fed[name] for name in inputs}

@@ -1,4 +1,4 @@
-"""An exported detector beside the one it was made of, picture by picture."""
+"""An exported detector beside the one it was made of, image by image."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Comparison:
     """What differs, and how much at most. A difference is relative to what the trained detector says, see `compare`.
 
     Attributes:
-        pictures: How many were compared.
+        images: How many were compared.
         score: Largest difference of scores, and `score_path` where.
         map: Largest mean difference of a map, and `map_path` where.
         cell: Largest difference at any place of a map.
         layers: By name, the largest difference at any place of "mean" and "uncertainty", which lie in [0, 1].
-        verdicts: Pictures with another verdict although neither score is as near to a threshold as the tolerance.
-        edge: Pictures with another verdict whose scores are: any rounding may turn these.
-        skipped: (path, reason) of pictures that could not be read.
+        verdicts: Images with another verdict although neither score is as near to a threshold as the tolerance.
+        edge: Images with another verdict whose scores are: any rounding may turn these.
+        skipped: (path, reason) of images that could not be read.
     """
 
-    pictures: int = 0
+    images: int = 0
     score: float = 0.0
     score_path: str = ""
     map: float = 0.0
@@ -41,12 +41,12 @@ class Comparison:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def agrees(self, tolerance: float) -> bool:
-        """Scores, maps and verdicts of at least one picture, and all of them."""
+        """Scores, maps and verdicts of at least one image, and all of them."""
         return not self.faults(tolerance)
 
     def faults(self, tolerance: float) -> list[str]:
         """Why they do not agree, a clause for each reason; none where they do."""
-        if not self.pictures:
+        if not self.images:
             return ["no image could be read, so nothing was compared"]
         above = [name for name, largest in (("scores", self.score), ("maps", self.map)) if largest > tolerance]
         found = [f"their {' and '.join(above)} differ by more than {tolerance:g}"] if above else []
@@ -86,7 +86,7 @@ def compare(
 
     The difference of two scores a and b, b the trained detector's, is |a − b| / max(|b|, σ), σ the deviation of the
     scores that calibrated it: scores count in deviations from normal, and one near 0 must not count as infinitely far.
-    That of two maps is the mean of |a − b| over the picture, divided by the largest |b| or the span of the heat map's
+    That of two maps is the mean of |a − b| over the image, divided by the largest |b| or the span of the heat map's
     scale, whichever is larger; `cell` is the same of the largest |a − b|. Single cells may differ by more than
     rounding: where two normal features are equally near, rounding decides which of them a memory recalls.
 
@@ -95,7 +95,7 @@ def compare(
         tolerance: How near to a threshold a score may be for its verdict not to count.
 
     Raises:
-        DetectorError: They are not made for the same pictures or categories, or not calibrated alike; see `mismatch`.
+        DetectorError: They are not made for the same images or categories, or not calibrated alike; see `mismatch`.
             A category is missing.
     """
     if reason := mismatch(trained, exported):
@@ -111,7 +111,7 @@ def compare(
         except ImageError as error:
             found.skipped.append((str(path), str(error)))
             continue
-        found.pictures += 1
+        found.images += 1
         score = _size(abs(after.score - before.score) / max(abs(before.score), deviation))
         if score >= found.score:
             found.score, found.score_path = score, str(path)

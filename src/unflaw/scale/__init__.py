@@ -1,4 +1,4 @@
-"""Millions of pictures: from folders, Parquet or shards to partitions of Parquet, with Ray; see docs/scaling.md."""
+"""Millions of images: from folders, Parquet or shards to partitions of Parquet, with Ray; see docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Totals:
     """What came of a run and of those before it that it went on with.
 
     Attributes:
-        counts: Pictures that are "good", "review", "defect" or "failed".
+        counts: Images that are "good", "review", "defect" or "failed".
         partitions: How many the plan has.
         finished: Of these, those that have their file now.
         before: Of these, found finished.
@@ -53,22 +53,22 @@ def predict(
     retry: bool = False,
     progress: Progress = silent,
 ) -> Totals:
-    """Inspects many pictures with a pool of workers and writes `output/part-00000.parquet` and so on.
+    """Inspects many images with a pool of workers and writes `output/part-00000.parquet` and so on.
 
     A partition is finished when its file is there; what is finished is not done again, so that the same call goes on
-    after any interruption. Columns are those of `partitions.schema`; a picture that cannot be read has a row too.
+    after any interruption. Columns are those of `partitions.schema`; an image that cannot be read has a row too.
 
     Args:
         model: A detector file. It is loaded here first, and sent to the workers.
-        inputs: Folders, pictures, .parquet files, .tar shards, patterns of these; local or by URL.
+        inputs: Folders, images, .parquet files, .tar shards, patterns of these; local or by URL.
         output: A folder or a URL that this process and all workers reach. One run at a time.
-        category: Of what the pictures show, for a detector of several categories.
+        category: Of what the images show, for a detector of several categories.
         address: Of Ray (see `on_ray.running`).
         workers: How many; by default as many as Ray has processors for.
         threads: That compute, in each.
-        partition: Pictures of one at most. A shard is one by itself.
-        column: Of a table, what holds the pictures (bytes or paths); of shards, their extension.
-        retry: Do failed pictures of finished partitions anew; what they are read from may have been mended.
+        partition: Images of one at most. A shard is one by itself.
+        column: Of a table, what holds the images (bytes or paths); of shards, their extension.
+        retry: Do failed images of finished partitions anew; what they are read from may have been mended.
         progress: Is told of finished partitions.
 
     Raises:
@@ -87,7 +87,7 @@ def predict(
     from unflaw.scale.store import Store
 
     if threads < 1 or partition < 1 or (workers is not None and workers < 1):
-        raise ValueError("workers, threads and pictures of a partition are numbers from 1")
+        raise ValueError("workers, threads and images of a partition are numbers from 1")
     data = plans.detector_files(Path(model))
     unflaw.load(model).select(category)
     store = Store(output)
@@ -130,7 +130,7 @@ def predict(
 
 
 def _apart(inputs: Sequence[str], store: Store) -> None:
-    """Raises: ValueError: The output lies in an input, whose pictures would be other ones the next time."""
+    """Raises: ValueError: The output lies in an input, whose images would be other ones the next time."""
     from unflaw.scale.store import is_local, opened
 
     for given in inputs:

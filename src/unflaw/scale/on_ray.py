@@ -1,7 +1,7 @@
 """Ray Data runs the workers: a pool of actors, as many as are asked for, on this machine or on a cluster.
 
 The rows of the data set are numbers of partitions. Ray Data gives a free actor the next one, holds few in flight, and
-starts a dead actor and its partition again; the workers read and write. So no picture and no result passes through the
+starts a dead actor and its partition again; the workers read and write. So no image and no result passes through the
 driver, and since a partition is a file, what Ray does twice is there once.
 """
 

@@ -1,4 +1,4 @@
-"""Partitions of results: files of Parquet, each whole or not there, a row for each picture."""
+"""Partitions of results: files of Parquet, each whole or not there, a row for each image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def file_of(partition: int) -> str:
 def schema() -> Any:
     """Columns of a partition.
 
-    name: of the picture. source, number: the file that it is in and its place there; together unique. status: "ok" or
+    name: of the image. source, number: the file that it is in and its place there; together unique. status: "ok" or
     "failed", and then error says why. The others are of `Result`; regions is a list. detector: digest of its file.
     """
     import pyarrow as pa

@@ -32,9 +32,9 @@ class Plan(BaseModel):
     inputs: list[str]
     listing: str  # digest of the names of all items
     contents: str  # digest of sizes and times, or ETags
-    pictures: int | None  # None where there are shards, in which they have not been counted
+    images: int | None  # None where there are shards, in which they have not been counted
     partitions: int
-    size: int  # pictures of a partition at most, but for shards
+    size: int  # images of a partition at most, but for shards
     detector: str  # digest of its file
     category: str | None = None
     column: str | None = None
@@ -85,7 +85,7 @@ def prepare(
             for item in items:
                 listing.update(json.dumps(item[:-2]).encode() + b"\n")
                 contents.update(json.dumps(item[-2:]).encode() + b"\n")
-                count, shards = count + (item.pictures or 0), shards or item.pictures is None
+                count, shards = count + (item.images or 0), shards or item.images is None
             yield items
 
     chunks = counted()
@@ -98,7 +98,7 @@ def prepare(
         inputs=list(inputs),
         listing=listing.hexdigest(),
         contents=contents.hexdigest(),
-        pictures=None if shards else count,
+        images=None if shards else count,
         partitions=partitions,
         size=size,
         detector=detector,
@@ -110,18 +110,18 @@ def prepare(
         if plan.contents == known.contents:
             return known
     if not partitions:
-        raise ValueError(f"{', '.join(inputs)}: there are no pictures to inspect")
+        raise ValueError(f"{', '.join(inputs)}: there are no images to inspect")
     store.write(PLAN, plan.model_dump_json(indent=2).encode())
     return plan
 
 
 def partitioned(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive items of at most `size` pictures together. A shard stands alone; longer runs of rows are cut."""
+    """Consecutive items of at most `size` images together. A shard stands alone; longer runs of rows are cut."""
     waiting: list[Item] = []
     held = 0
     for item in items:
         for part in _cut(item, size):
-            count = size if part.pictures is None else part.pictures
+            count = size if part.images is None else part.images
             if held + count > size and waiting:
                 yield waiting
                 waiting, held = [], 0
@@ -132,7 +132,7 @@ def partitioned(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _cut(item: Item, size: int) -> Iterator[Item]:
-    if item.pictures is None:
+    if item.images is None:
         yield item
         return
     for start in range(item.start, item.stop, size):
@@ -193,7 +193,7 @@ _SAID = {
     "column": "another --column",
     "size": "another --partition",
     "version": "another version of unflaw",
-    "listing": "other inputs: pictures were added, removed or renamed",
+    "listing": "other inputs: images were added, removed or renamed",
     "contents": "other inputs: files have changed (--retry allows that, and does only those anew that failed)",
 }
 

@@ -1,7 +1,7 @@
-"""Where pictures come from: folders, tables in Parquet, shards of tar; on a disk or by URL.
+"""Where images come from: folders, tables in Parquet, shards of tar; on a disk or by URL.
 
 Listing gives items, small descriptions of work that are the same every time; opening an item, later and elsewhere,
-gives its pictures.
+gives its images.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ LARGEST = 2**29  # bytes of a member of a shard: a compressed shard could promis
 
 
 class Item(NamedTuple):
-    """Pictures that are read together.
+    """Images that are read together.
 
     Attributes:
-        kind: "picture": one file. "rows": `start` to `stop` of a table. "shard": a tar file, all of it.
+        kind: "image": one file. "rows": `start` to `stop` of a table. "shard": a tar file, all of it.
         path: Of the file: absolute, or a URL.
         name: What the user calls it.
         size: Of the file in bytes; with `version` it tells whether the file has changed.
@@ -51,14 +51,14 @@ class Item(NamedTuple):
     version: str
 
     @property
-    def pictures(self) -> int | None:
-        """Of its pictures; nobody knows of a shard before it has been read."""
+    def images(self) -> int | None:
+        """Of its images; nobody knows of a shard before it has been read."""
         return None if self.kind == "shard" else self.stop - self.start
 
 
 @brief
 class Found(NamedTuple):
-    """A picture of an item.
+    """An image of an item.
 
     Attributes:
         name: That of the file, or in the table, or of the member of the shard.
@@ -86,13 +86,13 @@ class Later:
         except (FileNotFoundError, PermissionError):
             raise
         except IsADirectoryError as error:
-            raise ImageError("is a folder; name one picture in it") from error
+            raise ImageError("is a folder; name one image in it") from error
         except Exception as error:  # network file systems have errors of their own
             raise ImageError(f"could not be read ({error}); try again with --retry") from error
 
 
 def listed(inputs: Sequence[str], column: str | None = None, notes: list[str] | None = None) -> Iterator[Item]:
-    """All items of some inputs: folders, pictures, .parquet files, .tar shards, patterns of these, or URLs.
+    """All items of some inputs: folders, images, .parquet files, .tar shards, patterns of these, or URLs.
 
     A folder is taken for the one kind that it holds. The order is that of the inputs, and by name within each; a file
     that is named twice is there once. What is passed over in folders and patterns, and where links lead, `listing`
@@ -100,7 +100,7 @@ def listed(inputs: Sequence[str], column: str | None = None, notes: list[str] | 
 
     Args:
         inputs: Paths, patterns and URLs.
-        column: Of tables, what holds the pictures.
+        column: Of tables, what holds the images.
         notes: Gets a sentence on the files that were passed over, if there were any, once all are listed.
 
     Raises:
@@ -117,7 +117,7 @@ def listed(inputs: Sequence[str], column: str | None = None, notes: list[str] | 
             seen.add(entry["file"])
             yield from _items(entry, entry["path"], name, column)
         if not some:
-            text = f"{given}: there are no pictures, Parquet files or tar shards; check the path"
+            text = f"{given}: there are no images, Parquet files or tar shards; check the path"
             raise ValueError(". ".join([text, *note(passed_over, "file")]))
     if notes is not None:
         notes += note(passed_over, "file")
@@ -129,7 +129,7 @@ def _kind(name: str) -> str | None:
         return "rows"
     if lower.endswith(SHARDS):
         return "shard"
-    return "picture" if is_image(lower) else None
+    return "image" if is_image(lower) else None
 
 
 def _files(given: str, passed_over: dict[str, int]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -188,7 +188,7 @@ def _in_folder(fs: Any, root: str, given: str, passed_over: list[Entry]) -> Iter
     for entry in _walk(fs, root, passed_over):
         kinds.add(_kind(entry["name"]))
         if len(kinds) > 1:
-            called = {"picture": "pictures", "rows": "Parquet files", "shard": "tar shards"}
+            called = {"image": "images", "rows": "Parquet files", "shard": "tar shards"}
             names = " and ".join(called[str(kind)] for kind in sorted(map(str, kinds)))
             raise ValueError(f"{given}: holds {names}; name those that are meant, such as {given.rstrip('/')}/*.tar")
     yield from _walk(fs, root, [])
@@ -237,7 +237,7 @@ def _identify(fs: Any) -> Callable[[str], str]:
 
 
 def _items(entry: dict[str, Any], path: str, name: str, column: str | None) -> Iterator[Item]:
-    kind = _kind(entry["name"]) or "picture"  # what is named alone is tried, whatever it is called
+    kind = _kind(entry["name"]) or "image"  # what is named alone is tried, whatever it is called
     changed = next((entry[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if entry.get(key)), "")
     size, version = int(entry.get("size") or 0), str(changed).strip('"')
     if kind != "rows":
@@ -253,9 +253,9 @@ def _items(entry: dict[str, Any], path: str, name: str, column: str | None) -> I
             start = stop
 
 
-def pictures(item: Item, column: str | None = None) -> Iterator[Found]:
-    """The pictures of an item, in order. What cannot be read is told of, and is no exception."""
-    if item.kind == "picture":
+def images(item: Item, column: str | None = None) -> Iterator[Found]:
+    """The images of an item, in order. What cannot be read is told of, and is no exception."""
+    if item.kind == "image":
         yield Found(item.name, item.name, 0, Later(item.path))
     elif item.kind == "rows":
         yield from _rows(item, column)
@@ -264,7 +264,7 @@ def pictures(item: Item, column: str | None = None) -> Iterator[Found]:
 
 
 class Columns(NamedTuple):
-    """Which columns of a table hold the pictures, as bytes or as paths, and their names."""
+    """Which columns of a table hold the images, as bytes or as paths, and their names."""
 
     image: str
     nested: bool  # bytes and path of the image are fields of it, as Hugging Face's datasets write them
@@ -288,7 +288,7 @@ class Columns(NamedTuple):
             candidates = held if len(held) == 1 else [n for n in _IMAGES if n in held][:1]
             candidates = candidates or [n for n in _PATHS if n in text and not held][:1]
         if not candidates:
-            which = "is no column of bytes or paths" if wanted else "it is not clear which column holds the pictures"
+            which = "is no column of bytes or paths" if wanted else "it is not clear which column holds the images"
             raise ValueError(
                 f"{called}: {wanted + ' ' if wanted else ''}{which}; there are {', '.join(kinds)} (--column NAME)"
             )
@@ -351,7 +351,7 @@ def _of_row(item: Item, columns: Columns, row: int, values: dict[str, Any]) -> F
         value = value["bytes"] if value["bytes"] is not None else value.get("path")
     name = str(name) if name else f"{item.name}#{row}"
     if value is None:
-        return Found(name, item.name, row, ImageError(f"{name}: row {row} of {item.name} holds no picture"))
+        return Found(name, item.name, row, ImageError(f"{name}: row {row} of {item.name} holds no image"))
     if isinstance(value, bytes):
         return Found(name, item.name, row, value)
     if "::" in value or ("://" in value and value.partition("://")[0] not in {*_URLS, item.path.partition("://")[0]}):
@@ -363,13 +363,13 @@ def _of_row(item: Item, columns: Columns, row: int, values: dict[str, Any]) -> F
 
 
 def _members(item: Item, extension: str | None) -> Iterator[Found]:
-    """Pictures in a tar file, read from its beginning to its end, one at a time."""
+    """Images in a tar file, read from its beginning to its end, one at a time."""
     number = 0
     try:
         fs, path = opened(item.path)
         with fs.open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as shard:
             for member in shard:
-                if not member.isfile() or _kind(member.name) != "picture" or not _has(member.name, extension):
+                if not member.isfile() or _kind(member.name) != "image" or not _has(member.name, extension):
                     continue
                 data: bytes | ImageError = ImageError(f"{member.name}: takes {member.size:,} bytes, over {LARGEST:,}")
                 if member.size <= LARGEST and (file := shard.extractfile(member)) is not None:
@@ -377,7 +377,7 @@ def _members(item: Item, extension: str | None) -> Iterator[Found]:
                 yield Found(member.name, item.name, number, data)
                 number += 1
     except Exception as error:
-        reason = f"{item.name}: cannot be read beyond {count(number, 'picture')} ({error}); copy it again, then --retry"
+        reason = f"{item.name}: cannot be read beyond {count(number, 'image')} ({error}); copy it again, then --retry"
         yield Found(f"{item.name}#{number}", item.name, number, ImageError(reason))
 
 

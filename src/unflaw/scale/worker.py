@@ -1,7 +1,7 @@
 """What one worker does: a partition from its items to its file. It knows nothing of what runs it.
 
 Every partition has one file with a name of its own, and the same partition always gives the same rows: however often
-workers die and begin again, or two do the same, every picture is there once.
+workers die and begin again, or two do the same, every image is there once.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from unflaw.postprocessing.results import Result
 from unflaw.scale import partitions
 from unflaw.scale.partitions import text
 from unflaw.scale.plan import Plan, detector_digest, items_of
-from unflaw.scale.sources import Found, Item, pictures
+from unflaw.scale.sources import Found, Item, images
 from unflaw.scale.store import OWN, Store
 
-DEATHS = 2  # of workers over one picture: then it is recorded as failed
-BEGINNINGS = 5  # of a partition without getting to its first picture: then it is given up
+DEATHS = 2  # of workers over one image: then it is recorded as failed
+BEGINNINGS = 5  # of a partition without getting to its first image: then it is given up
 
 
 class Done(NamedTuple):
-    """What came of a partition: how many pictures are of which verdict or failed, or why there is no file of it."""
+    """What came of a partition: how many images are of which verdict or failed, or why there is no file of it."""
 
     partition: int
     counts: Counter[str]
@@ -59,7 +59,7 @@ class Worker:
         plan: What is there.
         files: Of `plan.detector_files`.
         threads: That compute; two more read ahead.
-        retry: Of a partition that is there, do failed pictures anew.
+        retry: Of a partition that is there, do failed images anew.
     """
 
     def __init__(self, store: Store, plan: Plan, files: dict[str, bytes], *, threads: int = 1, retry: bool = False):
@@ -88,7 +88,7 @@ class Worker:
         items = items_of(self.store, partition)
         try:
             rows = None if notes.careful else list(self._at_once(self._left(items, kept)))
-        except Exception:  # of which picture it is, is not known
+        except Exception:  # of which image it is, is not known
             rows = None
         if rows is None:
             rows = list(self._carefully(self._left(items, kept), notes))
@@ -100,12 +100,12 @@ class Worker:
 
     def _left(self, items: list[Item], kept: Collection[tuple[str, int]]) -> Iterator[Found]:
         for item in items:
-            for found in pictures(item, self.plan.column):
+            for found in images(item, self.plan.column):
                 if (text(found.source), found.number) not in kept:
                     yield found
 
     def _at_once(self, wanted: Iterator[Found]) -> Iterator[partitions.Row]:
-        """All pictures in batches, reading ahead."""
+        """All images in batches, reading ahead."""
         waiting: list[Found] = []
 
         def named() -> Iterator[tuple[str, bytes | Readable | ImageError]]:
@@ -117,17 +117,17 @@ class Worker:
             yield self._row(waiting.pop(0), outcome)
 
     def _carefully(self, wanted: Iterator[Found], notes: Notes) -> Iterator[partitions.Row]:
-        """One picture after the other, each noted first: who kills a worker is known, and passed over in the end."""
+        """One image after the other, each noted first: who kills a worker is known, and passed over in the end."""
         for i, found in enumerate(wanted):
             if notes.deaths(i) >= DEATHS:
-                reason = "the worker that inspected it died, more than once; look at the picture"
+                reason = "the worker that inspected it died, more than once; look at the image"
                 yield self._row(found, ImageError(f"{found.name}: {reason}"))
                 continue
             notes.begin(i)
             try:
                 outcome = next(self.detector.inspect_named([(found.name, found.data)], category=self.plan.category))
             except Exception as error:
-                reason = f"could not be inspected ({type(error).__name__}: {error}); look at the picture"
+                reason = f"could not be inspected ({type(error).__name__}: {error}); look at the image"
                 outcome = ImageError(f"{found.name}: {reason}")
             yield self._row(found, outcome)
         notes.begin(None)
@@ -159,14 +159,14 @@ class Notes:
             self._count(-1)
         if self.deaths(-1) >= BEGINNINGS:
             self.forget()
-            raise RuntimeError(f"its worker died {BEGINNINGS} times before the first picture; is there memory enough?")
+            raise RuntimeError(f"its worker died {BEGINNINGS} times before the first image; is there memory enough?")
         self.begin(None)
 
-    def _count(self, picture: int) -> None:
-        self._noted[str(picture)] = self.deaths(picture) + 1
+    def _count(self, image: int) -> None:
+        self._noted[str(image)] = self.deaths(image) + 1
 
-    def deaths(self, picture: int) -> int:
-        return self._noted.get(str(picture), 0)
+    def deaths(self, image: int) -> int:
+        return self._noted.get(str(image), 0)
 
     def begin(self, doing: int | None) -> None:
         self._store.write(self._name, json.dumps(self._me | {"doing": doing, "deaths": self._noted}).encode())

@@ -39,31 +39,31 @@ _PROBLEMS = {
     400: "A body that cannot be parsed.",
     401: "The token is missing or wrong.",
     403: "Without a token, a request that came from another site.",
-    404: "There is no such detector, category, inspection or picture.",
+    404: "There is no such detector, category, inspection or image.",
     409: "It cannot be done as things stand.",
     413: "More bytes than the station takes.",
-    422: "A picture that cannot be read or has too many pixels, or parameters that cannot be used.",
+    422: "An image that cannot be read or has too many pixels, or parameters that cannot be used.",
     429: "As many requests are being worked on as the station takes; come back after `Retry-After` seconds.",
     503: "It took too long, or the log cannot be written or read.",
 }
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-_PICTURE = {"type": "string", "format": "binary"}
+_IMAGE = {"type": "string", "format": "binary"}
 _TEXT = {"type": "string", "maxLength": 200}
 _KINDS = ("image/png", "image/jpeg", "image/tiff", "image/bmp", "image/webp", "application/octet-stream")
 _BODY = {
     "requestBody": {
         "required": True,
-        "description": "The picture's file, or a form with it.",
+        "description": "The image's file, or a form with it.",
         "content": {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": ["picture"],
+                    "required": ["image"],
                     "additionalProperties": False,
-                    "properties": {"picture": _PICTURE, "detector": _TEXT, "category": _TEXT, "name": _TEXT},
+                    "properties": {"image": _IMAGE, "detector": _TEXT, "category": _TEXT, "name": _TEXT},
                 }
             },
-            **{kind: {"schema": _PICTURE} for kind in _KINDS},
+            **{kind: {"schema": _IMAGE} for kind in _KINDS},
         },
     }
 }
@@ -73,11 +73,11 @@ Id = Annotated[schemas.Number, Path(description="Of an inspection.")]
 
 
 class Asked(BaseModel):
-    """What is asked along with a picture."""
+    """What is asked along with an image."""
 
     detector: str | None = Field(None, max_length=200, description="Needed where several are served.")
     category: str | None = Field(None, max_length=200, description="Needed for a detector of several.")
-    name: str | None = Field(None, max_length=200, description="What to call the picture; by default its file's name.")
+    name: str | None = Field(None, max_length=200, description="What to call the image; by default its file's name.")
 
 
 class Wanted(BaseModel):
@@ -88,7 +88,7 @@ class Wanted(BaseModel):
     category: str | None = Field(None, max_length=200)
     since: schemas.Moment | None = Field(None, description="First moment, with a time zone.")
     until: schemas.Moment | None = Field(None, description="First moment that is too late.")
-    text: str | None = Field(None, max_length=200, description="Part of the picture's name.")
+    text: str | None = Field(None, max_length=200, description="Part of the image's name.")
     waiting: bool = Field(False, description="Only those that a person should decide: not good, or drawn at random.")
     decided: bool | None = Field(None, description="Only those that a person has decided, or has not.")
     before: schemas.Number | None = Field(None, description="`next` of the page before.")
@@ -102,7 +102,7 @@ def create_app(
     origins: Sequence[str] = (),
     root_path: str = "",
     days: float | None = None,
-    picture_bytes: int | None = None,
+    image_bytes: int | None = None,
     every: float = 3600.0,
 ) -> FastAPI:
     """The application that serves a station.
@@ -112,7 +112,7 @@ def create_app(
         origins: Other sites whose pages may use the station.
         root_path: Path under which a proxy publishes the station, such as `/line3`. The proxy may remove it from
             requests, or leave it. The page needs it only in the latter case; the OpenAPI document names it.
-        days, picture_bytes: Retention, as for `Log.prune`, now and `every` so many seconds.
+        days, image_bytes: Retention, as for `Log.prune`, now and `every` so many seconds.
 
     Raises:
         ValueError: `root_path` is not a path, or begins like a path of the station's own.
@@ -123,7 +123,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        keeping = asyncio.create_task(_retain(station, days, picture_bytes, every))
+        keeping = asyncio.create_task(_retain(station, days, image_bytes, every))
         yield
         keeping.cancel()
         await asyncio.to_thread(station.close)
@@ -184,13 +184,13 @@ def _add_inspections(api: APIRouter, station: Station) -> None:
         openapi_extra=_BODY,
     )
     async def inspect(request: Request, asked: Annotated[Asked, Query()]) -> Entry:
-        """Inspect a picture. The answer comes when the inspection is in the log."""
+        """Inspect an image. The answer comes when the inspection is in the log."""
         slot = Slot(station)
 
         async def work() -> Entry:
-            data, found = await _picture(request, asked, station.limits.bytes)
+            data, found = await _image(request, asked, station.limits.bytes)
             return await station.inspect(
-                slot, data, name=found.name or "picture", detector=found.detector, category=found.category
+                slot, data, name=found.name or "image", detector=found.detector, category=found.category
             )
 
         return await within(slot, work())
@@ -223,31 +223,31 @@ def _add_inspections(api: APIRouter, station: Station) -> None:
         return await station.decide(id, review.decision, legible(review.by))
 
     @api.get(
-        "/inspections/{id}/pictures",
-        tags=["pictures"],
-        response_model=schemas.Pictures,
+        "/inspections/{id}/images",
+        tags=["images"],
+        response_model=schemas.Images,
         responses=_problems(404, 422, 429, 503),
     )
-    async def pictures(id: Id) -> dict[str, Any]:
-        """What can be shown of an inspection. If its picture is kept it may be inspected again for that."""
+    async def images(id: Id) -> dict[str, Any]:
+        """What can be shown of an inspection. If its image is kept it may be inspected again for that."""
         slot = Slot(station)
         _, result, _ = await within(slot, station.shown(slot, id))
-        return {"pictures": names(result), "contours": [region.contour for region in result.regions]}
+        return {"images": names(result), "contours": [region.contour for region in result.regions]}
 
     @api.get(
-        "/inspections/{id}/pictures/{picture}",
-        tags=["pictures"],
+        "/inspections/{id}/images/{image}",
+        tags=["images"],
         response_class=Response,
-        responses={200: {"content": {"image/png": {"schema": _PICTURE}}}, **_problems(404, 422, 429, 503)},
+        responses={200: {"content": {"image/png": {"schema": _IMAGE}}}, **_problems(404, 422, 429, 503)},
     )
-    async def picture(id: Id, picture: Annotated[str, Path(max_length=40)]) -> Response:
-        """A picture of an inspection, as PNG.
+    async def image(id: Id, image: Annotated[str, Path(max_length=40)]) -> Response:
+        """An image of an inspection, as PNG.
 
-        `picture` is what was inspected, `heat` the anomaly map on the detector's fixed scale: blue up to the threshold,
-        warm above it; `overlay` is that with transparency, to lay over the picture. The others are the method's own.
+        `image` is what was inspected, `heat` the anomaly map on the detector's fixed scale: blue up to the threshold,
+        warm above it; `overlay` is that with transparency, to lay over the image. The others are the method's own.
         """
         slot = Slot(station)
-        png = await within(slot, station.draw(slot, id, picture))
+        png = await within(slot, station.draw(slot, id, image))
         return Response(png, media_type="image/png")
 
 
@@ -257,7 +257,7 @@ def _add_state(api: APIRouter, station: Station) -> None:
         """What is served, and within which limits."""
         return {
             "detectors": [await _state(station, served) for served in station.detectors.values()],
-            "keeps_pictures": station.log.pictures is not None,
+            "keeps_images": station.log.images is not None,
             "waiting": await station.waiting(),
             "sample": station.limits.sample,
             "max_bytes": station.limits.bytes,
@@ -306,22 +306,22 @@ def _add_page(app: FastAPI, station: Station) -> None:
         return FileResponse(page.lookup_path("index.html")[0], headers={"cache-control": "no-cache"})
 
 
-async def _picture(request: Request, asked: Asked, limit: int) -> tuple[bytes, Asked]:
-    """The picture in a request and what is asked with it; fields of a form go before the query."""
+async def _image(request: Request, asked: Asked, limit: int) -> tuple[bytes, Asked]:
+    """The image in a request and what is asked with it; fields of a form go before the query."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         data = await request.body()
     else:
         async with read_form(request, max_files=1, max_fields=8) as form:
-            file = form.get("picture")
+            file = form.get("image")
             if not isinstance(file, UploadFile):
-                raise HTTPException(422, "the form has no file called picture; put the picture there")
+                raise HTTPException(422, "the form has no file called image; put the image there")
             data = await file.read()
             given: dict[str, Any] = {"name": (file.filename or "")[-200:]} | asked.model_dump(exclude_none=True)
             given |= {name: value for name, value in form.items() if name in Asked.model_fields and value}
         asked = Asked.model_validate(given)
     if len(data) > limit:
-        name = asked.name or "the picture"
+        name = asked.name or "the image"
         raise HTTPException(413, f"{name}: has {len(data):,} bytes, over the limit of {limit:,}; send a smaller one")
     return data, asked
 
@@ -349,10 +349,10 @@ def _told(calibration: Calibration) -> dict[str, Any]:
     }
 
 
-async def _retain(station: Station, days: float | None, picture_bytes: int | None, every: float) -> None:
-    while days is not None or picture_bytes is not None:
+async def _retain(station: Station, days: float | None, image_bytes: int | None, every: float) -> None:
+    while days is not None or image_bytes is not None:
         try:
-            await station.prune(days, picture_bytes)
+            await station.prune(days, image_bytes)
         except Exception:  # the next time, then; whatever it is, it must not end retention
             logging.getLogger(__name__).exception("retention failed, and is tried again later")
         await asyncio.sleep(every)
@@ -388,7 +388,7 @@ def _unlogged(_: Request, error: Exception) -> JSONResponse:
 
 _HANDLERS: dict[Any, Any] = {
     Busy: lambda _, error: _answer(429, "the station is busy; try again in a second", {"Retry-After": "1"}),
-    ClientDisconnect: lambda _, error: _answer(400, "the picture did not arrive whole"),  # nobody reads that
+    ClientDisconnect: lambda _, error: _answer(400, "the image did not arrive whole"),  # nobody reads that
     DetectorError: _says(404),
     Exception: lambda _, error: _answer(500, "the station failed; its output says why"),
     ImageError: _says(422),
@@ -396,5 +396,5 @@ _HANDLERS: dict[Any, Any] = {
     RequestValidationError: _invalid,
     SQLAlchemyError: _unlogged,
     ValidationError: _invalid,
-    WriteError: _unlogged,  # the picture could not be kept
+    WriteError: _unlogged,  # the image could not be kept
 }

@@ -29,10 +29,10 @@ class Recalibrated:
 
     Attributes:
         before, after: Calibrations.
-        good, defects: Pictures that took part.
+        good, defects: Images that took part.
         seen: Good ones left out because the detector has learned from them.
         counted: Good ones left out because their scores are among those that were kept.
-        lost: Decided ones whose pictures are not kept.
+        lost: Decided ones whose images are not kept.
     """
 
     before: Calibration
@@ -48,7 +48,7 @@ class Served:
     """A detector under a name.
 
     Attributes:
-        worker: Where it inspects: two threads of its own, so that one reads pictures while the other computes, and no
+        worker: Where it inspects: two threads of its own, so that one reads images while the other computes, and no
             detector waits for another.
 
     Raises:
@@ -88,14 +88,14 @@ class Served:
         source: str | None = None,
         sample: float = 0.0,
     ) -> tuple[Entry, Result]:
-        """Inspects a picture; the line for the log, and the maps.
+        """Inspects an image; the line for the log, and the maps.
 
         Args:
-            data: The picture's file.
+            data: The image's file.
             name: What it is called.
             max_pixels: As for `images.read`.
             source: As in `Entry`.
-            sample: Share of pictures that are drawn at random for review.
+            sample: Share of images that are drawn at random for review.
 
         Raises:
             ImageError, DetectorError: As `BasePredictor.inspect`.
@@ -142,11 +142,11 @@ class Served:
 
         Args:
             keep, rate, miss_rate: As for `Detector.calibrate`; decided defects count where there is a `miss_rate`.
-            sampled: Only good pictures drawn at random for review. Those that a person saw because of their verdict
-                are not like pictures to come, and raise the threshold.
+            sampled: Only good images drawn at random for review. Those that a person saw because of their verdict
+                are not like images to come, and raise the threshold.
 
         Raises:
-            TrainingError: An exported detector, a file that is not the one served, no pictures of good parts.
+            TrainingError: An exported detector, a file that is not the one served, no images of good parts.
             ValueError, OSError: As for `Detector.calibrate` and `Detector.save`. Nothing has changed then.
         """
         with self._changing:
@@ -157,8 +157,8 @@ class Served:
     ) -> Recalibrated:
         if self.fixed:
             raise TrainingError(self.fixed)
-        if log.pictures is None:
-            raise TrainingError("calibrating needs pictures, and this station keeps none; start it with --keep")
+        if log.images is None:
+            raise TrainingError("calibrating needs images, and this station keeps none; start it with --keep")
         if file_digest(self.path) != self.digest:
             raise TrainingError(f"{self.path.name} has changed since the station loaded it; restart the station")
         from unflaw.calibration.recalibrate import counted  # which needs torch
@@ -170,7 +170,7 @@ class Served:
         defects = [e.digest for e in chosen if e.decision == "defect"] if miss_rate is not None else []
         unseen = [digest for digest in good if digest[:SHORT] not in learned]
         new = [digest for digest in unseen if digest[:SHORT] not in known]
-        paths = [[path for digest in part if (path := log.picture(digest))] for part in (new, defects)]
+        paths = [[path for digest in part if (path := log.image(digest))] for part in (new, defects)]
         left = {
             "seen": len(good) - len(unseen),
             "counted": len(unseen) - len(new),
@@ -180,7 +180,7 @@ class Served:
             why = "drawn at random and " * sampled + "decided to be good"
             already = count(left["counted"], "that counts already", "that count already")
             raise TrainingError(
-                f"there are no pictures of {self.name} that were {why}, but for {left['seen']} that it has learned "
+                f"there are no images of {self.name} that were {why}, but for {left['seen']} that it has learned "
                 f"from, {already} and {left['lost']} not kept; decide some first"
             )
         after = fresh.calibrate(
@@ -192,7 +192,7 @@ class Served:
         return Recalibrated(before, after, len(paths[0]), len(paths[1]), **left)
 
     def _decided(self, log: Log, category: str) -> Sequence[Entry]:
-        """The last decision on each picture of a category."""
+        """The last decision on each image of a category."""
         wanted = Filter(detector=self.name, category=category, decided=True)
         found = [entry for batch in log.stream(wanted) for entry in batch]
         return list({e.digest: e for e in sorted(found, key=lambda e: (e.decided_at, e.id))}.values())

@@ -17,7 +17,7 @@ from unflaw.station.metrics import Metrics
 _OPEN = ("", "/", "/health")  # without a token: the page holds no data, and balancers ask for health
 _PAGE = "/page/"
 _METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT")
-_FRAMING = 64 * 2**10  # bytes of a multipart form around the picture
+_FRAMING = 64 * 2**10  # bytes of a multipart form around the image
 _DRAIN = 10.0  # seconds in which the rest of a refused request is read and dropped
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
@@ -76,9 +76,7 @@ class Guard:
             read += len(message.get("body", b""))
             more = message.get("more_body", False)
             if read > self._max_bytes and message["type"] == "http.request":
-                raise HTTPException(
-                    413, f"the request is larger than {self._max_bytes:,} bytes; send a smaller picture"
-                )
+                raise HTTPException(413, f"the request is larger than {self._max_bytes:,} bytes; send a smaller image")
             return message
 
         async def finish(message: Message) -> None:
@@ -123,7 +121,7 @@ class Guard:
                 return refused
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_bytes:
-            return _problem(413, f"the request is larger than {self._max_bytes:,} bytes; send a smaller picture")
+            return _problem(413, f"the request is larger than {self._max_bytes:,} bytes; send a smaller image")
         return None
 
     @staticmethod

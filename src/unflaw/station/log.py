@@ -1,4 +1,4 @@
-"""The log of the station: every inspection in a database and, where asked for, the pictures on disk."""
+"""The log of the station: every inspection in a database and, where asked for, the images on disk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from unflaw.io.files import write_atomically
 from unflaw.io.progress import batched
 
 BUSY = 30.0  # seconds that SQLite waits for another writer
-_ORPHAN = 3600.0  # seconds after which a picture without a record was left behind by a crash, and is not on its way in
+_ORPHAN = 3600.0  # seconds after which an image without a record was left behind by a crash, and is not on its way in
 _LOCK = 0x756E666C  # of PostgreSQL, held while the tables are brought up to date
 
 
@@ -81,10 +81,10 @@ class Entry(Base):
 
     Attributes:
         time: When it was logged, UTC.
-        name: What the picture is called; for people.
-        digest: SHA-256 of the file's bytes, in hex. Where pictures are kept, it is the name of the file.
+        name: What the image is called; for people.
+        digest: SHA-256 of the file's bytes, in hex. Where images are kept, it is the name of the file.
         size: Bytes of the file.
-        width, height: Of the picture, upright, pixels. Regions are in these.
+        width, height: Of the image, upright, pixels. Regions are in these.
         source: The path of a watched file, which is inspected once for each content; None for what came over HTTP.
         detector, category: Names; the category is "" for a detector that has no others.
         detector_digest: SHA-256 of the detector's file, in hex.
@@ -142,7 +142,7 @@ class Filter:
 
     Attributes:
         since, until: Of the time logged, with a time zone; `until` is exclusive.
-        text: Part of the picture's name.
+        text: Part of the image's name.
         waiting: Only those that a person should decide and nobody has: verdicts other than good, and the sampled.
         decided: Only those that a person has decided, or has not.
         decision: Only those decided so.
@@ -184,27 +184,27 @@ class Filter:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What retention removed: records, pictures, and bytes of the latter."""
+    """What retention removed: records, images, and bytes of the latter."""
 
     records: int
-    pictures: int
+    images: int
     bytes: int
 
 
 class Log:
-    """The database and the folder of pictures. Safe to use from several threads, and several processes at once.
+    """The database and the folder of images. Safe to use from several threads, and several processes at once.
 
     Args:
         url: Of a database, as SQLAlchemy writes them: `sqlite:///station/log.db`, `postgresql://host/unflaw`. Tables
             are made or brought up to date.
-        pictures: Folder for the pictures, a file for each content; None keeps none.
+        images: Folder for the images, a file for each content; None keeps none.
 
     Raises:
         LogError: An unknown kind of database, one that does not answer, is damaged, or was made by a newer unflaw.
     """
 
-    def __init__(self, url: str, pictures: Path | None = None) -> None:
-        self.pictures = pictures
+    def __init__(self, url: str, images: Path | None = None) -> None:
+        self.images = images
         self.engine = _engine(url)
         self._session = sessionmaker(self.engine, expire_on_commit=False)
         try:
@@ -217,7 +217,7 @@ class Log:
             raise LogError(f"{where}: is no log of unflaw, or damaged; move it away or restore the backup") from error
 
     def add(self, entry: Entry, data: bytes | None = None) -> Entry | None:
-        """Writes an inspection; when this returns it is on disk, picture first. None: this source has it already."""
+        """Writes an inspection; when this returns it is on disk, image first. None: this source has it already."""
         if data is not None:
             self._put(entry.digest, data)
         try:
@@ -271,20 +271,20 @@ class Log:
                 entry.decided_at = datetime.now(timezone.utc) if decision else None
             return entry
 
-    def picture(self, digest: str) -> Path | None:
-        """The file of a kept picture."""
+    def image(self, digest: str) -> Path | None:
+        """The file of a kept image."""
         path = self._path(digest)
         return path if path is not None and path.is_file() else None
 
-    def prune(self, *, days: float | None = None, picture_bytes: int | None = None) -> Pruned:
+    def prune(self, *, days: float | None = None, image_bytes: int | None = None) -> Pruned:
         """Retention.
 
         A clock that was wrong for a while makes no record old and keeps none for ever: records lie in time as they do
         in the log, so none is older than one before it, or younger than one after it, that has a right time.
 
         Args:
-            days: Records older than this go, and pictures that no record names any more, once they are an hour old.
-            picture_bytes: Then the oldest pictures go until the rest takes no more than this; their records stay.
+            days: Records older than this go, and images that no record names any more, once they are an hour old.
+            image_bytes: Then the oldest images go until the rest takes no more than this; their records stay.
         """
         records = 0 if days is None else self._forget(timedelta(days=days))
         kept, gone = [], []  # (last record, bytes, time of change, path)
@@ -304,7 +304,7 @@ class Log:
                     gone.append((0, status.st_size, status.st_mtime, path))
         total = sum(size for _, size, *_ in kept)
         for item in sorted(kept):
-            if picture_bytes is None or total <= picture_bytes:
+            if image_bytes is None or total <= image_bytes:
                 break
             gone.append(item)
             total -= item[1]
@@ -336,11 +336,11 @@ class Log:
         self.engine.dispose()
 
     def _path(self, digest: str) -> Path | None:
-        return self.pictures and self.pictures / digest[:2] / digest
+        return self.images and self.images / digest[:2] / digest
 
     def _kept(self) -> Iterator[Path]:
-        """Pictures, and hidden beside them what a killed process was writing, which no record names."""
-        return iter(()) if self.pictures is None else self.pictures.glob("[0-9a-f][0-9a-f]/*")
+        """Images, and hidden beside them what a killed process was writing, which no record names."""
+        return iter(()) if self.images is None else self.images.glob("[0-9a-f][0-9a-f]/*")
 
     def _put(self, digest: str, data: bytes) -> None:
         path = self._path(digest)

@@ -32,7 +32,7 @@ class Metrics:
         self._inspections = Counter(
             "unflaw_inspections", "Inspections logged.", ("detector", "category", "verdict"), registry=self.registry
         )
-        # of good pictures like those that calibrated, a tenth lies below 0.1: a growing share there is drift
+        # of good images like those that calibrated, a tenth lies below 0.1: a growing share there is drift
         self._p_values = Histogram(
             "unflaw_p_value",
             "P-values of inspections.",
@@ -42,7 +42,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "unflaw_inspection_seconds",
-            "Decoding and inspecting a picture.",
+            "Decoding and inspecting an image.",
             ("detector",),
             buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
             registry=self.registry,

@@ -44,8 +44,8 @@ class Region(BaseModel):
     """An area above the detector's pixel threshold; detectors may tell more of it."""
 
     model_config = ConfigDict(extra="allow")
-    box: tuple[int, int, int, int] = Field(description="x0, y0, x1, y1 in pixels of the picture; x1, y1 exclusive.")
-    area: int | float = Field(description="Pixels of the picture.")
+    box: tuple[int, int, int, int] = Field(description="x0, y0, x1, y1 in pixels of the image; x1, y1 exclusive.")
+    area: int | float = Field(description="Pixels of the image.")
     peak: float = Field(description="Largest map value inside.")
 
 
@@ -81,16 +81,16 @@ class Inspection(BaseModel):
     id: int
     time: datetime = Field(description="When it was logged, UTC.")
     name: str
-    digest: str = Field(description="SHA-256 of the picture's file, in hex.")
-    size: int = Field(description="Bytes of the picture's file.")
-    width: int = Field(description="Of the picture, upright, pixels.")
+    digest: str = Field(description="SHA-256 of the image's file, in hex.")
+    size: int = Field(description="Bytes of the image's file.")
+    width: int = Field(description="Of the image, upright, pixels.")
     height: int
     source: str | None = Field(None, description="The path of a watched file; null for what came over HTTP.")
     detector: str
     detector_digest: str = Field(description="SHA-256 of the detector's file, in hex.")
     category: str = Field(description="Empty for a detector that has no categories.")
-    score: float = Field(description="Raw; comparable between pictures of one detector and category only.")
-    p_value: float = Field(description="Share of good pictures that score at least as high, in (0, 1].")
+    score: float = Field(description="Raw; comparable between images of one detector and category only.")
+    p_value: float = Field(description="Share of good images that score at least as high, in (0, 1].")
     p_estimated: float | None = Field(
         None, description="Where the calibration has a tail: an estimate that goes below what p_value can reach."
     )
@@ -111,16 +111,16 @@ class History(BaseModel):
     next: int | None = Field(None, description="`before` of the next page; null at the end.")
 
 
-class Pictures(BaseModel):
+class Images(BaseModel):
     """What can be shown of an inspection."""
 
     model_config = _example(
-        pictures=["picture", "heat", "overlay", "mean", "uncertainty", "mask", "restored"],
+        images=["image", "heat", "overlay", "mean", "uncertainty", "mask", "restored"],
         contours=[[[212, 90], [261, 90], [261, 130], [212, 130]]],
     )
-    pictures: list[str] = Field(description="Names for `/inspections/{id}/pictures/{name}`.")
+    images: list[str] = Field(description="Names for `/inspections/{id}/images/{name}`.")
     contours: list[list[Annotated[list[float], Field(min_length=2, max_length=2)]]] = Field(
-        description="Corners (x, y) of the polygon around each region, in pixels of the picture. They are not logged: "
+        description="Corners (x, y) of the polygon around each region, in pixels of the image. They are not logged: "
         "after a new calibration there may be other regions than in the log."
     )
 
@@ -160,7 +160,7 @@ class DetectorState(BaseModel):
             "": {
                 "threshold": 5.02,
                 "false_alarm_rate": 0.01,
-                "described": "false-alarm rate 1.00% or less, certified by 120 good pictures outside of training",
+                "described": "false-alarm rate 1.00% or less, certified by 120 good images outside of training",
                 "decided_good": 14,
                 "decided_good_sampled": 9,
                 "decided_defect": 3,
@@ -177,9 +177,9 @@ class StationState(BaseModel):
     """What this station serves, and within which limits."""
 
     detectors: list[DetectorState]
-    keeps_pictures: bool
+    keeps_images: bool
     waiting: int = Field(description="Inspections that a person should decide.")
-    sample: float = Field(description="Share of pictures drawn at random for review.")
+    sample: float = Field(description="Share of images drawn at random for review.")
     max_bytes: int
     max_pixels: int
 
@@ -189,11 +189,11 @@ class Recalibration(BaseModel):
 
     model_config = _example(category="", keep=True, sampled=True) | ConfigDict(extra="forbid")
     category: str = Field("", max_length=200, description="Of a detector of several.")
-    keep: bool = Field(True, description="Also count the pictures that calibrated it before.")
+    keep: bool = Field(True, description="Also count the images that calibrated it before.")
     sampled: bool = Field(
         False,
-        description="Of good pictures, only those drawn at random. Those that a person saw because of their verdict "
-        "are not like pictures to come, and raise the threshold.",
+        description="Of good images, only those drawn at random. Those that a person saw because of their verdict "
+        "are not like images to come, and raise the threshold.",
     )
     rate: float | None = Field(
         None, ge=1e-6, le=0.5, description="False-alarm rate asked for; null: the detector's own."
@@ -211,11 +211,11 @@ class RecalibrationDone(BaseModel):
 
     before: CalibrationState
     after: CalibrationState
-    good: int = Field(description="Good pictures that took part.")
+    good: int = Field(description="Good images that took part.")
     defects: int = Field(description="Defects that took part.")
-    seen: int = Field(description="Good pictures left out because the detector has learned from them.")
-    counted: int = Field(description="Good pictures left out because their scores are among those that were kept.")
-    lost: int = Field(description="Decided pictures that are no longer kept.")
+    seen: int = Field(description="Good images left out because the detector has learned from them.")
+    counted: int = Field(description="Good images left out because their scores are among those that were kept.")
+    lost: int = Field(description="Decided images that are no longer kept.")
     digest: str = Field(description="SHA-256 of the detector's new file, in hex.")
 
 

@@ -22,7 +22,7 @@ from unflaw.station.metrics import Metrics
 
 T = TypeVar("T")
 RECENT = 64 * 2**20  # bytes of results that are kept in memory to be drawn
-SHOWN = 1600  # pixels of the longer side of a picture that is shown, at most
+SHOWN = 1600  # pixels of the longer side of an image that is shown, at most
 
 
 class Busy(Exception):
@@ -30,7 +30,7 @@ class Busy(Exception):
 
 
 class Missing(LookupError):
-    """There is no such detector, inspection or picture. The message says why."""
+    """There is no such detector, inspection or image. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Limits:
     """What the station takes.
 
     Attributes:
-        bytes, pixels: Of a picture.
+        bytes, pixels: Of an image.
         seconds: From a request's first byte to its answer.
         concurrency: Requests that are worked on or wait for it; further ones are told to come back.
-        sample: Share of pictures that are drawn at random for review.
+        sample: Share of images that are drawn at random for review.
     """
 
     bytes: int = 32_000_000
@@ -102,7 +102,7 @@ class Station:
         raise Missing(f"{fault}; name one of {', '.join(self.detectors)}")
 
     async def inspect(self, slot: Slot, data: bytes, *, name: str, detector: str | None, category: str | None) -> Entry:
-        """Inspects a picture. When this returns the inspection is in the log, on disk.
+        """Inspects an image. When this returns the inspection is in the log, on disk.
 
         Raises:
             Missing: As `detector`. ImageError, DetectorError: As `Served.inspect`. SQLAlchemyError: Not logged.
@@ -140,17 +140,17 @@ class Station:
         return await asyncio.to_thread(served.recalibrate, self.log, category, **options)  # type: ignore[arg-type]
 
     async def shown(self, slot: Slot, number: int) -> tuple[Entry, Result, bytes]:
-        """What an inspection found. Where memory has lost it, a kept picture is inspected again, without a record.
+        """What an inspection found. Where memory has lost it, a kept image is inspected again, without a record.
 
         Raises:
-            Missing: No such inspection, or its picture is gone.
+            Missing: No such inspection, or its image is gone.
         """
         entry = await self.entry(number)
         if number in self._recent:
             self._recent.move_to_end(number)
             return entry, *self._recent[number]
-        path = self.log.picture(entry.digest)
-        gone = Missing(f"the picture of inspection {number} is not kept, so there is nothing to show of it any more")
+        path = self.log.image(entry.digest)
+        gone = Missing(f"the image of inspection {number} is not kept, so there is nothing to show of it any more")
         if path is None:
             raise gone
         served = self.detector(entry.detector)
@@ -167,32 +167,32 @@ class Station:
         self._remember(number, result, data)
         return entry, result, data
 
-    async def draw(self, slot: Slot, number: int, picture: str) -> bytes:
+    async def draw(self, slot: Slot, number: int, image: str) -> bytes:
         """One of `names`, as PNG.
 
         Raises:
-            Missing: As `shown`, or the method has no such picture.
+            Missing: As `shown`, or the method has no such image.
         """
         entry, result, data = await self.shown(slot, number)
-        if picture not in names(result):
-            raise Missing(f"inspection {number} has no picture {picture}; it has {', '.join(names(result))}")
+        if image not in names(result):
+            raise Missing(f"inspection {number} has no image {image}; it has {', '.join(names(result))}")
         scale = self.detector(entry.detector).detector.select(entry.category).scale
 
         def work() -> bytes:
-            if picture == "picture":
+            if image == "image":
                 return _png(_fitting(read(data)))
-            if picture in ("heat", "overlay"):
-                return _png(_placed((heat_map if picture == "heat" else veil)(result.map, scale), result))
-            layer = result.layers[picture]
-            if picture == "uncertainty":  # a deviation of values in [0, 1] is at most one half
+            if image in ("heat", "overlay"):
+                return _png(_placed((heat_map if image == "heat" else veil)(result.map, scale), result))
+            layer = result.layers[image]
+            if image == "uncertainty":  # a deviation of values in [0, 1] is at most one half
                 return _png(_placed(colour_map(layer, 0.5), result))
             return _png(_placed(layer if layer.ndim == 3 else grey_map(layer), result))
 
         return await slot.compute(self._reader, work)
 
-    async def prune(self, days: float | None, picture_bytes: int | None) -> None:
+    async def prune(self, days: float | None, image_bytes: int | None) -> None:
         """See `Log.prune`."""
-        await asyncio.to_thread(self.log.prune, days=days, picture_bytes=picture_bytes)  # nobody waits for it
+        await asyncio.to_thread(self.log.prune, days=days, image_bytes=image_bytes)  # nobody waits for it
 
     async def waiting(self) -> int:
         """Inspections that a person should decide."""
@@ -219,8 +219,8 @@ class Station:
 
 
 def names(result: Result) -> list[str]:
-    """The pictures that there are of a result."""
-    return ["picture", "heat", "overlay", *result.layers]
+    """The images that there are of a result."""
+    return ["image", "heat", "overlay", *result.layers]
 
 
 def _bytes(result: Result, data: bytes) -> int:
@@ -229,7 +229,7 @@ def _bytes(result: Result, data: bytes) -> int:
 
 
 def _placed(drawn: np.ndarray, result: Result) -> Image.Image:
-    """A picture of the map's shape as it lies over the original one: transparent where that does not count."""
+    """An image of the map's shape as it lies over the original one: transparent where that does not count."""
     x0, y0, x1, y1 = result.valid
     if result.counted is not None:
         opacity = drawn[..., 3] if drawn.shape[2] == 4 else np.full(drawn.shape[:2], 255, np.uint8)

@@ -1,4 +1,4 @@
-"""Watching a folder: pictures are inspected as a camera drops them, once each, and filed by verdict."""
+"""Watching a folder: images are inspected as a camera drops them, once each, and filed by verdict."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ class _Seen:
 class Watcher:
     """A folder that is looked at again and again.
 
-    A picture is inspected once: the log knows it by path and content. It is filed after it is logged, and that is done
+    An image is inspected once: the log knows it by path and content. It is filed after it is logged, and that is done
     again after a crash, to the same end. So neither a restart nor a second watcher inspects it twice.
 
     Args:
-        folder: Where pictures arrive, also in folders within.
+        folder: Where images arrive, also in folders within.
         out: Gets `good`, `defect`, `review` and `error`, with the folders within; may lie in `folder`, not hold it.
-        copy: Leaves the pictures where they are.
+        copy: Leaves the images where they are.
         category: Of what they show, for a detector of several.
         settle: Seconds for which size and time of a file must not change before it is read.
         patience: Seconds after which a file that still cannot be read will not be finished any more: an error.
-        sample: Share of pictures that are drawn at random for review.
+        sample: Share of images that are drawn at random for review.
         max_pixels: As for `images.read`.
         report: Gets a line for what is watched, for each image and each file passed over, and for the sum of it.
 
@@ -96,7 +96,7 @@ class Watcher:
                 (out / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
-                f"--out {out}: cannot hold the sorted pictures ({error.filename}: {error.strerror}); "
+                f"--out {out}: cannot hold the sorted images ({error.filename}: {error.strerror}); "
                 "name a folder that can be written"
             ) from error
         note_sorted(folder, out)

@@ -1,4 +1,4 @@
-"""The decoder that draws restored features as a picture. For people only: it never takes part in scoring."""
+"""The decoder that draws restored features as an image. For people only: it never takes part in scoring."""
 
 from __future__ import annotations
 

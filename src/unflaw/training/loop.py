@@ -97,7 +97,7 @@ def optimise(
         module: Its parameters that require gradients are trained.
         loss: From indices (B,) into the cache, randomness and a share of the B rows to named terms, means over the
             share; "loss" is minimised. It draws the same whatever the share.
-        n: Number of pictures in the cache.
+        n: Number of images in the cache.
         steps: Optimiser steps.
         checkpoint: Saved there every `settings.checkpoint_seconds`, after the last step, and after the step in which
             Ctrl-C is pressed; resumed from where present.
@@ -202,8 +202,8 @@ def train(
 
     Args:
         network: With its extractor fitted.
-        cache: All pictures to learn from.
-        textures: F of texture pictures, for methods that use them.
+        cache: All images to learn from.
+        textures: F of texture images, for methods that use them.
         rng: What `Method.setup` draws.
         progress, checkpoint, team: As for `optimise`.
 
@@ -241,13 +241,13 @@ def train(
 
 
 def _identity(network: Method, cache: Cache) -> str:
-    """Of pictures, backbone and settings, for checkpoints."""
+    """Of images, backbone and settings, for checkpoints."""
     backbone = hashlib.sha256()
     for tensor in network.features.backbone.state_dict().values():
         backbone.update(tensor.numpy().tobytes())
     samples = {name: [cache.paths[row] for row in cache.heads(rows)] for name, rows in cache.rows().items()}
-    pictures = " ".join(name + digest(own) for name, own in samples.items())
-    return f"{pictures} {backbone.hexdigest()} {network.config.model_dump_json()}"
+    images = " ".join(name + digest(own) for name, own in samples.items())
+    return f"{images} {backbone.hexdigest()} {network.config.model_dump_json()}"
 
 
 def _check_shares(module: nn.Module, settings: Training, team: Team) -> None:
@@ -342,7 +342,7 @@ def _read(path: Path, identity: str) -> tuple[dict[str, str], dict[str, Tensor]]
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("identity") != identity:
-                raise TrainingError(f"{path}: is of other pictures or settings; delete it, or train without --resume")
+                raise TrainingError(f"{path}: is of other images or settings; delete it, or train without --resume")
             return metadata, {name: file.get_tensor(name) for name in file.keys()}
     except TrainingError:
         raise

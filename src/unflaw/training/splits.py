@@ -1,4 +1,4 @@
-"""Categories of products: whose picture is which, and which ones calibrate. A detector of one has the category ""."""
+"""Categories of products: whose image is which, and which ones calibrate. A detector of one has the category ""."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Category(NamedTuple):
 
 
 def gather(data: Data | Mapping[str, Data]) -> tuple[list[Input], list[Input], dict[Input, str]]:
-    """Pictures to train on and to calibrate with, and the category of each.
+    """Images to train on and to calibrate with, and the category of each.
 
     Raises:
         TrainingError, DatasetError: Data that cannot work, of any category. TypeError: As `inputs`.
@@ -44,19 +44,19 @@ def gather(data: Data | Mapping[str, Data]) -> tuple[list[Input], list[Input], d
     categories: dict[Input, str] = {}
     for name, given in (data if isinstance(data, Mapping) else {"": data}).items():
         found = load_dataset(given) if isinstance(given, str | Path) else given
-        title, pictures, calibrating = name, list[Input](), list[Input]()
+        title, images, calibrating = name, list[Input](), list[Input]()
         if isinstance(found, Dataset):
             title = name or found.name
-            pictures += [sample.path for sample in found.train]
+            images += [sample.path for sample in found.train]
             calibrating += [sample.path for sample in found.validation]
         else:
-            pictures += inputs(found, f"{name} image".lstrip())
-        if title and not pictures:
-            raise TrainingError(f"{title}: there are no good pictures to train on")
-        for path in [*pictures, *calibrating]:
+            images += inputs(found, f"{name} image".lstrip())
+        if title and not images:
+            raise TrainingError(f"{title}: there are no good images to train on")
+        for path in [*images, *calibrating]:
             if categories.setdefault(path, name) != name:
                 raise TrainingError(f"{path}: is in two categories, {categories[path]} and {name}; leave it in one")
-        train += pictures
+        train += images
         validation += calibrating
     return train, validation, categories
 
@@ -64,13 +64,13 @@ def gather(data: Data | Mapping[str, Data]) -> tuple[list[Input], list[Input], d
 def without_copies(
     train: Sequence[Input], validation: Sequence[Input], categories: Mapping[Input, str], contents: Mapping[Input, str]
 ) -> tuple[list[Input], list[Input], list[tuple[str, str]]]:
-    """Training and validation pictures without those that another file of the category shows already.
+    """Training and validation images without those that another file of the category shows already.
 
-    A picture that is trained on and calibrates as well, or does so twice, would look more normal than new ones, and
+    An image that is trained on and calibrates as well, or does so twice, would look more normal than new ones, and
     the rate that is certified would be wrong.
 
     Args:
-        categories, contents: Of each picture; for the latter see `samples.distinct`.
+        categories, contents: Of each image; for the latter see `samples.distinct`.
 
     Returns:
         What is left of both, and (path, reason) of what is not.
@@ -81,7 +81,7 @@ def without_copies(
         copies |= distinct(own, contents)[1]
     learned = set(train)
     copies |= {path: path for path in validation if path in learned}
-    reasons = [(str(path), f"{path}: is the same picture as {first} and counts once") for path, first in copies.items()]
+    reasons = [(str(path), f"{path}: is the same image as {first} and counts once") for path, first in copies.items()]
     fitting = [path for path in dict.fromkeys(train) if copies.get(path, path) == path]
     return fitting, [path for path in dict.fromkeys(validation) if path not in copies], reasons
 
@@ -89,12 +89,12 @@ def without_copies(
 def split_calibration(
     cache: Cache, validation: Cache | None, share: float, budget: float
 ) -> tuple[Cache, dict[str, Cache]]:
-    """Pictures to train on, and by category those that calibrate: its validation part or, without one, the last ones.
+    """Images to train on, and by category those that calibrate: its validation part or, without one, the last ones.
 
     Args:
-        cache: Of all good pictures but validation parts.
+        cache: Of all good images but validation parts.
         validation: Those, where there are any.
-        share: Of the pictures of a category that is held out, at least two pictures; 0: none, it is cross-fitted.
+        share: Of the images of a category that is held out, at least two images; 0: none, it is cross-fitted.
         budget: Of `Cache.take`.
 
     Raises:
@@ -112,15 +112,15 @@ def split_calibration(
             left = len(heads) - max(2, round(share * len(heads)))
             if left < 2:
                 of = f"{name}: " if name else ""
-                raise TrainingError(f"{of}calibration.holdout leaves {count(left, 'picture')} to train on; lower it")
-            first = rows.index(heads[left])  # the windows of one picture stay together
+                raise TrainingError(f"{of}calibration.holdout leaves {count(left, 'image')} to train on; lower it")
+            first = rows.index(heads[left])  # the windows of one image stay together
             calibrating[name] = cache.take(rows[first:], budget)
         trained += rows[:first]
     return cache.take(sorted(trained), budget), calibrating
 
 
 def build_drift_reference(train: Cache, rows: Sequence[int], held: Cache | None, seed: int) -> Reference:
-    """What tells drift of a category: its good pictures, by rows, and those held out, in random order."""
+    """What tells drift of a category: its good images, by rows, and those held out, in random order."""
     described = [train.described[train.heads(rows)].numpy()]
     if held is not None:
         described.append(held.described[held.heads()].numpy())

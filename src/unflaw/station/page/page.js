@@ -12,8 +12,8 @@ const PATHS = {
 };
 const LEGENDS = { heat: ["good", "far above the threshold"], uncertainty: ["sure", "unsure"] };
 const BLENDS = { heat: 50, restored: 100 }; // to begin with
-const ENOUGH = 8; // pictures drawn at random that are worth more than all that people saw
-const LAYERS = { picture: "Picture", heat: "Heat map", mean: "Mean", uncertainty: "Uncertainty", mask: "Mask", restored: "Restored" };
+const ENOUGH = 8; // images drawn at random that are worth more than all that people saw
+const LAYERS = { image: "Image", heat: "Heat map", mean: "Mean", uncertainty: "Uncertainty", mask: "Mask", restored: "Restored" };
 
 const stored = (name, fallback) => localStorage.getItem(`unflaw.${name}`) ?? fallback;
 const store = (name, value) => localStorage.setItem(`unflaw.${name}`, value);
@@ -24,7 +24,7 @@ const state = {
   index: { inspect: -1, review: -1, history: -1 },
   station: null,
   layer: stored("layer", "heat"),
-  pictures: [],
+  images: [],
   contours: [],
   chosen: null, // the region that is pointed at
   next: null, // of the history, its next page
@@ -175,7 +175,7 @@ let sending = 0;
 
 function inspect(files) {
   for (const file of files) {
-    const item = { name: file.name || "picture", verdict: "busy", file, detector: $("detector").value, category: $("category").value };
+    const item = { name: file.name || "image", verdict: "busy", file, detector: $("detector").value, category: $("category").value };
     state.lists.inspect.push(item);
     queue.push(item);
   }
@@ -204,7 +204,7 @@ async function pump() {
 async function upload(item) {
   const limit = state.station?.max_bytes;
   if (limit && item.file.size > limit) {
-    throw new Problem(`${item.name} has ${bytes(item.file.size)}; this station takes ${bytes(limit)}. Send a smaller picture.`, 413);
+    throw new Problem(`${item.name} has ${bytes(item.file.size)}; this station takes ${bytes(limit)}. Send a smaller image.`, 413);
   }
   const query = new URLSearchParams({ name: item.name.slice(-200), detector: item.detector, category: item.category });
   for (let attempt = 0; ; attempt += 1) {
@@ -228,7 +228,7 @@ function changed(item) {
   else strip();
 }
 
-// Which picture is shown
+// Which image is shown
 
 const list = () => state.lists[state.view] ?? [];
 const current = () => list()[state.index[state.view]];
@@ -274,7 +274,7 @@ function display() {
   $("position").textContent = `${state.index[state.view] + 1} of ${list().length}`;
   showVerdict(item);
   showDetails(item);
-  guarded(showPictures)(item);
+  guarded(showImages)(item);
 }
 
 function showVerdict(item) {
@@ -308,7 +308,7 @@ function showDetails(item) {
   const facts = {
     Time: moment(entry.time),
     Detector: entry.category ? `${entry.detector}, ${entry.category}` : entry.detector,
-    Picture: `${entry.width} × ${entry.height}, ${bytes(entry.size)}`,
+    Image: `${entry.width} × ${entry.height}, ${bytes(entry.size)}`,
     Number: entry.id,
     Digest: entry.digest.slice(0, 16),
     ...(entry.sampled ? { Review: "drawn at random" } : {}),
@@ -338,11 +338,11 @@ function strip() {
   $("strip").scrollLeft = button.offsetLeft - ($("strip").clientWidth - button.clientWidth) / 2; // and nothing else moves
 }
 
-// Pictures: fetched with the token, so not by `src`
+// Images: fetched with the token, so not by `src`
 
 const shown = { id: null, ready: false, urls: new Map() };
 
-async function showPictures(item) {
+async function showImages(item) {
   const entry = item.entry;
   if (shown.id !== entry?.id || !entry) {
     for (const url of shown.urls.values()) url.then(URL.revokeObjectURL, () => {});
@@ -360,7 +360,7 @@ async function showPictures(item) {
     $("base").alt = `${WORDS[entry.verdict]}: ${entry.name}`;
     outline(entry);
     try {
-      const found = await patiently(() => json(`inspections/${entry.id}/pictures`));
+      const found = await patiently(() => json(`inspections/${entry.id}/images`));
       if (shown.id !== entry.id) return;
       Object.assign(state, found);
       shown.ready = true;
@@ -375,10 +375,10 @@ async function showPictures(item) {
     outline(entry);
   }
   if (!entry || !shown.ready) return;
-  const layer = state.pictures.includes(state.layer) ? state.layer : "picture";
-  // the heat map comes in two steps: what is high over the picture, then the whole map
-  const wanted = { picture: ["picture"], heat: ["picture", "overlay", "heat"] }[layer] ?? ["picture", layer];
-  const [base, over, full] = await Promise.all(wanted.map((name) => picture(entry.id, name)));
+  const layer = state.images.includes(state.layer) ? state.layer : "image";
+  // the heat map comes in two steps: what is high over the image, then the whole map
+  const wanted = { image: ["image"], heat: ["image", "overlay", "heat"] }[layer] ?? ["image", layer];
+  const [base, over, full] = await Promise.all(wanted.map((name) => image(entry.id, name)));
   if (shown.id !== entry.id || current() !== item) return;
   for (const [image, url] of [[$("base"), base], [$("over"), over], [$("full"), full]]) {
     image.hidden = !url;
@@ -391,9 +391,9 @@ async function showPictures(item) {
   blend();
 }
 
-function picture(id, name) {
+function image(id, name) {
   if (!shown.urls.has(name)) {
-    const fetched = patiently(() => ask(`inspections/${id}/pictures/${name}`)).then((answer) => answer.blob()).then(URL.createObjectURL);
+    const fetched = patiently(() => ask(`inspections/${id}/images/${name}`)).then((answer) => answer.blob()).then(URL.createObjectURL);
     fetched.catch(() => shown.urls.delete(name));
     shown.urls.set(name, fetched);
   }
@@ -413,8 +413,8 @@ async function patiently(work) {
 
 function layers() {
   const legend = $("layers").firstElementChild;
-  const names = state.pictures.filter((name) => !["overlay", "mean", "mask"].includes(name));
-  const chosen = names.includes(state.layer) ? state.layer : "picture";
+  const names = state.images.filter((name) => !["overlay", "mean", "mask"].includes(name));
+  const chosen = names.includes(state.layer) ? state.layer : "image";
   $("layers").hidden = !names.length;
   $("layers").replaceChildren(legend, ...names.map((name) => el(
     "label", {},
@@ -425,7 +425,7 @@ function layers() {
 }
 
 function slider(name) {
-  $("blend").disabled = name === "picture";
+  $("blend").disabled = name === "image";
   $("blend").value = stored(`blend.${name}`, BLENDS[name] ?? 60);
 }
 
@@ -434,7 +434,7 @@ function layer(name) {
   store("layer", name);
   for (const input of $("layers").querySelectorAll("input")) input.checked = input.value === name;
   slider(name);
-  guarded(showPictures)(current());
+  guarded(showImages)(current());
 }
 
 function blend() {
@@ -550,10 +550,10 @@ function card(title, name, category) {
   const field = (type, key, text, more = {}) => el("label", { class: "check" }, el("input", { type, name: key, ...more }), el("span", {}, text));
   const form = el(
     "form", {},
-    field("checkbox", "keep", "Also count the pictures that calibrated it before", { checked: true }),
-    field("checkbox", "sampled", "Of good pictures, only those drawn at random"),
-    el("p", { class: "dim" }, "Good pictures that were looked at because of their verdict are not like pictures to come: they raise the threshold."),
-    field("number", "miss", "% of defects missed at most; empty: good pictures alone set it", { min: "0.1", max: "50", step: "any", inputmode: "decimal" }),
+    field("checkbox", "keep", "Also count the images that calibrated it before", { checked: true }),
+    field("checkbox", "sampled", "Of good images, only those drawn at random"),
+    el("p", { class: "dim" }, "Good images that were looked at because of their verdict are not like images to come: they raise the threshold."),
+    field("number", "miss", "% of defects missed at most; empty: good images alone set it", { min: "0.1", max: "50", step: "any", inputmode: "decimal" }),
     el("div", { class: "row" }, el("button", { class: "primary" }, "Set the threshold anew")),
   );
   const { keep, sampled, miss } = form.elements;
@@ -564,7 +564,7 @@ function card(title, name, category) {
     event.preventDefault();
     const button = form.querySelector("button");
     button.disabled = true;
-    outcome.replaceChildren(el("p", { class: "dim" }, "Inspecting the decided pictures …"));
+    outcome.replaceChildren(el("p", { class: "dim" }, "Inspecting the decided images …"));
     try {
       const wanted = { category, keep: keep.checked, sampled: sampled.checked, ...(miss.value ? { miss_rate: Number(miss.value) / 100 } : {}) };
       const done = await send(`detectors/${encodeURIComponent(name)}/calibrate`, "POST", wanted);
@@ -584,7 +584,7 @@ function card(title, name, category) {
     threshold.textContent = number(known.threshold);
     described.textContent = `${known.described[0].toUpperCase()}${known.described.slice(1)}.`;
     facts.textContent = `File ${detector.digest.slice(0, 16)}. Decided by people: ${known.decided_good} good, of which ${known.decided_good_sampled} drawn at random, and ${known.decided_defect} with a defect.`;
-    const reason = detector.fixed ?? (state.station.keeps_pictures ? null : "calibrating needs pictures, and this station keeps none");
+    const reason = detector.fixed ?? (state.station.keeps_images ? null : "calibrating needs images, and this station keeps none");
     why.textContent = reason ? `It cannot be calibrated here: ${reason}.` : "";
     why.hidden = !reason;
     form.hidden = Boolean(reason);
@@ -617,7 +617,7 @@ $("shoot").addEventListener("click", () => {
   const canvas = el("canvas", { width: $("video").videoWidth, height: $("video").videoHeight });
   canvas.getContext("2d").drawImage($("video"), 0, 0);
   canvas.toBlob((blob) => {
-    if (!blob) return notice("The camera gives no picture yet. Try again.", true);
+    if (!blob) return notice("The camera gives no image yet. Try again.", true);
     $("camera").close();
     inspect([new File([blob], `camera-${new Date().toISOString().replaceAll(":", "-")}.png`, { type: "image/png" })]);
   }, "image/png");

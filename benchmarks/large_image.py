@@ -1,9 +1,9 @@
-"""Memory and time of one large picture, in tiles: a generated one of 8000 × 6000 pixels, with a small bright speck.
+"""Memory and time of one large image, in tiles: a generated one of 8000 × 6000 pixels, with a small bright speck.
 
-    python benchmarks/large_picture.py [detector.safetensors] [--width 8000] [--height 6000] [--tile 512]
+    python benchmarks/large_image.py [detector.safetensors] [--width 8000] [--height 6000] [--tile 512]
 
 Each way runs in a process of its own, so that its peak of memory is its own: the process with the detector loaded, and
-then with the picture inspected. Without a detector, `lookup` is trained on cuttings of other such pictures.
+then with the image inspected. Without a detector, `nearest_neighbor` is trained on cuttings of other such images.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def surface(width: int, height: int, seed: int) -> np.ndarray:
     return made
 
 
-def inspect(model: Path, picture: Path) -> dict[str, object]:
+def inspect(model: Path, image: Path) -> dict[str, object]:
     import torch
 
     from unflaw import load
@@ -42,7 +42,7 @@ def inspect(model: Path, picture: Path) -> dict[str, object]:
     detector = load(model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    (result,) = detector.inspect_many([picture], batch=4)
+    (result,) = detector.inspect_many([image], batch=4)
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "peak before, MB": before // 1024,
@@ -54,15 +54,15 @@ def inspect(model: Path, picture: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory and time of one large picture.")
+    parser = argparse.ArgumentParser(description="Memory and time of one large image.")
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--width", type=int, default=8000)
     parser.add_argument("--height", type=int, default=6000)
     parser.add_argument("--tile", type=int, default=512)
-    parser.add_argument("--picture", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--image", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.picture is not None:
-        print(json.dumps(inspect(options.model, options.picture)))
+    if options.image is not None:
+        print(json.dumps(inspect(options.model, options.image)))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,13 +76,13 @@ def main() -> None:
                 Image.fromarray(surface(side, side, 1 + i)).save(folder / "good" / f"{i}.png")
             model = folder / "surface.safetensors"
             settings = {"preparation__tile": options.tile, "training__display_steps": 0}
-            Detector(method="lookup", **settings).fit(folder / "good").save(model)
+            Detector(method="nearest_neighbor", **settings).fit(folder / "good").save(model)
         made = surface(options.width, options.height, 0)
         top, left = options.height // 3, options.width // 4
         made[top : top + SPECK, left : left + SPECK] = 235
         Image.fromarray(made).save(folder / "large.png", compress_level=1)
         del made
-        command = [sys.executable, __file__, str(model), "--picture", str(folder / "large.png")]
+        command = [sys.executable, __file__, str(model), "--image", str(folder / "large.png")]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(f"{options.width} × {options.height}, tiles of {options.tile}; speck of {SPECK} pixels at ({left}, {top})")
     for what, value in found.items():

@@ -1,4 +1,4 @@
-"""Hostile pictures: each is read or refused with a sentence, in little time and memory, and nothing else happens."""
+"""Hostile images: each is read or refused with a sentence, in little time and memory, and nothing else happens."""
 
 import os
 import re
@@ -54,10 +54,10 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_every_hostile_picture_is_read_or_refused_in_a_sentence(outcomes, case):
+def test_every_hostile_image_is_read_or_refused_in_a_sentence(outcomes, case):
     seconds, megabytes, found = outcomes[case.name]
     assert seconds < SECONDS and megabytes < MEGABYTES, found
-    if case.why == "?":  # bits were flipped: whatever came of it, it is a picture or a refusal
+    if case.why == "?":  # bits were flipped: whatever came of it, it is an image or a refusal
         assert found.startswith(("read (", "refused "))
     elif case.why is READ:
         assert re.match(r"read \(\d+, \d+, 3\) (uint8|float32)$", found), found
@@ -87,12 +87,12 @@ def test_pipes_devices_folders_and_loops_are_refused_at_once(tmp_path):
         "loop.png": "symbolic links",
         "folder.png": "is a folder",
         "sparse.png": "over the limit of 3,267,108,864",
-        "junk.png": "not a picture",
+        "junk.png": "not an image",
         "gone.png": "no such file",
-        "n" * 251 + ".png": "not a picture",
+        "n" * 251 + ".png": "not an image",
         too_long.name: "too long",
         below.name: "Not a directory",
-        "below.png": "not a picture",
+        "below.png": "not an image",
     }
     assert found.keys() == why.keys()
     for name, (seconds, megabytes, text) in found.items():
