@@ -29,27 +29,27 @@ def work(options: argparse.Namespace) -> None:
     from unflaw.config import make_config
     from unflaw.datasets import load_dataset
     from unflaw.detector import Detector
-    from unflaw.parallel.shares import ALONE, Team
+    from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 
     torch.set_num_threads(1)
     changes: dict[str, Any] = {"training.precision": "float32"}
     if options.steps is not None:
         changes |= {"training.steps": options.steps, "training.display_steps": min(150, options.steps)}
     config = make_config(options.method, "cpu", changes)
-    team: Team = ALONE
+    group: ProcessGroup = SINGLE_PROCESS
     if options.work > 1:
-        from unflaw.parallel.fabric import FabricTeam
+        from unflaw.parallel.fabric import FabricGroup
 
-        team = FabricTeam(config.training, devices=options.work, accelerator="cpu")
+        group = FabricGroup(config.training, devices=options.work, accelerator="cpu")
     ends: dict[str, float] = {}
     detector = Detector(config=config, weights=options.weights)
     data = load_dataset(options.data)
-    team.barrier()
+    group.barrier()
     started = time.perf_counter()
-    detector.fit(data, progress=lambda stage, *_: ends.update({stage: time.perf_counter()}), team=team)
+    detector.fit(data, progress=lambda stage, *_: ends.update({stage: time.perf_counter()}), group=group)
     ended = time.perf_counter()
     marks = [started, ends["features"], ends["memory"], ends.get("training", ends["memory"]), ended]
-    if team.leads:
+    if group.is_main:
         path = options.out / f"distributed-{options.work}.safetensors"
         detector.save(path)
         seconds = {name: after - before for name, before, after in zip(STAGES, marks, marks[1:], strict=False)}

@@ -37,7 +37,7 @@ from unflaw.experiments.feature_store import CachedDetector, FeatureFile
 from unflaw.methods import create
 
 RATES = (0.1, 0.05, 0.02, 0.01)
-SMALL = {"training.display_steps": 0, "network.prototypes": 1024, "network.coarse_prototypes": 4096}
+SMALL = {"training.display_steps": 0, "network.prototypes": 1024, "network.regional_prototypes": 4096}
 FEW = 40  # images of cross-fitting
 Counts = list[tuple[int, int, int, int]]  # of each model: false alarms, good test images, k and n of the calibration
 

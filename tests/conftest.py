@@ -16,12 +16,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unflaw.methods import Context
 
 settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault
 settings.load_profile("unhurried")
@@ -46,18 +51,18 @@ TINY_URANET: dict[str, Any] = {
     "network.restoration.depth": 1,
     "network.restoration.patch": 2,
     "network.restoration.prototypes": 64,
-    "network.restoration.coarse_prototypes": 32,
+    "network.restoration.regional_prototypes": 32,
 }
 OWN: dict[str, dict[str, Any]] = {
     "uranet": TINY_URANET,
-    "nearest_neighbor": {"network.prototypes": 64, "network.coarse_prototypes": 32},
+    "nearest_neighbor": {"network.prototypes": 64, "network.regional_prototypes": 32},
     "mfrnet": {
         "network.k": (1, 2),
         "network.widths": (8, 16),
         "network.depth": 1,
         "network.heads": 2,
         "network.prototypes": 64,
-        "network.coarse_prototypes": 32,
+        "network.regional_prototypes": 32,
     },
     "draem": {"network.reconstructive": 4, "network.discriminative": 4},
     "memae": {"network.widths": (8, 8, 16), "network.items": 10},
@@ -321,3 +326,12 @@ def start_station(tmp_path: Path) -> Iterator[Callable[..., StationProcess]]:
     yield start
     for server in started:
         server.kill()
+
+
+def first_rows(features: "Tensor", valid: "Tensor | None" = None) -> "Context":
+    """The context of features (N, C, g, g) that are the first N training rows."""
+    import torch
+
+    from unflaw.methods import Context
+
+    return Context(valid, torch.arange(len(features)))

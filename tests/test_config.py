@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from unflaw.config import METHODS, PROFILES, Config, Weights, make_config
+from unflaw import registry
+from unflaw.config import Config, Weights, make_config
 
 
 def test_dotted_changes_reach_their_setting_and_no_other():
@@ -22,8 +23,8 @@ def test_dotted_changes_reach_their_setting_and_no_other():
     assert config.training == plain.training.model_copy(update={"steps": 7})
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("method", registry.names())
+@pytest.mark.parametrize("profile", ["cpu", "paper"])
 def test_every_method_has_every_profile(method, profile):
     config = make_config(method, profile)
     assert config.method == method
@@ -31,12 +32,23 @@ def test_every_method_has_every_profile(method, profile):
 
 
 def test_the_paper_profile_changes_what_it_says_and_gives_way_to_changes():
-    name, value = "network.restoration.width", PROFILES["paper"]["network.restoration.width"]
-    assert name in PROFILES["paper"]
-    assert make_config("uranet", "paper").network.restoration.width == value
-    assert make_config("uranet", "cpu").network.restoration.width != value
+    paper, name = registry.method_class("uranet").profiles["paper"], "network.restoration.width"
+    assert make_config("uranet", "paper").network.restoration.width == paper[name] == 768
+    assert make_config("uranet", "cpu").network.restoration.width != 768
     assert make_config("uranet", "paper", {name: 48}).network.restoration.width == 48
-    assert make_config("nearest_neighbor", "paper").features.backbone == PROFILES["paper"]["features.backbone"]
+    assert make_config("nearest_neighbor", "paper").features.backbone == paper["features.backbone"]
+
+
+def test_lookup_is_an_alias():
+    assert make_config("lookup") == make_config("nearest_neighbor")
+    given = {"network": {"method": "lookup", "prototypes": 7}}
+    assert Config.model_validate(given) == make_config("nearest_neighbor", changes={"network.prototypes": 7})
+
+
+@pytest.mark.parametrize("network", [{}, {"method": 3}, 3, {"method": "uranet", "prototypes": 7}, {"method": "none"}])
+def test_options_are_those_of_a_method(network):
+    with pytest.raises(ValidationError, match="network"):
+        Config.model_validate({"network": network})
 
 
 @pytest.mark.parametrize(
@@ -58,17 +70,17 @@ def test_the_paper_profile_changes_what_it_says_and_gives_way_to_changes():
         ("network.restoration.width", 30),
         ("network.synthesis.clean", 1.5),
         ("network.synthesis.others", -1),
-        ("network.restoration.coarse_prototypes", -1),
+        ("network.restoration.regional_prototypes", -1),
         ("preparation.size", 1),
         ("preparation.fit", "crop"),
         ("calibration.false_alarm_rate", 0),
         ("calibration.false_alarm_rate", 1),
         ("calibration.holdout", 1),
         ("features.level_weights", ()),
-        ("scoring.shares", ()),
-        ("scoring.coarse_share", 0),
-        ("scoring.coarse_share", 1.5),
-        ("scoring.coarse_weight", -0.1),
+        ("scoring.top_fractions", ()),
+        ("scoring.regional_top_fraction", 0),
+        ("scoring.regional_top_fraction", 1.5),
+        ("scoring.regional_map_weight", -0.1),
         ("scoring.locating", ()),  # those of earlier versions are not silently taken
         ("scoring.judging", (0.0, 0.0, 0.0)),
         ("training.seed", 2**32),
@@ -85,8 +97,8 @@ def test_a_setting_that_is_unknown_or_out_of_range_is_named(name, value):
 @pytest.mark.parametrize(
     "name, values, place",
     [
-        ("scoring.shares", (0.0, 0.1), 0),
-        ("scoring.shares", (0.1, 1.5), 1),
+        ("scoring.top_fractions", (0.0, 0.1), 0),
+        ("scoring.top_fractions", (0.1, 1.5), 1),
         ("features.levels", (1, -1), 1),
         ("features.levels", (1, 2, "coarse"), 2),
         ("features.level_weights", (1.0, 0.0, 4.0), 1),
@@ -109,7 +121,8 @@ def test_heads_that_do_not_divide_the_width_are_named():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"features.smooth": k} for k in (1, 3, 5, 7)] + [{"training.seed": 2**32 - 1}, {"scoring.shares": (1,)}]
+    "changes",
+    [{"features.smooth": k} for k in (1, 3, 5, 7)] + [{"training.seed": 2**32 - 1}, {"scoring.top_fractions": (1,)}],
 )
 def test_the_ends_of_ranges_are_in_them(changes):
     ((name, value),) = changes.items()
@@ -141,7 +154,7 @@ def test_an_unknown_group_of_settings_is_named():
         ("uranet", "steps", "did you mean training.steps?"),
         ("uranet", "train.steps", "did you mean training.steps?"),
         ("uranet", "network.draws", "did you mean network.perception.draws?"),
-        ("nearest_neighbor", "network.perception.draws", "network has prototypes, coarse_prototypes"),
+        ("nearest_neighbor", "network.perception.draws", "network has prototypes, regional_prototypes"),
         ("memae", "training.lr", "training has steps, batch, accumulate, learning_rate, "),
         ("mfrnet", "nonsense", "a configuration has network, preparation, features, training, scoring, calibration"),
     ],
@@ -193,6 +206,12 @@ def test_weights_that_are_no_file_are_not_mistaken_for_one_nor_the_other_way_rou
 
 
 def test_importing_the_configuration_does_not_import_torch():
-    code = "import sys, unflaw, unflaw.config; unflaw.make_config(); print('torch' in sys.modules)"
+    """Nor does reading the configuration of an exported detector, whose method need not even be there."""
+    code = (
+        "import sys, unflaw, unflaw.config, unflaw.registry; unflaw.registry.names(); "
+        "given, context = {'network': {'method': 'theirs', 'more': 3}}, {'exported': True}; "
+        "assert unflaw.config.Config.model_validate(given, context=context).method == 'theirs'; "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -255,7 +255,7 @@ def test_calibration_leaves_padding_out_as_inspection_does(parts, weights, tiny,
 def unfitted(tiny, method: str, **changes) -> Detector:
     prototypes = {"nearest_neighbor": "network.prototypes", "uranet": "network.restoration.prototypes"}
     own = {prototypes[method]: 16} if method in prototypes else {}
-    small = {"features.grid": 4, "training.display_steps": 0, "scoring.shares": (0.05, 0.3, 1.0)}
+    small = {"features.grid": 4, "training.display_steps": 0, "scoring.top_fractions": (0.05, 0.3, 1.0)}
     config = tiny(method, **small, **own, **{"calibration.false_alarm_rate": 0.1}, **changes)
     return Detector(config=config, weights=Weights.RANDOM)
 

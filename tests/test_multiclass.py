@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.conftest import OWN, TINY, make_parts
+from tests.conftest import OWN, TINY, first_rows, make_parts
 from typer.testing import CliRunner
 
 from unflaw import load_categories
@@ -29,6 +29,7 @@ from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.methods import create
+from unflaw.methods.feature_set import FeatureSet
 from unflaw.methods.memory_bank import MemoryBank
 from unflaw.report.figures import write_figures
 from unflaw.training import loop
@@ -80,7 +81,7 @@ def named(categories: list[str], rng: torch.Generator, channels: int = 8) -> Cac
 
 
 def unfitted(tiny, **changes) -> Detector:
-    network = {"network.prototypes": 1024, "network.coarse_prototypes": 256, "features.grid": 4}
+    network = {"network.prototypes": 1024, "network.regional_prototypes": 256, "features.grid": 4}
     return Detector(config=tiny("nearest_neighbor", **QUICK, **network, **changes), weights=Weights.RANDOM)
 
 
@@ -92,8 +93,8 @@ def test_what_is_normal_and_the_calibration_are_of_each_category(multi, both):
     bolts, nuts = multi.categories_.values()
     assert (len(bolts.calibration.scores), len(nuts.calibration.scores)) == (3, 2)
     assert bolts.calibration.pixel_threshold != nuts.calibration.pixel_threshold
-    states = [known.network.finished_state() for known in (bolts, nuts)]
-    assert states[0].keys() == states[1].keys() == set(multi.network.finished)
+    states = [known.network.category_state() for known in (bolts, nuts)]
+    assert states[0].keys() == states[1].keys() == set(multi.network.category_buffers)
     assert not torch.equal(states[0]["normal"], states[1]["normal"])
     path = bad(both, "nuts")[0]
     as_nut, as_bolt = (multi.inspect(path, category=name) for name in ("nuts", "bolts"))
@@ -219,7 +220,7 @@ def test_one_category_with_a_name_is_the_detector_without(both, weights, tiny):
 @pytest.mark.parametrize("method", ["uranet", "mfrnet", "memae"])
 def test_other_methods_learn_several_categories(both, weights, tiny, tmp_path, method):
     made = Detector(config=tiny(method, **{"training.steps": 2}), weights=weights).fit(load_categories([both]))
-    nuts, bolts = (made.network_of(name).finished_state() for name in ("nuts", "bolts"))
+    nuts, bolts = (made.network_of(name).category_state() for name in ("nuts", "bolts"))
     assert not torch.equal(nuts["normal"], bolts["normal"])
     assert ("perception.thresholds" in nuts) == (method == "uranet")
     path = bad(both, "nuts")[0]
@@ -235,11 +236,11 @@ def test_finish_writes_no_buffer_but_those_of_a_category(tiny):
     for method in OWN:
         network = create(tiny(method, **{"training.steps": 0}), Weights.RANDOM).eval()
         features = network.embed(torch.rand(4, 3, 64, 64))
-        network.setup(features.half(), None, torch.Generator().manual_seed(0))
+        network.fit_memory(FeatureSet.of(features.half()), torch.Generator().manual_seed(0))
         before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        network.finish(features.half())
+        network.fit_normalization(features.half(), first_rows(features.half()))
         changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
-        assert changed and changed <= set(network.finished)
+        assert changed and changed <= set(network.category_buffers)
 
 
 def test_data_of_categories_that_cannot_work_is_refused(both, weights, tiny, tmp_path):
@@ -533,8 +534,8 @@ def test_a_checkpoint_of_the_same_images_in_other_categories_is_refused(both, we
 def test_categories_have_memories_of_their_own(multi):
     """Each is of tokens of its own training images, and another category's do not come near."""
     bolts, nuts = (multi.network_of(name).state_dict() for name in ("bolts", "nuts"))
-    own = {name for name in bolts if name in multi.network.finished}
-    assert {"memory.prototypes", "judge.memory.prototypes"} <= own
+    own = {name for name in bolts if name in multi.network.category_buffers}
+    assert {"memory.prototypes", "regional_memory.memory.prototypes"} <= own
     for name, tensor in bolts.items():
         if name in own:
             assert tensor.data_ptr() != nuts[name].data_ptr()
@@ -594,4 +595,4 @@ def test_training_images_of_mixed_batches_are_recalled_by_their_own_category():
         assert all(torch.allclose(m[rows], a) for m, a in zip(mixed, alone, strict=True))
         memory.select_category(number)
         assert torch.allclose(memory.unit(), memory.unit(rows)[0].flatten())
-        assert (categories[memory.banks[number].owners] == number).all()
+        assert (categories[memory.banks[number].source_images] == number).all()

@@ -1,19 +1,32 @@
-"""The whole configuration of a detector: plain, validated, saved with it as JSON. Importing it does not import torch.
+"""The configuration of a detector: plain, validated, saved with it as JSON. Importing it does not import torch.
 
-Defaults are the CPU profile; `make_config("uranet", "paper")` gives the paper-scale settings.
+The options of a method stand with the method; see `unflaw.registry`. `make_config("uranet", "paper")` gives settings at
+the scale of the paper.
 """
 
 from __future__ import annotations
 
 import difflib
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
+from unflaw import registry
 from unflaw.imaging.tiling import Preparation
+
+DEFAULT_METHOD = "uranet"
 
 
 class Settings(BaseModel):
@@ -52,165 +65,6 @@ class Features(Settings):
         return levels
 
 
-class Synthesis(Settings):
-    """FASM: how artificial anomalies are made at feature level. A share of 0 switches a source off."""
-
-    clean: float = Field(0.3, ge=0, le=1, description="share of samples left without anomaly")
-    max_scale: int = Field(5, ge=0, le=7, description="Perlin frequency is 2^0 .. 2^max_scale per axis")
-    threshold: float = Field(0.5, description="Perlin noise above this is anomalous")
-    textures: float = Field(1.0, ge=0, description="weight of features of texture images")
-    others: float = Field(1.0, ge=0, description="weight of features of other good images, at other places")
-    shuffles: float = Field(1.0, ge=0, description="weight of the image's own features, shuffled among places")
-    jitter: float = Field(1.0, ge=0, description="weight of Gaussian noise scaled by the feature norm")
-    strength: tuple[float, float] = Field((0.2, 1.0), description="range of the opacity β")
-
-
-class Perception(Settings):
-    """UIAPM: the Bayesian network that marks anomalous regions and ambiguous boundaries."""
-
-    width: int = Field(32, ge=1, le=8192)
-    depth: int = Field(2, ge=1, le=64, description="hidden Bayesian convolutions of 3×3")
-    draws: int = Field(8, ge=1, le=1024, description="weight samples S at inspection")
-    prior: float = Field(0.1, gt=0, description="standard deviation of the Gaussian prior over weights")
-    kl_weight: float = Field(1.0, ge=0, description="weight of KL / N")
-    bayesian: bool = Field(True, description="False: plain convolutions, no uncertainty map, M_final = M_U")
-    input: Literal["distance", "features"] = Field(
-        "distance", description="what it sees: distances of F to the memory, where there is one, or F itself"
-    )
-    in_score: bool = Field(True, description="U takes part in the image score")
-    mean_threshold: float = Field(0.5, ge=0, le=1, description="τ_U: M_U = [U ≥ τ_U]")
-    deviation_threshold: float = Field(0.2, ge=0, description="τ_V: M_final = M_U ∨ [V ≥ τ_V]")
-
-
-class Restoration(Settings):
-    """RAM: restoration attention."""
-
-    patch: int = Field(2, ge=1, le=256, description="side of a token in feature cells")
-    width: int = Field(192, ge=4, le=8192, multiple_of=4)
-    depth: int = Field(3, ge=0, le=64)
-    heads: int = Field(3, ge=1, le=1024)
-    masked: bool = Field(True, description="keys only where M_final marks nothing; False: plain self-attention")
-    prototypes: int = Field(
-        4096, ge=0, le=10_000_000, description="memory of normal tokens across images; 0: the image alone"
-    )
-    coarse_prototypes: int = Field(
-        16384, ge=0, le=10_000_000, description="memory of whole regions, for image score and map; 0: none"
-    )
-    sharpness: float = Field(2.0, gt=0, description="softmax(−sharpness·d²/radius²) over the nearest prototypes")
-
-    @model_validator(mode="after")
-    def _heads_fit(self) -> Restoration:
-        if self.width % self.heads:
-            raise ValueError(f"the width of {self.width} cannot be cut into {self.heads} heads; choose a divisor")
-        return self
-
-
-class URANetOptions(Settings):
-    """URA-Net (arXiv 2603.22840)."""
-
-    method: Literal["uranet"] = "uranet"
-    synthesis: Synthesis = Synthesis()
-    perception: Perception = Perception()
-    restoration: Restoration = Restoration()
-
-
-class NearestNeighborOptions(Settings):
-    """Distance to the nearest normal prototype; nothing is trained."""
-
-    method: Literal["nearest_neighbor"] = "nearest_neighbor"
-    prototypes: int = Field(4096, ge=1, le=10_000_000)
-    coarse_prototypes: int = Field(
-        16384, ge=0, le=10_000_000, description="memory of whole regions, for image score and map; 0: none"
-    )
-
-
-class MFRNetOptions(Settings):
-    """MFRNet (arXiv 2404.13273). k and n are those of the paper's figure 3; its other hyper-parameters are not public
-    to us: their numbers are ours."""
-
-    method: Literal["mfrnet"] = "mfrnet"
-    k: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field(
-        (2,),
-        min_length=1,
-        max_length=16,
-        description="side of a mask cell, in feature cells; the maps of several are averaged",
-    )
-    n: int = Field(3, ge=2, le=64, description="crossed masks: disjoint, and together they hide everything once")
-    masked: bool = Field(True, description="False: nothing is hidden, a plain autoencoder")
-    patch: int = Field(2, ge=1, le=256, description="side of a token in feature cells, at the finest scale")
-    widths: tuple[Annotated[int, Field(ge=4, le=8192, multiple_of=4)], ...] = Field(
-        (96, 192), min_length=1, max_length=8, description="of the tokens per scale; each scale halves the side"
-    )
-    depth: int = Field(2, ge=1, le=64, description="hybrid blocks per scale of the encoder, and of the decoder")
-    heads: int = Field(4, ge=1, le=1024)
-    attention: bool = Field(True, description="self-attention in the hybrid blocks")
-    convolution: bool = Field(True, description="convolution in the hybrid blocks")
-    pixel: float = Field(1.0, ge=0, description="weight of L2 in the hybrid loss, for training and map")
-    ssim: float = Field(1.0, ge=0, description="weight of 1 − SSIM, likewise")
-    gms: float = Field(1.0, ge=0, description="weight of 1 − gradient magnitude similarity, likewise")
-    prototypes: int = Field(
-        4096, ge=0, le=10_000_000, description="memory of normal tokens that fills what is hidden; 0: none"
-    )
-    coarse_prototypes: int = Field(
-        16384, ge=0, le=10_000_000, description="memory of whole regions, for image score and map; 0: none"
-    )
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> MFRNetOptions:
-        for width in self.widths:
-            if width % self.heads:
-                raise ValueError(f"a width of {width} cannot be cut into {self.heads} heads; choose a divisor")
-        if not (self.attention or self.convolution):
-            raise ValueError("a hybrid block needs attention, convolution or both")
-        if not (self.pixel or self.ssim or self.gms):
-            raise ValueError("the hybrid loss needs a weight above 0: pixel, ssim or gms")
-        return self
-
-
-class PixelSynthesis(Synthesis):
-    """DRAEM's artificial anomalies: textures only, half of the images clean, β from 0.1 on (sections 3.3 and 4)."""
-
-    clean: float = Field(0.5, ge=0, le=1, description="share of samples left without anomaly")
-    others: float = Field(0.0, ge=0, description="weight of other good images, at other places")
-    shuffles: float = Field(0.0, ge=0, description="weight of the image's own pixels, shuffled among places")
-    jitter: float = Field(0.0, ge=0, description="weight of Gaussian noise scaled by the norm of pixels")
-    strength: tuple[float, float] = Field((0.1, 1.0), description="range of the opacity β")
-
-
-class DRAEMOptions(Settings):
-    """DRAEM (arXiv 2108.07610), on pixels."""
-
-    method: Literal["draem"] = "draem"
-    side: int | None = Field(
-        128, ge=32, le=4096, description="pixels it works at, at most preparation.size; None: all of them"
-    )
-    reconstructive: int = Field(
-        16, ge=1, le=4096, description="channels at full resolution of the reconstructive network"
-    )
-    discriminative: int = Field(
-        16, ge=1, le=4096, description="channels at full resolution of the discriminative network"
-    )
-    synthesis: PixelSynthesis = PixelSynthesis()
-
-
-class MemAEOptions(Settings):
-    """MemAE (arXiv 1904.02639), on pixels."""
-
-    method: Literal["memae"] = "memae"
-    side: int | None = Field(
-        128, ge=32, le=4096, description="pixels it works at, at most preparation.size; None: all of them"
-    )
-    widths: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field(
-        (16, 32, 32, 64),
-        min_length=1,
-        max_length=12,
-        description="channels of the encoder's layers, each of which halves the side",
-    )
-    items: int = Field(100, ge=1, le=1_000_000, description="size of the memory")
-    shrinkage: float = Field(1.0, ge=0, le=3, description="weights up to this multiple of 1 / items become 0")
-    entropy: float = Field(0.0002, ge=0, description="weight of the entropy of addressing weights in the loss")
-
-
 class Training(Settings):
     """The loop, and the cache it runs on."""
 
@@ -235,19 +89,19 @@ class Scoring(Settings):
     smooth: float = Field(
         4.0, ge=0, le=256, description="deviation of the Gaussian over the map, pixels at a side of 256"
     )
-    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+    top_fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.01,),
         min_length=1,
         max_length=64,
-        description="the image score looks at these highest shares of the witnesses",
+        description="fractions of the highest cells of the anomaly maps that the patch score is the mean of",
     )
-    coarse_share: float = Field(0.4, gt=0, le=1, description="and at this highest share of the coarse evidence")
-    regional_weight: float = Field(1.0, ge=0, description="weight of the coarse evidence in the image score")
-    coarse_weight: float = Field(0.4, ge=0, description="weight of the coarse evidence in the map")
+    regional_top_fraction: float = Field(0.4, gt=0, le=1, description="likewise for the regional score")
+    regional_weight: float = Field(1.0, ge=0, description="weight of the regional score in the image score")
+    regional_map_weight: float = Field(0.4, ge=0, description="weight of the regional map in the anomaly map")
 
 
 class CalibrationOptions(Settings):
-    """Good images kept out of training, and the promise made from them."""
+    """Good images kept out of training, and the guarantee that they give."""
 
     holdout: float = Field(0.2, gt=0, lt=1, description="share of the good images kept out of training")
     folds: int = Field(0, ge=0, description="2 or more: cross-fitting on all images instead; 0: none")
@@ -255,10 +109,10 @@ class CalibrationOptions(Settings):
     review_rate: float = Field(0.05, ge=0, lt=1, description="rate of good images not called good; 0: no review")
     review_uncertain: bool = Field(False, description="review also where the uncertainty map dominates a defect")
     minimum_area: float = Field(0.0, ge=0, lt=1, description="smaller areas are no regions; share of the image")
-    tail: bool = Field(False, description="estimate thresholds of rates that the images cannot certify")
+    extrapolate_tail: bool = Field(False, description="estimate thresholds of rates that the images cannot certify")
     update_memory: bool = Field(
         True,
-        description="the memory learns them too, and each is judged without what it taught; False: a certified rate",
+        description="the held-out images join the memory, each scored leave-one-out; False: a certified rate",
     )
 
     @field_validator("folds")
@@ -269,23 +123,40 @@ class CalibrationOptions(Settings):
         return folds
 
 
-Network = Annotated[
-    URANetOptions | NearestNeighborOptions | MFRNetOptions | DRAEMOptions | MemAEOptions, Field(discriminator="method")
-]
-_OPTIONS: dict[str, type[Settings]] = {
-    "uranet": URANetOptions,
-    "nearest_neighbor": NearestNeighborOptions,
-    "mfrnet": MFRNetOptions,
-    "draem": DRAEMOptions,
-    "memae": MemAEOptions,
-}
-METHODS = tuple(_OPTIONS)
+class MethodOptions(Settings):
+    """Options of one method. A subclass gives `method` a default, the name of the method."""
+
+    method: str
+
+
+class OpaqueOptions(MethodOptions):
+    """Options of a method whose code is not needed: of an exported detector."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def _method_options(value: Any, info: ValidationInfo) -> Any:
+    """Validates the options of a method by its own class."""
+    if isinstance(value, MethodOptions):
+        return value
+    if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
+        raise ValueError("the options of a method have its name as `method`")
+    if info.context and info.context.get("exported"):
+        return OpaqueOptions.model_validate(value)
+    name = registry.canonical(value["method"])
+    return registry.method_class(name).options_class.model_validate({**value, "method": name})
+
+
+def _default_options() -> MethodOptions:
+    return registry.method_class(DEFAULT_METHOD).options_class.model_validate({})
 
 
 class Config(Settings):
     """Everything that makes a detector, but for data and weights."""
 
-    network: Network = URANetOptions()
+    network: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_method_options)] = Field(
+        default_factory=_default_options
+    )
     preparation: Preparation = Preparation()
     features: Features = Features()
     training: Training = Training()
@@ -295,6 +166,9 @@ class Config(Settings):
     @property
     def method(self) -> str:
         return self.network.method
+
+
+METHODS = registry.names()
 
 
 class Weights(enum.Enum):
@@ -320,49 +194,6 @@ class Weights(enum.Enum):
 # Of a backbone: a file (.safetensors or .pth), or None: those of an installed package, else of the hub that timm uses.
 WeightSource = str | Path | Weights | None
 
-# What the paper-scale profile changes: WideResNet-50 on a 64×64 grid, eight 768-wide blocks.
-PAPER: dict[str, Any] = {
-    "features.backbone": "wide_resnet50_2",
-    "features.grid": 64,
-    "features.components": 512,
-    "training.steps": 20_000,
-    "training.batch": 16,
-    "training.learning_rate": 1e-4,
-    "network.restoration.width": 768,
-    "network.restoration.depth": 8,
-    "network.restoration.heads": 12,
-    "network.restoration.patch": 4,
-    "network.restoration.prototypes": 0,
-    "network.restoration.coarse_prototypes": 0,
-    "network.perception.width": 256,
-    "network.perception.draws": 16,
-}
-PROFILES: dict[str, dict[str, Any]] = {"cpu": {}, "paper": PAPER}
-# What single methods have in a profile in place of that. In `paper`, widths and learning rates of DRAEM and MemAE are
-# published ones (MemAE's widths and items those for CIFAR-10); steps, and all of MFRNet beside its backbone, are ours.
-OWN: dict[tuple[str, str], dict[str, Any]] = {
-    ("uranet", "cpu"): {"training.batch": 8},
-    ("mfrnet", "cpu"): {"training.steps": 150, "training.batch": 4, "training.learning_rate": 2e-3},
-    ("mfrnet", "paper"): {
-        "features.backbone": "vgg16.tv_in1k",
-        "features.levels": (2, 3, 4),
-        "network.prototypes": 0,
-        "network.coarse_prototypes": 0,
-        "network.widths": (512, 768),
-        "network.depth": 4,
-        "network.heads": 8,
-    },
-    ("draem", "cpu"): {"training.steps": 600, "training.batch": 4},
-    ("draem", "paper"): {
-        "training.batch": 8,
-        "network.side": None,
-        "network.reconstructive": 128,
-        "network.discriminative": 64,
-    },
-    ("memae", "cpu"): {"training.steps": 1000},
-    ("memae", "paper"): {"network.side": None, "network.widths": (64, 128, 128, 256), "network.items": 500},
-}
-
 
 def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str, Any] | None = None) -> Config:
     """A configuration from a method, a profile and dotted changes such as `{"training.steps": 100}`.
@@ -370,14 +201,12 @@ def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str,
     Raises:
         ValueError: Unknown method, profile or setting, or a value out of range; the message names it.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; there are {', '.join(PROFILES)}")
-    profiled = {name: value for name, value in PROFILES[profile].items() if applies(name, method)}
-    profiled |= OWN.get((method, profile), {})
+    method = registry.canonical(method)
+    profiles = registry.method_class(method).profiles
+    if profile not in profiles:
+        raise ValueError(f"unknown profile {profile!r}; {method} has {', '.join(profiles)}")
     tree: dict[str, Any] = {"network": {"method": method}}
-    for name, value in {**profiled, **(changes or {})}.items():
+    for name, value in {**profiles[profile], **(changes or {})}.items():
         *parents, leaf = name.split(".")
         branch: Any = tree
         for parent in parents:
@@ -389,7 +218,7 @@ def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str,
         return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != method)
+        where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             name = next((name for name in changes or {} if f"{name}.".startswith(f"{where}.")), where)
             value = (changes or {}).get(name, first["input"])
@@ -418,7 +247,9 @@ def _nearest(name: str, method: str) -> str:
 def _names(settings: type[BaseModel], method: str, start: str = "") -> Iterator[str]:
     """The dotted names of all settings that a method has."""
     for name, field in settings.model_fields.items():
-        inner = _OPTIONS[method] if settings is Config and name == "network" else field.annotation
+        inner: Any = field.annotation
+        if settings is Config and name == "network":
+            inner = registry.method_class(method).options_class
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from _names(inner, method, f"{start}{name}.")
         elif name != "method":
@@ -426,6 +257,6 @@ def _names(settings: type[BaseModel], method: str, start: str = "") -> Iterator[
 
 
 def applies(name: str, method: str) -> bool:
-    """Whether a method has this setting: profiles name settings of all methods."""
-    room, _, rest = name.partition(".")
-    return room != "network" or rest.partition(".")[0] in _OPTIONS[method].model_fields
+    """Tells settings that a method has, by their dotted name, from `network` settings of other methods."""
+    group, _, rest = name.partition(".")
+    return group != "network" or rest.partition(".")[0] in registry.method_class(method).options_class.model_fields

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unflaw._version import __version__
-from unflaw.calibration.crossfit import cross_fit, find_outliers, finish, judge_held_out, leave_one_out
+from unflaw.calibration.crossfit import cross_fit, find_outliers, fit_normalization, leave_one_out, score_held_out
 from unflaw.calibration.drift import Reference, references
 from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
 from unflaw.calibration.recalibrate import recalibrate
@@ -40,11 +40,18 @@ from unflaw.methods import Method, create
 from unflaw.methods.decoder import DisplayDecoder
 from unflaw.methods.graph import Graph
 from unflaw.methods.synthesis import texture_images
-from unflaw.parallel.shares import ALONE, Team
+from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 from unflaw.training import loop as training
 from unflaw.training.decoder import fit_display
 from unflaw.training.loop import seeded, step_rng
-from unflaw.training.splits import Category, Data, build_drift_reference, gather, split_calibration, without_copies
+from unflaw.training.splits import (
+    Category,
+    Data,
+    build_drift_reference,
+    resolve_data,
+    split_calibration,
+    without_copies,
+)
 
 
 class Detector(BasePredictor):
@@ -107,7 +114,7 @@ class Detector(BasePredictor):
         *,
         progress: Progress = silent,
         checkpoint: Path | None = None,
-        team: Team = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> Detector:
         """Learns from good images: features once, training on them, calibration on those held out.
 
@@ -121,7 +128,7 @@ class Detector(BasePredictor):
             progress: Called as `progress(stage, done, total, loss)`.
             checkpoint: Where to save progress; an interrupted `fit` with the same arguments goes on from there and
                 gives the same detector. Delete it once that is saved.
-            team: Several processes that all call `fit` with the same arguments, such as `distributed.FabricTeam`; they
+            group: Several processes that all call `fit` with the same arguments, such as `fabric.FabricGroup`. They
                 share caching and training, and every one gets the detector.
 
         Raises:
@@ -129,7 +136,7 @@ class Detector(BasePredictor):
         """
         started = time.perf_counter()
         settings = self.config.training
-        given, calibrating, categories = gather(data)
+        given, calibrating, categories = resolve_data(data)
         known = {path: sha256_if_readable(path) for path in categories}
         train, validation, copies = without_copies(given, calibrating, categories, known)
         self.categories_, self.display, self.record_ = {}, None, {}
@@ -140,8 +147,8 @@ class Detector(BasePredictor):
         self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
         spared = {categories[path] for path in train} <= {categories[path] for path in validation}
         share = 0.0 if spared or self.config.calibration.folds else self.config.calibration.holdout
-        with team.hosting(backbone):
-            common: dict[str, Any] = {"categories": categories, "team": team}
+        with group.hosting(backbone):
+            common: dict[str, Any] = {"categories": categories, "group": group}
             try:
                 cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress, **common)
             except TrainingError as error:
@@ -155,11 +162,12 @@ class Detector(BasePredictor):
             contents = self._contents([*cache.paths, *(held.paths if held else [])])
             cached = time.perf_counter()
             embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
-        learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint, team=team)
+        processes = f", {group.size} processes" if group.size > 1 else ""
+        learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint, group=group)
         self.record_ = {
             "unflaw": __version__,
             "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {count(torch.get_num_threads(), 'thread')}" + team.described,
+            "machine": f"{platform.machine()}, {count(torch.get_num_threads(), 'thread')}" + processes,
             "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "weights": self.weights,
             "good_images": cache.count,
@@ -183,7 +191,7 @@ class Detector(BasePredictor):
         textures: Tensor | None = None,
         progress: Progress = silent,
         checkpoint: Path | None = None,
-        team: Team = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> dict[str, Any]:
         """`fit` from cached features on: hold-out where there is no validation part, training, display, calibration.
 
@@ -206,10 +214,10 @@ class Detector(BasePredictor):
                 progress(f"{stage} {number + 1}/{options.folds}", done, total, loss)
 
             other, draws = copy.deepcopy(start), step_rng(self.config.training.seed, 2**31 + 1 + number)
-            self._train(other, part, textures, draws, named, None, team)
+            self._train(other, part, textures, draws, named, None, group)
             return other
 
-        history = self._train(network, train, textures, rng, progress, checkpoint, team)
+        history = self._train(network, train, textures, rng, progress, checkpoint, group)
         if self.config.training.display_steps and not isinstance(network.features, PixelExtractor):
             self.display = fit_display(train, self.config.training, progress)
         crossed = {}
@@ -218,13 +226,13 @@ class Detector(BasePredictor):
         categories, strangest, among = {}, list[dict[str, Any]](), ALL
         for number, (name, rows) in enumerate(train.rows().items()):
             # from training images: what is learned from those that calibrate would make them unlike new images
-            finish(network, train, number, rows)
+            fit_normalization(network, train, number, rows)
             held, taught = calibrating.get(name), True
             far = find_outliers(network, train, rows, held, random=name not in given)
             if name in crossed:
                 found = crossed[name]
             elif held is not None:
-                found, taught = judge_held_out(network, held, options, rng, random=name not in given)
+                found, taught = score_held_out(network, held, options, rng, random=name not in given)
             else:
                 found = leave_one_out(network, train, rows, options, budget)
             if far is None:
@@ -233,7 +241,7 @@ class Detector(BasePredictor):
             strangest += [entry | ({"category": name} if name else {}) for entry in far]
             calibration = found.calibrate(options, crossed=taught)
             reference = build_drift_reference(train, rows, held, self.config.training.seed)
-            categories[name] = Category(calibration, network.with_category(network.finished_state()), reference)
+            categories[name] = Category(calibration, network.with_category(network.category_state()), reference)
         self.categories_ = categories
         counts = {
             name: {
@@ -296,7 +304,8 @@ class Detector(BasePredictor):
             rate: False-alarm rate asked for; None: that of the configuration.
             category: Of a detector of several.
             keep: Also counts the scores it was calibrated with before; right where both kinds of images will come.
-            **settings: `review_rate`, `review_uncertain`, `minimum_area` and `tail` in place of the configuration's.
+            **settings: `review_rate`, `review_uncertain`, `minimum_area` and `extrapolate_tail` in place of those of
+                the configuration.
 
         Returns:
             The new calibration, which is also in the detector.
@@ -340,7 +349,7 @@ class Detector(BasePredictor):
         if self.display is not None:
             tensors |= {f"display.{name}": tensor for name, tensor in self.display.state_dict().items()}
         for i, (name, category) in enumerate(self.categories_.items()):
-            tensors |= {f"{_place(name, i)}.{buffer}": t for buffer, t in category.network.finished_state().items()}
+            tensors |= {f"{_place(name, i)}.{buffer}": t for buffer, t in category.network.category_state().items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(self.metadata())}))
 
@@ -393,7 +402,9 @@ class Detector(BasePredictor):
                     detector.display = DisplayDecoder(detector.network.features.channels).eval()
                 detector.display.load_state_dict(parts["display"])
             for i, (name, calibration) in enumerate(known.items()):
-                normal = {buffer: tensors[f"{_place(name, i)}.{buffer}"] for buffer in detector.network.finished}
+                normal = {
+                    buffer: tensors[f"{_place(name, i)}.{buffer}"] for buffer in detector.network.category_buffers
+                }
                 network = detector.network.with_category(normal)  # fails where a shape is wrong
                 detector.categories_[name] = Category(calibration, network, drift.get(name))
         except (RuntimeError, KeyError) as error:
@@ -416,9 +427,9 @@ class Detector(BasePredictor):
         rng: torch.Generator,
         progress: Progress,
         checkpoint: Path | None,
-        team: Team,
+        group: ProcessGroup,
     ) -> list[dict[str, float]]:
-        return training.train(network, cache, textures, rng, progress=progress, checkpoint=checkpoint, team=team)
+        return training.train(network, cache, textures, rng, progress=progress, checkpoint=checkpoint, group=group)
 
     @staticmethod
     def _contents(paths: Iterable[Input]) -> dict[Input, str]:

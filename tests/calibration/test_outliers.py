@@ -168,7 +168,7 @@ def test_the_command_and_info_name_them(tiny, weights, mixed, tmp_path):
         "features.grid": config.features.grid,
         "features.components": config.features.components,
         "network.prototypes": 64,
-        "network.coarse_prototypes": 32,
+        "network.regional_prototypes": 32,
         "training.display_steps": 0,
     }
     out = tmp_path / "m.safetensors"

@@ -177,7 +177,7 @@ def test_the_numbers_say_what_the_sentence_does():
     }
     few = calibrate(scores[:5], scores[:5], 0.0, 0.01, crossed=True).numbers()
     assert (few["asked_rate"], few["rate"], few["n"], few["certified"], few["crossed"]) == (0.01, 1 / 6, 5, False, True)
-    tail = calibrate(scores, scores, 0.0, 0.002, tail=True).numbers()
+    tail = calibrate(scores, scores, 0.0, 0.002, extrapolate_tail=True).numbers()
     assert (tail["rate"], tail["smallest_rate"], tail["certified"], tail["estimated"]) == (0.002, 0.01, False, True)
 
 
@@ -320,7 +320,7 @@ def test_what_is_not_certified_is_said():
 
 @given(st.lists(finite, min_size=1, max_size=120), st.floats(0.0005, 0.2))
 def test_a_tail_estimates_only_what_images_cannot_certify(scores, rate):
-    plain, made = (calibrate(scores, scores, 0.0, rate, tail=tail) for tail in (False, True))
+    plain, made = (calibrate(scores, scores, 0.0, rate, extrapolate_tail=tail) for tail in (False, True))
     n = len(scores)
     if made.tail is None:
         assert made == plain and (n < 40 or rate >= 1 / (n + 1) - 1e-9 or len(set(scores)) < n)

@@ -185,7 +185,7 @@ def test_options_and_settings_reach_the_configuration(parts, weights, tmp_path):
     out = tmp_path / "nearest_neighbor.safetensors"
     arguments = ["--method", "nearest_neighbor", "--backbone", "resnet18", "--weights", weights, "--levels", "2,3"]
     arguments += ["--size", 48, "--fit", "pad", "--seed", 3, "--rate", 0.25]
-    network = {"network.prototypes": 20, "network.coarse_prototypes": 10}
+    network = {"network.prototypes": 20, "network.regional_prototypes": 10}
     arguments += settings({**network, "features.grid": 6, "training.display_steps": 0})
     arguments += ["--set", "features.standardise=channel"]  # no JSON: taken as it stands
     done = unflaw("train", "--data", parts, "--out", out, *arguments)
@@ -194,7 +194,7 @@ def test_options_and_settings_reach_the_configuration(parts, weights, tmp_path):
     assert config["features"] | {"levels": [2, 3], "grid": 6, "standardise": "channel"} == config["features"]
     assert config["preparation"] | {"size": 48, "fit": "pad"} == config["preparation"]
     assert (config["training"]["seed"], config["calibration"]["false_alarm_rate"]) == (3, 0.25)
-    assert config["network"] == {"method": "nearest_neighbor", "prototypes": 20, "coarse_prototypes": 10}
+    assert config["network"] == {"method": "nearest_neighbor", "prototypes": 20, "regional_prototypes": 10}
 
 
 @pytest.mark.parametrize("method", ["mfrnet", "draem", "memae"])
@@ -606,7 +606,7 @@ def test_a_missing_image_is_a_line_like_any_other(model, parts, tmp_path):
 
 def test_ablate_lists_its_variants():
     done = unflaw("ablate", "--list")
-    assert "paper-parts: network.restoration.prototypes=0; network.restoration.coarse_prototypes=0\n" in done.stdout
+    assert "paper-parts: network.restoration.prototypes=0; network.restoration.regional_prototypes=0\n" in done.stdout
     assert "nearest_neighbor: method=nearest_neighbor" in done.stdout and done.stdout.startswith("full:")
     done = unflaw("ablate", "--method", "mfrnet", "--only", "k-8", "--variant", "deep: network.depth=4", "--list")
     assert [line for line in done.stdout.splitlines() if line[0] != " "] == [

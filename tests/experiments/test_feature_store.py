@@ -63,7 +63,13 @@ def same(found: Detector, expected: Detector, dataset) -> None:
     for name in ("digest", "good_images", "held_out", "skipped", "weights"):
         assert found.record_[name] == expected.record_[name], name
     state = expected.network.state_dict()
-    chosen = ("features.centre", "features.basis", "memory.prototypes", "judge.memory.prototypes", "memory.extra")
+    chosen = (
+        "features.centre",
+        "features.basis",
+        "memory.prototypes",
+        "regional_memory.memory.prototypes",
+        "memory.added",
+    )
     for name in filter(state.__contains__, chosen):  # of what is trained, scores tell: Adam makes much of little
         torch.testing.assert_close(found.network.state_dict()[name], state[name], rtol=1e-3, atol=1e-3)
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from tests.conftest import TINY, TINY_URANET, make_parts
 
 SMALL = TINY | {"features.backbone": "test_resnet"}
-LOOKUP = SMALL | {"network.prototypes": 64, "network.coarse_prototypes": 32, "training.display_steps": 3}
+LOOKUP = SMALL | {"network.prototypes": 64, "network.regional_prototypes": 32, "training.display_steps": 3}
 UNFINISHED = (".part", ".checkpoint", ".before")  # endings of files that are there while something is on its way
 Print = dict[str, Any]  # what is in each file of an output folder, but for times
 
@@ -346,7 +346,7 @@ def campaign(
     turns: Counter[str] = Counter()
     while len(done) < kills and time.monotonic() - started < seconds:
         phase = phases[len(done) % len(phases)]
-        how = phase.kinds[turns[phase.name] % len(phase.kinds)]
+        how = phase.n_maps[turns[phase.name] % len(phase.n_maps)]
         found = kill(server, phase, folder / "runs/run", rng, how)
         if found is not None:
             turns[phase.name] += 1

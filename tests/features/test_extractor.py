@@ -182,8 +182,8 @@ def test_a_region_is_as_long_as_the_last_level_of_F(raw, standardise, grid):
     features = made.project(cut(raw, grid))
     directions = made.basis / full.basis.diagonal()[:, None]  # without the scale: orthonormal
     last = torch.einsum("nkij,ck->ncij", features, directions[-LEVELS[-1] :])
-    found = made.coarsen(features)
-    assert found.shape == (6, made.coarse_channels, 4, 4) and made.coarse_channels == 20
+    found = made.to_regions(features)
+    assert found.shape == (6, made.regional_channels, 4, 4) and made.regional_channels == 20
     torch.testing.assert_close(found.norm(dim=1), pooled(last).norm(dim=1), atol=1e-5, rtol=1e-3)
 
 
@@ -196,16 +196,16 @@ def test_regions_are_as_far_apart_as_in_the_last_level(raw, levels, channels, sh
     last = given[:, -64:] - given[:, -64:].mean((0, 2, 3), keepdim=True)
     last = last * (share / last.square().sum(1).mean()).sqrt()
     expected = per_channel(pooled(last)).T
-    found = per_channel(made.coarsen(made.project(given))).T
+    found = per_channel(made.to_regions(made.project(given))).T
     assert found.shape == (6 * 16, 64)
     torch.testing.assert_close(torch.cdist(found, found), torch.cdist(expected, expected), atol=2e-3, rtol=1e-3)
 
 
 def test_of_a_wide_last_level_the_principal_components_are_kept(raw):
     made = extractor().fit(raw)
-    assert made.coarse_channels == made.coarse_basis.shape[1] == module.COARSE_COMPONENTS < LEVELS[-1]
+    assert made.regional_channels == made.regional_basis.shape[1] == module.REGIONAL_COMPONENTS < LEVELS[-1]
     features = made.project(raw)
-    found = (made.coarse_basis.T @ per_channel(features)).double()
+    found = (made.regional_basis.T @ per_channel(features)).double()
     covariance = found @ found.T / found.shape[1]
     variances = covariance.diagonal()
     assert (variances.diff() <= 1e-6 * variances[0]).all()
@@ -221,7 +221,7 @@ def test_finer_levels_say_nothing_of_a_region(raw):
     other[:, : -LEVELS[-1]] = torch.randn(6, 192, 8, 8, generator=torch.Generator().manual_seed(1))
     features, changed = made.project(raw), made.project(other)
     assert not torch.allclose(features, changed)
-    torch.testing.assert_close(made.coarsen(changed), made.coarsen(features), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(made.to_regions(changed), made.to_regions(features), atol=1e-4, rtol=1e-4)
 
 
 # The backbone is frozen
@@ -409,7 +409,7 @@ def test_a_saved_state_brings_back_the_same_features(weights, images, tmp_path, 
     again = FeatureExtractor(config(components=12), Weights.LATER)
     again.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert torch.equal(again(images), made(images))
-    assert torch.equal(again.coarsen(again(images)), made.coarsen(made(images)))
+    assert torch.equal(again.to_regions(again(images)), made.to_regions(made(images)))
 
 
 # Images in place of features

@@ -44,7 +44,9 @@ def test_windows_of_an_image_stay_together(parts, tiny, weights):
 
 def test_what_an_image_taught_is_left_out_for_all_its_windows(tiled):
     memory = tiled.network.memory
-    assert set(memory.banks[0].owners.tolist()) <= set(range(10))  # 12 images less 2 that calibrated, not 40 windows
+    assert set(memory.banks[0].source_images.tolist()) <= set(
+        range(10)
+    )  # 12 images less 2 that calibrated, not 40 windows
 
 
 def test_one_tile_is_as_no_tiles(parts, weights, tiny):
@@ -159,7 +161,7 @@ def test_nothing_outside_is_a_token_of_the_memory(masked, parts):
     features = masked.network.embed(_stacked(masked, grey))
     nearest = (masked.network.memory.prototypes - features[0, :, 4, 5]).norm(dim=1).min()
     assert nearest > 0 and cells.counted.any()
-    assert len(masked.network.memory.banks[0].owners) == 64
+    assert len(masked.network.memory.banks[0].source_images) == 64
 
 
 def _stacked(detector, image):

@@ -106,7 +106,7 @@ def test_a_p_value_that_cannot_reach_the_rate_is_no_verdict(tmp_path, score):
 )
 def test_as_many_images_as_are_missing_allow_a_verdict(tmp_path_factory, n, k, method, rate, tail):
     def judged(n: int):
-        made = calibrate([math.sqrt(i) for i in range(n)], [0.0] * n, 0.0, rate, tail=tail)
+        made = calibrate([math.sqrt(i) for i in range(n)], [0.0] * n, 0.0, rate, extrapolate_tail=tail)
         return parts_of(tmp_path_factory.getbasetemp(), {"a": [1e6] * k}, made, method)["a"]
 
     found = judged(n)
@@ -146,7 +146,7 @@ def test_good_parts_raise_no_more_alarms_than_their_rate(tmp_path):
 
 def test_an_estimated_calibration_gives_estimated_parts(tmp_path):
     rng = np.random.default_rng(1)
-    calibration = calibrate(rng.gumbel(size=99).tolist(), [0.0] * 99, 0.0, 0.002, tail=True)
+    calibration = calibrate(rng.gumbel(size=99).tolist(), [0.0] * 99, 0.0, 0.002, extrapolate_tail=True)
     found = parts_of(tmp_path, {"a": [30.0, 0.0], "b": [0.0, 0.0], "c": [1e9, 0.0], "d": [1e9, 0.0, 0.0]}, calibration)
     assert found["a"]["estimated"] and found["a"]["rate"] == 0.002 and found["a"]["p_value"] == pytest.approx(0.002)
     assert found["c"]["p_value"] == found["a"]["p_value"]  # a tail is not trusted further

@@ -3,20 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from tests.conftest import first_rows
 from torch import Tensor
 
-from unflaw.config import Synthesis, Weights
+from unflaw.config import Weights
 from unflaw.methods import base, create
 from unflaw.methods.base import Inspection, Method
+from unflaw.methods.feature_set import Context, FeatureSet
 from unflaw.methods.nearest import NearestNeighbor
-from unflaw.methods.synthesis import Anomalies, synthesise
+from unflaw.methods.synthesis import Anomalies, Synthesis, synthesise
 from unflaw.methods.uranet import URANet
 
 pytestmark = pytest.mark.slow
 
 GRID = 8
 SHARES, COARSE_SHARE = (0.1, 1.0), 0.3
-ALONE = {"network.restoration.prototypes": 0, "network.restoration.coarse_prototypes": 0}
+ALONE = {"network.restoration.prototypes": 0, "network.restoration.regional_prototypes": 0}
 
 
 def evidence(kinds: int, n: int = 5, seed: int = 0) -> Tensor:
@@ -25,8 +27,8 @@ def evidence(kinds: int, n: int = 5, seed: int = 0) -> Tensor:
 
 def random_inspection(method: Method) -> Inspection:
     coarse = torch.rand(5, 1, GRID // 2, GRID // 2, generator=torch.Generator().manual_seed(1))
-    perceived = evidence(1, seed=2) if method.perceives else None
-    return Inspection(evidence(method.kinds), perceived, coarse if method.judges else None)
+    perceived = evidence(1, seed=2) if method.has_perceived else None
+    return Inspection(evidence(method.n_maps), perceived, coarse if method.has_regional else None)
 
 
 @pytest.fixture(params=["nearest_neighbor", "uranet", "alone"])
@@ -34,9 +36,9 @@ def method(request, tiny) -> Method:
     """One kind of evidence or two, with perceived and coarse evidence or without. Knows nothing of what is normal yet:
     mean 0 and deviation 1."""
     settings = {
-        "scoring.shares": SHARES,
-        "scoring.coarse_share": COARSE_SHARE,
-        "scoring.coarse_weight": 0.5,
+        "scoring.top_fractions": SHARES,
+        "scoring.regional_top_fraction": COARSE_SHARE,
+        "scoring.regional_map_weight": 0.5,
         "scoring.regional_weight": 2,
     }
     if request.param != "alone":
@@ -50,7 +52,7 @@ def learned(method: Method, good: int = 10) -> Tensor:
     """Features of good images, (N, C, g, g) float16, which the method is set up on."""
     rng = torch.Generator().manual_seed(0)
     features = torch.randn(good, method.features.channels, GRID, GRID, generator=rng).half()
-    method.setup(features, None, torch.Generator().manual_seed(0))
+    method.fit_memory(FeatureSet.of(features), torch.Generator().manual_seed(0))
     return features
 
 
@@ -66,42 +68,44 @@ def test_kinds_of_evidence_are_counted(tiny):
         create(tiny(**ALONE), Weights.RANDOM),
     )
     for network, kinds, perceives, judges in zip(made, (1, 2, 1), (0, 1, 1), (1, 1, 0), strict=True):
-        assert (network.kinds, network.judges) == (kinds, judges) and network.normal.shape == (kinds + judges, 2)
-        shares = len(network.config.scoring.shares)
-        assert network.perceives == perceives
+        assert (network.n_maps, network.has_regional) == (kinds, judges) and network.normal.shape == (kinds + judges, 2)
+        shares = len(network.config.scoring.top_fractions)
+        assert network.has_perceived == perceives
         assert network.normal_scores.shape == (shares * (1 + perceives) + judges, 2)
         with torch.no_grad():
             found = network(torch.randn(3, network.features.channels, GRID, GRID))
         assert found.anomaly_maps.shape == (3, kinds, GRID, GRID)
-        assert found.coarse.shape == (3, 1, GRID // 2, GRID // 2) if judges else found.coarse is None
+        assert found.regional.shape == (3, 1, GRID // 2, GRID // 2) if judges else found.regional is None
         assert found.perceived.shape == (3, 1, GRID, GRID) if perceives else found.perceived is None
 
 
 def test_the_judge_is_saved_and_the_extractor_only_once(tiny):
     for name in ("nearest_neighbor", "uranet"):
         state = create(tiny(name), Weights.RANDOM).state_dict()
-        judge = {key for key in state if key.startswith("judge.")}
-        assert {"judge.memory.prototypes", "judge.memory.extra"} <= judge
-        assert all(key.startswith("judge.memory.") for key in judge)
+        judge = {key for key in state if key.startswith("regional_memory.")}
+        assert {"regional_memory.memory.prototypes", "regional_memory.memory.added"} <= judge
+        assert all(key.startswith("regional_memory.memory.") for key in judge)
 
 
 def test_the_map_is_the_mean_of_the_evidence_and_a_part_of_the_coarse_and_keeps_constants(method):
-    flat = torch.tensor([2.0, 2.0] if method.kinds == 1 else [-1.0, 5.0])[: method.kinds].view(1, -1, 1, 1)
+    flat = torch.tensor([2.0, 2.0] if method.n_maps == 1 else [-1.0, 5.0])[: method.n_maps].view(1, -1, 1, 1)
     flat = flat.expand(2, -1, GRID, GRID)
-    perceived = torch.tensor([1.0, 4.0]).view(2, 1, 1, 1).expand(-1, 1, GRID, GRID) if method.perceives else None
-    coarse = torch.full((2, 1, 4, 4), 3.0) if method.judges else None
+    perceived = torch.tensor([1.0, 4.0]).view(2, 1, 1, 1).expand(-1, 1, GRID, GRID) if method.has_perceived else None
+    coarse = torch.full((2, 1, 4, 4), 3.0) if method.has_regional else None
     maps, scores = method.fuse(Inspection(flat, perceived, coarse))
     assert maps.shape == (2, 64, 64) and scores.shape == (2,)
-    torch.testing.assert_close(maps, torch.full((2, 64, 64), 2 + 0.5 * 3 if method.judges else 2.0))
-    fine = torch.tensor([2.0, 4.0 if method.perceives else 2.0])  # the larger of both
-    torch.testing.assert_close(scores, (fine + 2 * 3) / 3 if method.judges else fine)
+    torch.testing.assert_close(maps, torch.full((2, 64, 64), 2 + 0.5 * 3 if method.has_regional else 2.0))
+    fine = torch.tensor([2.0, 4.0 if method.has_perceived else 2.0])  # the larger of both
+    torch.testing.assert_close(scores, (fine + 2 * 3) / 3 if method.has_regional else fine)
 
 
 @pytest.mark.parametrize("name", ["nearest_neighbor", "uranet"])
 def test_coarse_evidence_shows_where_it_lies_and_only_with_a_weight(tiny, name):
-    weighted, off = (create(tiny(name, **{"scoring.coarse_weight": weight}), Weights.RANDOM) for weight in (0.3, 0.0))
-    flat, coarse = torch.zeros(1, weighted.kinds, GRID, GRID), torch.zeros(1, 1, 4, 4)
-    perceived = flat[:, :1] if weighted.perceives else None
+    weighted, off = (
+        create(tiny(name, **{"scoring.regional_map_weight": weight}), Weights.RANDOM) for weight in (0.3, 0.0)
+    )
+    flat, coarse = torch.zeros(1, weighted.n_maps, GRID, GRID), torch.zeros(1, 1, 4, 4)
+    perceived = flat[:, :1] if weighted.has_perceived else None
     coarse[..., 3, 1] = 8.0
     (maps, scores), (none, same) = (m.fuse(Inspection(flat, perceived, coarse)) for m in (weighted, off))
     row, column = divmod(int(maps.argmax()), 64)
@@ -115,8 +119,8 @@ def test_evidence_counts_in_its_own_deviations(method):
     """However small the numbers of a kind are."""
     inspection = random_inspection(method)
     expected = method.fuse(inspection)
-    mean, deviation = (torch.tensor(v)[: method.kinds] for v in ([3.0, -1.0, 0.0], [100.0, 0.01, 2.0]))
-    rows, coarse = torch.stack([mean, deviation], dim=-1), inspection.coarse
+    mean, deviation = (torch.tensor(v)[: method.n_maps] for v in ([3.0, -1.0, 0.0], [100.0, 0.01, 2.0]))
+    rows, coarse = torch.stack([mean, deviation], dim=-1), inspection.regional
     if coarse is not None:
         rows, coarse = torch.cat([rows, torch.tensor([[7.0, 0.1]])]), 0.1 * coarse + 7
     method.normal.copy_(rows)
@@ -150,7 +154,7 @@ def scores_by_hand(inspection: Inspection, valid: np.ndarray, normal: np.ndarray
         found = statistics_by_hand(inspection, inspection.anomaly_maps[i].mean(0).numpy(), inside, i)
         above = [(f - mean) / dev for f, (mean, dev) in zip(found, normal, strict=True)]
         fine = max(np.mean(above[:2]), np.mean(above[2:4])) if inspection.perceived is not None else np.mean(above[:2])
-        scores.append(float(fine if inspection.coarse is None else (fine + 2 * above[-1]) / 3))
+        scores.append(float(fine if inspection.regional is None else (fine + 2 * above[-1]) / 3))
     return scores
 
 
@@ -158,8 +162,8 @@ def statistics_by_hand(inspection: Inspection, fused: np.ndarray, inside: np.nda
     found = [highest_by_hand(fused, inside, share) for share in SHARES]
     if inspection.perceived is not None:
         found += [highest_by_hand(inspection.perceived[i, 0].numpy(), inside, share) for share in SHARES]
-    if inspection.coarse is not None:
-        found.append(highest_by_hand(inspection.coarse[i, 0].numpy(), holding_any(inside), COARSE_SHARE))
+    if inspection.regional is not None:
+        found.append(highest_by_hand(inspection.regional[i, 0].numpy(), holding_any(inside), COARSE_SHARE))
     return found
 
 
@@ -194,7 +198,7 @@ def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, mon
 
     def forward(features: Tensor, *_: object) -> Inspection:
         coarse = torch.zeros(len(features), 1, GRID // 2, GRID // 2)
-        return Inspection(features[:, :1], coarse=coarse)
+        return Inspection(features[:, :1], regional=coarse)
 
     def altered(features: Tensor, *_: object) -> Anomalies:
         moved = features + 2**0.5 * torch.tensor(moves).view(5, 1, 1, 1)
@@ -202,7 +206,7 @@ def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, mon
 
     monkeypatch.setattr(method, "forward", forward)
     monkeypatch.setattr(base, "synthesise", altered)
-    method.finish(good.half())
+    method.fit_normalization(good.half(), first_rows(good.half()))
     assert method.patch_weight.item() == pytest.approx(say, abs=1e-3)
 
 
@@ -211,16 +215,16 @@ def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, nam
     """With real synthesis: were the other image's cells still in the memory, altered cells would be at distance 0."""
     method = create(tiny(name, **{"network.prototypes": 640} if name == "nearest_neighbor" else {}), Weights.RANDOM)
     features = learned(method)
-    method.finish(features)
+    method.fit_normalization(features, first_rows(features))
     rows, moved, leaks = torch.arange(len(features)), [], []
     rng, options = torch.Generator().manual_seed(0), Synthesis(clean=0)
     with torch.no_grad():
-        for _ in range(base.ALTERED):
+        for _ in range(base.SYNTHETIC_ANOMALIES):
             made = synthesise(features.float(), None, options, rng)
             for i, row in enumerate(made.features.split(1)):
-                made_of = torch.tensor([[i, int(made.origin[i])]])
+                made_of = Context(training_rows=torch.tensor([[i, int(made.origin[i])]]))
                 altered, before = method(row, made_of), method(features[i : i + 1].float(), made_of)
-                own_only = method(row, rows[i : i + 1])
+                own_only = method(row, Context(training_rows=rows[i : i + 1]))
                 leaks.append((altered.anomaly_maps[:, -1] - own_only.anomaly_maps[:, -1]).max().item())
                 fine = (method._image_scores(found, None)[0] for found in (altered, before))
                 moved.append((next(fine) - next(fine)).clamp(0, 3).item())
@@ -242,8 +246,8 @@ def test_padding_has_no_part_in_the_score(method):
     expected = scores_by_hand(inspection, valid.numpy(), np.array([[0.0, 1.0]] * len(method.normal_scores)))
     scores = method.fuse(inspection, valid)[1]
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-5)
-    anomaly_maps, coarse = torch.where(valid[:, None], inspection.anomaly_maps, 100.0), inspection.coarse
-    perceived = torch.where(valid[:, None], inspection.perceived, 100.0) if method.perceives else None
+    anomaly_maps, coarse = torch.where(valid[:, None], inspection.anomaly_maps, 100.0), inspection.regional
+    perceived = torch.where(valid[:, None], inspection.perceived, 100.0) if method.has_perceived else None
     if coarse is not None:
         held = torch.from_numpy(np.stack([holding_any(v) for v in valid.numpy()]))
         assert not held.all() and (held.flatten(1).sum(1) * 4 > valid.flatten(1).sum(1)).any()
@@ -258,7 +262,7 @@ def test_a_last_cell_of_an_odd_grid_has_a_coarse_cell_of_its_own(tiny):
     valid = torch.zeros(1, 7, 7, dtype=torch.bool)
     valid[..., 6, 6] = True
     coarse = torch.arange(16.0).view(1, 1, 4, 4)
-    score = method.fuse(Inspection(torch.ones(1, 1, 7, 7), coarse=coarse), valid)[1]
+    score = method.fuse(Inspection(torch.ones(1, 1, 7, 7), regional=coarse), valid)[1]
     assert score.item() == pytest.approx((1 + 2 * 15) / 3)
 
 
@@ -266,11 +270,11 @@ def test_a_last_cell_of_an_odd_grid_has_a_coarse_cell_of_its_own(tiny):
 def test_coarse_evidence_lies_where_its_cells_lie(tiny, grid):
     """A ramp over coarse cells stays that ramp on the canvas, also where half of the last cell is off the grid."""
     method = create(
-        tiny("nearest_neighbor", **{"features.grid": grid, "scoring.coarse_weight": 1.0, "scoring.smooth": 0}),
+        tiny("nearest_neighbor", **{"features.grid": grid, "scoring.regional_map_weight": 1.0, "scoring.smooth": 0}),
         Weights.RANDOM,
     )
     coarse = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 1, 4, 4)
-    maps = method.fuse(Inspection(torch.zeros(1, 1, grid, grid), coarse=coarse))[0]
+    maps = method.fuse(Inspection(torch.zeros(1, 1, grid, grid), regional=coarse))[0]
     rows = (torch.arange(64) + 0.5) / 64 * grid / 2 - 0.5
     torch.testing.assert_close(maps[0, :, 30], rows.clamp(0, 3), atol=0.02, rtol=0)
 
@@ -278,7 +282,7 @@ def test_coarse_evidence_lies_where_its_cells_lie(tiny, grid):
 def standardised(method: Method, inspection: Inspection) -> list[Tensor]:
     """Each kind of evidence, (N, g, g) or (N, h, h), the coarse one last."""
     kinds = list(inspection.anomaly_maps.unbind(1))
-    kinds += [] if inspection.coarse is None else [inspection.coarse[:, 0]]
+    kinds += [] if inspection.regional is None else [inspection.regional[:, 0]]
     return [(kind - mean) / deviation for kind, (mean, deviation) in zip(kinds, method.normal, strict=True)]
 
 
@@ -293,21 +297,21 @@ def assert_statistics_are_standard(method: Method, inspection: Inspection, valid
 def test_after_training_evidence_counts_in_deviations_of_good_images(method):
     """Of training images as if they were new: what they taught the memory is left out."""
     features = learned(method)
-    method.finish(features)
+    method.fit_normalization(features, first_rows(features))
     with torch.no_grad():
-        found = method(features.float(), torch.arange(len(features)))
+        found = method(features.float(), first_rows(features))
         standard = standardised(method, found)
         maps, scores = method.fuse(found)
-    assert len(standard) == method.kinds + method.judges
+    assert len(standard) == method.n_maps + method.has_regional
     for kind in standard:
         assert kind.mean().item() == pytest.approx(0, abs=1e-3)
         assert kind.std().item() == pytest.approx(1, abs=1e-3)
     assert maps.mean().item() == pytest.approx(0, abs=0.05)
     assert_statistics_are_standard(method, found)
-    if not method.perceives:  # the larger of two has no mean of 0
+    if not method.has_perceived:  # the larger of two has no mean of 0
         assert scores.mean().item() == pytest.approx(0, abs=1e-3)
-    fused, everywhere = torch.stack(standard[: method.kinds], 1).mean(1).numpy(), np.ones((GRID, GRID), bool)
-    judged = Inspection(found.anomaly_maps, found.perceived, standard[-1][:, None] if method.judges else None)
+    fused, everywhere = torch.stack(standard[: method.n_maps], 1).mean(1).numpy(), np.ones((GRID, GRID), bool)
+    judged = Inspection(found.anomaly_maps, found.perceived, standard[-1][:, None] if method.has_regional else None)
     statistics = [statistics_by_hand(judged, f, everywhere, i) for i, f in enumerate(fused)]
     mean, deviation = method.normal_scores.unbind(-1)
     np.testing.assert_allclose(np.mean(statistics, 0), mean.numpy(), atol=1e-4, rtol=1e-4)
@@ -321,8 +325,8 @@ def test_training_images_are_not_judged_by_what_they_taught(tiny, name):
     method = create(tiny(name), Weights.RANDOM)
     features = learned(method, 48)
     new = torch.randn(16, *features.shape[1:], generator=torch.Generator().manual_seed(9))
-    method.finish(features)
-    distances = [method.kinds - 1, method.kinds]  # the last witness and the coarse evidence
+    method.fit_normalization(features, first_rows(features))
+    distances = [method.n_maps - 1, method.n_maps]  # the last witness and the coarse evidence
     with torch.no_grad():
         found = (standardised(method, method(f)) for f in (features.float(), new))
         itself, unseen = (torch.stack([kinds[i].mean() for i in distances]) for kinds in found)
@@ -334,10 +338,10 @@ def test_padding_has_no_part_in_what_is_normal(method):
     features, rows = learned(method), torch.arange(10)
     valid = torch.zeros(10, GRID, GRID, dtype=torch.bool)
     valid[:, 2:6] = True
-    method.finish(features, valid)
+    method.fit_normalization(features, first_rows(features, valid))
     before = method.normal.clone(), method.normal_scores.clone()
     with torch.no_grad():
-        found = method(features.float(), rows, valid)
+        found = method(features.float(), Context(valid, rows))
     assert_statistics_are_standard(method, found, valid)
     for kind in standardised(method, found):
         inside = kind[:, 2:6] if kind.shape[-1] == GRID else kind[:, 1:3]
@@ -346,13 +350,15 @@ def test_padding_has_no_part_in_what_is_normal(method):
     if isinstance(
         method, NearestNeighbor
     ):  # which looks at each cell by itself: what stands in the padding is all the same
-        method.finish(torch.where(valid[:, None], features, 9.0), valid)
+        method.fit_normalization(
+            torch.where(valid[:, None], features, 9.0), first_rows(torch.where(valid[:, None], features, 9.0), valid)
+        )
         torch.testing.assert_close((method.normal, method.normal_scores), before)
 
 
 def test_one_training_image_gives_finite_numbers(method):
     features = learned(method)
-    method.finish(features[:1])
+    method.fit_normalization(features[:1], first_rows(features[:1]))
     with torch.no_grad():
         maps, scores = method.fuse(method(features[:3].float()))
     assert maps.isfinite().all() and scores.isfinite().all()
@@ -365,23 +371,23 @@ def test_extending_raises_no_evidence_of_any_image(method, seed):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3, generator=rng)
     features = learned(method)
-    method.finish(features)
+    method.fit_normalization(features, first_rows(features))
     held, new = (2 * torch.randn(6, *features.shape[1:], generator=rng) for _ in range(2))
     everything = torch.cat([features.float(), held, new, 100 * new])
     with torch.no_grad():
         before = method(everything)
-        method.extend(held.half(), rng)
+        method.add_prototypes(FeatureSet.of(held.half()), rng)
         after = method(everything)
         maps, scores = zip(method.fuse(before), method.fuse(after), strict=True)
     assert (after.anomaly_maps <= before.anomaly_maps).all()
     assert after.perceived is None or (after.perceived <= before.perceived).all()
     assert (scores[1] <= scores[0] + 1e-5).all() and (maps[1] <= maps[0] + 1e-4).all()
-    if not method.judges:
+    if not method.has_regional:
         assert torch.equal(after.anomaly_maps, before.anomaly_maps)
         return
-    assert (after.coarse <= before.coarse).all()
-    learned_now, known = slice(10, 16), len(method.judge.memory.extra)
-    assert known and (after.coarse[learned_now] < 0.05 * before.coarse[learned_now]).sum() >= known
+    assert (after.regional <= before.regional).all()
+    learned_now, known = slice(10, 16), len(method.regional_memory.memory.added)
+    assert known and (after.regional[learned_now] < 0.05 * before.regional[learned_now]).sum() >= known
     assert (scores[1][learned_now] < scores[0][learned_now]).any()
 
 
@@ -390,7 +396,7 @@ def test_extending_raises_no_evidence_of_any_image(method, seed):
 def test_any_number_of_levels_gives_one_map(tiny, name, levels):
     method = create(tiny(name, **{"features.levels": levels}), Weights.RANDOM)
     features = learned(method)
-    method.finish(features)
+    method.fit_normalization(features, first_rows(features))
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         maps, scores = method.fuse(method(method.embed(images)))
@@ -401,15 +407,15 @@ def test_any_number_of_levels_gives_one_map(tiny, name, levels):
 def test_lookup_is_the_distance_to_the_memory(tiny):
     method = create(tiny("nearest_neighbor"), Weights.RANDOM)
     features = learned(method)
-    method.extend(3 * features[:4], torch.Generator().manual_seed(1))
+    method.add_prototypes(FeatureSet.of(3 * features[:4]), torch.Generator().manual_seed(1))
     everything, rows = torch.cat([3 * features[:4], features[:2]]).float(), torch.arange(4)[[0, 1, 2, 3, 0, 1]]
-    for held_out in (None, rows):
-        found = method(everything, held_out=held_out)
-        recalled, distance, least = method.memory(everything, held_out=held_out)
-        assert torch.equal(found.anomaly_maps, least) and torch.equal(found.restored, recalled)
-        assert torch.equal(found.coarse, method.judge(everything, held_out=held_out))
+    for context in (Context(), Context(added_rows=rows)):
+        found = method(everything, context)
+        retrieved, distance, least = method.memory(everything, context)
+        assert torch.equal(found.anomaly_maps, least) and torch.equal(found.restored, retrieved)
+        assert torch.equal(found.regional, method.regional_memory(everything, context))
         assert not torch.equal(least, distance)
-    assert not torch.equal(method(everything).coarse, method(everything, held_out=rows).coarse)
+    assert not torch.equal(method(everything).regional, method(everything, context).regional)
     assert not list(p for p in method.parameters() if p.requires_grad)
     with pytest.raises(TypeError, match="NearestNeighbor has nothing to train"):
         method.loss({"features": features.float()}, torch.Generator())

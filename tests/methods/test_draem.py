@@ -9,6 +9,7 @@ from unflaw.config import make_config
 from unflaw.detector import Detector
 from unflaw.methods import draem
 from unflaw.methods.draem import DRAEM, UNet, augment, focal_loss
+from unflaw.methods.feature_set import FeatureSet
 from unflaw.methods.layers import ssim_map
 from unflaw.methods.synthesis import synthesise
 
@@ -28,7 +29,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 def network(tiny, **changes) -> DRAEM:
     torch.manual_seed(0)
     made = DRAEM(tiny("draem", **changes)).eval()
-    made.setup(rand(4, 3, SIDE, SIDE).half(), rand(5, 3, SIDE, SIDE, seed=1), rng())
+    made.fit_memory(FeatureSet.of(rand(4, 3, SIDE, SIDE).half(), textures=rand(5, 3, SIDE, SIDE, seed=1)), rng())
     return made
 
 

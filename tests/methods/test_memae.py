@@ -71,7 +71,7 @@ def test_an_empty_address_gives_nothing_and_finite_gradients():
 def test_addresses_are_learned(tiny):
     made = network(tiny)
     made.loss({"features": rand(3, 3, SIDE, SIDE)}, rng())["loss"].backward()
-    assert made.memory.items.grad.abs().sum() > 0
+    assert made.addressed_memory.items.grad.abs().sum() > 0
     assert all(p.grad is not None for p in made.encoder.parameters())
 
 
@@ -90,7 +90,7 @@ def test_the_loss_is_squared_error_and_entropy(tiny):
     made, images = network(tiny, **{"network.entropy": 0.5}), rand(2, 3, SIDE, SIDE)
     assert made.options.model_copy(update={"entropy": 0.0002}) == tiny("memae").network  # the paper's by default
     weights: list[Tensor] = []
-    made.memory.register_forward_hook(lambda module, inputs, output: weights.append(output[1]))
+    made.addressed_memory.register_forward_hook(lambda module, inputs, output: weights.append(output[1]))
     with torch.no_grad():
         terms, restored = made.loss({"features": images}, rng()), made(images).restored
     assert weights[0].shape == (2, 8 * 8, 10)  # three halvings
@@ -104,7 +104,9 @@ def test_the_loss_is_squared_error_and_entropy(tiny):
 def test_nothing_passes_beside_the_memory(tiny):
     made = network(tiny)
     with torch.no_grad():
-        made.memory.items.copy_(made.memory.items[:1].expand(10, -1))  # one item: every code is the same
+        made.addressed_memory.items.copy_(
+            made.addressed_memory.items[:1].expand(10, -1)
+        )  # one item: every code is the same
         first, second = made(rand(1, 3, SIDE, SIDE)).restored, made(rand(1, 3, SIDE, SIDE, seed=1)).restored
     torch.testing.assert_close(first, second)
 

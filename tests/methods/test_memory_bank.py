@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from unflaw.methods.feature_set import Context, FeatureSet
 from unflaw.methods.memory_bank import CHUNK, MOST_TOKENS, MemoryBank, RegionalMemoryBank
 
 CHANNELS = 6
@@ -21,7 +22,7 @@ def features() -> Tensor:
 
 def filled(features: Tensor, size: int = 20, sharpness: float = 2.0, neighbours: int = 8, seed: int = 1) -> MemoryBank:
     memory = MemoryBank(size, CHANNELS, sharpness, neighbours)
-    memory.fit(features, rng(seed))
+    memory.fit(FeatureSet.of(features), rng(seed))
     return memory
 
 
@@ -78,7 +79,7 @@ def test_of_more_images_than_it_can_look_at_it_takes_some(monkeypatch, features)
     for seed in range(20):
         memory = filled(numbered(features), seed=seed)
         images = (memory.prototypes.mean(1) / 100).round()
-        assert memory.banks[0].owners.tolist() == images.tolist()  # by their rows among all
+        assert memory.banks[0].source_images.tolist() == images.tolist()  # by their rows among all
         seen.add(tuple(images.unique().tolist()))
     assert all(len(images) == 2 for images in seen)
     assert {image for images in seen for image in images} == {0, 1, 2, 3}
@@ -87,7 +88,7 @@ def test_of_more_images_than_it_can_look_at_it_takes_some(monkeypatch, features)
 def test_distances_are_those_of_a_full_search(features):
     memory = filled(features)
     tokens = torch.randn(10 * CHUNK + 1, CHANNELS, generator=rng(2))  # more than one chunk, the last one smaller
-    _, distance, least = memory.recall(tokens)
+    _, distance, least = memory.retrieve(tokens)
     assert distance.shape == (len(tokens),)
     expected = brute_force(tokens, memory.prototypes)[0]
     torch.testing.assert_close(distance, expected, atol=1e-3, rtol=1e-4)
@@ -108,7 +109,7 @@ def test_recall_is_attention_to_the_nearest_prototypes(features, sharpness, neig
     memory = filled(features, sharpness=sharpness, neighbours=neighbours)
     tokens = torch.randn(CHUNK + 100, CHANNELS, generator=rng(2))
     expected = attention(memory, tokens, memory.prototypes)
-    torch.testing.assert_close(memory.recall(tokens)[0], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(memory.retrieve(tokens)[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_sharp_recall_is_the_nearest_prototype_and_flat_recall_the_mean_of_the_nearest(features):
@@ -119,23 +120,23 @@ def test_sharp_recall_is_the_nearest_prototype_and_flat_recall_the_mean_of_the_n
     clear = ordered[:, 1] - ordered[:, 0] > 0.05  # no tie
     assert clear.any()
     nearest = brute_force(tokens, keys)[1]
-    torch.testing.assert_close(sharp.recall(tokens)[0][clear], nearest[clear], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(flat.recall(tokens)[0], keys[order[:, :8]].mean(1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sharp.retrieve(tokens)[0][clear], nearest[clear], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(flat.retrieve(tokens)[0], keys[order[:, :8]].mean(1), atol=1e-4, rtol=1e-4)
 
 
 def test_recall_never_leaves_the_prototypes(features):
     memory = filled(features)
     for far in (1e1, 1e3, 1e5):
-        recalled = memory.recall(far * torch.randn(200, CHANNELS, generator=rng(3)))[0]
+        recalled = memory.retrieve(far * torch.randn(200, CHANNELS, generator=rng(3)))[0]
         low, high = memory.prototypes.amin(0) - 1e-4, memory.prototypes.amax(0) + 1e-4
         assert ((recalled >= low) & (recalled <= high)).all()
 
 
 def test_grids_are_their_tokens(features):
     memory = filled(features)
-    memory.extend(2 * features, rng(2))
+    memory.add_prototypes(FeatureSet.of(2 * features), rng(2))
     recalled, *distances = memory(features)
-    mixture, *expected = memory.recall(as_tokens(features))
+    mixture, *expected = memory.retrieve(as_tokens(features))
     assert recalled.shape == features.shape
     torch.testing.assert_close(as_tokens(recalled), mixture)
     for grid, tokens in zip(distances, expected, strict=True):
@@ -147,7 +148,7 @@ def test_what_an_image_taught_is_left_out_for_it(features):
     """As if only the others had been there, wherever in a batch it stands."""
     memory = filled(features)
     rows = torch.tensor([2, 0, 3])
-    recalled, distance, least = memory(features[rows], rows)
+    recalled, distance, least = memory(features[rows], Context(training_rows=rows))
     for i, row in enumerate(rows.tolist()):
         tokens, others = as_tokens(features[row : row + 1]), not_of(features[row], memory.prototypes)
         expected = attention(memory, tokens, others)
@@ -160,20 +161,24 @@ def test_what_an_image_taught_is_left_out_for_it(features):
 def test_a_token_can_leave_out_several_images_but_not_all(features):
     memory = filled(features)
     tokens = torch.randn(CHUNK + 3, CHANNELS, generator=rng(2))
-    leave = torch.tensor([[0, 2], [3, 3], [1, 7]]).repeat(len(tokens), 1)[: len(tokens)]
-    distance = memory.recall(tokens, leave)[1]
-    for left_out in ({0, 2}, {3}, {1, 7}):
+    leave = torch.tensor([[0, 2], [3, 3], [1, 1]]).repeat(len(tokens), 1)[: len(tokens)]
+    distance = memory.retrieve(tokens, leave)[1]
+    for left_out in ({0, 2}, {3}, {1}):
         mine = torch.tensor([set(row) == left_out for row in leave.tolist()])
-        others = memory.prototypes[torch.tensor([o not in left_out for o in memory.banks[0].owners.tolist()])]
+        others = memory.prototypes[torch.tensor([o not in left_out for o in memory.banks[0].source_images.tolist()])]
         torch.testing.assert_close(distance[mine], brute_force(tokens[mine], others)[0], atol=1e-3, rtol=1e-4)
     everything = torch.arange(4).expand(len(tokens), 4)
-    torch.testing.assert_close(memory.recall(tokens, everything), memory.recall(tokens))
+    torch.testing.assert_close(memory.retrieve(tokens, everything), memory.retrieve(tokens))
 
 
-def test_an_image_that_taught_nothing_has_nothing_left_out(features):
+def test_an_image_without_prototypes_has_nothing_excluded(monkeypatch, features):
+    monkeypatch.setattr("unflaw.methods.memory_bank.MOST_TOKENS", 2 * 64)
     memory = filled(features)
-    for found, expected in zip(memory(features, torch.arange(4, 8)), memory(features), strict=True):
-        torch.testing.assert_close(found, expected, atol=3e-3, rtol=1e-4)
+    without = torch.tensor([row for row in range(4) if row not in memory.banks[0].source_images])
+    assert len(without) == 2
+    found = memory(features[without], Context(training_rows=without))
+    for left_out, expected in zip(found, memory(features[without]), strict=True):
+        torch.testing.assert_close(left_out, expected, atol=3e-3, rtol=1e-4)
 
 
 def test_fewer_tokens_than_prototypes_fill_the_memory(features):
@@ -186,13 +191,13 @@ def test_fewer_tokens_than_prototypes_fill_the_memory(features):
     rows = torch.arange(2)
     apart = torch.cdist(as_tokens(few[:1]), as_tokens(few[1:]))
     expected = torch.cat([apart.amin(1), apart.amin(0)])  # all copies of a token have the same owner
-    torch.testing.assert_close(memory(few, rows)[1].flatten(), expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(memory(few, Context(training_rows=rows))[1].flatten(), expected, atol=1e-3, rtol=1e-4)
     assert all(t.isfinite().all() for t in memory(torch.randn(1, CHANNELS, 3, 3, generator=rng(1))))
 
 
 def test_a_single_image_gives_finite_numbers(features):
     memory = filled(features[:1])
-    for found in (memory(features), memory(features[:1], torch.arange(1))):
+    for found in (memory(features), memory(features[:1], Context(training_rows=torch.arange(1)))):
         assert all(t.isfinite().all() for t in found)
     assert memory.radius.isfinite() and memory.radius > 0
 
@@ -201,12 +206,12 @@ def test_a_single_image_gives_finite_numbers(features):
 def test_a_memory_of_next_to_nothing_works(features, size):
     """Too small to be extended."""
     memory = filled(features, size=size)
-    memory.extend(features, rng())
+    memory.add_prototypes(FeatureSet.of(features), rng())
     expected = brute_force(as_tokens(features), memory.prototypes)[0]
     _, distance, least = memory(features)
     torch.testing.assert_close(distance.flatten(), expected, atol=3e-3, rtol=1e-4)
     assert torch.equal(least, distance)
-    assert all(t.isfinite().all() for t in memory(features, torch.arange(4)))
+    assert all(t.isfinite().all() for t in memory(features, Context(training_rows=torch.arange(4))))
 
 
 def test_images_that_are_mostly_one_colour_do_not_break_recall():
@@ -225,18 +230,18 @@ def test_extending_can_only_lower_the_least_distance_and_leaves_the_rest_alone()
     known, held, new = (torch.randn(n, 6, 4, 4, generator=rng) + shift for n, shift in ((8, 0), (4, 3), (4, 3)))
     everything = torch.cat([known, held, new])
     memory = MemoryBank(32, 6)
-    memory.fit(known, rng)
+    memory.fit(FeatureSet.of(known), rng)
     before = memory(everything)
-    memory.extend(held, rng)
+    memory.add_prototypes(FeatureSet.of(held), rng)
     after = memory(everything)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert (after[2] <= before[2]).all()
     assert after[2][12:].mean() < 0.8 * before[2][12:].mean()  # images like those held out, too
-    expected = brute_force(as_tokens(everything), torch.cat([memory.prototypes, memory.extra]))[0]
+    expected = brute_force(as_tokens(everything), torch.cat([memory.prototypes, memory.added]))[0]
     torch.testing.assert_close(after[2].flatten(), expected, atol=5e-3, rtol=1e-4)
-    assert all((as_tokens(held) == p).all(1).any() for p in memory.extra)
-    memory.fit(known, torch.Generator().manual_seed(0))
-    assert (memory.extra == memory.extra[0, 0]).all()  # fitting anew forgets them
+    assert all((as_tokens(held) == p).all(1).any() for p in memory.added)
+    memory.fit(FeatureSet.of(known), torch.Generator().manual_seed(0))
+    assert (memory.added == memory.added[0, 0]).all()  # fitting anew forgets them
 
 
 @pytest.mark.parametrize("windows", [1, 2])
@@ -245,59 +250,59 @@ def test_what_an_image_added_is_left_out_for_it(windows):
     rng = torch.Generator().manual_seed(0)
     known, held = torch.randn(8, 6, 4, 4, generator=rng), torch.randn(4, 6, 4, 4, generator=rng) + 3
     memory, images = MemoryBank(32, 6), torch.arange(4) // windows
-    memory.fit(known, rng)
-    memory.arrange(images, None)
-    memory.extend(held, rng)
+    memory.fit(FeatureSet.of(known), rng)
+    memory.add_prototypes(FeatureSet(held, images), rng)
     rows = torch.tensor([2, 0, 3, 1])
-    mixture, distance, least = memory(held[rows], held_out=rows)
+    mixture, distance, least = memory(held[rows], Context(added_rows=rows))
     assert (least > memory(held[rows])[2]).any()
     assert all(torch.equal(a, b) for a, b in zip((mixture, distance), memory(held[rows])[:2], strict=True))
     for row, found in zip(rows.tolist(), least, strict=True):
         own = held[images == images[row]]
-        mine = (memory.extra[:, None] == as_tokens(own)).all(-1).any(1)
-        others = torch.cat([memory.prototypes, memory.extra[~mine]])
+        mine = (memory.added[:, None] == as_tokens(own)).all(-1).any(1)
+        others = torch.cat([memory.prototypes, memory.added[~mine]])
         expected = brute_force(as_tokens(held[row : row + 1]), others)[0]
         torch.testing.assert_close(found.flatten(), expected, atol=5e-3, rtol=1e-4)
-    memory.arrange(torch.zeros(4, dtype=torch.long), None)
-    memory.extend(held, rng)  # all of one image: nothing that was added is left
-    _, distance, least = memory(held, held_out=torch.arange(4))
+    memory.add_prototypes(
+        FeatureSet(held, torch.zeros(4, dtype=torch.long)), rng
+    )  # all of one image: nothing that was added is left
+    _, distance, least = memory(held, Context(added_rows=torch.arange(4)))
     assert torch.equal(least, distance)
 
 
 def test_training_rows_mean_training_images_also_after_extending(features):
     memory, rows = filled(features), torch.tensor([2, 0])
-    before = memory(features[rows], rows)
-    memory.extend(3 * features, rng(2))
-    after = memory(features[rows], rows)
+    before = memory(features[rows], Context(training_rows=rows))
+    memory.add_prototypes(FeatureSet.of(3 * features), rng(2))
+    after = memory(features[rows], Context(training_rows=rows))
     assert all(torch.equal(a, b) for a, b in zip(before[:2], after[:2], strict=True))
     assert (after[1] > memory(features[rows])[1] + 1e-3).any()  # they are still left out
-    both = memory(3 * features[rows], rows, held_out=rows)[2]
-    assert (both > memory(3 * features[rows], rows)[2] + 1e-3).any()
+    both = memory(3 * features[rows], Context(training_rows=rows, added_rows=rows))[2]
+    assert (both > memory(3 * features[rows], Context(training_rows=rows))[2] + 1e-3).any()
 
 
 def test_leave_one_out_is_refused_where_nobody_knows_what_to_leave_out(features):
     """As after loading: silently leaving out nothing would make training images look more normal than new ones."""
     memory, rows = filled(features), torch.arange(4)
-    with pytest.raises(RuntimeError, match="held-out images can be left out only once"):
-        memory(features, held_out=rows)
+    with pytest.raises(RuntimeError, match="held-out images can be excluded only once"):
+        memory(features, Context(added_rows=rows))
     loaded = MemoryBank(20, CHANNELS)
     loaded.load_state_dict(memory.state_dict())
     for unknowing in (MemoryBank(20, CHANNELS), loaded):
         with pytest.raises(RuntimeError, match="leave-one-out needs to know which training image"):
-            unknowing(features, rows)
+            unknowing(features, Context(training_rows=rows))
     torch.testing.assert_close(loaded(features), memory(features))
     memory.end_training()
     with pytest.raises(RuntimeError, match="leave-one-out needs"):
-        memory(features, rows)
+        memory(features, Context(training_rows=rows))
 
 
 def test_the_search_is_in_float32_under_autocast(features):
     """In bfloat16 a good part of the tokens would find another neighbour."""
     memory = filled(40 + features, size=200)
     tokens = 40 + torch.randn(2 * CHUNK, CHANNELS, generator=rng(2))
-    expected = memory.recall(tokens, torch.zeros(len(tokens), 1, dtype=torch.long))
+    expected = memory.retrieve(tokens, torch.zeros(len(tokens), 1, dtype=torch.long))
     with torch.autocast("cpu", torch.bfloat16):
-        found = memory.recall(tokens, torch.zeros(len(tokens), 1, dtype=torch.long))
+        found = memory.retrieve(tokens, torch.zeros(len(tokens), 1, dtype=torch.long))
     assert all(part.dtype == torch.float32 for part in found)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -305,19 +310,19 @@ def test_the_search_is_in_float32_under_autocast(features):
 # Whole regions
 
 
-def coarsen(features: Tensor) -> Tensor:
+def to_regions(features: Tensor) -> Tensor:
     return -F.avg_pool2d(features, 2, ceil_mode=True)
 
 
 def regions_of(features: Tensor) -> Tensor:
     """Apart from what all regions of an image have in common."""
-    coarse = coarsen(features)
+    coarse = to_regions(features)
     return coarse - coarse.mean((2, 3), keepdim=True)
 
 
 def judge(features: Tensor, size: int = 20) -> RegionalMemoryBank:
-    made = RegionalMemoryBank(size, SimpleNamespace(coarse_channels=CHANNELS, coarsen=coarsen))
-    made.fit(features, rng(1))
+    made = RegionalMemoryBank(size, SimpleNamespace(regional_channels=CHANNELS, to_regions=to_regions))
+    made.fit(FeatureSet.of(features), rng(1))
     return made
 
 
@@ -333,7 +338,7 @@ def test_a_judge_says_how_far_the_nearest_known_region_is(features, side):
     torch.testing.assert_close(found.flatten(), brute_force(as_tokens(regions), prototypes)[0], atol=1e-3, rtol=0)
     torch.testing.assert_close(new.flatten(), brute_force(as_tokens(2 * regions), prototypes)[0], atol=1e-3, rtol=0)
     rows = torch.tensor([3, 1])
-    for row, alone in zip(rows.tolist(), made(cut[rows], rows), strict=True):
+    for row, alone in zip(rows.tolist(), made(cut[rows], Context(training_rows=rows)), strict=True):
         expected = brute_force(as_tokens(regions[row : row + 1]), not_of(regions[row], prototypes))[0]
         torch.testing.assert_close(alone.flatten(), expected, atol=1e-3, rtol=0)
 
@@ -348,7 +353,7 @@ def test_what_does_not_count_has_no_part_in_what_an_image_has_in_common(features
     made, valid = judge(features), torch.zeros(len(features), *features.shape[-2:], dtype=torch.bool)
     valid[:, :4] = True
     other = torch.where(valid[:, None], features, 50.0)
-    found, expected = (made(f, valid=valid)[:, :, :2] for f in (other, features))
+    found, expected = (made(f, Context(valid))[:, :, :2] for f in (other, features))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
@@ -361,11 +366,11 @@ def test_a_judge_learns_from_all_cached_images(features):
 def test_extending_a_judge_can_only_lower_what_it_says(features):
     made, held, new = judge(features), 2 * features[:2], 3 * features
     before = made(held), made(new)
-    made.extend(held.half(), rng(2))
+    made.add_prototypes(FeatureSet.of(held.half()), rng(2))
     after = made(held), made(new)
     assert all((a <= b).all() for a, b in zip(after, before, strict=True))
     assert after[0].mean() < 0.9 * before[0].mean()
-    known = torch.cat([made.memory.prototypes, made.memory.extra])
+    known = torch.cat([made.memory.prototypes, made.memory.added])
     expected = brute_force(as_tokens(regions_of(new)), known)[0]
     torch.testing.assert_close(after[1].flatten(), expected, atol=1e-3, rtol=0)
 
@@ -373,6 +378,6 @@ def test_extending_a_judge_can_only_lower_what_it_says(features):
 def test_no_tokens_are_recalled_as_none_of_several_categories_too():
     memory = MemoryBank(16, 4)
     rng = torch.Generator().manual_seed(0)
-    memory.fit(torch.randn(8, 4, 4, 4, generator=rng), rng, torch.tensor([0] * 4 + [1] * 4))
-    mixture, distance, least = memory.recall(torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.long))
+    memory.fit(FeatureSet.of(torch.randn(8, 4, 4, 4, generator=rng), categories=torch.tensor([0] * 4 + [1] * 4)), rng)
+    mixture, distance, least = memory.retrieve(torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.long))
     assert mixture.shape == (0, 4) and distance.shape == least.shape == (0,)

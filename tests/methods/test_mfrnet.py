@@ -6,13 +6,23 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.conftest import first_rows
 from torch import Generator, Tensor
 
-from unflaw.config import MFRNetOptions, Weights, make_config
+from unflaw.config import Weights, make_config
 from unflaw.detector import Detector
+from unflaw.methods.feature_set import Context, FeatureSet
 from unflaw.methods.layers import gradient_magnitude_similarity, ssim_map
-from unflaw.methods.mfrnet import SCALES, STABLE, WINDOW, HybridBlock, MFRNet, RestorationNetwork, crossed_masks
-from unflaw.parallel.shares import Share
+from unflaw.methods.mfrnet import (
+    SCALES,
+    STABLE,
+    WINDOW,
+    HybridBlock,
+    MFRNet,
+    MFRNetOptions,
+    RestorationNetwork,
+    crossed_masks,
+)
 from unflaw.training.loop import optimise
 
 pytestmark = pytest.mark.slow
@@ -44,13 +54,13 @@ def features() -> Tensor:
 
 
 def train(made: MFRNet, features: Tensor, steps: int) -> list[dict[str, float]]:
-    tensors = {"features": features, **made.setup(features.half(), None, rng())}
+    tensors = {"features": features, **made.fit_memory(FeatureSet.of(features.half()), rng())}
 
-    def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
-        return made.loss({name: t[indices].float() for name, t in tensors.items()}, rng, share)
+    def loss(rows: Tensor, rng: Generator) -> dict[str, Tensor]:
+        return made.loss({name: t[rows].float() for name, t in tensors.items()}, rng)
 
     history = optimise(made, loss, len(features), steps, made.config.training)
-    made.finish(features.half())
+    made.fit_normalization(features.half(), first_rows(features.half()))
     return history
 
 
@@ -196,8 +206,8 @@ def test_without_attention_what_is_far_has_no_influence():
 def test_what_is_hidden_is_filled_with_its_recall(tiny, features):
     """Before training F̂ is the recall, and nothing else of a hidden cell is seen by what restores it."""
     made = network(tiny, prototypes=64)
-    batch = made.setup(features.half(), None, rng())
-    recalled = batch["recalled"].float()
+    batch = made.fit_memory(FeatureSet.of(features.half()), rng())
+    recalled = batch["retrieved"].float()
     with torch.no_grad():
         torch.testing.assert_close(made.restore(features, made.masks, recalled), torch.stack([recalled] * 2, dim=1))
     torch.nn.init.normal_(made.restoration.widen.weight, std=0.1)
@@ -211,28 +221,28 @@ def test_what_is_hidden_is_filled_with_its_recall(tiny, features):
 
 def test_training_fills_with_what_other_images_taught(tiny, features, monkeypatch):
     made, filled = network(tiny, prototypes=64), []
-    tensors = {"features": features, **made.setup(features.half(), None, rng())}
+    tensors = {"features": features, **made.fit_memory(FeatureSet.of(features.half()), rng())}
     restore = made.restore
     monkeypatch.setattr(
         made, "restore", lambda x, masks, recalled: filled.append(recalled) or restore(x, masks, recalled)
     )
     with torch.no_grad():
         made.loss({name: t[3:6].float() for name, t in tensors.items()}, rng())
-    expected = made.memory(features[3:6], torch.arange(3, 6))[0]
+    expected = made.memory(features[3:6], Context(training_rows=torch.arange(3, 6)))[0]
     torch.testing.assert_close(filled[0], expected, atol=3e-3, rtol=3e-3)
     assert (expected - made.memory(features[3:6])[0]).abs().max() > 0.01
 
 
 def test_distance_and_regions_join_the_evidence(remembering, features):
     with torch.no_grad():
-        found, left_out = remembering(features), remembering(features, torch.arange(12))
+        found, left_out = remembering(features), remembering(features, first_rows(features))
         plain = network_without_memory(remembering, features)
-    assert remembering.kinds == 2 and remembering.judges and found.anomaly_maps.shape == (12, 2, GRID, GRID)
+    assert remembering.n_maps == 2 and remembering.has_regional and found.anomaly_maps.shape == (12, 2, GRID, GRID)
     torch.testing.assert_close(found.anomaly_maps[:, :1], plain)
     torch.testing.assert_close(found.anomaly_maps[:, 1:], remembering.memory(features)[2])
-    assert torch.equal(found.coarse, remembering.judge(features))
+    assert torch.equal(found.regional, remembering.regional_memory(features))
     assert left_out.anomaly_maps[:, 1].mean() > found.anomaly_maps[:, 1].mean()
-    assert left_out.coarse.mean() > found.coarse.mean()
+    assert left_out.regional.mean() > found.regional.mean()
 
 
 def network_without_memory(made: MFRNet, features: Tensor) -> Tensor:
@@ -247,10 +257,10 @@ def test_what_is_learned_after_calibration_only_lowers_evidence(remembering, fea
     foreign = torch.cat([features, 1.5 * features.roll(2, 1)])
     with torch.no_grad():
         before, scores = made(foreign), made.fuse(made(foreign))[1]
-        made.extend(foreign[12:16].half(), rng())
+        made.add_prototypes(FeatureSet.of(foreign[12:16].half()), rng())
         after, lower = made(foreign), made.fuse(made(foreign))[1]
     assert torch.equal(after.anomaly_maps[:, 0], before.anomaly_maps[:, 0])
-    assert (after.anomaly_maps[:, 1] <= before.anomaly_maps[:, 1]).all() and (after.coarse <= before.coarse).all()
+    assert (after.anomaly_maps[:, 1] <= before.anomaly_maps[:, 1]).all() and (after.regional <= before.regional).all()
     assert (lower <= scores + 1e-5).all() and lower[12:16].mean() < scores[12:16].mean() - 0.01
 
 
@@ -269,7 +279,7 @@ def test_the_evidence_is_the_root_of_the_loss_of_every_cell(trained, features):
             hybrid = (x - y).square().sum(1, keepdim=True) + structure + gradients
             expected = expected + hybrid.sqrt() / restored.shape[1]
         loss = made.loss({"features": features}, rng())
-    assert made.kinds == 1 and found.anomaly_maps.shape == (12, 1, GRID, GRID)
+    assert made.n_maps == 1 and found.anomaly_maps.shape == (12, 1, GRID, GRID)
     torch.testing.assert_close(found.anomaly_maps, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.restored, restored.mean(1))
     assert loss["loss"].item() == pytest.approx(sum(loss[name].item() for name in ("pixel", "ssim", "gms")), rel=1e-5)
@@ -278,7 +288,7 @@ def test_the_evidence_is_the_root_of_the_loss_of_every_cell(trained, features):
 @pytest.mark.parametrize("weights", [(2.0, 0.0, 0.0), (0.0, 1.0, 3.0), (1.0, 0.5, 0.0)])
 def test_weights_of_the_terms_count_in_loss_and_evidence(tiny, features, weights):
     made = network(tiny, **dict(zip(("pixel", "ssim", "gms"), weights, strict=True)))
-    made.setup(features.half(), None, rng())
+    made.fit_memory(FeatureSet.of(features.half()), rng())
     with torch.no_grad():
         terms, found = made.loss({"features": features}, rng()), made(features)
         each = made.compare(features.repeat_interleave(2, 0), made.restore(features, made.masks).flatten(0, 1))
@@ -292,8 +302,8 @@ def test_weights_of_the_terms_count_in_loss_and_evidence(tiny, features, weights
 
 def test_units_of_the_features_do_not_matter(tiny, features):
     first, second = network(tiny), network(tiny)
-    first.setup(features.half(), None, rng())
-    second.setup((4 * features).half(), None, rng())
+    first.fit_memory(FeatureSet.of(features.half()), rng())
+    second.fit_memory(FeatureSet.of((4 * features).half()), rng())
     with torch.no_grad():
         torch.testing.assert_close(
             first(features).anomaly_maps, second(4 * features).anomaly_maps, atol=1e-3, rtol=1e-3

@@ -6,10 +6,9 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from unflaw.config import Synthesis
 from unflaw.errors import ImageError
 from unflaw.imaging.tiling import Preparation
-from unflaw.methods.synthesis import perlin, perlin_masks, synthesise, texture_files, texture_images
+from unflaw.methods.synthesis import Synthesis, perlin, perlin_masks, synthesise, texture_files, texture_images
 
 SOURCES = ("textures", "others", "shuffles", "jitter")
 Draw = Callable[..., Tensor]

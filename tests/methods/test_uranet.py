@@ -1,14 +1,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.conftest import first_rows
 from torch import Generator, Tensor
 
-from unflaw.config import Perception, Restoration, Weights
+from unflaw.config import Weights
 from unflaw.methods.base import Batch
+from unflaw.methods.feature_set import Context, FeatureSet
 from unflaw.methods.layers import to_grid, to_tokens
 from unflaw.methods.synthesis import synthesise
-from unflaw.methods.uranet import RAM, SUREST, UIAPM, URANet, length, mean_logit
-from unflaw.parallel.shares import Share
+from unflaw.methods.uranet import RAM, SUREST, UIAPM, Perception, Restoration, URANet, length, mean_logit
 from unflaw.training.loop import optimise
 
 pytestmark = pytest.mark.slow
@@ -37,13 +38,13 @@ def textures() -> Tensor:
 
 def train(network: URANet, features: Tensor, textures: Tensor | None, steps: int) -> list[dict[str, float]]:
     """Setup and training as `Detector` does them."""
-    tensors = {"features": features, **network.setup(features, textures, rng())}
+    tensors = {"features": features, **network.fit_memory(FeatureSet.of(features, textures=textures), rng())}
 
-    def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
-        return network.loss({name: t[indices].float() for name, t in tensors.items()}, rng, share)
+    def loss(rows: Tensor, rng: Generator) -> dict[str, Tensor]:
+        return network.loss({name: t[rows].float() for name, t in tensors.items()}, rng)
 
     history = optimise(network, loss, len(features), steps, network.config.training)
-    network.finish(features)
+    network.fit_normalization(features, first_rows(features))
     return history
 
 
@@ -55,7 +56,9 @@ def trained(tiny, features, textures) -> tuple[URANet, list[dict[str, float]]]:
 
 
 def batch_of(network: URANet, features: Tensor, textures: Tensor | None) -> Batch:
-    return {"features": features.float()} | {k: t.float() for k, t in network.setup(features, textures, rng()).items()}
+    return {"features": features.float()} | {
+        k: t.float() for k, t in network.fit_memory(FeatureSet.of(features, textures=textures), rng()).items()
+    }
 
 
 def restoration(**changes) -> RAM:
@@ -147,7 +150,7 @@ def test_untrained_restoration_is_recall_where_unmarked(features):
 def test_what_is_not_normal_is_not_recalled(tiny, features):
     """However far off features are, what the untrained network restores of them lies among the prototypes."""
     network = URANet(tiny(), Weights.RANDOM)
-    network.setup(features, None, rng())
+    network.fit_memory(FeatureSet.of(features), rng())
     network.perception.thresholds.copy_(torch.tensor([0.999, 1.0]))
     network.perception.narrow.weight.data *= 0.001  # so that it marks none
     far = 50 * torch.randn(3, CHANNELS, GRID, GRID, generator=rng(4))
@@ -237,18 +240,18 @@ def test_inspection_is_what_the_contract_says(trained, features):
         found = network(features.float())
         again = network(features.float())
         alone = network(features[3:4].float())
-    assert found.anomaly_maps.shape == (12, 2, GRID, GRID) and network.kinds == 2 and network.perceives
+    assert found.anomaly_maps.shape == (12, 2, GRID, GRID) and network.n_maps == 2 and network.has_perceived
     assert found.restored.shape == features.shape
     (residual, least), perceived = found.anomaly_maps.unbind(1), found.perceived[:, 0]
     torch.testing.assert_close(residual, (features.float() - found.restored).norm(dim=1))
     torch.testing.assert_close(least, network.memory(features.float())[2][:, 0])
     torch.testing.assert_close(perceived.sigmoid(), found.layers["mean"][:, 0], atol=2e-6, rtol=1e-4)
-    assert torch.equal(found.coarse, network.judge(features.float())) and network.judges
+    assert torch.equal(found.regional, network.regional_memory(features.float())) and network.has_regional
     assert {"mean", "uncertainty", "mask"} <= set(found.layers)
     for layer in found.layers.values():
         assert layer.shape == (12, 1, GRID, GRID) and layer.min() >= 0 and layer.max() <= 1
     assert torch.equal(found.anomaly_maps, again.anomaly_maps)
-    for together, single in ((found.anomaly_maps, alone.anomaly_maps), (found.coarse, alone.coarse)):
+    for together, single in ((found.anomaly_maps, alone.anomaly_maps), (found.regional, alone.regional)):
         # squares: near 0 the root of a distance magnifies rounding
         torch.testing.assert_close(together[3:4].square(), single.square(), atol=1e-5, rtol=1e-4)
     options, (of_mean, of_deviation) = network.config.network.perception, network.perception.thresholds.tolist()
@@ -267,7 +270,7 @@ def test_a_foreign_patch_stands_out(trained, features, textures):
         (maps, scores), (_, plain_scores) = network.fuse(found), network.fuse(plain)
     inside = torch.zeros(GRID, GRID, dtype=torch.bool)
     inside[3:5, 3:5] = True
-    mean, deviation = network.normal[: network.kinds, :, None, None].unbind(1)
+    mean, deviation = network.normal[: network.n_maps, :, None, None].unbind(1)
     standard = (found.anomaly_maps - mean) / deviation
     assert (standard[..., inside].mean(-1) > standard[..., ~inside].mean(-1) + 2).all()  # deviations, of every kind
     assert (scores > plain_scores).all()
@@ -281,7 +284,7 @@ def test_a_foreign_patch_stands_out(trained, features, textures):
 
 def seen_by(network: URANet, features: Tensor, images: Tensor | None = None, which: int = 1) -> Tensor:
     """Distance to the memory (1), or to all that it ever learned (2), and departure from the recall, by hand."""
-    found = network.memory(features, images)
+    found = network.memory(features, Context(training_rows=images))
     retrieval_residual = (features - found[0]).norm(dim=1, keepdim=True)
     return torch.cat([found[which], retrieval_residual], 1) / network.memory.radius - 1
 
@@ -292,7 +295,7 @@ def extended(tiny, features, textures) -> URANet:
     torch.manual_seed(1)
     network = URANet(tiny(**{"training.learning_rate": 3e-3}), Weights.RANDOM)
     train(network, features, textures, 5)
-    network.extend(held_out(features), rng(7))
+    network.add_prototypes(FeatureSet.of(held_out(features)), rng(7))
     return network
 
 
@@ -308,7 +311,7 @@ def test_perception_sees_how_far_features_are_from_normal_in_units_of_the_radius
     with torch.no_grad():
         network(far)
         plain = len(given)
-        network(features[rows].float(), rows)
+        network(features[rows].float(), Context(training_rows=rows))
         hook.remove()
         expected = seen_by(network, far), seen_by(network, features[rows].float(), rows)
     assert 0 < plain < len(given) and expected[0].shape == (3, 2, GRID, GRID)
@@ -350,13 +353,13 @@ def test_after_extending_the_residual_is_the_same_and_the_rest_can_only_fall(tin
     for parameter in network.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.4)
-    network.setup(features, None, rng(seed))
-    network.finish(features)
+    network.fit_memory(FeatureSet.of(features), rng(seed))
+    network.fit_normalization(features, first_rows(features))
     held = held_out(features)
     everything = torch.cat([features, held, -features]).float()
     with torch.no_grad():
         before, (_, scores) = network(everything), network.fuse(network(everything))
-        network.extend(held, rng(seed))
+        network.add_prototypes(FeatureSet.of(held), rng(seed))
         after, (_, lower) = network(everything), network.fuse(network(everything))
         calmed = network.perception(seen_by(network, everything, which=2))[0]
     assert (calmed > before.layers["mean"]).any()  # which would have been against an image
@@ -366,7 +369,7 @@ def test_after_extending_the_residual_is_the_same_and_the_rest_can_only_fall(tin
     assert (after.anomaly_maps[:, 1] <= before.anomaly_maps[:, 1]).all() and (after.perceived <= before.perceived).all()
     assert (after.anomaly_maps[12:17, 1] < before.anomaly_maps[12:17, 1]).any()
     assert (after.perceived[12:17] < before.perceived[12:17]).any()
-    assert (after.coarse <= before.coarse).all() and (after.coarse[12:17] < before.coarse[12:17]).any()
+    assert (after.regional <= before.regional).all() and (after.regional[12:17] < before.regional[12:17]).any()
     assert (lower <= scores + 1e-5).all() and lower[12:17].mean() < scores[12:17].mean()
 
 
@@ -374,11 +377,14 @@ def test_training_images_are_recalled_and_judged_without_themselves(trained, fea
     network, rows = trained[0], torch.tensor([7, 1, 5])
     x = features[rows].float()
     with torch.no_grad():
-        found, plain = network(x, rows), network(x)
-    recalled, distance, _ = network.memory(x, rows)
+        found, plain = network(x, Context(training_rows=rows)), network(x)
+    recalled, distance, _ = network.memory(x, Context(training_rows=rows))
     assert torch.equal(found.anomaly_maps[:, 1:2], distance)
-    assert torch.equal(found.coarse, network.judge(x, rows))
-    for with_itself, left_out in ((plain.anomaly_maps[:, 1], found.anomaly_maps[:, 1]), (plain.coarse, found.coarse)):
+    assert torch.equal(found.regional, network.regional_memory(x, Context(training_rows=rows)))
+    for with_itself, left_out in (
+        (plain.anomaly_maps[:, 1], found.anomaly_maps[:, 1]),
+        (plain.regional, found.regional),
+    ):
         assert (left_out >= with_itself - 3e-3).all() and left_out.mean() > 1.05 * with_itself.mean()
     with torch.no_grad():
         restored = network.restoration(recalled, found.layers["mask"])
@@ -389,12 +395,12 @@ def test_what_is_cached_of_an_image_is_recalled_without_itself(tiny, features):
     many = torch.cat([features, features.flip(0) + 0.05 * torch.randn(features.shape, generator=rng(8)).half()])
     network = URANet(tiny(), Weights.RANDOM)
     batch = batch_of(network, many, None)
-    recalled, distance, _ = network.memory(many.float(), torch.arange(24))
-    assert set(batch) == {"features", "recalled", "distance", "image"}
-    assert batch["image"].tolist() == list(range(24))
-    assert batch["recalled"].shape == many.shape and batch["distance"].shape == (24, 1, GRID, GRID)
+    recalled, distance, _ = network.memory(many.float(), first_rows(many))
+    assert set(batch) == {"features", "retrieved", "distance", "row"}
+    assert batch["row"].tolist() == list(range(24))
+    assert batch["retrieved"].shape == many.shape and batch["distance"].shape == (24, 1, GRID, GRID)
     torch.testing.assert_close(batch["distance"], distance)
-    torch.testing.assert_close(batch["recalled"], recalled, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(batch["retrieved"], recalled, atol=2e-3, rtol=2e-3)
     assert batch["distance"].mean() > 1.05 * network.memory(many.float())[1].mean()
 
 
@@ -405,14 +411,14 @@ def test_altered_cells_are_recalled_anew_and_the_others_are_cached(trained, feat
     with torch.no_grad():
         batch = {name: t[rows] for name, t in batch_of(network, features, textures).items()}
         anomalies = synthesise(batch["features"], textures, network.options.synthesis, rng(4))
-        found = network._altered_evidence(anomalies, batch)
+        found = network._perceived_input(anomalies, batch)
         cached = seen_by(network, batch["features"], rows)
         anew = torch.empty_like(found)
         for i, x in enumerate(anomalies.features.split(1)):
             made_of = torch.tensor([rows[i], rows[anomalies.origin[i]]]).expand(GRID**2, 2)
-            mixture, distance, _ = network.memory.recall(to_tokens(x)[0], made_of)
+            mixture, distance, _ = network.memory.retrieve(to_tokens(x)[0], made_of)
             mixture, distance = to_grid(mixture[None]), distance.view(1, 1, GRID, GRID)
-            anew[i] = network._evidence(distance, length(x - mixture))[0]
+            anew[i] = network._distances(distance, length(x - mixture))[0]
         plain = seen_by(network, anomalies.features)
     assert (anomalies.origin != torch.arange(12)).any()
     assert (anew >= plain - 1e-2)[:, :1].all() and anew.mean() > plain.mean()
@@ -430,7 +436,7 @@ def test_perception_learns_which_cells_were_altered(trained, features, textures,
     monkeypatch.setattr(
         network.perception,
         "loss",
-        lambda logits, mask, n, share: labels.append((logits, mask, n)) or loss(logits, mask, n, share),
+        lambda logits, mask, n: labels.append((logits, mask, n)) or loss(logits, mask, n),
     )
     with torch.no_grad():
         batch = batch_of(network, features, textures)
@@ -452,7 +458,7 @@ def test_restoration_learns_from_the_recall_of_what_was_there(trained, features,
     with torch.no_grad():
         terms = network.loss(batch, rng(4))
     ((recalled, marked),) = given
-    assert torch.equal(recalled, batch["recalled"])
+    assert torch.equal(recalled, batch["retrieved"])
     anomalies = synthesise(batch["features"], None, network.options.synthesis, rng(4))
     assert torch.equal(marked, anomalies.mask) and marked.any()
     restored, clean = forward(recalled, marked).detach(), batch["features"]
@@ -460,16 +466,20 @@ def test_restoration_learns_from_the_recall_of_what_was_there(trained, features,
     assert terms["restoration"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-PAPER_PARTS = {"network.restoration.prototypes": 0, "network.restoration.coarse_prototypes": 0}
+PAPER_PARTS = {"network.restoration.prototypes": 0, "network.restoration.regional_prototypes": 0}
 
 
 def test_without_prototypes_the_image_alone_is_restored(tiny, features):
     """As in the paper: one kind of evidence, no memory, nothing to cache."""
     network = URANet(tiny(**PAPER_PARTS), Weights.RANDOM)
-    assert network.memory is None and network.judge is None and network.setup(features, None, rng()) == {}
+    assert (
+        network.memory is None
+        and network.regional_memory is None
+        and network.fit_memory(FeatureSet.of(features), rng()) == {}
+    )
     with torch.no_grad():
         found = network(features.float())
-    assert network.kinds == 1 and found.anomaly_maps.shape == (12, 1, GRID, GRID) and found.coarse is None
+    assert network.n_maps == 1 and found.anomaly_maps.shape == (12, 1, GRID, GRID) and found.regional is None
     torch.testing.assert_close(found.anomaly_maps[:, 0], (features.float() - found.restored).norm(dim=1))
 
 
@@ -493,7 +503,7 @@ def test_a_foreign_patch_that_nothing_marks_is_not_copied_to_the_restoration(tin
 
 SWITCHES = {
     "network.restoration.prototypes": 0,
-    "network.restoration.coarse_prototypes": 0,
+    "network.restoration.regional_prototypes": 0,
     "network.perception.input": "features",
     "network.perception.in_score": False,
 }
@@ -509,7 +519,7 @@ def test_each_of_our_additions_has_a_switch_of_its_own(tiny, features, switch):
     assert (
         (network.memory is None) == (found.anomaly_maps.shape[1] == 1) == (switch == "network.restoration.prototypes")
     )
-    assert (found.coarse is None) == (switch == "network.restoration.coarse_prototypes")
+    assert (found.regional is None) == (switch == "network.restoration.regional_prototypes")
     assert (found.perceived is None) == (switch == "network.perception.in_score")
     sees = network.perception.narrow.in_channels
     assert sees == (CHANNELS if switch in ("network.restoration.prototypes", "network.perception.input") else 2)
@@ -521,17 +531,17 @@ def marking(tiny, features: Tensor) -> URANet:
     torch.manual_seed(0)
     zero = {"network.perception.mean_threshold": 0.0, "network.perception.deviation_threshold": 0.0}
     network = URANet(tiny(**zero), Weights.RANDOM)
-    network.setup(features, None, rng())
+    network.fit_memory(FeatureSet.of(features), rng())
     return network
 
 
 def test_padding_has_no_part_in_thresholds(tiny, features):
     network = marking(tiny, features)
     with torch.no_grad():
-        layers = network(features.float(), torch.arange(12)).layers
+        layers = network(features.float(), first_rows(features)).layers
     mean, deviation = layers["mean"][:, 0], layers["uncertainty"][:, 0]
     valid = (mean < mean.quantile(0.8)) & (deviation < deviation.quantile(0.8))  # all that is high is padding
-    network.finish(features, valid)
+    network.fit_normalization(features, first_rows(features, valid))
     for found, threshold in zip((mean, deviation), network.perception.thresholds, strict=True):
         assert 0 < threshold <= found[valid].max() + 1e-5
 
@@ -540,10 +550,10 @@ def test_thresholds_are_those_of_the_latest_training(tiny, features):
     network = marking(tiny, features)
     bias = network.perception.bayesian_layers()[-1].bias
     bias.data += 2  # U and V of every cell rise
-    network.finish(features)
+    network.fit_normalization(features, first_rows(features))
     bias.data -= 2
     high = network.perception.thresholds.clone()
-    network.finish(features)
+    network.fit_normalization(features, first_rows(features))
     assert (network.perception.thresholds < high).all()
 
 

@@ -168,7 +168,7 @@ def test_what_is_assembled_is_restored_by_that_k(prototypes, fitted, parts):
     detector = fitted("mfrnet", **{"network.prototypes": prototypes})
     network = detector.network
     features = features_of(detector, [parts / "test/square/000.png"])
-    rows = network.stages(features, network(features))["masks"]
+    rows = network.visualize(features, network(features))["masks"]
     both = network.restore(features, network.masks, recall(network, features))[0]
     assert not torch.allclose(both[0], both[1], atol=1e-3)
     for (_, tiles), restored in zip(rows, both, strict=True):
@@ -188,7 +188,7 @@ def test_without_masks_nothing_is_covered(fitted, drawn):
         ({}, ["L2", "1 - SSIM", "1 - GMS", "Hybrid", "Distance to the memory"]),
         ({"network.ssim": 0.0}, ["L2", "1 - GMS", "Hybrid", "Distance to the memory"]),
         (
-            {"network.prototypes": 0, "network.coarse_prototypes": 0, "network.pixel": 0.0},
+            {"network.prototypes": 0, "network.regional_prototypes": 0, "network.pixel": 0.0},
             ["1 - SSIM", "1 - GMS", "Hybrid"],
         ),
     ],
@@ -197,10 +197,10 @@ def test_evidence_of_mfrnet_has_its_names(changes, headings, fitted, parts):
     network = fitted("mfrnet", **changes).network
     features = features_of(fitted("mfrnet", **changes), [parts / "test/square/000.png"])
     inspection = network(features)
-    ((_, tiles),) = network.stages(features, inspection)["restoration"]
+    ((_, tiles),) = network.visualize(features, inspection)["restoration"]
     maps = {heading: stage.values for heading, stage in tiles.items() if stage.kind == "map"}
     if network.memory is not None:
-        assert torch.equal(maps.pop("Coarse evidence"), inspection.coarse[0])
+        assert torch.equal(maps.pop("Coarse evidence"), inspection.regional[0])
         assert torch.equal(tiles["Recalled, drawn"].values, network.memory(features)[0][0])
     assert list(maps) == headings
     evidence = torch.cat([shown for heading, shown in maps.items() if heading in ("Hybrid", "Distance to the memory")])
@@ -233,21 +233,21 @@ def test_m_u_leaves_out_what_is_only_ambiguous(fitted, parts):
     limits = network.perception.thresholds.clone()
     try:
         network.perception.thresholds.copy_(torch.tensor([2.0, 0.0]))  # nothing anomalous, all ambiguous
-        ((_, tiles),) = network.stages(features, network(features))["perception"]
+        ((_, tiles),) = network.visualize(features, network(features))["perception"]
         assert tiles["M_U, anomalous"].values.sum() == 0
         assert tiles["M_final"].values.all()
     finally:
         network.perception.thresholds.copy_(limits)
-    ((_, tiles),) = network.stages(features, inspection)["restoration"]
+    ((_, tiles),) = network.visualize(features, inspection)["restoration"]
     restored = tiles["Restored, drawn"].values
     assert torch.allclose(tiles["Residual"].values[0], (features[0] - restored).norm(dim=0), atol=1e-5)
     assert torch.equal(tiles["Recalled, drawn"].values, network.memory(features)[0][0])
     assert torch.equal(tiles["Distance to the memory"].values[0], inspection.anomaly_maps[0, 1])
-    assert torch.equal(tiles["Coarse evidence"].values, inspection.coarse[0])
+    assert torch.equal(tiles["Coarse evidence"].values, inspection.regional[0])
 
 
 def test_without_a_memory_there_is_no_recall(fitted, drawn):
-    without = {"network.restoration.prototypes": 0, "network.restoration.coarse_prototypes": 0}
+    without = {"network.restoration.prototypes": 0, "network.restoration.regional_prototypes": 0}
     shown = drawn(fitted("uranet", **without), count=1)
     columns, _ = shown["restoration"]
     assert list(columns) == ["Image", "Features, drawn", "Restored, drawn", "Residual", "Heat map"]
@@ -266,7 +266,7 @@ def exercised(fitted, parts) -> Any:
     images = torch.from_numpy(np.stack([prepare(read(path), preparation).pixels for path in paths]))
     textures = torch.from_numpy(np.stack(texture_images(None, preparation)))
     with torch.no_grad():
-        rows = detector.network.exercises(images, textures, torch.Generator().manual_seed(3))["fasm"]
+        rows = detector.network.visualize_training(images, textures, torch.Generator().manual_seed(3))["fasm"]
     return detector.network, images, textures, rows
 
 
@@ -332,7 +332,7 @@ def test_draem_alters_under_the_mask_only_and_shows_both_networks(fitted, parts)
     images = torch.from_numpy(np.stack([prepare(read(path), preparation).pixels for path in paths]))
     textures = torch.from_numpy(np.stack(texture_images(None, preparation)))
     with torch.no_grad():
-        rows = detector.network.exercises(images, textures, torch.Generator().manual_seed(3))["anomalies"]
+        rows = detector.network.visualize_training(images, textures, torch.Generator().manual_seed(3))["anomalies"]
         assert len(rows) == len(images)
         for image, (_, tiles) in zip(images, rows, strict=True):
             inside = tiles["Mask M, the label"].values[0] == 1
@@ -349,7 +349,7 @@ def test_memae_shows_the_error_of_its_reconstruction(fitted, parts):
     network = fitted("memae").network
     image = features_of(fitted("memae"), [parts / "test/square/000.png"])
     with torch.no_grad():
-        ((_, tiles),) = network.stages(image, network(image))["reconstruction"]
+        ((_, tiles),) = network.visualize(image, network(image))["reconstruction"]
     seen, made = tiles["Image it sees"].values, tiles["Reconstruction"].values
     assert torch.equal(seen, image[0])
     assert torch.allclose(tiles["Squared error"].values[0], (seen - made).square().mean(0), atol=1e-6)

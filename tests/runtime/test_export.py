@@ -82,7 +82,7 @@ def test_categories_have_their_own_memories_in_one_graph(parts, weights, tiny, t
         assert list(pool.map(lambda asked: both.inspect(asked[0], category=asked[1]).score, work)) == expected
     with pytest.raises(DetectorError, match="needs a category"):
         both.inspect(square[0])
-    owned = {name: values.numel() for name, values in detector.network.finished_state().items()}
+    owned = {name: values.numel() for name, values in detector.network.category_state().items()}
     numbers = sum(tensor.numel() for tensor in detector.network.state_dict().values()) + sum(owned.values())
     assert path.stat().st_size < 4 * numbers + 600_000  # weights once, memories twice
 

@@ -13,7 +13,7 @@ from unflaw.errors import InUseError, TrainingError
 from unflaw.io.files import steps_of
 from unflaw.methods import create
 from unflaw.methods.layers import BayesianConv2d
-from unflaw.parallel.shares import Share, uses_bfloat16
+from unflaw.parallel.process_group import uses_bfloat16
 from unflaw.training.loop import decay_groups, learning_rate, optimise, step_rng
 
 
@@ -28,11 +28,11 @@ class Line(nn.Module):
     def loss_on(self, data: Tensor, stop_at: int | None = None):
         calls = itertools.count()
 
-        def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+        def loss(rows: Tensor, rng: Generator) -> dict[str, Tensor]:
             if next(calls) == stop_at:
                 raise KeyboardInterrupt
-            x = data[share.take(indices)]
-            noise = 0.1 * share.randn((len(x),), rng).to(x)
+            x = data[rows]
+            noise = 0.1 * torch.randn(len(x), generator=rng)
             error = (x @ self.w - x @ torch.tensor([1.0, -2.0, 3.0]) + noise).square().mean()
             return {"loss": error + 0.001 * self.w.square().sum(), "error": error}
 
@@ -100,10 +100,10 @@ def test_ctrl_c_ends_a_step_saves_it_and_the_run_goes_on_bit_for_bit(tmp_path, c
     checkpoint, broken, reports = tmp_path / "run.checkpoint", Line(), []
     loss, calls = broken.loss_on(DATA), itertools.count()
 
-    def pressing(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+    def pressing(rows: Tensor, rng: Generator) -> dict[str, Tensor]:
         if next(calls) == stop_at:
             ctrl_c()
-        return loss(indices, rng, share)
+        return loss(rows, rng)
 
     with pytest.raises(KeyboardInterrupt):
         optimise(broken, pressing, 50, 250, rare, checkpoint=checkpoint)
@@ -127,7 +127,7 @@ def test_ctrl_c_ends_a_step_saves_it_and_the_run_goes_on_bit_for_bit(tmp_path, c
 def test_the_second_ctrl_c_ends_a_step_that_does_not_end(tmp_path, ctrl_c):
     line = Line()
 
-    def endless(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+    def endless(rows: Tensor, rng: Generator) -> dict[str, Tensor]:
         for _ in range(3):
             ctrl_c()
         pytest.fail("it goes on")
@@ -150,7 +150,7 @@ def test_the_last_step_is_saved_for_what_comes_after_it(tmp_path):
 def test_a_module_is_in_evaluation_mode_however_training_ends(error):
     line = Line()
 
-    def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+    def loss(rows: Tensor, rng: Generator) -> dict[str, Tensor]:
         assert line.training
         raise error
 
@@ -165,10 +165,10 @@ def test_running_statistics_go_on_too(tmp_path):
     def loss_of(module: nn.Module, stop_at: int = -1):
         steps = itertools.count()
 
-        def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+        def loss(rows: Tensor, rng: Generator) -> dict[str, Tensor]:
             if next(steps) == stop_at:
                 raise KeyboardInterrupt
-            return {"loss": module(DATA[indices]).square().mean()}
+            return {"loss": module(DATA[rows]).square().mean()}
 
         return loss
 
@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_advice():
     line = Line()
     steps = itertools.count()
 
-    def loss(indices: Tensor, rng: Generator, share: Share) -> dict[str, Tensor]:
+    def loss(rows: Tensor, rng: Generator) -> dict[str, Tensor]:
         factor = float("nan") if next(steps) == 3 else 1.0
         return {"loss": (line.w - 1).square().sum() * factor}
 
@@ -283,13 +283,13 @@ def test_one_step_has_a_learning_rate_too():
     assert learning_rate(0, 1, 2.0) == 2.0
 
 
-def test_randomness_is_a_function_of_seed_and_step():
-    def numbers(seed: int, step: int) -> list[float]:
-        return torch.rand(3, generator=step_rng(seed, step)).tolist()
+def test_randomness_is_a_function_of_seed_step_and_stream():
+    def numbers(seed: int, step: int, stream: int = 0) -> list[float]:
+        return torch.rand(3, generator=step_rng(seed, step, stream)).tolist()
 
-    drawn = [numbers(seed, step) for seed in range(4) for step in range(50)]
-    assert len({tuple(d) for d in drawn}) == 200
-    assert numbers(3, 7) == numbers(3, 7)
+    drawn = [numbers(seed, step, stream) for seed in (0, 1, 2**32 - 1) for step in range(50) for stream in (0, 1, 500)]
+    assert len({tuple(d) for d in drawn}) == 450
+    assert numbers(3, 7) == numbers(3, 7, 0)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_decay_leaves_what_does_not_decay_where_it_is():
     module = Still()
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
-    def loss(indices, rng, share):
+    def loss(rows, rng):
         return {"loss": sum((p * 0).sum() for p in module.parameters())}
 
     optimise(module, loss, 4, 20, Training(batch=2, learning_rate=0.1, weight_decay=0.5))

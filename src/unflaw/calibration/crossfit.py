@@ -1,20 +1,20 @@
 """Out-of-sample scores of good images, used for calibration.
 
 Held-out images give them (split conformal prediction), or, so that small sets need not give up images, all do
-(`calibration.folds`): each is judged without what was learned from it, and the detector learns from all.
+(`calibration.folds`): each is scored by a network that did not learn from it, and the detector learns from all.
 
-* Held-out images, drawn at random, extend the memory as well (`calibration.update_memory`), and what each taught it
-  is left out while it is judged; likewise all images of a method that trains nothing (K = n folds, at no cost). A
+* Held-out images, drawn at random, join the memory as well (`calibration.update_memory`), and are scored leave-one-out;
+  likewise all images of a method that trains nothing (K = n folds, at no cost). A
   memory only lowers distances, so the whole one finds no more in a new image than any of those without one image:
   p-values are at least those of the jackknife+ (Barber et al. 2021), and P(p ≤ α) ≤ 2α for every n and every
   distribution; about α unless leaving one image out changes everything. This takes the choice of prototypes, and the
-  few statistics of `Method.finish`, as given: one image hardly moves them.
+  few statistics of `Method.fit_normalization`, as given: one image hardly moves them.
 * Images of a validation part may be alike among themselves, where new ones are not: leaving out one is not enough.
-  They calibrate first and extend the memory after that, which can only lower scores, so their rate is certified.
-* Any other method is trained K times more, each time without one fold. If all K networks judged a new image, P(p ≤ α)
-  would be at most 2α + (1 − K/n) / (K + 1) (Vovk 2015; Barber et al. 2021, CV+). But one network judges, that learned
-  from all: nothing is proved, and that the rate is about α rests on learning from more images making new good ones
-  look no less normal.
+  They calibrate first and join the memory after that, which can only lower scores, so their rate is certified.
+* Any other method is trained K times more, each time without one fold. If all K networks scored a new image, P(p ≤ α)
+  would be at most 2α + (1 − K/n) / (K + 1) (Vovk 2015; Barber et al. 2021, CV+). But one network scores it, which
+  learned from all: nothing is proved, and that the rate is about α rests on learning from more images making new good
+  ones look no less normal.
 
 Standardisation and principal components of features are those of all images in every fold; that one image, or one
 fold, hardly moves them is taken as given too.
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,38 +39,39 @@ from unflaw.features.cache import Cache, cells
 from unflaw.imaging.tiling import Window
 from unflaw.io.words import count
 from unflaw.methods import Method
-from unflaw.methods.base import highest
-from unflaw.methods.memory_bank import MemoryBank
+from unflaw.methods.base import top_fraction_mean
+from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
 from unflaw.postprocessing.stitching import TileStitcher
 
-FINISHED_ON = 64  # training images of a category that say how large evidence normally is
+NORMALIZED_ON = 64  # training images of a category that the normal range of maps and scores is fitted to
 
 
-def arrange(network: Method, cache: Cache) -> None:
-    """Tells the memories of a network which rows of a cache belong together, and what of them counts."""
-    network.arrange(cache.images, cache.cells(network.features.grid))
+def feature_set(cache: Cache, network: Method, textures: Tensor | None = None) -> FeatureSet:
+    """The features of a cache as methods take them."""
+    numbers = {name: number for number, name in enumerate(cache.rows())}
+    categories = torch.tensor([numbers[name] for name in cache.categories])
+    return FeatureSet(cache.features, cache.image_numbers, cache.cells(network.features.grid), categories, textures)
 
 
-def pieced(
+def stitched_maps(
     network: Method,
     windows: Sequence[Window],
     features: Callable[[Tensor], Tensor],
-    **left_out: Tensor,
+    context: Context = NEW_IMAGES,
 ) -> Iterator[TileStitcher]:
-    """Maps that a network finds in images, one image after the other: "map" and, where there is one, "uncertainty".
+    """Anomaly maps of images, one image after the other: "map" and, where there is one, "uncertainty".
 
     Args:
-        network: With what is normal for their category in use.
+        network: Of their category.
         windows: Of all images, in order.
-        features: Gives F of some of them, by rows.
-        **left_out: As for `gather_evidence`.
+        features: Returns F of some of them, by rows.
+        context: Rows of the images, where they are training or held-out ones.
     """
     size, stitcher = (network.config.preparation.size,) * 2, None
     for rows in torch.arange(len(windows)).split(8):
         shown = [windows[row] for row in rows.tolist()]
         inside = cells(shown, network.features.grid)
-        left = {name: numbers[rows] for name, numbers in left_out.items()}
-        inspection = network(features(rows), valid=inside, **left)
+        inspection = network(features(rows), replace(context[rows], valid=inside))
         maps, scores = network.fuse(inspection, inside)
         found = {"map": maps.numpy()}
         if (doubt := inspection.layers.get("uncertainty")) is not None:
@@ -82,59 +84,60 @@ def pieced(
                 stitcher = None
 
 
-def finish(network: Method, train: Cache, number: int, rows: Sequence[int]) -> None:
-    """`Method.finish` for a category, by its number, of a network trained on a cache that has it in some rows."""
+def fit_normalization(network: Method, train: Cache, number: int, rows: Sequence[int]) -> None:
+    """`Method.fit_normalization` for the category of a number, which a training cache has in some rows."""
     network.select_category(number)
-    chosen = train.mixed(rows)[:FINISHED_ON]
+    chosen = train.mixed(rows)[:NORMALIZED_ON]
     first = torch.tensor(chosen)
-    network.finish(train.features[first], train.cells(network.features.grid, chosen), first)
+    network.fit_normalization(train.features[first], Context(train.cells(network.features.grid, chosen), first))
 
 
 @torch.inference_mode()
-def gather_evidence(network: Method, cache: Cache, found: CalibrationScores, **left_out: Tensor) -> CalibrationScores:
-    """Adds what a network finds in images to evidence, and returns it.
+def score_cached(
+    network: Method, cache: Cache, found: CalibrationScores, context: Context = NEW_IMAGES
+) -> CalibrationScores:
+    """Adds the scores of cached images to `found`, and returns it.
 
     Args:
-        network: With what is normal for their category in use.
+        network: Of their category.
         cache: The images.
-        found: What is added to.
-        **left_out: `images` or `held_out`, (N,), as `Method.forward` takes them: what a memory keeps of each image is
-            left out for it.
+        found: Scores so far.
+        context: Rows of the images whose prototypes are excluded.
     """
     found.paths += [str(cache.paths[row]) for row in cache.heads()]
-    for stitcher in pieced(network, cache.windows, lambda rows: cache.features[rows].float(), **left_out):
+    for stitcher in stitched_maps(network, cache.windows, lambda rows: cache.features[rows].float(), context):
         score, maps = stitcher.result()
         found.add(score, maps["map"], stitcher.layout.box, maps.get("uncertainty"), stitcher.layout.counted)
     return found
 
 
 @torch.inference_mode()
-def memory_distances(network: Method, cache: Cache, rows: Sequence[int], *, leave: bool) -> dict[str, float]:
-    """Distances of images to the memory of the category in use, a score for each path.
+def memory_distances(network: Method, cache: Cache, rows: Sequence[int], *, exclude_own: bool) -> dict[str, float]:
+    """Distance of each image to the memory of its category, by path.
 
-    It is made of the largest distances of an image as the image score is (`scoring.shares`), at every second cell in
-    both directions: a quarter of the time of all cells, and hardly less is found. No trained part of the network takes
-    part, so images that were trained on and others have comparable scores.
+    It is made of the largest distances as the image score is (`scoring.top_fractions`), at every second cell in both
+    directions: a quarter of the time of all cells, and hardly less is found. No trained part of the network takes part,
+    so images that were trained on and others have comparable scores.
 
     Args:
         network: Finished for the category, its memory not extended.
         cache: Holds the images.
         rows: Of the images, with all their windows.
-        leave: The cache is the one that `Method.setup` saw: what each image taught the memory is left out for it.
+        exclude_own: The cache is the one that `Method.fit_memory` saw: exclude the prototypes of each image for itself.
 
     Returns:
         Nothing where the method has no memory; images of which no such cell counts are left out.
     """
-    memory = next((part for part in network.children() if isinstance(part, MemoryBank)), None)
+    memory = network.memory
     found: dict[str, float] = {}
     if memory is None:
         return found
     for part in torch.tensor(rows).split(8):
-        chosen = part.tolist()
-        distance = memory(cache.features[part][..., ::2, ::2].float(), part if leave else None)[1][:, 0]
+        chosen, context = part.tolist(), Context(training_rows=part if exclude_own else None)
+        distance = memory(cache.features[part][..., ::2, ::2].float(), context)[1][:, 0]
         inside = cache.cells(network.features.grid, chosen)
         inside = None if inside is None else inside[..., ::2, ::2]
-        scores = highest(distance, network.config.scoring.shares, inside, network.window).mean(1)
+        scores = top_fraction_mean(distance, network.config.scoring.top_fractions, inside, network.window).mean(1)
         for row, score in zip(chosen, scores.tolist(), strict=True):  # an image scores as its highest window does
             if math.isfinite(score):
                 path = str(cache.paths[row])
@@ -157,44 +160,45 @@ def find_outliers(
     Returns:
         The furthest first; None where the method has no memory.
     """
-    trained = memory_distances(network, train, rows, leave=True)
-    others = {} if held is None else memory_distances(network, held, range(len(held)), leave=False)
+    trained = memory_distances(network, train, rows, exclude_own=True)
+    others = {} if held is None else memory_distances(network, held, range(len(held)), exclude_own=False)
     if not trained:
         return None
     found = outliers(trained | others) if random else outliers(trained) + outliers(others)
     return sorted(found, key=lambda entry: -entry["deviations"])[:MOST]
 
 
-def judge_held_out(
+def score_held_out(
     network: Method, held: Cache, options: CalibrationOptions, rng: Generator, *, random: bool
 ) -> tuple[CalibrationScores, bool]:
-    """The evidence of held-out images of the category in use, which with `update_memory` teach its memory: see above.
+    """Scores of held-out images, which join the memory with `update_memory`; see the module.
 
     Args:
-        network: Finished for the category. Its memory is extended.
+        network: Of their category. Prototypes are added to its memory.
         held: The images.
         options: `update_memory` and `minimum_area`.
-        rng: What `Method.extend` draws.
-        random: They are a random part of the good images, and teach before they calibrate; else they calibrate first.
+        rng: For the choice of prototypes.
+        random: The images are a random part of the good ones: they join the memory and are scored leave-one-out. If
+            not, they are scored first.
 
     Returns:
-        The evidence, and whether the images had taught something by then.
+        The scores, and whether the images had joined the memory by then.
     """
-    arrange(network, held)
-    taught = options.update_memory and random and network.extend(held.features, rng)
-    left_out = {"held_out": torch.arange(len(held))} if taught else {}
-    found = gather_evidence(network, held, CalibrationScores(options.minimum_area), **left_out)
+    data = feature_set(held, network)
+    joined = options.update_memory and random and network.add_prototypes(data, rng)
+    context = Context(added_rows=torch.arange(len(held)) if joined else None)
+    found = score_cached(network, held, CalibrationScores(options.minimum_area), context)
     if options.update_memory and not random:
-        network.extend(held.features, rng)
-    return found, taught
+        network.add_prototypes(data, rng)
+    return found, joined
 
 
 def leave_one_out(
     network: Method, train: Cache, rows: Sequence[int], options: CalibrationOptions, budget: float
 ) -> CalibrationScores:
-    """The evidence of the category in use, by its rows, of a method that trains nothing: see above."""
-    own = train.take(rows, budget)
-    return gather_evidence(network, own, CalibrationScores(options.minimum_area), images=torch.tensor(rows))
+    """Leave-one-out scores of the images of a category, by their rows, for a method that trains nothing."""
+    own, context = train.take(rows, budget), Context(training_rows=torch.tensor(rows))
+    return score_cached(network, own, CalibrationScores(options.minimum_area), context)
 
 
 def cross_fit(
@@ -204,7 +208,7 @@ def cross_fit(
     spared: Collection[str],
     budget: float,
 ) -> dict[str, CalibrationScores]:
-    """The evidence of all categories but those spared, each image judged by a network trained without its fold.
+    """Out-of-fold scores of all categories but those spared, by networks that were trained without the fold.
 
     Args:
         learn: Trains a new network on some images; it gets the number of the fold, too.
@@ -230,8 +234,8 @@ def cross_fit(
         network = learn(part, fold)
         for number, (name, own) in enumerate(part.rows().items()):
             if name in left:
-                finish(network, part, number, own)
-                gather_evidence(network, train.take(left[name], budget), found[name])
+                fit_normalization(network, part, number, own)
+                score_cached(network, train.take(left[name], budget), found[name])
     return found
 
 

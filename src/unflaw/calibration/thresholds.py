@@ -259,7 +259,7 @@ class CalibrationScores:
             doubts=self.doubts,
             review_uncertain=options.review_uncertain,
             minimum_area=self.minimum_area,
-            tail=options.tail,
+            extrapolate_tail=options.extrapolate_tail,
             **more,
         )
 
@@ -291,7 +291,7 @@ def calibrate(
     doubts: Sequence[float] = (),
     review_uncertain: bool = False,
     minimum_area: float = 0.0,
-    tail: bool = False,
+    extrapolate_tail: bool = False,
     crossed: bool = False,
     defects: Sequence[float] = (),
     miss_rate: float | None = None,
@@ -312,8 +312,8 @@ def calibrate(
         doubts: For each of the good images, the largest value of the uncertainty map; empty where there is none.
         review_uncertain: Whether that has a say in verdicts.
         minimum_area: Of a region, share of the image: the one that `peaks` were found with.
-        tail: Estimate the threshold where n images cannot certify the rate, down to a tenth of 1 / (n + 1). It is
-            never below the highest score. Fewer than 40 images have no tail.
+        extrapolate_tail: Estimate the threshold where n images cannot certify the rate, down to a tenth of
+            1 / (n + 1). It is never below the highest score. Fewer than 40 images have no tail.
         crossed: Each score was found without what was learned from its image.
         defects: Image scores of defective images.
         miss_rate: Share of defects that may be missed, in (0, 1): a defect exchangeable with those given is missed with
@@ -338,7 +338,7 @@ def calibrate(
         threshold, promised = _by_defects(good, sorted(defects), miss_rate, cost_ratio)
         k = 1 + n - bisect.bisect_right(good, threshold)
         certified = asked = k / (n + 1)
-    elif tail and asked < certified and (found := conformal.fit_tail(good)):
+    elif extrapolate_tail and asked < certified and (found := conformal.fit_tail(good)):
         certified = max(asked, certified / conformal.REACH)
         threshold = max(threshold, found.threshold(certified))
     reviewed = conformal.rank(n, review_rate)

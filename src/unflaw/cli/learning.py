@@ -77,7 +77,7 @@ def train(
         "training.precision": _PRECISIONS.get(precision or "", precision),
         "training.textures": str(textures) if textures else None,
         "calibration.false_alarm_rate": rate,
-        "calibration.tail": tail or None,
+        "calibration.extrapolate_tail": tail or None,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     checkpoint = out.with_name(out.name + ".checkpoint")
@@ -102,37 +102,37 @@ def train(
         from unflaw.calibration.outliers import describe_outliers
         from unflaw.datasets import load_categories, load_dataset
         from unflaw.detector import Detector
-        from unflaw.parallel.shares import ALONE
+        from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 
         if len(data) > 1 and not multi_class:
             raise ValueError("one detector for several data sets needs --multi-class; add it, or give one --data")
         several = devices * nodes > 1
         if several and not launched():
             raise typer.Exit(launch(sys.argv[1:], devices, nodes))
-        team = ALONE
+        group: ProcessGroup = SINGLE_PROCESS
         if several or strategy == "ddp" or accelerator != "cpu":
-            from unflaw.parallel.fabric import FabricTeam
+            from unflaw.parallel.fabric import FabricGroup
 
             watch_parent()
             wanted: dict[str, Any] = {"accelerator": accelerator, "strategy": strategy}
-            team = FabricTeam(config.training, devices=devices, nodes=nodes, **wanted)
-        with holding(out) if team.leads else nullcontext():
-            if team.leads and resume:
+            group = FabricGroup(config.training, devices=devices, nodes=nodes, **wanted)
+        with holding(out) if group.is_main else nullcontext():
+            if group.is_main and resume:
                 if (held := steps_of(checkpoint)) is None:
                     raise ValueError(f"{checkpoint}: there is no such checkpoint to go on from; leave --resume out")
                 report_problems([f"{checkpoint}: holds {held[1]}, where the same training goes on"])
             datasets = load_categories(data) if multi_class else {"": load_dataset(data[0])}
-            if team.leads:
+            if group.is_main:
                 report_dataset_problems(datasets)
                 if not resume:
                     checkpoint.unlink(missing_ok=True)
             detector = Detector(config=config, weights=Weights.parse(weights))
             if textures and not detector.network.uses_textures:
                 raise ValueError(f"--textures {textures}: {method} uses none as it is set; leave --textures out")
-            with progress_bars(team.leads) as progress:
+            with progress_bars(group.is_main) as progress:
                 chosen = datasets if multi_class else datasets[""]
-                detector.fit(chosen, progress=progress, checkpoint=checkpoint, team=team)
-            if not team.leads:
+                detector.fit(chosen, progress=progress, checkpoint=checkpoint, group=group)
+            if not group.is_main:
                 return
             detector.save(out)
             checkpoint.unlink(missing_ok=True)  # not before: where the disk is full, --resume needs it
@@ -258,7 +258,7 @@ def calibrate(
         writable(model) if out is None else detector_file(out)
         held.enter_context(holding(out or model))  # else the entry of another calibration could be lost
         detector = load_trained(model)
-        asked = {"review_rate": review_rate, "minimum_area": minimum_area, "tail": tail or None}
+        asked = {"review_rate": review_rate, "minimum_area": minimum_area, "extrapolate_tail": tail or None}
         with progress_bars() as progress:
             found = detector.calibrate(
                 images_in(good),

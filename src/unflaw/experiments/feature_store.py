@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from unflaw._version import __version__
-from unflaw.calibration.crossfit import pieced
+from unflaw.calibration.crossfit import stitched_maps
 from unflaw.config import Config, Weights, WeightSource
 from unflaw.datasets import Dataset, fingerprint
 from unflaw.datasets.samples import sha256
@@ -176,7 +176,7 @@ class CachedDetector(Detector):
     def _results(self, part: Part, category: str | None) -> list[Result]:
         calibration, network = self.select(category), self.network_of(category)
         nothing, results = np.empty((0, 0, 3), np.uint8), []
-        for stitcher in pieced(network, part.windows, lambda rows: network.features.project(part.raw[rows])):
+        for stitcher in stitched_maps(network, part.windows, lambda rows: network.features.project(part.raw[rows])):
             s, found = stitcher.result()
             box, counted = stitcher.layout.box, stitcher.layout.counted
             regions: tuple[Region, ...] = ()

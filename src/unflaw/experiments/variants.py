@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from unflaw import registry
 from unflaw.config import METHODS, Config, make_config
 
 
@@ -80,74 +81,11 @@ def _value(text: str) -> Any:
 
 
 FULL = Variant("full", {}, "the method as it is")
-_LEVELS = (
-    ("level-1: features.levels=[1]", "the finest level alone"),
-    ("level-2: features.levels=[2]", "the middle level alone"),
-    ("level-3: features.levels=[3]", "the coarsest level alone"),
-)
-# By method, beside `FULL`: what is changed, and why.
-_NAMED: dict[str, tuple[tuple[str, str], ...]] = {
-    "uranet": (
-        ("no-fasm: network.synthesis.clean=1.0", "nothing is altered: perception meets no anomaly"),
-        (
-            "fasm-textures: network.synthesis.others=0; network.synthesis.shuffles=0; network.synthesis.jitter=0",
-            "the paper's source of anomalies alone",
-        ),
-        ("fasm-no-textures: network.synthesis.textures=0", "our sources of anomalies alone"),
-        ("no-uncertainty: network.perception.bayesian=false", "a plain network: what is ambiguous is not marked"),
-        ("plain-attention: network.restoration.masked=false", "self-attention to all, marked or not"),
-        (
-            "perceives-features: network.perception.input=features",
-            "UIAPM sees F, as in the paper, not distances to the memory",
-        ),
-        ("no-memory: network.restoration.prototypes=0", "no prototypes of cells; UIAPM can see F only"),
-        ("no-judge: network.restoration.coarse_prototypes=0", "without the memory of whole regions"),
-        ("u-not-in-score: network.perception.in_score=false", "U marks cells for RAM, and judges no image"),
-        (
-            "paper-parts: network.restoration.prototypes=0; network.restoration.coarse_prototypes=0",
-            "the paper's parts alone: no memory of any kind",
-        ),
-        ("untrained: training.steps=0", "the start of training: what it adds"),
-        ("nearest_neighbor: method=nearest_neighbor", "distance to the memory alone, the floor"),
-        *_LEVELS,
-        ("levels-1-2: features.levels=[1, 2]", "without the coarsest level"),
-        ("levels-1-3: features.levels=[1, 3]", "without the middle level"),
-        ("levels-2-3: features.levels=[2, 3]", "without the finest level"),
-        ("tau-u-0.3: network.perception.mean_threshold=0.3", "τ_U: more is marked as anomalous"),
-        ("tau-u-0.7: network.perception.mean_threshold=0.7", "τ_U: less is marked as anomalous"),
-        ("tau-v-0.1: network.perception.deviation_threshold=0.1", "τ_V: more is marked as ambiguous"),
-        ("tau-v-0.4: network.perception.deviation_threshold=0.4", "τ_V: less is marked as ambiguous"),
-        ("draws-2: network.perception.draws=2", "fewer weight samples"),
-        ("draws-4: network.perception.draws=4", "fewer weight samples"),
-        ("draws-16: network.perception.draws=16", "more weight samples"),
-    ),
-    "mfrnet": (
-        ("k-1: network.k=[1]", "smaller mask cells"),
-        ("k-4: network.k=[4]", "larger mask cells"),
-        ("k-8: network.k=[8]", "larger mask cells"),
-        ("k-2-4-8: network.k=[2, 4, 8]", "maps of several sizes of mask cells, averaged"),
-        ("n-2: network.n=2", "fewer masks, each hides more"),
-        ("n-4: network.n=4", "more masks, each hides less"),
-        ("nothing-hidden: network.masked=false", "a plain autoencoder, which may copy"),
-        ("no-memory: network.prototypes=0", "what is hidden is restored from its surroundings alone"),
-        ("no-judge: network.coarse_prototypes=0", "without the memory of whole regions"),
-        ("paper-parts: network.prototypes=0; network.coarse_prototypes=0", "the paper's parts alone"),
-        ("nearest_neighbor: method=nearest_neighbor", "distance to the memory alone, the floor"),
-        ("no-attention: network.attention=false", "blocks of convolution alone"),
-        ("no-convolution: network.convolution=false", "blocks of attention alone"),
-        ("l2-only: network.ssim=0; network.gms=0", "loss and map without structure"),
-        ("ssim-only: network.pixel=0; network.gms=0", "loss and map of SSIM alone"),
-        ("gms-only: network.pixel=0; network.ssim=0", "loss and map of gradients alone"),
-        ("no-ssim: network.ssim=0", "loss and map without SSIM"),
-        ("no-gms: network.gms=0", "loss and map without gradients"),
-        *_LEVELS,
-    ),
-}
 
 
 def named(method: str) -> tuple[Variant, ...]:
     """The variants of a method that have a name; `FULL` is the first, and for some methods the only one."""
-    return FULL, *(parse(text, why) for text, why in _NAMED.get(method, ()))
+    return FULL, *(parse(text, why) for text, why in registry.method_class(method).variants)
 
 
 def choose(method: str, only: Sequence[str] = (), own: Sequence[str] = ()) -> tuple[Variant, ...]:

@@ -23,7 +23,7 @@ from unflaw.io.brief import brief
 from unflaw.io.files import scratch
 from unflaw.io.progress import Progress, ahead, batched, silent
 from unflaw.io.words import count
-from unflaw.parallel.shares import ALONE, Team
+from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 
 THUMBNAIL = 128  # side of the images that the display decoder learns to draw
 MINIMUM = 8  # good images of a category to learn from
@@ -96,7 +96,7 @@ class Cache:
         return len(self.paths)
 
     @cached_property
-    def images(self) -> Tensor:
+    def image_numbers(self) -> Tensor:
         """(N,) int64: the number of the image of each row, from 0."""
         return torch.tensor([window.number == 0 for window in self.windows]).cumsum(0) - 1
 
@@ -111,7 +111,7 @@ class Cache:
 
     def mixed(self, rows: Sequence[int]) -> list[int]:
         """Some rows in an order that goes from image to image, so that the first of them show many."""
-        numbers = self.images.tolist()
+        numbers = self.image_numbers.tolist()
 
         def turn(row: int) -> tuple[int, int]:
             layout, number = self.windows[row]
@@ -207,9 +207,9 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
                 yield from ((path, window, described) for window in image.windows)
 
     def parts(paths: Sequence[Input], batch: int) -> Iterator[Part]:
-        for group in batched(stream(paths), batch):
-            skipped = [(str(path), str(found)) for path, found, _ in group if isinstance(found, ImageError)]
-            good = [(path, found, said) for path, found, said in group if isinstance(found, ModelInput)]
+        for loaded in batched(stream(paths), batch):
+            skipped = [(str(path), str(found)) for path, found, _ in loaded if isinstance(found, ImageError)]
+            good = [(path, found, said) for path, found, said in loaded if isinstance(found, ModelInput)]
             if not good:
                 nothing = torch.empty(0)
                 yield Part([], nothing, nothing, [], nothing, skipped)
@@ -225,26 +225,26 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
     return parts
 
 
-def take_turns(source: Source, team: Team, whole: bool) -> Source:
-    """A source whose parts the processes of a team make in turn and exchange: each gets all, as one would make them.
+def take_turns(source: Source, group: ProcessGroup, whole: bool) -> Source:
+    """A source whose parts the processes of a group make in turn and exchange, so that each has all of them.
 
     Args:
         source: Of one process.
-        team: Every process has to ask for the same images.
+        group: Every process has to ask for the same images.
         whole: Images may have several windows, which must stay together. Parts then end where a turn ends, and what
             the backbone computes in other batches may be rounded otherwise.
     """
 
     def parts(paths: Sequence[Input], batch: int) -> Iterator[Part]:
         turns = list(batched(paths, batch))
-        own = turns[team.rank :: team.size]
+        own = turns[group.rank :: group.size]
         made = (
             (list(source(turn, batch)) for turn in own)
             if whole
             else ([part] for part in source([path for turn in own for path in turn], batch))
         )
-        for _ in range(0, len(turns), team.size):
-            for found in team.gather(next(made, [])):
+        for _ in range(0, len(turns), group.size):
+            for found in group.all_gather(next(made, [])):
                 yield from found
 
     return parts
@@ -263,7 +263,7 @@ def build_cache(
     batch: int = 16,
     source: Source | None = None,
     progress: Progress = silent,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Cache:
     """Reads every image once, in random order, fits the extractor on the first ones and embeds all.
 
@@ -276,17 +276,17 @@ def build_cache(
             them.
         categories: Of each image, where there are several; they take turns in the order of reading, in proportion.
         source: Where raw features come from; None: from the images.
-        team: Whose processes share the reading and the backbone; each of them gets the whole cache, and those of one
-            machine share the budget.
+        group: Processes that share the reading and the backbone. Each gets the whole cache; those of one machine share
+            the budget.
 
     Raises:
         TrainingError: To learn from: fewer than 8 readable images of a category, or all identical. To calibrate with:
             none.
     """
-    category, budget = categories or {}, budget / team.near
+    category, budget = categories or {}, budget / group.local_size
     source = source or read_parts(extractor, preparation)
-    if team.size > 1:
-        source = take_turns(source, team, whole=preparation.tile is not None)
+    if group.size > 1:
+        source = take_turns(source, group, whole=preparation.tile is not None)
     order = _shuffled(paths, category, seed)
     features: Tensor | None = None
     folder = None

@@ -16,7 +16,7 @@ from unflaw.config import Features, WeightSource
 from unflaw.features.backbones import check_size, create_backbone
 from unflaw.io.words import count
 
-COARSE_COMPONENTS = 64  # of the coarsest level, for judging whole regions
+REGIONAL_COMPONENTS = 64  # of the coarsest level, for judging whole regions
 
 
 class FeatureExtractor(nn.Module):
@@ -57,9 +57,9 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("deviation", torch.tensor(cfg["std"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("centre", torch.zeros(raw))
         self.register_buffer("basis", torch.eye(raw, self.channels))  # standardisation is folded into it
-        self.coarse_basis: Tensor
-        self.coarse_channels = min(COARSE_COMPONENTS, self.channels)
-        self.register_buffer("coarse_basis", torch.eye(self.channels, self.coarse_channels))
+        self.regional_basis: Tensor
+        self.regional_channels = min(REGIONAL_COMPONENTS, self.channels)
+        self.register_buffer("regional_basis", torch.eye(self.channels, self.regional_channels))
 
     @torch.no_grad()
     def aggregate(self, images: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class FeatureExtractor(nn.Module):
 
         One scale per *level* (default) gives each level its share `level_weights` of the mean squared norm, which is 1
         in all. One per channel instead amplifies the noise of channels that hardly vary (docs/research.md).
-        Principal components follow the scaled features. What `coarsen` does is learned as well.
+        Principal components follow the scaled features. What `to_regions` does is learned as well.
         """
         self.centre = raw.mean((0, 2, 3))
         tokens_raw = raw.transpose(0, 1).flatten(1) - self.centre[:, None]  # (C_raw, N·g²)
@@ -101,10 +101,10 @@ class FeatureExtractor(nn.Module):
             basis = vectors[:, -self.channels :].flip(1).float()
         # contiguous, as a saved detector comes back: other strides are multiplied in another order, rounded otherwise
         self.basis = (weight[:, None] * basis).contiguous()
-        self._fit_coarse(basis, self.basis.T @ (tokens_raw @ tokens_raw.T / tokens_raw.shape[1]) @ self.basis)
+        self._fit_regional(basis, self.basis.T @ (tokens_raw @ tokens_raw.T / tokens_raw.shape[1]) @ self.basis)
         return self
 
-    def _fit_coarse(self, basis: Tensor, covariance: Tensor) -> None:
+    def _fit_regional(self, basis: Tensor, covariance: Tensor) -> None:
         """From orthonormal `basis` (C_raw, C) and covariance of F (C, C): the map of F to components of its last level.
 
         ‖F·B‖ is the length of the last level's part of F where B·Bᵀ = basisᵀ·I_last·basis; principal components of
@@ -114,7 +114,7 @@ class FeatureExtractor(nn.Module):
         values, vectors = torch.linalg.eigh(last.T @ last)
         root = vectors * values.clamp_min(0).sqrt()
         _, components = torch.linalg.eigh(root.T @ covariance.double() @ root)
-        self.coarse_basis = (root @ components[:, -self.coarse_channels :].flip(1)).float().contiguous()
+        self.regional_basis = (root @ components[:, -self.regional_channels :].flip(1)).float().contiguous()
 
     def _level_shares(self) -> list[float]:
         """The weights of the levels, summing to 1; the first is repeated or left out to fit their number."""
@@ -126,10 +126,10 @@ class FeatureExtractor(nn.Module):
         """(N, C_raw, g, g) → F (N, C, g, g)."""
         return F.conv2d(raw - self.centre.view(-1, 1, 1), self.basis.T[..., None, None])
 
-    def coarsen(self, features: Tensor) -> Tensor:
+    def to_regions(self, features: Tensor) -> Tensor:
         """F (N, C, g, g) → its coarsest level on half the grid, (N, C', ⌈g/2⌉, ⌈g/2⌉): how a whole region looks."""
         pooled = F.avg_pool2d(features, 2, ceil_mode=True)
-        return F.conv2d(pooled, self.coarse_basis.T[..., None, None])
+        return F.conv2d(pooled, self.regional_basis.T[..., None, None])
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g)."""

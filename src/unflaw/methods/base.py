@@ -5,25 +5,40 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, Synthesis, WeightSource
+from unflaw.config import Config, MethodOptions, WeightSource
 from unflaw.features.extractor import Extractor, FeatureExtractor, PixelExtractor
+from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
 from unflaw.methods.layers import coarser, gaussian_blur
 from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
-from unflaw.methods.synthesis import synthesise
+from unflaw.methods.synthesis import Synthesis, synthesise
 from unflaw.methods.visualization import Stages
-from unflaw.parallel.shares import WHOLE, Share
 
 Batch = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
-ALTERED = 2  # times that each of the first training images is altered, for the say of fine evidence
-MUTE = 1e-3  # the least say of fine evidence: where there is no other, it still decides
+SYNTHETIC_ANOMALIES = 2  # per training image, used to estimate the weight of the patch score
+LEAST_PATCH_WEIGHT = 1e-3  # so that the patch score still decides where there is no other
+
+# Paper-scale settings that all methods share: WideResNet-50 on a 64×64 grid. Steps and learning rate are ours.
+PAPER: dict[str, Any] = {
+    "features.backbone": "wide_resnet50_2",
+    "features.grid": 64,
+    "features.components": 512,
+    "training.steps": 20_000,
+    "training.batch": 16,
+    "training.learning_rate": 1e-4,
+}
+LEVEL_VARIANTS = (
+    ("level-1: features.levels=[1]", "the finest level alone"),
+    ("level-2: features.levels=[2]", "the middle level alone"),
+    ("level-3: features.levels=[3]", "the coarsest level alone"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,293 +46,310 @@ class Inspection:
     """Output of a method for a batch, on the feature grid.
 
     Attributes:
-        witnesses: Anomaly maps (N, W, g, g), raw: W kinds of evidence, such as the residual of the restoration and the
-            distance to the memory. `Method.fuse` makes them one map.
-        perceived: One more map (N, 1, g, g) of evidence, raw, that judges the image and has no part in the map; or
-            None.
-        coarse: One more map (N, 1, h, h) of evidence, raw, on a coarser grid: says whether an image is anomalous
-            better than where; or None.
+        anomaly_maps: (N, W, g, g), raw: one map or several, such as the residual of a restoration and the distance to a
+            memory. `Method.fuse` makes them one.
+        perceived: One more raw map (N, 1, g, g) for the image score alone; or None.
+        regional: One more raw map (N, 1, h, h) on a coarser grid, which shows better whether an image is anomalous than
+            where; or None.
         restored: F̂ (N, C, g, g), or None where the method restores nothing.
         layers: Further maps (N, 1, g, g) in [0, 1], by name: "mean", "uncertainty", "mask".
     """
 
     anomaly_maps: Tensor
     perceived: Tensor | None = None
-    coarse: Tensor | None = None
+    regional: Tensor | None = None
     restored: Tensor | None = None
     layers: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method(nn.Module):
-    """A method on frozen features. Subclasses implement `forward`, and what they need of `setup` and `loss`."""
+    """A method on frozen features.
 
-    kinds = 1  # W, kinds of evidence
-    perceives = False  # whether `Inspection.perceived` is given
-    judges = False  # whether `Inspection.coarse` is given
-    window = 3  # side in cells of the mean filter over the map that judges an image; odd
-    uses_textures = False  # whether `setup` wants texture images
-    finishes: tuple[str, ...] = ("normal", "normal_scores", "patch_weight")  # buffers that `finish` writes
+    A subclass has its options, profiles and named variants, implements `forward`, and what it needs of `fit_memory`,
+    `loss`, `visualize` and `visualize_training`. One registration makes it known by name (`unflaw.registry`).
 
-    def __init__(self, config: Config, weights: WeightSource = None) -> None:
+    Args:
+        config: Of the detector; its `network` is an `options_class`.
+        weights: Of the backbone, as for `FeatureExtractor`.
+        n_maps: W, the number of anomaly maps.
+        has_perceived: `Inspection.perceived` is given.
+        prototypes: Size of `memory`; 0: there is none.
+        regional_prototypes: Size of `regional_memory`; 0: there is none. With it `Inspection.regional` is given.
+
+    Attributes:
+        options_class: Its options; the default of their field `method` is the name of the method.
+        profiles: By name, dotted settings that differ from the defaults.
+        variants: Named variants for ablation: ("name: setting=value; …", "what it shows").
+        on_pixels: It works on images themselves and has no backbone.
+        window: Side in cells of the mean filter over the map before the image score; odd.
+        uses_textures: `FeatureSet.textures` are used.
+        weight_samples: Weight samples of a Bayesian network that inference averages; 1 for others.
+        normalization_buffers: Buffers that `fit_normalization` writes.
+    """
+
+    options_class: ClassVar[type[MethodOptions]]
+    profiles: ClassVar[dict[str, dict[str, Any]]] = {"cpu": {}, "paper": PAPER}
+    variants: ClassVar[tuple[tuple[str, str], ...]] = ()
+    on_pixels: ClassVar[bool] = False
+    normalization_buffers: ClassVar[tuple[str, ...]] = ("normal", "normal_scores", "patch_weight")
+    window = 3
+    uses_textures = False
+    weight_samples = 1
+
+    def __init__(
+        self,
+        config: Config,
+        weights: WeightSource = None,
+        *,
+        n_maps: int = 1,
+        has_perceived: bool = False,
+        prototypes: int = 0,
+        regional_prototypes: int = 0,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.features = self.extractor(config, weights)
+        assert isinstance(config.network, self.options_class)
+        self.config, self.options = config, config.network
+        self.n_maps, self.has_perceived, self.has_regional = n_maps, has_perceived, regional_prototypes > 0
+        self.features = self.make_extractor(weights)
+        self.memory = MemoryBank(prototypes, self.features.channels) if prototypes else None
+        self.regional_memory = RegionalMemoryBank(regional_prototypes, self.features) if self.has_regional else None
+        # mean and deviation on good training images: of each raw map, and of each statistic of the image score
+        n_statistics = len(config.scoring.top_fractions) * (1 + has_perceived) + self.has_regional
         self.normal: Tensor
         self.normal_scores: Tensor
-        # mean and deviation on good training images: of every kind of evidence, and of what judges an image
-        statistics = len(config.scoring.shares) * (1 + self.perceives) + self.judges
-        self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(self.kinds + self.judges, 1))
-        self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(statistics, 1))
         self.patch_weight: Tensor
+        self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(n_maps + self.has_regional, 1))
+        self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(n_statistics, 1))
         self.register_buffer("patch_weight", torch.tensor(1.0))
 
-    def extractor(self, config: Config, weights: WeightSource) -> Extractor:
-        """What makes F of images; a method on pixels has its own, which uses no weights."""
-        return FeatureExtractor(config.features, weights, config.preparation.size)
+    def make_extractor(self, weights: WeightSource) -> Extractor:
+        """Creates the part that turns images into F. A method on pixels overrides it."""
+        return FeatureExtractor(self.config.features, weights, self.config.preparation.size)
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g), without gradient."""
         return self.features(images)
 
-    def setup(
-        self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
-    ) -> Batch:
-        """Learns what needs no gradient steps from all cached features (N, C, g, g, float16).
-
-        Args:
-            features: Of all training images.
-            textures: F of texture images, for methods that use them.
-            rng: What it draws.
-            categories: (N,) int64, the category of each image, counted from 0; None: one.
+    def fit_memory(self, data: FeatureSet, rng: Generator) -> Batch:
+        """Fits what needs no gradient steps, the memories above all, to the features of all training images.
 
         Returns:
-            Further tensors to cache, one row per image; `loss` gets them by name beside "features".
+            Further tensors to cache, one row per row of `data`; `loss` gets them by name beside "features".
         """
+        for memory in (self.memory, self.regional_memory):
+            if memory is not None:
+                memory.fit(data, rng)
         return {}
 
-    def arrange(self, images: Tensor, valid: Tensor | None) -> None:
-        """Before `setup` and `extend`: tells the memories of the rows that they will be given.
-
-        Args:
-            images: (N,) int64, the number of the image that each row shows a window of.
-            valid: (N, g, g) bool, the cells that count; None: all.
-        """
-        for part in self.modules():
-            if isinstance(part, MemoryBank):
-                part.arrange(images, valid)
-
-    def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """Terms by name; "loss" is minimised.
 
         Args:
-            batch: The whole batch; "features" is F (B, C, g, g) float32.
-            rng: Draws the same whatever the share.
-            share: The rows that terms are about, as means over them; `Share.total` is for terms that are no means.
+            batch: "features", F (B, C, g, g) float32, and rows of what `fit_memory` returned.
+            rng: The only source of randomness.
         """
         raise TypeError(f"{type(self).__name__} has nothing to train")
 
-    def forward(
-        self,
-        features: Tensor,
-        images: Tensor | None = None,
-        valid: Tensor | None = None,
-        held_out: Tensor | None = None,
-    ) -> Inspection:
-        """F (N, C, g, g) → evidence on the feature grid. Deterministic, and changes nothing: threads may share it.
-
-        Args:
-            features: Of any images.
-            images: (N,) or (N, L) rows of the cache that `setup` saw, where they are training images: what a memory
-                keeps of them is left out, so that their evidence is that of new good images. The first is the image's
-                own row; further ones are of images that its features were altered with.
-            valid: (N, g, g) bool, the cells that count; None: all.
-            held_out: (N,) rows of the features that `extend` saw: what a memory keeps of them is left out.
+    def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
+        """F (N, C, g, g) → raw maps on the feature grid. Deterministic, and changes nothing: threads may share it.
 
         Raises:
-            RuntimeError: Rows are given to a method with a memory that no longer knows where its prototypes come from,
-                as after loading.
+            RuntimeError: `context` has rows, but a memory does not know any more where its prototypes come from, as
+                after loading.
         """
         raise NotImplementedError
 
-    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
-        """For people: how the evidence on one image, F (1, C, g, g), comes about."""
+    def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
+        """Figures that show how the maps of one image, F (1, C, g, g), come about."""
         raise NotImplementedError
 
-    def exercises(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
-        """For people: what training is done on, where it is more than good images.
+    def visualize_training(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
+        """Figures of the training samples, where these are more than good images.
 
         Args:
             images: Good ones, (N, 3, S, S) in [0, 1].
             textures: Texture images (K, 3, S, S); None where the method uses none.
-            rng: The same generator state gives the same stages.
+            rng: The same generator state gives the same figures.
         """
         return {}
 
+    def regional_map(self, features: Tensor, context: Context) -> Tensor | None:
+        """Distance to the regional memory, (N, 1, ⌈g/2⌉, ⌈g/2⌉); None where there is none."""
+        return None if self.regional_memory is None else self.regional_memory(features, context)
+
     @torch.no_grad()
-    def finish(self, features: Tensor, valid: Tensor | None = None, images: Tensor | None = None) -> None:
-        """After training: what evidence is like on the first training images of a category.
+    def fit_normalization(self, features: Tensor, context: Context) -> None:
+        """After training: fits the normal range of maps and scores to some training images of a category.
 
-        Mean and deviation of each kind; and, of a method that judges, the say of fine evidence: how far artificial
-        anomalies move it, in its normal deviations (of an image, 3 at most), at most 1. So where altered places
-        drown in what varies anyway, whole regions judge. An altered image is compared with the same image unaltered,
-        both without what itself and the image that it was altered with taught: else altered cells would be found in
-        the memory that they come from. Our own; docs/research.md, section 17.
+        It is the mean and deviation of each map and each statistic of the image score. With a regional memory, also the
+        weight of the patch score: its mean shift by synthetic anomalies, in normal deviations, at most 3 for an image
+        and 1 in all. If synthetic anomalies barely raise the patch score, the regional score dominates. An altered
+        image is compared with the same image unaltered, both without the prototypes of the images that it is made of:
+        altered cells would be found in the memory that they come from. Our own; docs/research.md, section 17.
 
-        Writes the buffers `finishes`, and no others.
+        Writes `normalization_buffers`, and no others.
 
         Args:
             features: F (N, C, g, g, float16).
-            valid: (N, g, g) bool, as for `fuse`.
-            images: (N,) rows of the cache that `setup` saw; None: the first N.
+            context: With `training_rows`.
         """
-        rows = torch.arange(len(features)) if images is None else images
-        inspection = self._inspected(features, rows, valid)
-        cells = [kind if valid is None else kind[valid] for kind in inspection.anomaly_maps.unbind(1)]
-        if inspection.coarse is not None:
-            coarse = inspection.coarse[:, 0]
-            cells.append(coarse if valid is None else coarse[coarser(valid)])
+        valid, inspection = context.valid, self._inspected(features, context)
+        cells = [maps if valid is None else maps[valid] for maps in inspection.anomaly_maps.unbind(1)]
+        if inspection.regional is not None:
+            regional = inspection.regional[:, 0]
+            cells.append(regional if valid is None else regional[coarser(valid)])
         self.normal.copy_(torch.stack([torch.stack([c.mean(), c.std().clamp_min(1e-6)]) for c in cells]))
         statistics = self._statistics(inspection, valid)
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
         self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
-        if self.judges:
-            self.patch_weight.copy_(self._moved(features, rows, valid, self._image_scores(inspection, valid)[0]))
+        if self.has_regional:
+            self.patch_weight.copy_(self._shift(features, context, self._image_scores(inspection, valid)[0]))
 
-    def _moved(self, features: Tensor, rows: Tensor, valid: Tensor | None, unaltered: Tensor) -> Tensor:
-        """Mean shift of the patch score by synthetic anomalies, (); see `finish`. `unaltered`: scores before, (N,)."""
-        rng, options, moved = Generator().manual_seed(0), Synthesis(clean=0), []
+    def _shift(self, features: Tensor, context: Context, unaltered: Tensor) -> Tensor:
+        """Mean shift of the patch score by synthetic anomalies, (); see `fit_normalization`.
 
-        def fine(features: Tensor, made_of: Tensor, inside: Tensor | None) -> Tensor:
-            return self._image_scores(self._inspected(features, made_of, inside), inside)[0]
+        `unaltered`: the scores before, (N,).
+        """
+        rng, options, shifts = Generator().manual_seed(0), Synthesis(clean=0), []
+        rows = context.training_rows
+        assert rows is not None
 
-        for _ in range(ALTERED):
+        def patch_scores(features: Tensor, context: Context) -> Tensor:
+            return self._image_scores(self._inspected(features, context), context.valid)[0]
+
+        for _ in range(SYNTHETIC_ANOMALIES):
             made, before = synthesise(features.float(), None, options, rng), unaltered.clone()
-            made_of = torch.stack([rows, rows[made.origin]], dim=1)
+            made_of = Context(context.valid, torch.stack([rows, rows[made.origin]], dim=1))
             mixed = (made.origin != torch.arange(len(rows))).nonzero()[:, 0]  # with another image
             if len(mixed):
-                before[mixed] = fine(features[mixed], made_of[mixed], None if valid is None else valid[mixed])
-            moved.append((fine(made.features, made_of, valid) - before).clamp(0, 3))
-        return torch.cat(moved).mean().clamp(MUTE, 1)
+                before[mixed] = patch_scores(features[mixed], made_of[mixed])
+            shifts.append((patch_scores(made.features, made_of) - before).clamp(0, 3))
+        return torch.cat(shifts).mean().clamp(LEAST_PATCH_WEIGHT, 1)
 
-    def _inspected(self, features: Tensor, rows: Tensor, valid: Tensor | None) -> Inspection:
-        """Evidence on training images, as they are or altered; `rows` and `valid` as `forward` takes them."""
-        cells = [None] * len(features.split(8)) if valid is None else valid.split(8)
-        parts = zip(features.split(8), rows.split(8), cells, strict=True)
-        found = [self(part.float(), i, inside) for part, i, inside in parts]
+    def _inspected(self, features: Tensor, context: Context) -> Inspection:
+        """Output for many images, a few at a time; without `restored`."""
+        parts = torch.arange(len(features)).split(8)
+        found = [self(features[rows].float(), context[rows]) for rows in parts]
         anomaly_maps = torch.cat([inspection.anomaly_maps for inspection in found])
         layers = {name: torch.cat([inspection.layers[name] for inspection in found]) for name in found[0].layers}
-        return Inspection(anomaly_maps, _joined(found, "perceived"), _joined(found, "coarse"), layers=layers)
+        return Inspection(anomaly_maps, _joined(found, "perceived"), _joined(found, "regional"), layers=layers)
+
+    def _memory_banks(self) -> dict[str, MemoryBank]:
+        return {name: part for name, part in self.named_modules() if isinstance(part, MemoryBank)}
 
     def select_category(self, category: int) -> None:
-        """After training, before `finish`: memories take the prototypes of this category, counted from 0."""
-        for part in self.modules():
-            if isinstance(part, MemoryBank):
-                part.select_category(category)
+        """After training, before `fit_normalization`: memories take the prototypes of this category, from 0."""
+        for bank in self._memory_banks().values():
+            bank.select_category(category)
 
     @property
-    def finished(self) -> tuple[str, ...]:
-        """Names of the buffers that are one category's own: what `finish` writes, and memories."""
-        memories = [name for name, part in self.named_modules() if isinstance(part, MemoryBank)]
-        return *self.finishes, *(f"{name}.{own}" for name in memories for own in ("prototypes", "extra", "radius"))
+    def category_buffers(self) -> tuple[str, ...]:
+        """Names of the buffers that each category has for itself: the normal range, and memories."""
+        own = ("prototypes", "added", "radius")
+        return *self.normalization_buffers, *(f"{name}.{buffer}" for name in self._memory_banks() for buffer in own)
 
-    def finished_state(self) -> dict[str, Tensor]:
-        """Copies of the buffers `finished`, which are one category's own."""
+    def category_state(self) -> dict[str, Tensor]:
+        """Returns copies of `category_buffers`."""
         state = self.state_dict()
-        return {name: state[name].clone() for name in self.finished}
+        return {name: state[name].clone() for name in self.category_buffers}
 
     def with_category(self, state: Mapping[str, Tensor]) -> Method:
         """Returns this method for the inspection of one category.
 
-        All weights are shared with this one; the buffers `finished` are its own, so that several categories can be
+        All weights are shared with this one; `category_buffers` are its own, so that several categories can be
         inspected at the same time. It has nothing that only training needs.
 
         Args:
-            state: As `finished_state` gives it.
+            state: From `category_state`.
 
         Raises:
             RuntimeError: A buffer is missing or has another shape.
         """
         view = _sharing(self)
-        for name in self.finished:
+        for name in self.category_buffers:
             owner, _, buffer = name.rpartition(".")
             part, tensor = view.get_submodule(owner), state.get(name)
             if tensor is None or tensor.shape != getattr(part, buffer).shape:
                 found = "missing" if tensor is None else tuple(tensor.shape)
                 raise RuntimeError(f"{name} is {found}, not {tuple(getattr(part, buffer).shape)}")
             setattr(part, buffer, tensor)
-        for part in view.modules():
-            if isinstance(part, MemoryBank):
-                part.end_training()
+        for bank in view._memory_banks().values():
+            bank.end_training()
         return view.eval()
 
-    def extend(self, features: Tensor, rng: Generator) -> bool:
-        """After `finish`: learns from the images that calibrate the category in use, F (N, C, g, g, float16).
+    def add_prototypes(self, data: FeatureSet, rng: Generator) -> bool:
+        """After `fit_normalization`: adds prototypes out of the images that calibrate the selected category.
 
-        Only what can lower the evidence of an image and never raise it. From then on `forward` takes rows of these
-        images, and leaves out for each what it has taught here, so that they still calibrate (see `crossfit`).
+        They can lower the score of an image and never raise it. From then on `Context.added_rows` excludes prototypes
+        from some of these images, so that they still calibrate (`calibration.crossfit`).
 
         Returns:
-            Whether anything was learned: whether there is a memory.
+            True where there is a memory.
         """
-        parts = [part for part in self.children() if isinstance(part, MemoryBank | RegionalMemoryBank)]
-        for part in parts:
-            part.extend(features, rng)
-        return bool(parts)
+        memories = [memory for memory in (self.memory, self.regional_memory) if memory is not None]
+        for memory in memories:
+            memory.add_prototypes(data, rng)
+        return bool(memories)
 
     def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Evidence → anomaly maps at canvas size, (N, S, S), and image scores (N,).
+        """Raw maps → anomaly maps at canvas size, (N, S, S), and image scores (N,).
 
-        The map is the mean of the witnesses, each in deviations from its normal mean, plus `coarse_weight` times the
-        coarse evidence in its deviations; bilinear, then a Gaussian.
+        The map is the mean of the anomaly maps, each in deviations from its normal mean, plus `regional_map_weight`
+        times the regional map in its deviations; bilinear, then a Gaussian.
 
-        The score is made of statistics, each in deviations above its normal value: the mean of the highest `shares` of
-        the anomaly maps or the same of what is perceived, whichever is larger, with the weight `patch_weight`; and,
-        with the weight `regional_weight`, the mean of the highest `coarse_share` of the coarse evidence.
+        The image score is a weighted mean of a patch score and, where there is a regional map, a regional score, both
+        in deviations above normal. The patch score, of weight `patch_weight`, is the mean of the highest
+        `top_fractions` of the map or the same of `perceived`, whichever is larger. The regional score, of weight
+        `regional_weight`, is the mean of the highest `regional_top_fraction` of the regional map.
 
         Args:
             inspection: Of N images.
-            valid: (N, g, g) bool, the cells that the image covers; None: all.
+            valid: (N, g, g) bool, the cells that cover the image; None: all.
         """
         scoring, size = self.config.scoring, self.config.preparation.size
-        maps, coarse = self._standardised(inspection)
+        maps, regional = self._standardised(inspection)
         if valid is not None:  # what does not count must not blur into what does
             maps = torch.where(valid, maps, 0.0)
-            coarse = None if coarse is None else torch.where(coarser(valid), coarse, 0.0)
-        scores, wide_scores = self._image_scores(inspection, valid)
-        if wide_scores is not None:
-            both = self.patch_weight * scores + scoring.regional_weight * wide_scores
+            regional = None if regional is None else torch.where(coarser(valid), regional, 0.0)
+        scores, regional_scores = self._image_scores(inspection, valid)
+        if regional_scores is not None:
+            both = self.patch_weight * scores + scoring.regional_weight * regional_scores
             scores = both / (self.patch_weight + scoring.regional_weight)
         canvas = F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)
-        if coarse is not None and scoring.coarse_weight:
-            side = round(size * 2 * coarse.shape[-1] / maps.shape[-1])  # more than the canvas where the grid is odd
-            wide = F.interpolate(coarse[:, None], (side, side), mode="bilinear", align_corners=False)
-            canvas = canvas + scoring.coarse_weight * wide[..., :size, :size]
+        if regional is not None and scoring.regional_map_weight:
+            side = round(size * 2 * regional.shape[-1] / maps.shape[-1])  # more than the canvas where the grid is odd
+            wide = F.interpolate(regional[:, None], (side, side), mode="bilinear", align_corners=False)
+            canvas = canvas + scoring.regional_map_weight * wide[..., :size, :size]
         return gaussian_blur(canvas, scoring.smooth * size / 256)[:, 0], scores
 
     def _image_scores(self, inspection: Inspection, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Patch score and regional score of each image, (N,) each, in deviations above normal."""
         mean, deviation = self.normal_scores.unbind(-1)
         statistics = (self._statistics(inspection, valid) - mean) / deviation
-        kinds = statistics[:, : len(mean) - self.judges].unflatten(1, (-1, len(self.config.scoring.shares)))
-        return kinds.mean(2).amax(1), statistics[:, -1] if self.judges else None
+        patch = statistics[:, : len(mean) - self.has_regional].unflatten(
+            1, (-1, len(self.config.scoring.top_fractions))
+        )
+        return patch.mean(2).amax(1), statistics[:, -1] if self.has_regional else None
 
     def _standardised(self, inspection: Inspection) -> tuple[Tensor, Tensor | None]:
-        """Witnesses as one map (N, g, g), and the coarse evidence (N, h, h), both in deviations from normal."""
+        """Anomaly maps as one (N, g, g), and the regional map (N, h, h), both in deviations from normal."""
         mean, deviation = self.normal[..., None, None].unbind(1)
-        anomaly_maps = ((inspection.anomaly_maps - mean[: self.kinds]) / deviation[: self.kinds]).mean(1)
-        if inspection.coarse is None:
+        n = self.n_maps
+        anomaly_maps = ((inspection.anomaly_maps - mean[:n]) / deviation[:n]).mean(1)
+        if inspection.regional is None:
             return anomaly_maps, None
-        return anomaly_maps, (inspection.coarse[:, 0] - mean[-1]) / deviation[-1]
+        return anomaly_maps, (inspection.regional[:, 0] - mean[-1]) / deviation[-1]
 
     def _statistics(self, inspection: Inspection, valid: Tensor | None = None) -> Tensor:
-        """What judges an image, (N, Q): shares of the witnesses, shares of what is perceived, the coarse evidence."""
+        """Statistics of the image score, (N, Q): top fractions of the map, of `perceived` and of the regional map."""
         scoring = self.config.scoring
-        maps, coarse = self._standardised(inspection)
-        found = [highest(maps, scoring.shares, valid, self.window)]
+        maps, regional = self._standardised(inspection)
+        found = [top_fraction_mean(maps, scoring.top_fractions, valid, self.window)]
         if inspection.perceived is not None:
-            found.append(highest(inspection.perceived[:, 0], scoring.shares, valid, self.window))
-        if coarse is not None:
-            found.append(highest(coarse, (scoring.coarse_share,), None if valid is None else coarser(valid)))
+            found.append(top_fraction_mean(inspection.perceived[:, 0], scoring.top_fractions, valid, self.window))
+        if regional is not None:
+            inside = None if valid is None else coarser(valid)
+            found.append(top_fraction_mean(regional, (scoring.regional_top_fraction,), inside))
         return torch.cat(found, dim=1)
 
 
@@ -332,13 +364,23 @@ def _sharing(module: Module) -> Module:
 
 
 def _joined(found: Sequence[Inspection], name: str) -> Tensor | None:
-    """One kind of evidence of all images; None where there is none."""
+    """One map of all images; None where there is none."""
     parts = [getattr(inspection, name) for inspection in found]
     return None if parts[0] is None else torch.cat(parts)
 
 
-def highest(maps: Tensor, shares: Sequence[float], valid: Tensor | None = None, window: int = 3) -> Tensor:
-    """(N, g, g) → (N, Q): mean of the highest share q of the valid cells, after a mean over a square `window`."""
+def top_fraction_mean(maps: Tensor, fractions: Sequence[float], valid: Tensor | None = None, window: int = 3) -> Tensor:
+    """Mean of the highest values of each map, after a mean filter.
+
+    Args:
+        maps: (N, g, g).
+        fractions: Q fractions in (0, 1] of the valid cells; at least one cell is taken.
+        valid: (N, g, g) bool; None: all.
+        window: Odd side of the mean filter in cells; 1 leaves the maps as they are.
+
+    Returns:
+        (N, Q).
+    """
     inside = torch.ones_like(maps) if valid is None else valid.to(maps)
     around = (window, 1, window // 2)
     covered = F.avg_pool2d(inside[:, None], *around)  # so that the padding does not blur into the image
@@ -347,5 +389,5 @@ def highest(maps: Tensor, shares: Sequence[float], valid: Tensor | None = None, 
     ordered = cells.sort(dim=1, descending=True).values
     present = torch.full((maps.shape[0],), cells.shape[1]) if valid is None else valid.flatten(1).sum(1)
     rank = torch.arange(cells.shape[1], device=maps.device)
-    counts = [(q * present).round().clamp_min(1)[:, None] for q in shares]
+    counts = [(q * present).round().clamp_min(1)[:, None] for q in fractions]
     return torch.stack([torch.where(rank < k, ordered, 0).sum(1) / k[:, 0] for k in counts], dim=1)

@@ -10,21 +10,49 @@ SSIM, mirrored decoders, the optimiser of the common loop, and the common score 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, DRAEMOptions, Synthesis, WeightSource
+from unflaw.config import Config, MethodOptions, WeightSource
 from unflaw.features.extractor import PixelExtractor
-from unflaw.methods.base import Batch, Inspection, Method
+from unflaw.methods.base import PAPER, Batch, Inspection, Method
+from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
 from unflaw.methods.layers import local_mean, ssim_map
-from unflaw.methods.synthesis import Anomalies, synthesise
+from unflaw.methods.synthesis import Anomalies, Synthesis, synthesise
 from unflaw.methods.visualization import Stage, Stages
-from unflaw.parallel.shares import WHOLE, Share
 
 FOCUS = 2.0  # γ of the focal loss
 AUGMENTATIONS = 3  # of each texture image
+
+
+class PixelSynthesis(Synthesis):
+    """DRAEM's artificial anomalies: textures only, half of the images clean, β from 0.1 on (sections 3.3 and 4)."""
+
+    clean: float = Field(0.5, ge=0, le=1, description="share of samples left without anomaly")
+    others: float = Field(0.0, ge=0, description="weight of other good images, at other places")
+    shuffles: float = Field(0.0, ge=0, description="weight of the image's own pixels, shuffled among places")
+    jitter: float = Field(0.0, ge=0, description="weight of Gaussian noise scaled by the norm of pixels")
+    strength: tuple[float, float] = Field((0.1, 1.0), description="range of the opacity β")
+
+
+class DRAEMOptions(MethodOptions):
+    """DRAEM (arXiv 2108.07610), on pixels."""
+
+    method: Literal["draem"] = "draem"
+    side: int | None = Field(
+        128, ge=32, le=4096, description="pixels it works at, at most preparation.size; None: all of them"
+    )
+    reconstructive: int = Field(
+        16, ge=1, le=4096, description="channels at full resolution of the reconstructive network"
+    )
+    discriminative: int = Field(
+        16, ge=1, le=4096, description="channels at full resolution of the discriminative network"
+    )
+    synthesis: PixelSynthesis = PixelSynthesis()
 
 
 class UNet(nn.Module):
@@ -59,34 +87,43 @@ class UNet(nn.Module):
 
 
 class DRAEM(Method):
-    """Assembly; see the module."""
+    """Assembly; see the module. In `paper`, widths and learning rate are published ones."""
+
+    options_class = DRAEMOptions
+    options: DRAEMOptions
+    on_pixels = True
+    profiles = {  # noqa: RUF012
+        "cpu": {"training.steps": 600, "training.batch": 4},
+        "paper": PAPER
+        | {
+            "training.batch": 8,
+            "network.side": None,
+            "network.reconstructive": 128,
+            "network.discriminative": 64,
+        },
+    }
 
     def __init__(self, config: Config, weights: WeightSource = None) -> None:
-        options = config.network
-        assert isinstance(options, DRAEMOptions)
-        self.options = options
-        self.uses_textures = options.synthesis.textures > 0
         super().__init__(config, weights)
+        options = self.options
+        self.uses_textures = options.synthesis.textures > 0
         self.window = 2 * round(21 * self.features.grid / 512) + 1  # published: 21 of 256 pixels, then the maximum
         self.reconstructive = UNet(3, 3, options.reconstructive, 4, skips=False)
         self.discriminative = UNet(6, 2, options.discriminative, 5, skips=True)
         self.textures: Tensor | None = None
         self.to(memory_format=torch.channels_last)  # a third less time per step
 
-    def extractor(self, config: Config, weights: WeightSource) -> PixelExtractor:
-        assert isinstance(config.network, DRAEMOptions)
-        return PixelExtractor(config.preparation.size, config.network.side, halvings=5)
+    def make_extractor(self, weights: WeightSource) -> PixelExtractor:
+        return PixelExtractor(self.config.preparation.size, self.options.side, halvings=5)
 
-    def setup(
-        self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
-    ) -> Batch:
-        self.textures = textures
+    def fit_memory(self, data: FeatureSet, rng: Generator) -> Batch:
+        self.textures = data.textures
         return {}
 
-    def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """L2 and SSIM of reconstruction and clean image, focal loss of the map and M (sections 3.1, 3.2)."""
-        anomalies = self._altered(batch["features"], self.textures, self.options.synthesis, rng, share)
-        clean = share.take(batch["features"])
+        anomalies = self._altered(batch["features"], self.textures, self.options.synthesis, rng)
+        clean = batch["features"]
         restored, logits = self._both(anomalies.features)
         similarity = ssim_map(restored.flatten(0, 1)[:, None], clean.flatten(0, 1)[:, None])  # of each colour
         terms = {
@@ -96,21 +133,15 @@ class DRAEM(Method):
         }
         return terms | {"loss": sum(terms.values(), torch.zeros(()))}
 
-    def forward(
-        self,
-        features: Tensor,
-        images: Tensor | None = None,
-        valid: Tensor | None = None,
-        held_out: Tensor | None = None,
-    ) -> Inspection:
+    def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
         """Images (N, 3, g, g) → the probability of an anomaly at each pixel."""
         restored, logits = self._both(features)
         return Inspection(logits.softmax(1)[:, 1:], restored=restored)
 
-    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
+    def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
         return {"repair": [("", {"Image it sees": Stage("image", features[0]), **_tiles(inspection, 0)})]}
 
-    def exercises(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
+    def visualize_training(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
         """Altered images, none left clean, and what the networks make of them."""
         clean = self.embed(images)
         always = self.options.synthesis.model_copy(update={"clean": 0.0})
@@ -121,14 +152,12 @@ class DRAEM(Method):
             rows.append(("altered", made | {"Altered": Stage("image", altered), **_tiles(inspection, i)}))
         return {"anomalies": rows}
 
-    def _altered(
-        self, clean: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator, share: Share = WHOLE
-    ) -> Anomalies:
+    def _altered(self, clean: Tensor, textures: Tensor | None, config: Synthesis, rng: Generator) -> Anomalies:
         """Artificial anomalies on a share of images (N, 3, g, g), textures augmented first."""
         if textures is not None and len(textures):
             drawn = torch.randint(len(textures), (len(clean),), generator=rng)
             textures = torch.stack([augment(texture, rng) for texture in textures[drawn]])
-        return synthesise(clean, textures, config, rng, share)
+        return synthesise(clean, textures, config, rng)
 
     def _both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction (N, 3, g, g) and logits (N, 2, g, g): good, anomalous."""

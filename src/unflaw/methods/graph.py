@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unflaw.features.extractor import PixelExtractor
-from unflaw.methods import Inspection, Method
+from unflaw.methods import Context, Inspection, Method
 from unflaw.methods.decoder import DisplayDecoder
 
 
@@ -34,7 +34,7 @@ class Graph(nn.Module):
             "map" (N, S, S) and "score" (N,), float32, raw; then what the method has of "mean", "uncertainty" and
             "mask", each (N, S, S) float32 in [0, 1], and "restored" (N, S, S, 3) uint8.
         """
-        inspection = self.network(self.network.embed(images), valid=cells)
+        inspection = self.network(self.network.embed(images), Context(cells))
         maps, scores = self.network.fuse(inspection, cells)
         found = {"map": maps, "score": scores}
         for name, layer in inspection.layers.items():

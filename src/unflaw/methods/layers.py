@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from unflaw.parallel.shares import WHOLE, Share
-
 DEPTH = 16  # values in each group of `largest`
 
 
@@ -49,16 +47,13 @@ class BayesianConv2d(nn.Module):
         """Fixes the standard normal noise of the weight samples used at inspection."""
         self.noise.copy_(torch.randn(self.noise.shape, generator=rng))
 
-    def sample(self, x: Tensor, rng: Generator, share: Share = WHOLE) -> Tensor:
-        """(N, C_in, h, w) → (N, C_out, h, w), one activation sample per element; differentiable.
-
-        N is that of a share of a batch, for all of which noise is drawn.
-        """
+    def sample(self, x: Tensor, rng: Generator) -> Tensor:
+        """(N, C_in, h, w) → (N, C_out, h, w), one activation sample per element; differentiable."""
         mean = F.conv2d(x, self.weight, self.bias, padding=self.padding)
         if not self.bayesian:
             return mean
         variance = F.conv2d(x.pow(2), (2 * self.log_deviation).exp(), padding=self.padding)
-        noise = share.randn(mean.shape, rng).to(mean)
+        noise = torch.randn(mean.shape, generator=rng).to(mean)
         return mean + variance.clamp_min(1e-12).sqrt() * noise
 
     def forward(self, x: Tensor) -> Tensor:

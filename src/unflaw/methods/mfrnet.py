@@ -4,22 +4,25 @@
 
 The map is the hybrid loss of F and F̂. The multi-scale aggregator, the paper's first part, is `FeatureExtractor`. The
 parts are the paper's; its hyper-parameters and the inside of its blocks are not public to us, so all of these are ours.
-Ours as well are a memory, left out with `prototypes = 0`: what is hidden is filled with its recall, and the distance to
-it is one more anomaly map; and a second memory of whole regions (`RegionalMemoryBank`), left out with
-`coarse_prototypes = 0`, which joins map and score (docs/research.md).
+Ours as well are a memory, left out with `prototypes = 0`: features retrieved there fill what is hidden, and the
+distance to it is a second anomaly map; and a second memory of whole regions (`RegionalMemoryBank`), left out with
+`regional_prototypes = 0` (docs/research.md).
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, MFRNetOptions, WeightSource
+from unflaw.config import Config, MethodOptions, WeightSource
 from unflaw.io.words import count
-from unflaw.methods.base import Batch, Inspection, Method
+from unflaw.methods.base import LEVEL_VARIANTS, PAPER, Batch, Inspection, Method
+from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
 from unflaw.methods.layers import (
     Attention,
     gradient_magnitude_similarity,
@@ -28,13 +31,54 @@ from unflaw.methods.layers import (
     to_grid,
     to_tokens,
 )
-from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
 from unflaw.methods.visualization import Row, Stage, Stages
-from unflaw.parallel.shares import WHOLE, Share
 
 WINDOW = 5  # of SSIM, in feature cells
 SCALES = 3  # of gradient magnitude similarity
-STABLE = 10.0  # C1, C2 and c of the two, where the mean squared norm of F is 1; less, and empty background judges
+STABLE = 10.0  # C1, C2 and c of the two, where the mean squared norm of F is 1; less, and empty background dominates
+
+
+class MFRNetOptions(MethodOptions):
+    """MFRNet (arXiv 2404.13273). k and n are those of the paper's figure 3; its other hyper-parameters are not public
+    to us: their numbers are ours."""
+
+    method: Literal["mfrnet"] = "mfrnet"
+    k: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field(
+        (2,),
+        min_length=1,
+        max_length=16,
+        description="side of a mask cell, in feature cells; the maps of several are averaged",
+    )
+    n: int = Field(3, ge=2, le=64, description="crossed masks: disjoint, and together they hide everything once")
+    masked: bool = Field(True, description="False: nothing is hidden, a plain autoencoder")
+    patch: int = Field(2, ge=1, le=256, description="side of a token in feature cells, at the finest scale")
+    widths: tuple[Annotated[int, Field(ge=4, le=8192, multiple_of=4)], ...] = Field(
+        (96, 192), min_length=1, max_length=8, description="of the tokens per scale; each scale halves the side"
+    )
+    depth: int = Field(2, ge=1, le=64, description="hybrid blocks per scale of the encoder, and of the decoder")
+    heads: int = Field(4, ge=1, le=1024)
+    attention: bool = Field(True, description="self-attention in the hybrid blocks")
+    convolution: bool = Field(True, description="convolution in the hybrid blocks")
+    pixel: float = Field(1.0, ge=0, description="weight of L2 in the hybrid loss, for training and map")
+    ssim: float = Field(1.0, ge=0, description="weight of 1 − SSIM, likewise")
+    gms: float = Field(1.0, ge=0, description="weight of 1 − gradient magnitude similarity, likewise")
+    prototypes: int = Field(
+        4096, ge=0, le=10_000_000, description="memory of normal tokens that fills what is hidden; 0: none"
+    )
+    regional_prototypes: int = Field(
+        16384, ge=0, le=10_000_000, description="size of the memory of whole regions, for image score and map; 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> MFRNetOptions:
+        for width in self.widths:
+            if width % self.heads:
+                raise ValueError(f"a width of {width} cannot be cut into {self.heads} heads; choose a divisor")
+        if not (self.attention or self.convolution):
+            raise ValueError("a hybrid block needs attention, convolution or both")
+        if not (self.pixel or self.ssim or self.gms):
+            raise ValueError("the hybrid loss needs a weight above 0: pixel, ssim or gms")
+        return self
 
 
 def crossed_masks(side: int, k: int, n: int, rng: Generator) -> Tensor:
@@ -82,9 +126,9 @@ class HybridBlock(nn.Module):
 class RestorationNetwork(nn.Module):
     """R: an encoder–decoder of hybrid blocks from what is visible to all of F.
 
-    What is hidden is filled first, with blurred surroundings or with what a memory recalls. Tokens are patches of that
-    and of the mask; each further scale halves the side, and the decoder adds what the encoder had at its scale.
-    Predicted is a correction of the filling, at first 0.
+    What is hidden is filled first, with blurred surroundings or with features retrieved from a memory. Tokens are
+    patches of that and of the mask; each further scale halves the side, and the decoder adds the output of the encoder
+    at its scale. Predicted is a correction of the filling, at first 0.
     """
 
     def __init__(self, channels: int, grid: int, options: MFRNetOptions) -> None:
@@ -116,9 +160,9 @@ class RestorationNetwork(nn.Module):
         distance = torch.arange(grid) - torch.arange(grid)[:, None]
         self.register_buffer("nearness", torch.exp(-0.5 * (distance / (grid / 16)) ** 2), persistent=False)
 
-    def forward(self, seen: Tensor, visible: Tensor, recalled: Tensor | None = None) -> Tensor:
+    def forward(self, seen: Tensor, visible: Tensor, retrieved: Tensor | None = None) -> Tensor:
         """M ⊙ F (N, C, g, g), M (N, 1, g, g) in {0, 1} and what to fill with, if known → R(M ⊙ F), (N, C, g, g)."""
-        filling = self.fill(seen, visible) if recalled is None else recalled
+        filling = self.fill(seen, visible) if retrieved is None else retrieved
         x = to_tokens(self.narrow(torch.cat([seen + (1 - visible) * filling, visible], dim=1))) + self.positions
         skipped = []
         for blocks, down in zip(self.encoder, self.down, strict=True):
@@ -139,71 +183,96 @@ class RestorationNetwork(nn.Module):
 class MFRNet(Method):
     """Assembly; see the module. The hybrid loss of every cell is the evidence, beside the distance to the memory."""
 
+    options_class = MFRNetOptions
+    options: MFRNetOptions
+    profiles = {  # noqa: RUF012
+        "cpu": {"training.steps": 150, "training.batch": 4, "training.learning_rate": 2e-3},
+        "paper": PAPER
+        | {
+            "features.backbone": "vgg16.tv_in1k",
+            "features.levels": (2, 3, 4),
+            "network.prototypes": 0,
+            "network.regional_prototypes": 0,
+            "network.widths": (512, 768),
+            "network.depth": 4,
+            "network.heads": 8,
+        },
+    }
+    variants = (
+        ("k-1: network.k=[1]", "smaller mask cells"),
+        ("k-4: network.k=[4]", "larger mask cells"),
+        ("k-8: network.k=[8]", "larger mask cells"),
+        ("k-2-4-8: network.k=[2, 4, 8]", "maps of several sizes of mask cells, averaged"),
+        ("n-2: network.n=2", "fewer masks, each hides more"),
+        ("n-4: network.n=4", "more masks, each hides less"),
+        ("nothing-hidden: network.masked=false", "a plain autoencoder, which may copy"),
+        ("no-memory: network.prototypes=0", "what is hidden is restored from its surroundings alone"),
+        ("no-regional-memory: network.regional_prototypes=0", "without the memory of whole regions"),
+        ("paper-parts: network.prototypes=0; network.regional_prototypes=0", "the paper's parts alone"),
+        ("nearest_neighbor: method=nearest_neighbor", "distance to the memory alone, the floor"),
+        ("no-attention: network.attention=false", "blocks of convolution alone"),
+        ("no-convolution: network.convolution=false", "blocks of attention alone"),
+        ("l2-only: network.ssim=0; network.gms=0", "loss and map without structure"),
+        ("ssim-only: network.pixel=0; network.gms=0", "loss and map of SSIM alone"),
+        ("gms-only: network.pixel=0; network.ssim=0", "loss and map of gradients alone"),
+        ("no-ssim: network.ssim=0", "loss and map without SSIM"),
+        ("no-gms: network.gms=0", "loss and map without gradients"),
+        *LEVEL_VARIANTS,
+    )
+
     def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
         assert isinstance(options, MFRNetOptions)
-        self.options = options
+        super().__init__(
+            config,
+            weights,
+            n_maps=1 + (options.prototypes > 0),
+            prototypes=options.prototypes,
+            regional_prototypes=options.regional_prototypes,
+        )
         self.terms = {name: w for name in ("pixel", "ssim", "gms") if (w := getattr(options, name))}
-        self.kinds = 1 + (options.prototypes > 0)
-        self.judges = options.coarse_prototypes > 0
-        super().__init__(config, weights)
-        self.memory = MemoryBank(options.prototypes, self.features.channels) if options.prototypes else None
-        self.judge = RegionalMemoryBank(options.coarse_prototypes, self.features) if self.judges else None
         self.restoration = RestorationNetwork(self.features.channels, self.features.grid, options)
         self.masks: Tensor
         self.scale: Tensor
         self.register_buffer("masks", self._draw(options.k, torch.Generator().manual_seed(0)))
         self.register_buffer("scale", torch.ones(()))
 
-    def setup(
-        self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
-    ) -> Batch:
+    def fit_memory(self, data: FeatureSet, rng: Generator) -> Batch:
         """Draws the masks of inspection and measures the norm of F, which makes structural terms free of units."""
         self.masks.copy_(self._draw(self.options.k, rng))
-        energy = torch.stack([part.float().square().sum(1).mean() for part in features.split(16)])
+        energy = torch.stack([part.float().square().sum(1).mean() for part in data.features.split(16)])
         self.scale.copy_(energy.mean().sqrt().clamp_min(1e-6))
-        if self.memory is not None:
-            self.memory.fit(features, rng, categories)
-        if self.judge is not None:
-            self.judge.fit(features, rng, categories)
+        super().fit_memory(data, rng)
         if self.memory is None:
             return {}
-        return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
+        return self.memory.retrieve_cached(data.features, self.config.training.cache_gb * 2**30)
 
-    def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """Hybrid loss of F and F̂; every step draws one k, as RIAD does, and new masks."""
-        batch = {name: share.take(rows) for name, rows in batch.items()}
         k = self.options.k[int(torch.randint(len(self.options.k), (1,), generator=rng))]
         masks = self._draw((k,), rng).to(batch["features"])
-        restored = self.restore(batch["features"], masks, batch.get("recalled"))[:, 0]
+        restored = self.restore(batch["features"], masks, batch.get("retrieved"))[:, 0]
         terms = self.compare(batch["features"], restored)
         return {name: term.mean() for name, term in terms.items()} | {"loss": self.hybrid(terms).mean()}
 
-    def forward(
-        self,
-        features: Tensor,
-        images: Tensor | None = None,
-        valid: Tensor | None = None,
-        held_out: Tensor | None = None,
-    ) -> Inspection:
+    def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
         """All masks of all k in one batch; maps and restored features are means over k."""
-        recalled, distance = None, []
+        retrieved, distance = None, []
         if self.memory is not None:
-            recalled, _, least = self.memory(features, images, held_out)
+            retrieved, _, least = self.memory(features, context)
             distance = [least]
-        coarse = None if self.judge is None else self.judge(features, images, valid, held_out)
-        restored = self.restore(features, self.masks, recalled)  # (N, K, C, g, g)
-        kinds = self.masks.shape[0]
-        terms = self.compare(features.repeat_interleave(kinds, 0), restored.flatten(0, 1))
-        maps = self.hybrid(terms).sqrt().unflatten(0, (-1, kinds)).mean(1)
+        restored = self.restore(features, self.masks, retrieved)  # (N, K, C, g, g)
+        n_sets = self.masks.shape[0]
+        terms = self.compare(features.repeat_interleave(n_sets, 0), restored.flatten(0, 1))
+        maps = self.hybrid(terms).sqrt().unflatten(0, (-1, n_sets)).mean(1)
         anomaly_maps = torch.cat([maps, *distance], dim=1)
-        return Inspection(anomaly_maps, coarse=coarse, restored=restored.mean(1))
+        return Inspection(anomaly_maps, regional=self.regional_map(features, context), restored=restored.mean(1))
 
-    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
+    def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
         """Masks, a row for each k: what each leaves visible, what R restores, and the sum. Restoration: terms."""
         assert inspection.restored is not None
-        recalled = None if self.memory is None else self.memory(features)[0]
-        assembled = self.restore(features, self.masks, recalled)[0]  # (K, C, g, g)
+        retrieved = None if self.memory is None else self.memory(features)[0]
+        assembled = self.restore(features, self.masks, retrieved)[0]  # (K, C, g, g)
         rows: list[Row] = []
         for j, (masks, restored) in enumerate(zip(self.masks[:, :, None], assembled, strict=True)):  # (n, 1, g, g)
             visible = {f"Visible {i}": Stage("cover", mask) for i, mask in enumerate(masks, 1)}
@@ -213,27 +282,28 @@ class MFRNet(Method):
             name = f"k = {self.options.k[j]}" if self.options.masked else "nothing hidden"
             rows.append((name, visible | kept | whole))
         tiles = {"Features, drawn": Stage("features", features[0])}
-        if recalled is not None:
-            tiles["Recalled, drawn"] = Stage("features", recalled[0])
+        if retrieved is not None:
+            tiles["Retrieved, drawn"] = Stage("features", retrieved[0])
         tiles["Restored, drawn"] = Stage("features", inspection.restored[0])
         titles = {"pixel": "L2", "ssim": "1 - SSIM", "gms": "1 - GMS"}
         terms = self.compare(features.expand_as(assembled), assembled)
         tiles |= {titles[name]: Stage("map", term.mean(0)) for name, term in terms.items()}
-        kinds = ["Hybrid", "Distance to the memory"][: self.kinds]
-        tiles |= {kind: Stage("map", m[None]) for kind, m in zip(kinds, inspection.anomaly_maps[0], strict=True)}
-        if inspection.coarse is not None:
-            tiles["Coarse evidence"] = Stage("map", inspection.coarse[0])
+        titles_of_maps = ["Hybrid", "Distance to the memory"][: self.n_maps]
+        maps = zip(titles_of_maps, inspection.anomaly_maps[0], strict=True)
+        tiles |= {title: Stage("map", values[None]) for title, values in maps}
+        if inspection.regional is not None:
+            tiles["Regional distance"] = Stage("map", inspection.regional[0])
         return {"masks": rows, "restoration": [("", tiles)]}
 
-    def restore(self, features: Tensor, masks: Tensor, recalled: Tensor | None = None) -> Tensor:
-        """F (N, C, g, g), K sets of n masks (K, n, g, g), recall of F (N, C, g, g) → F̂ of each set, (N, K, C, g, g).
+    def restore(self, features: Tensor, masks: Tensor, retrieved: Tensor | None = None) -> Tensor:
+        """F and retrieved features (N, C, g, g), K sets of n masks (K, n, g, g) → F̂ of each set, (N, K, C, g, g).
 
         All K·n masked maps are one batch, and of each only the hidden cells are kept. Unmasked: all of one map.
         """
         sets, n = masks.shape[:2]
         visible = masks.flatten(0, 1)[:, None].repeat(features.shape[0], 1, 1, 1)  # (N·K·n, 1, g, g)
         seen = features.repeat_interleave(sets * n, 0) * visible
-        filling = None if recalled is None else recalled.repeat_interleave(sets * n, 0)
+        filling = None if retrieved is None else retrieved.repeat_interleave(sets * n, 0)
         kept = self.restoration(seen, visible, filling) * (1 - visible if self.options.masked else 1)
         return kept.view(features.shape[0], sets, n, *features.shape[1:]).sum(2)
 

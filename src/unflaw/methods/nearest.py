@@ -7,51 +7,52 @@ coreset of all training tokens, nearest-prototype distance as the map; and a sec
 
 from __future__ import annotations
 
-from torch import Generator, Tensor
+from typing import Literal
 
-from unflaw.config import Config, NearestNeighborOptions, WeightSource
-from unflaw.methods.base import Batch, Inspection, Method
-from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
+from pydantic import Field
+from torch import Tensor
+
+from unflaw.config import Config, MethodOptions, WeightSource
+from unflaw.methods.base import Inspection, Method
+from unflaw.methods.feature_set import NEW_IMAGES, Context
 from unflaw.methods.visualization import Stage, Stages
 
 
+class NearestNeighborOptions(MethodOptions):
+    """Distance to the nearest normal prototype; nothing is trained."""
+
+    method: Literal["nearest_neighbor"] = "nearest_neighbor"
+    prototypes: int = Field(4096, ge=1, le=10_000_000)
+    regional_prototypes: int = Field(
+        16384, ge=0, le=10_000_000, description="size of the memory of whole regions, for image score and map; 0: none"
+    )
+
+
 class NearestNeighbor(Method):
-    """See the module."""
+    """Assembly; see the module."""
+
+    options_class = NearestNeighborOptions
+    options: NearestNeighborOptions
 
     def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
         assert isinstance(options, NearestNeighborOptions)
-        self.judges = options.coarse_prototypes > 0
-        super().__init__(config, weights)
-        self.memory = MemoryBank(options.prototypes, self.features.channels)
-        self.judge = RegionalMemoryBank(options.coarse_prototypes, self.features) if self.judges else None
+        super().__init__(
+            config, weights, prototypes=options.prototypes, regional_prototypes=options.regional_prototypes
+        )
 
-    def setup(
-        self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
-    ) -> Batch:
-        self.memory.fit(features, rng, categories)
-        if self.judge is not None:
-            self.judge.fit(features, rng, categories)
-        return {}
+    def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
+        assert self.memory is not None
+        retrieved, _, distance = self.memory(features, context)
+        return Inspection(distance, regional=self.regional_map(features, context), restored=retrieved)
 
-    def forward(
-        self,
-        features: Tensor,
-        images: Tensor | None = None,
-        valid: Tensor | None = None,
-        held_out: Tensor | None = None,
-    ) -> Inspection:
-        recalled, _, distance = self.memory(features, images, held_out)
-        coarse = None if self.judge is None else self.judge(features, images, valid, held_out)
-        return Inspection(distance, coarse=coarse, restored=recalled)
-
-    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
+    def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
         assert inspection.restored is not None
         tiles = {
             "Features, drawn": Stage("features", features[0]),
-            "Recalled, drawn": Stage("features", inspection.restored[0]),
+            "Retrieved, drawn": Stage("features", inspection.restored[0]),
             "Distance to the memory": Stage("map", inspection.anomaly_maps[0]),
         }
-        if inspection.coarse is not None:
-            tiles["Coarse evidence"] = Stage("map", inspection.coarse[0])
-        return {"recall": [("", tiles)]}
+        if inspection.regional is not None:
+            tiles["Regional distance"] = Stage("map", inspection.regional[0])
+        return {"retrieval": [("", tiles)]}

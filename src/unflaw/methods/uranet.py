@@ -5,9 +5,9 @@
 The parts and their names are the paper's. Its hyper-parameters are not public to us: sizes, thresholds and losses are
 our own, measured choices. Ours as well, each with a switch of its own:
 
-* a memory of prototypes (`restoration.prototypes`): RAM restores from what it recalls, and the distance to it joins the
-  map; with `perception.input = "distance"` UIAPM sees how far F is from it instead of F;
-* a second memory of whole regions (`restoration.coarse_prototypes`), which joins map and score;
+* a memory of prototypes (`restoration.prototypes`): RAM restores from features retrieved there, and the distance to it
+  is a second anomaly map; with `perception.input = "distance"` UIAPM sees distances to it instead of F;
+* a second memory of whole regions (`restoration.regional_prototypes`), which joins map and score;
 * U in the image score (`perception.in_score`).
 
 Without the first, F̂ is what RAM's network predicts and nothing else. Why: docs/research.md.
@@ -16,20 +16,70 @@ Without the first, F̂ is what RAM's network predicts and nothing else. Why: doc
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
-from unflaw.config import Config, Perception, Restoration, URANetOptions, WeightSource
-from unflaw.methods.base import Batch, Inspection, Method
+from unflaw.config import Config, MethodOptions, Settings, WeightSource
+from unflaw.methods.base import LEVEL_VARIANTS, PAPER, Batch, Inspection, Method
+from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
 from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
-from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
-from unflaw.methods.synthesis import Anomalies, blend, perlin_masks, sources, synthesise
+from unflaw.methods.synthesis import Anomalies, Synthesis, blend, perlin_masks, sources, synthesise
 from unflaw.methods.visualization import Row, Stage, Stages
-from unflaw.parallel.shares import WHOLE, Share
 
 SUREST = math.log(1e6 - 1)  # logit that counts at most
+
+
+class Perception(Settings):
+    """UIAPM: the Bayesian network that marks anomalous regions and ambiguous boundaries."""
+
+    width: int = Field(32, ge=1, le=8192)
+    depth: int = Field(2, ge=1, le=64, description="hidden Bayesian convolutions of 3×3")
+    draws: int = Field(8, ge=1, le=1024, description="weight samples S at inspection")
+    prior: float = Field(0.1, gt=0, description="standard deviation of the Gaussian prior over weights")
+    kl_weight: float = Field(1.0, ge=0, description="weight of KL / N")
+    bayesian: bool = Field(True, description="False: plain convolutions, no uncertainty map, M_final = M_U")
+    input: Literal["distance", "features"] = Field(
+        "distance", description="what it sees: distances of F to the memory, where there is one, or F itself"
+    )
+    in_score: bool = Field(True, description="U takes part in the image score")
+    mean_threshold: float = Field(0.5, ge=0, le=1, description="τ_U: M_U = [U ≥ τ_U]")
+    deviation_threshold: float = Field(0.2, ge=0, description="τ_V: M_final = M_U ∨ [V ≥ τ_V]")
+
+
+class Restoration(Settings):
+    """RAM: restoration attention."""
+
+    patch: int = Field(2, ge=1, le=256, description="side of a token in feature cells")
+    width: int = Field(192, ge=4, le=8192, multiple_of=4)
+    depth: int = Field(3, ge=0, le=64)
+    heads: int = Field(3, ge=1, le=1024)
+    masked: bool = Field(True, description="keys only where M_final marks nothing; False: plain self-attention")
+    prototypes: int = Field(
+        4096, ge=0, le=10_000_000, description="memory of normal tokens across images; 0: the image alone"
+    )
+    regional_prototypes: int = Field(
+        16384, ge=0, le=10_000_000, description="size of the memory of whole regions, for image score and map; 0: none"
+    )
+    sharpness: float = Field(2.0, gt=0, description="softmax(−sharpness·d²/radius²) over the nearest prototypes")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Restoration:
+        if self.width % self.heads:
+            raise ValueError(f"the width of {self.width} cannot be cut into {self.heads} heads; choose a divisor")
+        return self
+
+
+class URANetOptions(MethodOptions):
+    """URA-Net (arXiv 2603.22840)."""
+
+    method: Literal["uranet"] = "uranet"
+    synthesis: Synthesis = Synthesis()
+    perception: Perception = Perception()
+    restoration: Restoration = Restoration()
 
 
 class UIAPM(nn.Module):
@@ -62,11 +112,11 @@ class UIAPM(nn.Module):
     def bayesian_layers(self) -> list[BayesianConv2d]:
         return [layer for layer in self.layers if isinstance(layer, BayesianConv2d)]
 
-    def sample(self, features: Tensor, rng: Generator, share: Share = WHOLE) -> Tensor:
-        """F (N, C, g, g) of a share → logits (N, 1, g, g) of one draw per activation, for training."""
+    def sample(self, features: Tensor, rng: Generator) -> Tensor:
+        """F (N, C, g, g) → logits (N, 1, g, g) of one draw per activation, for training."""
         x = self.narrow(features)
         for layer in self.bayesian_layers():
-            x = layer.sample(F.relu(x), rng, share)
+            x = layer.sample(F.relu(x), rng)
         return x
 
     def draws(self, features: Tensor) -> Tensor:
@@ -91,11 +141,11 @@ class UIAPM(nn.Module):
         marked, ambiguous = mean >= self.thresholds[0], deviation >= self.thresholds[1]
         return marked.float(), (marked | ambiguous).float()
 
-    def loss(self, logits: Tensor, mask: Tensor, n_images: int, share: Share = WHOLE) -> dict[str, Tensor]:
-        """BCE + Dice against M, and KL / N (our reading of the loss). Dice is of all images of a batch together."""
+    def loss(self, logits: Tensor, mask: Tensor, n_images: int) -> dict[str, Tensor]:
+        """BCE + Dice against M, and KL / N (our reading of the loss). Dice is of all images together."""
         bce = F.binary_cross_entropy_with_logits(logits, mask)
         p = logits.sigmoid()
-        dice = 1 - (2 * share.total((p * mask).sum()) + 1) / (share.total(p.sum() + mask.sum()) + 1)
+        dice = 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
         cells = n_images * mask[0].numel()
         kl = sum((layer.kl() for layer in self.bayesian_layers()), torch.zeros(())) * self.options.kl_weight / cells
         return {"perception": bce + 0.5 * dice, "kl": kl}
@@ -104,9 +154,8 @@ class UIAPM(nn.Module):
 class RAM(nn.Module):
     """Restoration attention: F̂ from what is unmarked in the image and from the memory of normal tokens.
 
-    1. Attention to the prototypes turns each token into a mixture of normal ones (`MemoryBank`). It is not trained;
-       alone it is a soft nearest-neighbor search, where restoration starts. Nothing but this mixture goes on, so what
-       is not normal cannot be copied through.
+    1. Attention to the prototypes turns each token into a mixture of normal ones (`MemoryBank`). It is not trained:
+       a soft nearest-neighbor search. Only this mixture goes on, so an anomaly cannot be copied through.
     2. Marked tokens become a learned mask token.
     3. A transformer over p×p patches, keys restricted to unmarked ones, predicts from context what the mixture lacks.
 
@@ -132,11 +181,13 @@ class RAM(nn.Module):
         self.blocks = nn.ModuleList(AttentionBlock(width, options.heads) for _ in range(options.depth))
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, channels * p * p)
-        nn.init.zeros_(self.widen.weight)  # training starts at the recall, or at the mean of F, and corrects it
+        nn.init.zeros_(
+            self.widen.weight
+        )  # training starts at the retrieved features, or at the mean of F, and corrects it
         nn.init.zeros_(self.widen.bias)
 
     def forward(self, seen: Tensor, marked: Tensor) -> Tensor:
-        """Steps 2 and 3. Recall or, without prototypes, F (N, C, g, g); marked (N, 1, g, g) in {0, 1} → F̂, as F."""
+        """Steps 2 and 3: retrieved features (else F) (N, C, g, g), marks (N, 1, g, g) in {0, 1} → F̂."""
         p = self.options.patch
         hidden = F.max_pool2d(marked, p)  # (N, 1, side, side): a patch is marked if any of its cells is
         flat = hidden.flatten(1)[..., None]
@@ -158,88 +209,130 @@ class RAM(nn.Module):
 class URANet(Method):
     """Assembly; see the module."""
 
-    finishes = (*Method.finishes, "perception.thresholds")
+    options_class = URANetOptions
+    options: URANetOptions
+    normalization_buffers = (*Method.normalization_buffers, "perception.thresholds")
+    profiles = {  # noqa: RUF012
+        "cpu": {"training.batch": 8},
+        "paper": PAPER
+        | {
+            "network.restoration.width": 768,
+            "network.restoration.depth": 8,
+            "network.restoration.heads": 12,
+            "network.restoration.patch": 4,
+            "network.restoration.prototypes": 0,
+            "network.restoration.regional_prototypes": 0,
+            "network.perception.width": 256,
+            "network.perception.draws": 16,
+        },
+    }
+    variants = (
+        ("no-fasm: network.synthesis.clean=1.0", "nothing is altered: perception meets no anomaly"),
+        (
+            "fasm-textures: network.synthesis.others=0; network.synthesis.shuffles=0; network.synthesis.jitter=0",
+            "the paper's source of anomalies alone",
+        ),
+        ("fasm-no-textures: network.synthesis.textures=0", "our sources of anomalies alone"),
+        ("no-uncertainty: network.perception.bayesian=false", "a plain network: what is ambiguous is not marked"),
+        ("plain-attention: network.restoration.masked=false", "self-attention to all, marked or not"),
+        (
+            "perceives-features: network.perception.input=features",
+            "UIAPM sees F, as in the paper, not distances to the memory",
+        ),
+        ("no-memory: network.restoration.prototypes=0", "no prototypes of cells; UIAPM can see F only"),
+        ("no-regional-memory: network.restoration.regional_prototypes=0", "without the memory of whole regions"),
+        ("u-not-in-score: network.perception.in_score=false", "U marks cells for RAM, and judges no image"),
+        (
+            "paper-parts: network.restoration.prototypes=0; network.restoration.regional_prototypes=0",
+            "the paper's parts alone: no memory of any kind",
+        ),
+        ("untrained: training.steps=0", "the start of training: what it adds"),
+        ("nearest_neighbor: method=nearest_neighbor", "distance to the memory alone, the floor"),
+        *LEVEL_VARIANTS,
+        ("levels-1-2: features.levels=[1, 2]", "without the coarsest level"),
+        ("levels-1-3: features.levels=[1, 3]", "without the middle level"),
+        ("levels-2-3: features.levels=[2, 3]", "without the finest level"),
+        ("tau-u-0.3: network.perception.mean_threshold=0.3", "τ_U: more is marked as anomalous"),
+        ("tau-u-0.7: network.perception.mean_threshold=0.7", "τ_U: less is marked as anomalous"),
+        ("tau-v-0.1: network.perception.deviation_threshold=0.1", "τ_V: more is marked as ambiguous"),
+        ("tau-v-0.4: network.perception.deviation_threshold=0.4", "τ_V: less is marked as ambiguous"),
+        ("draws-2: network.perception.draws=2", "fewer weight samples"),
+        ("draws-4: network.perception.draws=4", "fewer weight samples"),
+        ("draws-16: network.perception.draws=16", "more weight samples"),
+    )
 
     def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
         assert isinstance(options, URANetOptions)
-        self.kinds = 2 if options.restoration.prototypes else 1  # residual and, with a memory, distance to it
-        self.perceives, self.judges = options.perception.in_score, options.restoration.coarse_prototypes > 0
+        prototypes = options.restoration.prototypes
+        super().__init__(
+            config,
+            weights,
+            n_maps=2 if prototypes else 1,  # residual and, with a memory, distance to it
+            has_perceived=options.perception.in_score,
+            prototypes=prototypes,
+            regional_prototypes=options.restoration.regional_prototypes,
+        )
         self.uses_textures = options.synthesis.textures > 0
-        super().__init__(config, weights)
-        self.options = options
-        channels, prototypes = self.features.channels, options.restoration.prototypes
-        self.memory = MemoryBank(prototypes, channels, options.restoration.sharpness) if prototypes else None
-        self.judge = RegionalMemoryBank(options.restoration.coarse_prototypes, self.features) if self.judges else None
+        self.weight_samples = options.perception.draws if options.perception.bayesian else 1
+        if self.memory is not None:
+            self.memory.sharpness = options.restoration.sharpness
+        channels = self.features.channels
         self.sees_distance = prototypes > 0 and options.perception.input == "distance"
         self.perception = UIAPM(2 if self.sees_distance else channels, options.perception)
         self.restoration = RAM(channels, config.features.grid, options.restoration)
         self.textures: Tensor | None = None
         self.n_images = 1
 
-    def setup(
-        self, features: Tensor, textures: Tensor | None, rng: Generator, categories: Tensor | None = None
-    ) -> Batch:
-        self.textures, self.n_images = textures, len(features)
+    def fit_memory(self, data: FeatureSet, rng: Generator) -> Batch:
+        self.textures, self.n_images = data.textures, len(data.features)
         for layer in self.perception.bayesian_layers():
             layer.freeze(rng)
-        if self.memory is not None:
-            self.memory.fit(features, rng, categories)
-        if self.judge is not None:
-            self.judge.fit(features, rng, categories)
+        super().fit_memory(data, rng)
         if self.memory is None:
             return {}
-        return self.memory.recall_cached(features, self.config.training.cache_gb * 2**30)
+        return self.memory.retrieve_cached(data.features, self.config.training.cache_gb * 2**30)
 
-    def loss(self, batch: Batch, rng: Generator, share: Share = WHOLE) -> dict[str, Tensor]:
-        """FASM on F; UIAPM against M; RAM from what M leaves of the recall, against the clean F."""
-        everything = batch["features"]
-        anomalies = synthesise(everything, self.textures, self.options.synthesis, rng, share)
-        images = batch["image"].long().cpu() if "image" in batch else None
-        batch = {name: share.take(rows) for name, rows in batch.items()}
-        logits = self.perception.sample(self._altered_evidence(anomalies, batch, images), rng, share)
-        terms = self.perception.loss(logits, anomalies.mask, self.n_images, share)
-        # altered cells are the marked ones, which become mask tokens: the recall of F serves for that of F_a
-        restored = self.restoration(batch.get("recalled", anomalies.features), anomalies.mask)
-        difference = (restored - batch["features"]).square().sum(1).mean()
-        terms["restoration"] = difference / everything.square().sum(1).mean()
+    def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
+        """FASM on F; UIAPM against M; RAM from what M leaves of the retrieved features, against the clean F."""
+        clean = batch["features"]
+        anomalies = synthesise(clean, self.textures, self.options.synthesis, rng)
+        logits = self.perception.sample(self._perceived_input(anomalies, batch), rng)
+        terms = self.perception.loss(logits, anomalies.mask, self.n_images)
+        # altered cells are the marked ones, which become mask tokens: retrieval for F serves for that for F_a
+        restored = self.restoration(batch.get("retrieved", anomalies.features), anomalies.mask)
+        terms["restoration"] = (restored - clean).square().sum(1).mean() / clean.square().sum(1).mean()
         terms["loss"] = sum(terms.values(), torch.zeros(()))
         return terms
 
-    def forward(
-        self,
-        features: Tensor,
-        images: Tensor | None = None,
-        valid: Tensor | None = None,
-        held_out: Tensor | None = None,
-    ) -> Inspection:
-        seen, distances, evidence = features, [], [features]
+    def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
+        seen, distances, inputs = features, [], [features]
         if self.memory is not None:
-            seen, distance, least = self.memory(features, images, held_out)
+            seen, distance, least = self.memory(features, context)
             distances = [least]
             if self.sees_distance:
                 retrieval_residual = length(features - seen)
-                # prototypes added after calibration may lower the evidence of an image, never raise it
-                evidence = [self._evidence(d, retrieval_residual, images) for d in (distance, least)]
-        logits = self.perception.draws(evidence[0])
+                # prototypes added after calibration may lower the score of an image, never raise it
+                inputs = [self._distances(d, retrieval_residual, context.training_rows) for d in (distance, least)]
+        logits = self.perception.draws(inputs[0])
         mean, deviation = self.perception.moments(logits)
         final = self.perception.masks(mean, deviation)[1]
         restored = self.restoration(seen, final)
         perceived = None
-        if self.perceives:
+        if self.has_perceived:
             perceived = mean_logit(logits)
-            for calmed in evidence[1:]:
-                perceived = torch.minimum(perceived, mean_logit(self.perception.draws(calmed)))
+            for extended in inputs[1:]:
+                perceived = torch.minimum(perceived, mean_logit(self.perception.draws(extended)))
         return Inspection(
             torch.cat([length(features - restored), *distances], dim=1),
             perceived,
-            None if self.judge is None else self.judge(features, images, valid, held_out),
+            self.regional_map(features, context),
             restored,
             {"mean": mean, "uncertainty": deviation, "mask": final},
         )
 
-    def stages(self, features: Tensor, inspection: Inspection) -> Stages:
-        """Perception: what UIAPM makes of the image. Restoration: what RAM does, and all evidence."""
+    def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
+        """Perception: the maps of UIAPM. Restoration: the features that RAM sees and restores, and all anomaly maps."""
         assert inspection.restored is not None
         mean, deviation, final = (inspection.layers[name] for name in ("mean", "uncertainty", "mask"))
         perception = {
@@ -250,17 +343,17 @@ class URANet(Method):
         }
         restoration = {"Features, drawn": Stage("features", features[0])}
         if self.memory is not None:
-            restoration["Recalled, drawn"] = Stage("features", self.memory(features)[0][0])
+            restoration["Retrieved, drawn"] = Stage("features", self.memory(features)[0][0])
         restoration["Restored, drawn"] = Stage("features", inspection.restored[0])
         restoration["Residual"] = Stage("map", inspection.anomaly_maps[0, :1])
         if self.memory is not None:
             restoration["Distance to the memory"] = Stage("map", inspection.anomaly_maps[0, 1:])
-        if inspection.coarse is not None:
-            restoration["Coarse evidence"] = Stage("map", inspection.coarse[0])
+        if inspection.regional is not None:
+            restoration["Regional distance"] = Stage("map", inspection.regional[0])
         return {"perception": [("", perception)], "restoration": [("", restoration)]}
 
-    def exercises(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
-        """FASM, a row for each source of foreign features: both ends of the range of β, and what UIAPM says of them.
+    def visualize_training(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
+        """FASM, a row for each source of foreign features: both ends of the range of β, and U of UIAPM.
 
         Foreign features are shown by the cells of the images that they come from; jitter comes from none.
         """
@@ -285,52 +378,49 @@ class URANet(Method):
                 altered = blend(clean[i : i + 1], foreign, mask, beta)
                 tiles[f"beta {beta:g}: altered, drawn"] = Stage("features", altered[0])
                 tiles[f"beta {beta:g}: distance from clean"] = Stage("map", length(altered - clean[i])[0])
-                tiles[f"beta {beta:g}: what UIAPM says, U"] = Stage("share", self(altered).layers["mean"][0])
+                tiles[f"beta {beta:g}: U of UIAPM"] = Stage("share", self(altered).layers["mean"][0])
             rows.append((name, tiles))
         farthest = max((float(t.values.max()) for _, row in rows for t in row.values() if t.kind == "map"), default=0)
         return {"fasm": [(name, {h: t._replace(limit=farthest) for h, t in row.items()}) for name, row in rows]}
 
-    def _evidence(self, distance: Tensor, retrieval_residual: Tensor, images: Tensor | None = None) -> Tensor:
-        """Distance to the memory and to the recall, both (N, 1, g, g) → (N, 2, g, g) in units of the usual distance.
+    def _distances(self, distance: Tensor, retrieval_residual: Tensor, training_rows: Tensor | None = None) -> Tensor:
+        """Input of UIAPM where there is a memory (ours), (N, 2, g, g): distances in units of the usual one, less 1.
 
-        What UIAPM sees where there is a memory (ours). From F itself it learns to know the artificial anomalies and not
-        the real ones; how far F is from normal means the same for both.
-        """
-        assert self.memory is not None
-        return torch.cat([distance, retrieval_residual], dim=1) / self.memory.unit(images) - 1
-
-    def _altered_evidence(self, anomalies: Anomalies, batch: Batch, images: Tensor | None = None) -> Tensor:
-        """What UIAPM sees of F_a; recalled anew are the altered cells only, not from the images they are made of.
+        From F itself UIAPM learns to recognise artificial anomalies and not real ones; how far F is from normal means
+        the same for both.
 
         Args:
-            anomalies: Of a share of a batch.
-            batch: What is cached of the share.
-            images: (B,) those of the whole batch, rows of the cache; None: the share is all of it.
+            distance: Of F to the nearest prototype, (N, 1, g, g).
+            retrieval_residual: Distance of F to the retrieved features, likewise.
+            training_rows: As in `Context`.
         """
+        assert self.memory is not None
+        return torch.cat([distance, retrieval_residual], dim=1) / self.memory.unit(training_rows) - 1
+
+    def _perceived_input(self, anomalies: Anomalies, batch: Batch) -> Tensor:
+        """Input of UIAPM for F_a. Only altered cells are retrieved anew, without the images that they are made of."""
         if self.memory is None or not self.sees_distance:
             return anomalies.features
-        own = batch["image"].long().cpu()
-        seen = self._evidence(batch["distance"], length(batch["features"] - batch["recalled"]), own)
+        rows = batch["row"].long().cpu()
+        seen = self._distances(batch["distance"], length(batch["features"] - batch["retrieved"]), rows)
         tokens = to_tokens(anomalies.features).flatten(0, 1)
         altered = anomalies.mask.flatten().nonzero()[:, 0]
-        made_of = torch.stack([own, (own if images is None else images)[anomalies.origin]], dim=1)
-        of = altered.cpu() // (len(tokens) // len(own))
+        made_of = torch.stack([rows, rows[anomalies.origin]], dim=1)
+        of = altered.cpu() // (len(tokens) // len(rows))
         with torch.no_grad():
-            mixture, distance, _ = self.memory.recall(tokens[altered], made_of[of])
+            mixture, distance, _ = self.memory.retrieve(tokens[altered], made_of[of])
         retrieval_residual = (tokens[altered] - mixture).norm(dim=1)
-        own = own[of]
-        anew = self._evidence(distance.view(-1, 1, 1, 1), retrieval_residual.view(-1, 1, 1, 1), own).flatten(1)
+        anew = self._distances(distance.view(-1, 1, 1, 1), retrieval_residual.view(-1, 1, 1, 1), rows[of]).flatten(1)
         return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
 
     @torch.no_grad()
-    def finish(self, features: Tensor, valid: Tensor | None = None, images: Tensor | None = None) -> None:
+    def fit_normalization(self, features: Tensor, context: Context) -> None:
         """Also raises τ_U and τ_V so far that hardly any cell of good training images is marked."""
-        rows = torch.arange(len(features)) if images is None else images
-        layers = self._inspected(features, rows, valid).layers
+        layers = self._inspected(features, context).layers
         mean, deviation = (layers[name][:, 0] for name in ("mean", "uncertainty"))
-        inside = torch.ones_like(mean, dtype=torch.bool) if valid is None else valid
+        inside = torch.ones_like(mean, dtype=torch.bool) if context.valid is None else context.valid
         self.perception.fit_thresholds(mean[inside], deviation[inside])
-        super().finish(features, valid, images)
+        super().fit_normalization(features, context)
 
 
 def _cells(images: Tensor, side: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Figures of a method at work: what it says of its steps (`Method.stages`, `Method.exercises`), drawn as sheets."""
+"""Sheets of figures of a method at work, drawn from `Method.visualize` and `Method.visualize_training`."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str |
             _Line([*name, *filter(None, [line])], first | _shown(detector, stages, image) | last, shown.box)
             for line, stages in rows
         ]
-        for figure, rows in network.stages(features, inspection).items()
+        for figure, rows in network.visualize(features, inspection).items()
     }
 
 
@@ -178,7 +178,7 @@ def _exercises(
     whole = (0, 0, preparation.size, preparation.size)
     return {
         figure: [_Line([name], _shown(detector, stages), whole) for name, stages in rows]
-        for figure, rows in network.exercises(images, textures, Generator().manual_seed(seed)).items()
+        for figure, rows in network.visualize_training(images, textures, Generator().manual_seed(seed)).items()
     }
 
 

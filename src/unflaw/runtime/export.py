@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from unflaw._version import __version__
-from unflaw.config import URANetOptions
 from unflaw.detector import Detector
 from unflaw.errors import DetectorError, WriteError
 from unflaw.imaging.transforms import ModelInput
@@ -45,7 +44,7 @@ class ByCategory(nn.Module):
 
     Args:
         whole: The graph, whatever category is in use.
-        categories: `Method.finished_state` of each.
+        categories: `Method.category_state` of each.
     """
 
     def __init__(self, whole: Graph, categories: Sequence[Mapping[str, Tensor]]) -> None:
@@ -113,7 +112,7 @@ def to_onnx(detector: Detector) -> ModelProto:
     batch = torch.export.Dim("N", min=1)
     arguments: dict[str, tuple[Tensor, Any]] = {"images": (torch.rand(2, 3, size, size), {0: batch})}
     if len(networks) > 1:
-        graph = ByCategory(Graph(networks[0], detector.display), [network.finished_state() for network in networks])
+        graph = ByCategory(Graph(networks[0], detector.display), [network.category_state() for network in networks])
         arguments["category"] = (torch.tensor(0), None)
     if not detector.config.preparation.covers:
         grid = detector.network.features.grid
@@ -154,15 +153,14 @@ def halve(model: ModelProto) -> None:
 
 
 def _record(detector: Detector, to: Target, precision: Precision) -> dict[str, Any]:
-    options = detector.config.network
-    bayesian = isinstance(options, URANetOptions) and options.perception.bayesian
+    draws = detector.network.weight_samples
     return {
         "to": to,
         "precision": precision,
         "grid": detector.network.features.grid,
         "opset": OPSET,
         "unflaw": __version__,
-        **({"draws": options.perception.draws} if bayesian and isinstance(options, URANetOptions) else {}),
+        **({"draws": draws} if draws > 1 else {}),
     }
 
 

@@ -38,7 +38,7 @@ class ExportedDetector(BasePredictor):
         metadata = read_metadata(path)
         try:
             self._calibrations, self._references = calibrations(metadata), references(metadata)
-            self.config = Config.model_validate(metadata["config"])
+            self.config = Config.model_validate(metadata["config"], context={"exported": True})
             self.exported: Mapping[str, Any] = metadata["exported"]
         except (KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]

@@ -8,7 +8,7 @@ from unflaw.config import Training
 from unflaw.features.cache import Cache
 from unflaw.io.progress import Progress
 from unflaw.methods.decoder import DisplayDecoder
-from unflaw.parallel.shares import Share, Terms
+from unflaw.parallel.process_group import Terms
 from unflaw.training.loop import optimise, seeded
 
 
@@ -17,10 +17,9 @@ def fit_display(cache: Cache, settings: Training, progress: Progress) -> Display
     with seeded(settings.seed):
         decoder = DisplayDecoder(cache.features.shape[1])
 
-    def loss(indices: Tensor, rng: Generator, share: Share) -> Terms:
-        indices = share.take(indices)
-        drawn = decoder(cache.features[indices].float())
-        return {"loss": (drawn - cache.thumbnails[indices].float() / 255).abs().mean()}
+    def loss(rows: Tensor, rng: Generator) -> Terms:
+        drawn = decoder(cache.features[rows].float())
+        return {"loss": (drawn - cache.thumbnails[rows].float() / 255).abs().mean()}
 
     optimise(decoder, loss, len(cache), settings.display_steps, settings, stage="display", progress=progress)
     return decoder

@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from unflaw.calibration.crossfit import arrange
+from unflaw.calibration.crossfit import feature_set
 from unflaw.config import Training
 from unflaw.datasets.samples import digest
 from unflaw.errors import TrainingError
@@ -29,7 +28,15 @@ from unflaw.io.files import damaged_checkpoint, holding, write_atomically
 from unflaw.io.progress import Progress, silent
 from unflaw.io.words import count
 from unflaw.methods import Method
-from unflaw.parallel.shares import ALONE, WHOLE, Engine, Loss, Share, Team, Terms, batch_norms, uses_bfloat16
+from unflaw.parallel.process_group import (
+    SINGLE_PROCESS,
+    Engine,
+    Loss,
+    ProcessGroup,
+    Terms,
+    batch_norms,
+    uses_bfloat16,
+)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -55,9 +62,13 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def step_rng(seed: int, step: int) -> Generator:
-    """Randomness of one step, a function of seed and step alone: resuming needs no generator state."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+def step_rng(seed: int, step: int, stream: int = 0) -> Generator:
+    """Randomness of one step, a function of its arguments alone, so that resuming needs no generator state.
+
+    `stream` numbers the parts that a batch is computed in: those of all processes, and the passes of each. Generators
+    use the lower 32 bits of a seed: the golden ratio keeps a thousand streams a million steps apart in these.
+    """
+    return torch.Generator().manual_seed(seed * 1_000_003 + step + stream * 2_654_435_769)
 
 
 _SEEDING = threading.RLock()
@@ -85,35 +96,36 @@ def optimise(
     progress: Progress = silent,
     checkpoint: Path | None = None,
     identity: str = "",
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     bfloat16: bool = False,
 ) -> list[dict[str, float]]:
     """The loop: AdamW, one-cycle rate, clipped gradients; the last step counts, nothing is chosen on test images.
 
-    Each batch is shared by the processes of a team, and by `settings.accumulate` passes of each, so that gradients are
-    those of the whole batch.
+    A batch is computed in equal parts: one for each process of the group and each of its `settings.accumulate` passes.
+    Each part has its own random stream, draws its own rows, and counts equally in the gradient. So a process that makes
+    two passes learns what two processes of one pass do, up to rounding. Batch normalisation is that of a part; its
+    running statistics are those of the process of rank 0.
 
     Args:
         module: Its parameters that require gradients are trained.
-        loss: From indices (B,) into the cache, randomness and a share of the B rows to named terms, means over the
-            share; "loss" is minimised. It draws the same whatever the share.
+        loss: From rows (B,) of the cache and randomness to named terms, means over these rows; "loss" is minimised.
         n: Number of images in the cache.
         steps: Optimiser steps.
         checkpoint: Saved there every `settings.checkpoint_seconds`, after the last step, and after the step in which
             Ctrl-C is pressed; resumed from where present.
         identity: Of data and settings; a checkpoint of others is refused.
-        team: Who works on it.
+        group: Processes that train together.
         bfloat16: Of matrix products.
 
     Returns:
         The mean of each term over every hundredth of the run.
 
     Raises:
-        TrainingError: A batch too small to be shared, a loss that is infinite, a checkpoint that cannot be used.
+        TrainingError: A batch that cannot be cut into equal parts, an infinite loss, a checkpoint that cannot be used.
         InUseError: Another training writes the checkpoint. KeyboardInterrupt: Ctrl-C; `module` is in evaluation mode,
             as after any end.
     """
-    _check_shares(module, settings, team)
+    parts = _parts(settings, group)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(decay_groups(module, settings.weight_decay), settings.learning_rate)
     history: list[dict[str, float]] = []
@@ -121,23 +133,21 @@ def optimise(
     start = 0
     with ExitStack() as stack:
         if checkpoint is not None:
-            if team.leads:
+            if group.is_main:
                 stack.enter_context(holding(checkpoint))
-            if saved_state := team.first(lambda: _read(checkpoint, identity)):
+            if saved_state := group.on_main(lambda: _read(checkpoint, identity)):
                 start, history, window = _restore(checkpoint, saved_state, module, optimiser)
                 progress(stage, start, steps, history[-1]["loss"] if history else None)
         module.train()
         stack.callback(module.eval)
         saved = time.monotonic()
         asked = stack.enter_context(_interruptible(checkpoint is not None))
-        engine = stack.enter_context(team.engine(module, optimiser, loss, bfloat16))
+        engine = stack.enter_context(group.engine(module, optimiser, loss, bfloat16))
         for step in range(start, steps):
-            rng = step_rng(settings.seed, step)
-            indices = torch.randint(n, (settings.batch,), generator=rng)
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, steps, settings.learning_rate)
+            for parameter_group in optimiser.param_groups:
+                parameter_group["lr"] = learning_rate(step, steps, settings.learning_rate)
             optimiser.zero_grad(set_to_none=True)
-            terms = _gradients(engine, indices, rng, settings.accumulate, team)
+            terms = _gradients(engine, n, settings, step, parts, group)
             if not np.isfinite(terms["loss"]):
                 raise TrainingError(
                     f"the loss became infinite at step {step}; lower it with --set training.learning_rate=…"
@@ -151,13 +161,16 @@ def optimise(
                 window = []
                 progress(stage, step + 1, steps, history[-1]["loss"])
             if checkpoint is not None:
-                stopped = bool(team.total(torch.tensor(float(asked()))))  # all processes stop after the same step
+                stopped = bool(group.all_reduce(torch.tensor(float(asked()))))  # all processes stop after the same step
                 due = full and (last or time.monotonic() - saved > settings.checkpoint_seconds)
-                if team.leads and (stopped or due):
+                if group.is_main and (stopped or due):
                     _checkpoint(checkpoint, module, optimiser, step + 1, history, identity, steps, window)
                     saved = time.monotonic()
                 if stopped:
                     raise KeyboardInterrupt
+        if group.size > 1:
+            for norm in batch_norms(module):
+                norm.load_state_dict(group.broadcast(norm.state_dict()))
     return history
 
 
@@ -196,7 +209,7 @@ def train(
     *,
     progress: Progress = silent,
     checkpoint: Path | None = None,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[dict[str, float]]:
     """What a method learns from a cache: first what needs no gradient, then by the loop.
 
@@ -204,8 +217,8 @@ def train(
         network: With its extractor fitted.
         cache: All images to learn from.
         textures: F of texture images, for methods that use them.
-        rng: What `Method.setup` draws.
-        progress, checkpoint, team: As for `optimise`.
+        rng: What `Method.fit_memory` draws.
+        progress, checkpoint, group: As for `optimise`.
 
     Returns:
         The history of `optimise`; empty for a method that trains nothing.
@@ -213,16 +226,12 @@ def train(
     settings = network.config.training
     progress("memory", 0, 1, None)
     with torch.no_grad():
-        numbers = {name: number for number, name in enumerate(cache.rows())}
-        categories = torch.tensor([numbers[name] for name in cache.categories])
-        arrange(network, cache)
-        extras = network.setup(cache.features, textures, rng, categories)
+        extras = network.fit_memory(feature_set(cache, network, textures), rng)
     progress("memory", 1, 1, None)
     tensors = {"features": cache.features, **extras}
 
-    def loss(indices: Tensor, rng: Generator, share: Share) -> Terms:
-        picked = {name: t[indices].to(team.device).float() for name, t in tensors.items()}
-        return network.loss(picked, rng, share)
+    def loss(rows: Tensor, rng: Generator) -> Terms:
+        return network.loss({name: t[rows].to(group.device).float() for name, t in tensors.items()}, rng)
 
     if not any(p.requires_grad for p in network.parameters()):
         return []
@@ -234,9 +243,9 @@ def train(
         settings,
         progress=progress,
         checkpoint=checkpoint,
-        identity=_identity(network, cache) if checkpoint is not None and team.leads else "",
-        team=team,
-        bfloat16=uses_bfloat16(settings, team.device),
+        identity=_identity(network, cache) if checkpoint is not None and group.is_main else "",
+        group=group,
+        bfloat16=uses_bfloat16(settings, group.device),
     )
 
 
@@ -250,67 +259,32 @@ def _identity(network: Method, cache: Cache) -> str:
     return f"{images} {backbone.hexdigest()} {network.config.model_dump_json()}"
 
 
-def _check_shares(module: nn.Module, settings: Training, team: Team) -> None:
-    among = team.size * settings.accumulate
-    if settings.batch < among:
-        passes = count(settings.accumulate, "pass", "passes")
+def _parts(settings: Training, group: ProcessGroup) -> int:
+    """Checks that a batch can be cut into equal parts, and returns their number."""
+    parts = group.size * settings.accumulate
+    if settings.batch % parts:
+        processes, passes = count(group.size, "process", "processes"), count(settings.accumulate, "pass", "passes")
         raise TrainingError(
-            f"a batch of {settings.batch} cannot be shared by {count(team.size, 'process', 'processes')} in {passes} "
-            f"each; raise it with --set training.batch={among}"
+            f"a batch of {settings.batch} cannot be cut into equal parts for {processes} in {passes} each; choose a "
+            f"multiple of {parts}, such as --set training.batch={-(-settings.batch // parts) * parts}"
         )
-    if settings.accumulate > 1 and batch_norms(module):
-        raise TrainingError(
-            "this method normalises over the batch, which passes of their own would change; leave training.accumulate "
-            "at 1 and lower training.batch instead"
-        )
+    return parts
 
 
-def _gradients(engine: Engine, indices: Tensor, rng: Generator, passes: int, team: Team) -> dict[str, float]:
-    """Leaves the gradients of the mean loss over a batch in the parameters; returns its terms."""
-    if team.size * passes == 1:
-        terms = engine.loss(indices, rng, WHOLE)
-        engine.backward(terms["loss"], True)
-        return {name: float(value.detach()) for name, value in terms.items()}
-    state, batch, found = rng.get_state(), len(indices), defaultdict[str, list[Tensor]](list)
-    shares = [Share(start, stop, batch, team.total) for start, stop in team.rows(batch, passes)]
-
-    def again() -> Generator:
-        return torch.Generator().set_state(state)
-
-    if passes > 1:
-        shares = _rehearse(engine, indices, again, shares, team)
-    for number, share in enumerate(shares):
-        terms = engine.loss(indices, again(), share)
-        engine.backward(terms["loss"] * (share.weight * team.size), number == passes - 1)
+def _gradients(
+    engine: Engine, n: int, settings: Training, step: int, parts: int, group: ProcessGroup
+) -> dict[str, float]:
+    """Leaves the gradients of the mean loss over a batch in the parameters; returns the means of its terms."""
+    passes, sums = settings.accumulate, defaultdict[str, float](float)
+    for number in range(passes):
+        rng = step_rng(settings.seed, step, group.rank * passes + number)
+        rows = torch.randint(n, (settings.batch // parts,), generator=rng)
+        terms = engine.loss(rows, rng)
+        engine.backward(terms["loss"] / passes, number == passes - 1)
         for name, value in terms.items():
-            found[name].append(value.detach().double().cpu() * share.weight)
-    means = team.total(torch.stack([torch.stack(parts).sum() for parts in found.values()]))
-    return dict(zip(found, means.tolist(), strict=True))
-
-
-def _rehearse(
-    engine: Engine, indices: Tensor, again: Callable[[], Generator], shares: list[Share], team: Team
-) -> list[Share]:
-    """Shares that know sums over the whole batch before the passes are made; made once without gradients for that."""
-    sums: list[list[Tensor]] = []
-
-    def note(own: Tensor) -> Tensor:
-        sums[-1].append(own.double().cpu())
-        return own
-
-    with torch.no_grad():
-        for share in shares:
-            sums.append([])
-            engine.loss(indices, again(), replace(share, combine=note))
-            if not sums[0]:  # this loss needs no sums
-                return shares
-    totals = [team.total(torch.stack(parts).sum(0)) for parts in zip(*sums, strict=True)]
-
-    def told() -> Callable[[Tensor], Tensor]:
-        left = iter(totals)
-        return lambda own: next(left)
-
-    return [replace(share, combine=told()) for share in shares]
+            sums[name] += float(value.detach())
+    means = group.all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)) / parts
+    return dict(zip(sums, means.tolist(), strict=True))
 
 
 def _checkpoint(

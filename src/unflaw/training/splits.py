@@ -31,7 +31,7 @@ class Category(NamedTuple):
     reference: Reference | None = None
 
 
-def gather(data: Data | Mapping[str, Data]) -> tuple[list[Input], list[Input], dict[Input, str]]:
+def resolve_data(data: Data | Mapping[str, Data]) -> tuple[list[Input], list[Input], dict[Input, str]]:
     """Images to train on and to calibrate with, and the category of each.
 
     Raises:
