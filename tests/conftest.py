@@ -26,6 +26,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from unflaw.detector import Detector
+    from unflaw.features.cache import Cache
     from unflaw.methods import Context
 
 settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault
@@ -335,3 +337,10 @@ def first_rows(features: "Tensor", valid: "Tensor | None" = None) -> "Context":
     from unflaw.methods import Context
 
     return Context(valid, torch.arange(len(features)))
+
+
+def learn(detector: "Detector", cache: "Cache", validation: "Cache | None" = None) -> None:
+    """Trains and calibrates a detector from cached features."""
+    from unflaw.training.fit import fit_cached
+
+    detector._take(fit_cached(detector.network, cache, validation))

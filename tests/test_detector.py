@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.conftest import textured
+from tests.conftest import learn, textured
 
 from unflaw import detector as module
 from unflaw import load
@@ -281,7 +281,7 @@ def test_good_images_raise_no_more_alarms_than_certified(tiny, method):
     made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(0)
     train, held, fresh, trials, alarms = good_ones(20, rng), 9, 20, 150, 0
     for _ in range(trials):
-        made.learn(train, good_ones(held, rng))
+        learn(made, train, good_ones(held, rng))
         alarms += sum(made.calibration_.verdict(score) == "defect" for score in scores_of(made, good_ones(fresh, rng)))
     rate = made.calibration_.rate
     assert rate == 0.1
@@ -300,7 +300,7 @@ def test_images_that_calibrate_have_no_other_part(tiny, method):
         held = Cache(
             ten.features[others], ten.thumbnails[others], ten.windows[:9], ten.described[others], ten.paths[:9]
         )
-        made.learn(train, held)
+        learn(made, train, held)
         (score,) = scores_of(made, ten[i : i + 1])
         alarms.append(made.calibration_.verdict(score) == "defect")
         states.append({name: tensor.clone() for name, tensor in made.network.state_dict().items()})
@@ -404,10 +404,10 @@ def test_learning_what_calibrated_raises_no_score(tiny, method, given):
         torch.manual_seed(0)
         rng = torch.Generator().manual_seed(2)
         made = unfitted(tiny, method, **{"training.steps": 1, "calibration.update_memory": extend})
-        made.learn(good_ones(29, rng), good_ones(9, rng) if given else None)
+        learn(made, good_ones(29, rng), good_ones(9, rng) if given else None)
         scores.append(scores_of(made, good_ones(40, rng)))
         thresholds.append([*made.calibration_.scores, made.calibration_.pixel_threshold])
-        assert made.calibration_.crossed == (extend and not given)
+        assert made.calibration_.out_of_fold == (extend and not given)
     assert all(after <= before + 1e-5 for before, after in zip(*thresholds, strict=True))
     assert (thresholds[0] == thresholds[1]) == given
     assert all(after <= before + 1e-5 for before, after in zip(*scores, strict=True)) and scores[0] != scores[1]

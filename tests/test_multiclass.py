@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.conftest import OWN, TINY, first_rows, make_parts
+from tests.conftest import OWN, TINY, first_rows, learn, make_parts
 from typer.testing import CliRunner
 
 from unflaw import load_categories
@@ -29,10 +29,10 @@ from unflaw.features.extractor import FeatureExtractor
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.methods import create
-from unflaw.methods.feature_set import FeatureSet
+from unflaw.methods.feature_set import Context, FeatureSet
 from unflaw.methods.memory_bank import MemoryBank
 from unflaw.report.figures import write_figures
-from unflaw.training import loop
+from unflaw.training import fit, loop
 from unflaw.training.splits import split_calibration
 
 pytestmark = pytest.mark.slow
@@ -133,7 +133,7 @@ def test_the_memory_of_a_category_leaves_out_the_image_itself(tiny):
     """What is normal in a category: distances of its training images to all tokens of its others, by brute force."""
     made = unfitted(tiny)
     cache = named(list("aabbabababbbabbabbbb"), torch.Generator().manual_seed(0))
-    made.learn(cache)
+    learn(made, cache)
     train, calibrating = split_calibration(cache, None, 0.2, 1e9)
     assert {name: len(held) for name, held in calibrating.items()} == {"a": 2, "b": 3}
     tokens = train.features.float().flatten(2).transpose(1, 2)  # (N, T, C)
@@ -163,7 +163,7 @@ def test_images_of_all_categories_take_turns(both, multi):
 
 def test_the_extractor_is_fitted_on_no_image_that_calibrates(both, weights, tiny, monkeypatch):
     seen, aggregated = [], []
-    fit, aggregate = FeatureExtractor.fit, FeatureExtractor.aggregate
+    fit_extractor, aggregate = FeatureExtractor.fit, FeatureExtractor.aggregate
 
     def noted(self, images):
         raw = aggregate(self, images)
@@ -171,12 +171,15 @@ def test_the_extractor_is_fitted_on_no_image_that_calibrates(both, weights, tiny
         return raw
 
     monkeypatch.setattr(FeatureExtractor, "aggregate", noted)
-    monkeypatch.setattr(FeatureExtractor, "fit", lambda self, raw: (seen.append(raw), fit(self, raw))[1])
+    monkeypatch.setattr(FeatureExtractor, "fit", lambda self, raw: (seen.append(raw), fit_extractor(self, raw))[1])
     caches = []
-    learn = Detector.learn
-    monkeypatch.setattr(
-        Detector, "learn", lambda self, cache, *a, **o: (caches.append(cache), learn(self, cache, *a, **o))[1]
-    )
+    whole = fit.fit_cached
+
+    def spy(network, cache, *rest, **options):
+        caches.append(cache)
+        return whole(network, cache, *rest, **options)
+
+    monkeypatch.setattr(fit, "fit_cached", spy)
     Detector(config=tiny("nearest_neighbor", **QUICK, **{"calibration.holdout": 0.4}), weights=weights).fit(
         load_categories([both])
     )
@@ -193,17 +196,17 @@ def test_what_calibrated_a_category_is_learned_by_its_memory_once(tiny, monkeypa
     thresholds, calls = [], []
     for extend in (False, True):
         made = unfitted(tiny, **{"calibration.update_memory": extend})
-        whole = type(made.network).extend
+        whole = type(made.network).add_prototypes
         monkeypatch.setattr(
             type(made.network),
-            "extend",
+            "add_prototypes",
             lambda self, *given, whole=whole: (calls.append(given[0]), whole(self, *given))[1],
         )
-        made.learn(named(list("ab") * 10, torch.Generator().manual_seed(1)))
+        learn(made, named(list("ab") * 10, torch.Generator().manual_seed(1)))
         monkeypatch.undo()
         thresholds += [score for known in made.categories_.values() for score in known.calibration.scores]
     assert all(after <= before + 1e-5 for before, after in zip(thresholds[:4], thresholds[4:], strict=True))
-    assert [len(features) for features in calls] == [2, 2]
+    assert [len(data.features) for data in calls] == [2, 2]
 
 
 def test_one_category_with_a_name_is_the_detector_without(both, weights, tiny):
@@ -586,12 +589,12 @@ def test_training_images_of_mixed_batches_are_recalled_by_their_own_category():
     features[1::2] *= 3
     categories = torch.tensor([0, 1] * 4)
     memory = MemoryBank(12, 4)
-    memory.fit(features, torch.Generator().manual_seed(0), categories)
-    mixed = memory(features, torch.arange(8))
+    memory.fit(FeatureSet.of(features, categories=categories), torch.Generator().manual_seed(0))
+    mixed = memory(features, Context(training_rows=torch.arange(8)))
     assert memory.unit(torch.arange(8)).flatten()[:2].unique().numel() == 2
     for number in (0, 1):
         rows = torch.arange(8)[number::2]
-        alone = memory(features[rows], rows)
+        alone = memory(features[rows], Context(training_rows=rows))
         assert all(torch.allclose(m[rows], a) for m, a in zip(mixed, alone, strict=True))
         memory.select_category(number)
         assert torch.allclose(memory.unit(), memory.unit(rows)[0].flatten())

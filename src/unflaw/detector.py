@@ -2,63 +2,43 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import platform
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unflaw._version import __version__
-from unflaw.calibration.crossfit import cross_fit, find_outliers, fit_normalization, leave_one_out, score_held_out
 from unflaw.calibration.drift import Reference, references
-from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
 from unflaw.calibration.recalibrate import recalibrate
 from unflaw.calibration.thresholds import Calibration, calibrations
 from unflaw.config import CalibrationOptions, Config, Weights, WeightSource, make_config
-from unflaw.datasets.samples import SHORT, digest, sha256, sha256_if_readable
-from unflaw.errors import DetectorError, TrainingError
+from unflaw.errors import DetectorError
 from unflaw.features.backbones import WeightsError
-from unflaw.features.cache import Cache, build_cache, cells, stack
-from unflaw.features.extractor import PixelExtractor
-from unflaw.imaging.inputs import ImageLike, Input, inputs
+from unflaw.features.cache import Source, cells, stack
+from unflaw.imaging.inputs import ImageLike, inputs
 from unflaw.imaging.transforms import ModelInput
 from unflaw.inference.base import BasePredictor, Outputs
 from unflaw.io.detector_file import FORMAT, read_metadata
 from unflaw.io.files import check_name, write_atomically
 from unflaw.io.progress import Progress, silent
-from unflaw.io.words import count
 from unflaw.methods import Method, create
 from unflaw.methods.decoder import DisplayDecoder
 from unflaw.methods.graph import Graph
-from unflaw.methods.synthesis import texture_images
 from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
-from unflaw.training import loop as training
-from unflaw.training.decoder import fit_display
-from unflaw.training.loop import seeded, step_rng
-from unflaw.training.splits import (
-    Category,
-    Data,
-    build_drift_reference,
-    resolve_data,
-    split_calibration,
-    without_copies,
-)
+from unflaw.training.fit import Fitted, fit
+from unflaw.training.loop import seeded
+from unflaw.training.splits import Category, Data
 
 
 class Detector(BasePredictor):
     """Learns what good looks like and says of a new image whether and where it differs.
 
     Args:
-        method: "uranet" (default), "nearest_neighbor", "mfrnet", "draem" or "memae".
+        method: Its name, see `unflaw.registry.names`; "uranet" by default.
         profile: "cpu" (default) or "paper".
         weights: Backbone weight file, or `Weights.RANDOM`; see `FeatureExtractor` for what happens without.
         config: A whole configuration, instead of method, profile and settings.
@@ -134,129 +114,29 @@ class Detector(BasePredictor):
         Raises:
             TrainingError, DatasetError: Data that cannot work, of any category. TypeError: Something that is no image.
         """
-        started = time.perf_counter()
-        settings = self.config.training
-        given, calibrating, categories = resolve_data(data)
-        known = {path: sha256_if_readable(path) for path in categories}
-        train, validation, copies = without_copies(given, calibrating, categories, known)
         self.categories_, self.display, self.record_ = {}, None, {}
-        textures = self._textures()
-        backbone = self.network.features.backbone
-        with seeded(settings.seed):  # the same start, however often `fit` is called
-            self.network = create(self.config, Weights.LATER).eval()
-        self.network.features.backbone = backbone  # which never learns: that of a loaded detector serves again
-        spared = {categories[path] for path in train} <= {categories[path] for path in validation}
-        share = 0.0 if spared or self.config.calibration.folds else self.config.calibration.holdout
-        with group.hosting(backbone):
-            common: dict[str, Any] = {"categories": categories, "group": group}
-            try:
-                cache = self._cache(train, seed=settings.seed, held_out=share, progress=progress, **common)
-            except TrainingError as error:
-                if copies:
-                    copied = "1 file is a copy" if len(copies) == 1 else f"{len(copies)} files are copies"
-                    raise TrainingError(
-                        f"{error}; {copied} of others and {'does' if len(copies) == 1 else 'do'} not count"
-                    ) from error
-                raise
-            held = self._cache(validation, fit=False, **common) if validation else None
-            contents = self._contents([*cache.paths, *(held.paths if held else [])])
-            cached = time.perf_counter()
-            embedded = self.network.embed(torch.from_numpy(np.stack(textures))) if textures else None
-        processes = f", {group.size} processes" if group.size > 1 else ""
-        learned = self.learn(cache, held, textures=embedded, progress=progress, checkpoint=checkpoint, group=group)
-        self.record_ = {
-            "unflaw": __version__,
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {count(torch.get_num_threads(), 'thread')}" + processes,
-            "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "weights": self.weights,
-            "good_images": cache.count,
-            "digest": digest(dict.fromkeys(cache.paths), contents),
-            "seen": sorted(content[:SHORT] for content in contents.values()),
-            "skipped": copies + cache.skipped + (held.skipped if held else []),
-            **learned,
-            "seconds": {
-                "features": round(cached - started, 2),
-                "training": round(time.perf_counter() - cached, 2),
-                "total": round(time.perf_counter() - started, 2),
-            },
-        }
+        return self._take(
+            fit(
+                self.config,
+                data,
+                self.network.features.backbone,
+                weights=self.weights,
+                source=self._feature_source(),
+                progress=progress,
+                checkpoint=checkpoint,
+                group=group,
+            )
+        )
+
+    def _take(self, fitted: Fitted) -> Detector:
+        """Makes the result of a training its own."""
+        self.network, self.display = fitted.network, fitted.display
+        self.categories_, self.record_ = fitted.categories, fitted.record
         return self
 
-    def learn(
-        self,
-        cache: Cache,
-        validation: Cache | None = None,
-        *,
-        textures: Tensor | None = None,
-        progress: Progress = silent,
-        checkpoint: Path | None = None,
-        group: ProcessGroup = SINGLE_PROCESS,
-    ) -> dict[str, Any]:
-        """`fit` from cached features on: hold-out where there is no validation part, training, display, calibration.
-
-        With `calibration.folds`, cross-fitting takes the place of hold-out; see `crossfit`.
-
-        Returns:
-            "history" of losses, the number of images "held_out" and, where they have names, numbers by "categories".
-            "strangest": good images that stand out, as `outliers.outliers` gives them, with their category where it has
-            a name; "strangest_among": all good images, or those held out, where the method has no memory.
-        """
-        rng, options, network = step_rng(self.config.training.seed, 2**31), self.config.calibration, self.network
-        budget, share = self.config.training.cache_gb * 2**30, 0.0 if options.folds else options.holdout
-        train, calibrating = split_calibration(cache, validation, share, budget)
-        given = {} if validation is None else validation.rows()
-        trains = any(p.requires_grad for p in network.parameters())
-        start = copy.deepcopy(network) if options.folds and trains else network
-
-        def fold(part: Cache, number: int) -> Method:
-            def named(stage: str, done: int, total: int, loss: float | None) -> None:
-                progress(f"{stage} {number + 1}/{options.folds}", done, total, loss)
-
-            other, draws = copy.deepcopy(start), step_rng(self.config.training.seed, 2**31 + 1 + number)
-            self._train(other, part, textures, draws, named, None, group)
-            return other
-
-        history = self._train(network, train, textures, rng, progress, checkpoint, group)
-        if self.config.training.display_steps and not isinstance(network.features, PixelExtractor):
-            self.display = fit_display(train, self.config.training, progress)
-        crossed = {}
-        if trains and len(calibrating) < len(train.rows()):
-            crossed = cross_fit(fold, train, options, calibrating.keys(), budget)
-        categories, strangest, among = {}, list[dict[str, Any]](), ALL
-        for number, (name, rows) in enumerate(train.rows().items()):
-            # from training images: what is learned from those that calibrate would make them unlike new images
-            fit_normalization(network, train, number, rows)
-            held, taught = calibrating.get(name), True
-            far = find_outliers(network, train, rows, held, random=name not in given)
-            if name in crossed:
-                found = crossed[name]
-            elif held is not None:
-                found, taught = score_held_out(network, held, options, rng, random=name not in given)
-            else:
-                found = leave_one_out(network, train, rows, options, budget)
-            if far is None:
-                far = outliers(dict(zip(found.paths, found.scores, strict=True)))
-                among = among if name in crossed else HELD_OUT
-            strangest += [entry | ({"category": name} if name else {}) for entry in far]
-            calibration = found.calibrate(options, crossed=taught)
-            reference = build_drift_reference(train, rows, held, self.config.training.seed)
-            categories[name] = Category(calibration, network.with_category(network.category_state()), reference)
-        self.categories_ = categories
-        counts = {
-            name: {
-                "good_images": len(cache.heads(rows)),
-                "held_out": calibrating[name].count if name in calibrating else 0,
-            }
-            for name, rows in cache.rows().items()
-        }
-        learned = {
-            "history": history,
-            "held_out": sum(held.count for held in calibrating.values()),
-            "strangest": strangest,
-            "strangest_among": among,
-        }
-        return learned if "" in counts else learned | {"categories": counts}
+    def _feature_source(self) -> Source | None:
+        """Where raw features come from; None: the images."""
+        return None
 
     @property
     def calibrations(self) -> dict[str, Calibration]:
@@ -413,40 +293,6 @@ class Detector(BasePredictor):
         detector._source = Path(path)
         detector.weights = detector.record_.get("weights", "unknown")  # of the backbone that another `fit` will use
         return detector
-
-    def _cache(self, paths: list[Input], **options: Any) -> Cache:
-        """What is learned from, or calibrated with; `options` are those of `build_cache`."""
-        budget = self.config.training.cache_gb * 2**30
-        return build_cache(self.network.features, paths, self.config.preparation, budget, **options)
-
-    def _train(
-        self,
-        network: Method,
-        cache: Cache,
-        textures: Tensor | None,
-        rng: torch.Generator,
-        progress: Progress,
-        checkpoint: Path | None,
-        group: ProcessGroup,
-    ) -> list[dict[str, float]]:
-        return training.train(network, cache, textures, rng, progress=progress, checkpoint=checkpoint, group=group)
-
-    @staticmethod
-    def _contents(paths: Iterable[Input]) -> dict[Input, str]:
-        """SHA-256 of what is learned from, taken before the work, since files may go meanwhile."""
-        try:
-            return {path: sha256(path) for path in paths}
-        except OSError as error:
-            raise TrainingError(
-                f"{error.filename}: has gone or changed since it was read ({error.strerror}); train on a folder that "
-                "stays as it is"
-            ) from error
-
-    def _textures(self) -> list[np.ndarray]:
-        """Prepared texture images, for methods that use them; read first, so that a wrong folder is noticed first."""
-        if not self.network.uses_textures:
-            return []
-        return texture_images(self.config.training.textures, self.config.preparation)
 
     @torch.inference_mode()
     def compute(self, images: Sequence[ModelInput], category: str) -> Outputs:

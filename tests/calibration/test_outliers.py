@@ -155,8 +155,8 @@ def test_what_an_image_taught_the_memory_does_not_speak_for_it(tiny):
     cache = good_ones(12, rng)
     cache.paths = [Path(f"{i}.png") for i in range(12)]
     train(made.network, cache, None, rng)
-    alone = crossfit.memory_distances(made.network, cache, range(12), leave=True)
-    known = crossfit.memory_distances(made.network, cache, range(12), leave=False)
+    alone = crossfit.memory_distances(made.network, cache, range(12), exclude_own=True)
+    known = crossfit.memory_distances(made.network, cache, range(12), exclude_own=False)
     assert len(alone) == 12 and all(alone[path] >= known[path] - 1e-5 for path in alone)
     assert sum(alone.values()) > sum(known.values()) + 0.1
 

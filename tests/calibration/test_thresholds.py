@@ -170,13 +170,19 @@ def test_the_numbers_say_what_the_sentence_does():
         "certified": True,
         "smallest_rate": 0.01,
         "estimated": False,
-        "crossed": False,
+        "out_of_fold": False,
         "review_rate": 0.05,
         "miss_rate": None,
         "n_defects": 0,
     }
-    few = calibrate(scores[:5], scores[:5], 0.0, 0.01, crossed=True).numbers()
-    assert (few["asked_rate"], few["rate"], few["n"], few["certified"], few["crossed"]) == (0.01, 1 / 6, 5, False, True)
+    few = calibrate(scores[:5], scores[:5], 0.0, 0.01, out_of_fold=True).numbers()
+    assert (few["asked_rate"], few["rate"], few["n"], few["certified"], few["out_of_fold"]) == (
+        0.01,
+        1 / 6,
+        5,
+        False,
+        True,
+    )
     tail = calibrate(scores, scores, 0.0, 0.002, extrapolate_tail=True).numbers()
     assert (tail["rate"], tail["smallest_rate"], tail["certified"], tail["estimated"]) == (0.002, 0.01, False, True)
 
@@ -307,11 +313,11 @@ def test_regions_show_on_no_more_good_images_than_promised(minimum):
 
 def test_what_is_not_certified_is_said():
     scores = [float(i) for i in range(99)]
-    crossed = calibrate(scores, scores, 0.0, 0.02, crossed=True)
+    crossed = calibrate(scores, scores, 0.0, 0.02, out_of_fold=True)
     assert not crossed.certified
     assert crossed.describe() == "false-alarm rate about 2.00%, from 99 good images judged without what they taught"
     assert "99 good images give about 1.00% at best" in crossed.reach()
-    few = calibrate(scores, scores, 0.0, 0.001, crossed=True)
+    few = calibrate(scores, scores, 0.0, 0.001, out_of_fold=True)
     assert few.describe() == (
         "99 good images judged without what they taught give a false-alarm rate of about 1.00%, not the 0.10% asked "
         "for; 999 would"

@@ -64,9 +64,6 @@ def model(tiny_training, tmp_path_factory) -> Path:
         ["info", "MODEL"],
         ["train"],
         ["info", "no"],
-        ["ablate", "--list"],
-        ["ablate", "--only", "no"],
-        ["ablate", "--variant", "no"],
     ],
 )
 def test_without_work_torch_is_not_imported(arguments, saved):

@@ -180,7 +180,7 @@ def test_discoveries_are_marked_in_the_results(tmp_path):
 
 
 def test_discoveries_that_there_cannot_be_are_told():
-    few = calibrate(SCORES[:8], SCORES[:8], 0.0, 0.05, crossed=True)
+    few = calibrate(SCORES[:8], SCORES[:8], 0.0, 0.05, out_of_fold=True)
     sink = Discoveries(0.1, few)
     for i in range(3):
         sink.add(Path(f"{i}.png"), inspected(1e6, Path(f"{i}.png"), few))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 FILES = {
     "uranet": ["perception", "restoration", "fasm"],
-    "nearest_neighbor": ["recall"],
+    "nearest_neighbor": ["retrieval"],
     "mfrnet": ["masks", "restoration"],
     "draem": ["repair", "anomalies"],
     "memae": ["reconstruction"],
@@ -116,7 +116,7 @@ def test_every_method_has_figures_the_same_for_the_same_seed(method, fitted, par
 
 def test_image_and_heat_map_are_those_of_the_inspection(fitted, drawn, parts):
     detector = fitted("nearest_neighbor")
-    _, rows = drawn(detector, images=[Path("square/001.png"), parts / "test/good/002.png"])["recall"]
+    _, rows = drawn(detector, images=[Path("square/001.png"), parts / "test/good/002.png"])["retrieval"]
     truth = np.asarray(Image.open(parts / "ground_truth/square/001_mask.png"))
     for (name, tiles), path, mask in zip(rows, ("square/001.png", "good/002.png"), (truth, 0 * truth), strict=True):
         result = detector.inspect(parts / "test" / path)
@@ -130,7 +130,7 @@ def test_image_and_heat_map_are_those_of_the_inspection(fitted, drawn, parts):
 
 def test_a_column_has_one_scale_that_its_bar_states(fitted, drawn, parts):
     detector = fitted("nearest_neighbor")
-    columns, rows = drawn(detector)["recall"]
+    columns, rows = drawn(detector)["retrieval"]
     paths = [path_of(parts, name) for name, _ in rows]
     distance = detector.network(features_of(detector, paths)).anomaly_maps
     sized = torch.nn.functional.interpolate(distance, (SIDE, SIDE), mode="bilinear")[:, 0].detach().numpy()
@@ -200,8 +200,8 @@ def test_evidence_of_mfrnet_has_its_names(changes, headings, fitted, parts):
     ((_, tiles),) = network.visualize(features, inspection)["restoration"]
     maps = {heading: stage.values for heading, stage in tiles.items() if stage.kind == "map"}
     if network.memory is not None:
-        assert torch.equal(maps.pop("Coarse evidence"), inspection.regional[0])
-        assert torch.equal(tiles["Recalled, drawn"].values, network.memory(features)[0][0])
+        assert torch.equal(maps.pop("Regional distance"), inspection.regional[0])
+        assert torch.equal(tiles["Retrieved, drawn"].values, network.memory(features)[0][0])
     assert list(maps) == headings
     evidence = torch.cat([shown for heading, shown in maps.items() if heading in ("Hybrid", "Distance to the memory")])
     assert torch.equal(evidence, inspection.anomaly_maps[0])
@@ -241,9 +241,9 @@ def test_m_u_leaves_out_what_is_only_ambiguous(fitted, parts):
     ((_, tiles),) = network.visualize(features, inspection)["restoration"]
     restored = tiles["Restored, drawn"].values
     assert torch.allclose(tiles["Residual"].values[0], (features[0] - restored).norm(dim=0), atol=1e-5)
-    assert torch.equal(tiles["Recalled, drawn"].values, network.memory(features)[0][0])
+    assert torch.equal(tiles["Retrieved, drawn"].values, network.memory(features)[0][0])
     assert torch.equal(tiles["Distance to the memory"].values[0], inspection.anomaly_maps[0, 1])
-    assert torch.equal(tiles["Coarse evidence"].values, inspection.regional[0])
+    assert torch.equal(tiles["Regional distance"].values, inspection.regional[0])
 
 
 def test_without_a_memory_there_is_no_recall(fitted, drawn):
@@ -305,7 +305,7 @@ def test_distance_grows_with_beta_under_the_mask_only(exercised):
         assert torch.allclose(strong.values[0], (altered - clean[i]).norm(dim=0), atol=1e-4)
         with torch.no_grad():
             seen = network(altered[None]).layers["mean"][0]
-        assert torch.equal(tiles["beta 1: what UIAPM says, U"].values, seen)
+        assert torch.equal(tiles["beta 1: U of UIAPM"].values, seen)
         limits |= {weak.limit, strong.limit}
     assert limits == {max(float(t["beta 1: distance from clean"].values.max()) for _, t in rows)}
 
@@ -378,7 +378,7 @@ def test_kinds_of_defects_take_turns_and_a_quarter_is_good(fitted, drawn, tmp_pa
 def test_data_without_defects_shows_good_images(fitted, drawn, tmp_path):
     data = make_parts(tmp_path / "parts", bad=0)
     (data / "test/square").rmdir()
-    names = [name[:2] for name, _ in drawn(fitted("nearest_neighbor"), data, count=3)["recall"][1]]
+    names = [name[:2] for name, _ in drawn(fitted("nearest_neighbor"), data, count=3)["retrieval"][1]]
     assert len(names) == 3 and {folder for folder, _ in names} == {"good"}
 
 
@@ -403,8 +403,8 @@ def test_padding_is_not_shown(fitted, drawn, tmp_path):
     Image.fromarray(wide).save(data / "test/good/wide.png")
     detector, given = fitted("nearest_neighbor", **{"preparation.fit": "pad"}), []
     network = detector.network
-    network.register_forward_pre_hook(lambda _, args, named: given.append(named.get("valid")), with_kwargs=True)
-    ((_, tiles),) = drawn(detector, data, images=[Path("wide.png")])["recall"][1]
+    network.register_forward_pre_hook(lambda _, args: given.append(args[1].valid))
+    ((_, tiles),) = drawn(detector, data, images=[Path("wide.png")])["retrieval"][1]
     assert {pixels.shape for pixels in tiles.values()} == {(32, 64, 3)}
     assert np.array_equal(tiles["Image"], wide)
     grid = network.features.grid

@@ -98,7 +98,7 @@ def recalibrate(
     if keep:
         found.keep(before)
     by_defects: dict[str, Any] = {"defects": missable, "miss_rate": miss_rate, "cost_ratio": cost_ratio}
-    after = found.calibrate(options, rate=rate, crossed=keep and before.crossed, **by_defects)
+    after = found.calibrate(options, rate=rate, out_of_fold=keep and before.out_of_fold, **by_defects)
     if described and reference is not None:  # today's images are no drift from now on
         described += list(reference.described) if keep else []
         reference = Reference(np.random.default_rng(0).permutation(described))

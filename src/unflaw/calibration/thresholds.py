@@ -45,8 +45,8 @@ class Calibration(BaseModel):
         review_uncertain: Defects whose first region is so are for review.
         minimum_area: Smaller areas are no regions, share of the image.
         tail: Of the scores, where rates below the smallest certified one are estimated.
-        crossed: Each score was found without what was learned from its image, but this detector has learned from all
-            of them: rates are about so, and what is proved is said in `crossfit`.
+        out_of_fold: Each score is out of fold or leave-one-out, but the detector learned from all images. Rates are
+            about so; `crossfit` states what is proved.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -64,7 +64,7 @@ class Calibration(BaseModel):
     review_uncertain: bool = False
     minimum_area: float = 0.0
     tail: conformal.Tail | None = None
-    crossed: bool = False
+    out_of_fold: bool = False
 
     @property
     def scale(self) -> Scale:
@@ -76,7 +76,7 @@ class Calibration(BaseModel):
 
         A threshold that labelled defects set follows from them: its false-alarm rate is measured, not certified.
         """
-        return self.rate <= self.asked_rate and not (self.estimated or self.crossed or self.defects)
+        return self.rate <= self.asked_rate and not (self.estimated or self.out_of_fold or self.defects)
 
     @property
     def estimated(self) -> bool:
@@ -135,8 +135,8 @@ class Calibration(BaseModel):
             "n": how many good images these rates come from.
             "certified": whether the good images prove the rate asked for.
             "smallest_rate": 1 / (n + 1), the smallest rate that n good images can certify.
-            "estimated", "crossed": why a rate may not be certified: it is estimated from a tail of the scores, or the
-                good images have taught the detector as well.
+            "estimated", "out_of_fold": why a rate may not be certified: it is estimated from a tail of the scores, or
+                the detector has learned from the good images as well.
             "review_rate": the share of good images called anything but good; None: no review.
             "miss_rate": the share of defects missed, certified by `n_defects` labelled ones; None: not asked for.
             "n_defects": how many labelled defects set the threshold.
@@ -148,7 +148,7 @@ class Calibration(BaseModel):
             "certified": self.certified,
             "smallest_rate": self.smallest,
             "estimated": self.estimated,
-            "crossed": self.crossed,
+            "out_of_fold": self.out_of_fold,
             "review_rate": self.review_rate,
             "miss_rate": self.miss_rate,
             "n_defects": len(self.defects),
@@ -157,7 +157,7 @@ class Calibration(BaseModel):
     def reach(self) -> str:
         """One sentence on what so many images can certify."""
         found = conformal.certifiable(len(self.scores))
-        words = "give about" if self.crossed else "could certify" if self.defects else "certify"
+        words = "give about" if self.out_of_fold else "could certify" if self.defects else "certify"
         more = ", ".join(f"{rate:.2%} takes {conformal.needed(rate)}" for rate in (0.01, 0.001) if rate < found.rate)
         good = count(found.n, "good image")
         return (
@@ -180,11 +180,11 @@ class Calibration(BaseModel):
                 f"false-alarm rate about {self.rate:.2%}, from {count(n, 'good image')}"
             )
         images = f"{count(n, 'good image')} " + (
-            "judged without what they taught" if self.crossed else "outside of training"
+            "judged without what they taught" if self.out_of_fold else "outside of training"
         )
         if self.certified:
             return f"false-alarm rate {self.rate:.2%} or less, certified by {images}"
-        promise = "give a false-alarm rate of about" if self.crossed else "certify a false-alarm rate of"
+        promise = "give a false-alarm rate of about" if self.out_of_fold else "certify a false-alarm rate of"
         reach = f"{images} {promise} {self.smallest:.2%}"
         if self.estimated and self.tail is not None:
             fit = f"goodness of fit p = {self.tail.goodness:.2g}"
@@ -292,7 +292,7 @@ def calibrate(
     review_uncertain: bool = False,
     minimum_area: float = 0.0,
     extrapolate_tail: bool = False,
-    crossed: bool = False,
+    out_of_fold: bool = False,
     defects: Sequence[float] = (),
     miss_rate: float | None = None,
     cost_ratio: float | None = None,
@@ -314,7 +314,7 @@ def calibrate(
         minimum_area: Of a region, share of the image: the one that `peaks` were found with.
         extrapolate_tail: Estimate the threshold where n images cannot certify the rate, down to a tenth of
             1 / (n + 1). It is never below the highest score. Fewer than 40 images have no tail.
-        crossed: Each score was found without what was learned from its image.
+        out_of_fold: Each score was found without what was learned from its image.
         defects: Image scores of defective images.
         miss_rate: Share of defects that may be missed, in (0, 1): a defect exchangeable with those given is missed with
             at most this probability (split conformal prediction, for every number of them).
@@ -359,7 +359,7 @@ def calibrate(
         review_uncertain=review_uncertain,
         minimum_area=minimum_area,
         tail=found,
-        crossed=crossed,
+        out_of_fold=out_of_fold,
     )
 
 

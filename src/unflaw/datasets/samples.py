@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from unflaw.errors import ImageError
 from unflaw.imaging.inputs import InMemory, Input
-from unflaw.imaging.reading import read
+from unflaw.imaging.reading import read_hashed
 from unflaw.io.listing import Entry, counted, is_image, is_passed_over, list_images, note, visible_files
 
 SHORT = 16  # digits of a SHA-256 that are enough to know an image again
@@ -85,10 +86,7 @@ def sha256(path: Input) -> str:
         OSError: The file cannot be read; with its name. ImageError: The array is no image.
     """
     if isinstance(path, InMemory):
-        if isinstance(path.source, bytes):
-            return hashlib.sha256(path.source).hexdigest()
-        pixels = read(path)
-        return hashlib.sha256(f"{pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()).hexdigest()
+        return read_hashed(path)[1]
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:  # the name is missing where opening succeeds and reading does not
@@ -101,6 +99,41 @@ def sha256_if_readable(path: Input) -> str:
         return sha256(path)
     except (OSError, ImageError):
         return ""
+
+
+def content_keys(paths: Iterable[Input]) -> dict[Input, str]:
+    """A key of each image, equal for files that are the same byte for byte; "" for a file that cannot be read.
+
+    Files are opened only where others have the same size, and read whole only where their ends are the same too.
+    """
+    keys: dict[Input, str] = {}
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for path in paths:
+        if isinstance(path, InMemory):
+            keys[path] = sha256_if_readable(path)
+            continue
+        try:
+            by_size[path.stat().st_size].append(path)
+        except OSError:
+            keys[path] = ""
+    for size, alike in by_size.items():
+        by_ends: dict[bytes, list[Path]] = defaultdict(list)
+        for path in alike:
+            by_ends[b"" if len(alike) == 1 else _ends(path, size)].append(path)
+        for number, same in enumerate(by_ends.values()):
+            keys |= {path: f"{size} {number}" if len(same) == 1 else sha256_if_readable(path) for path in same}
+    return keys
+
+
+def _ends(path: Path, size: int) -> bytes:
+    """The first and last 64 KB of a file; its name where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(2**16)
+            file.seek(max(0, size - 2**16))
+            return head + file.read(2**16)
+    except OSError:
+        return str(path).encode("utf-8", "surrogateescape")
 
 
 def distinct(paths: Sequence[Input], contents: Mapping[Input, str]) -> tuple[list[Input], list[tuple[Input, Input]]]:

@@ -26,7 +26,7 @@ from unflaw.datasets.samples import sha256
 from unflaw.detector import Detector
 from unflaw.errors import ImageError
 from unflaw.experiments.disk_cache import DiskCache, DiskCacheFull
-from unflaw.features.cache import THUMBNAIL, Cache, Part, count_windows, read_parts
+from unflaw.features.cache import THUMBNAIL, Part, Source, count_windows, read_parts
 from unflaw.features.extractor import Extractor, FeatureExtractor
 from unflaw.imaging.inputs import Input
 from unflaw.imaging.statistics import STATISTICS
@@ -76,7 +76,8 @@ class FeatureFile:
             self.rows[path] = range(count, count := count + count_windows(path, preparation))
         raw = extractor.aggregate(torch.zeros(1, 3, preparation.size, preparation.size)).shape[1:]
         thumbnail, described = (3, THUMBNAIL, THUMBNAIL), ("described", "<f2", len(STATISTICS))
-        fields = [("raw", "<f4", tuple(raw)), ("size", "<i4", 2), ("thumbnail", "u1", thumbnail), described]
+        content = ("content", "S64")  # SHA-256 of the file, in hex
+        fields = [("raw", "<f4", tuple(raw)), ("size", "<i4", 2), ("thumbnail", "u1", thumbnail), described, content]
         self.kind, self.count = np.dtype(fields), count
         try:
             self.records = self._open(file)
@@ -102,7 +103,8 @@ class FeatureFile:
             laid = layout(*map(int, sizes[self.rows[path].start]), self.preparation)
             windows += [Window(laid, number) for number in range(len(laid))]
         skipped = [(str(path), self.skipped[path]) for path in group if path in self.skipped]
-        return Part([path for path in good for _ in self.rows[path]], raw, thumbnails, windows, described, skipped)
+        paths, contents = [path for path in good for _ in self.rows[path]], [c.decode() for c in found["content"]]
+        return Part(paths, raw, thumbnails, windows, described, skipped, contents)
 
     def parts(self, paths: Sequence[Input], batch: int) -> Iterator[Part]:
         """A `Source` for `build_cache`."""
@@ -136,7 +138,7 @@ class FeatureFile:
                 records = np.zeros(len(part.paths), self.kind)
                 if part.paths:
                     records["raw"], records["thumbnail"] = part.raw.numpy(), part.thumbnails.numpy()
-                    records["described"] = part.described.numpy()
+                    records["described"], records["content"] = part.described.numpy(), part.contents
                     records["size"] = [window.layout.original_size for window in part.windows]
                 for record, path, window in zip(records, part.paths, part.windows, strict=True):
                     stream.seek(start + self.kind.itemsize * self.rows[path][window.number])
@@ -192,8 +194,8 @@ class CachedDetector(Detector):
             results.append(Result(s, *verdict, found["map"], (), nothing, box, counted=counted))
         return results
 
-    def _cache(self, paths: list[Input], **options: Any) -> Cache:
-        return super()._cache(paths, source=self.file.parts, **options)
+    def _feature_source(self) -> Source:
+        return self.file.parts
 
 
 class ExperimentRunner:
@@ -242,7 +244,12 @@ class ExperimentRunner:
             WeightsError, ValueError, OSError: As `digest`.
         """
         extractor, weights = self._extractor(config)
-        makes: dict[str, Any] = {"kind": type(extractor).__name__, "grid": extractor.grid, "weights": weights}
+        makes: dict[str, Any] = {
+            "format": 2,
+            "kind": type(extractor).__name__,
+            "grid": extractor.grid,
+            "weights": weights,
+        }
         if isinstance(extractor, FeatureExtractor):
             makes |= config.features.model_dump(include={"backbone", "levels", "smooth"})
         makes |= {"preparation": config.preparation.model_dump(), "data": self._fingerprint(dataset)}

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import ceil
 from typing import IO
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Generator, Tensor
 from unflaw.errors import ImageError, TrainingError
 from unflaw.features.extractor import Extractor
 from unflaw.imaging.inputs import Input
-from unflaw.imaging.reading import image_size
+from unflaw.imaging.reading import image_size, read_hashed
 from unflaw.imaging.tiling import Preparation, Window, layout
 from unflaw.imaging.transforms import ModelInput, PreparedImage, try_load_windows
 from unflaw.io.brief import brief
@@ -77,7 +78,8 @@ class Cache:
         paths: The image of each row.
         skipped: `(path, reason)` of images that could not be read.
         described: (N, D) float16, what `drift.describe` says of each image.
-        categories: The category of each image; left out, all are of the category "".
+        categories: The category of each row; left out, all are of the category "".
+        contents: SHA-256 of the file of each row, in hex; left out, unknown.
     """
 
     features: Tensor
@@ -87,10 +89,12 @@ class Cache:
     paths: list[Input]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
+    contents: list[str] = field(default_factory=list)
     _file: IO[bytes] | None = None
 
     def __post_init__(self) -> None:
         self.categories = self.categories or [""] * len(self.paths)
+        self.contents = self.contents or [""] * len(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -129,6 +133,10 @@ class Cache:
         shown = self.windows if rows is None else [self.windows[row] for row in rows]
         return cells(shown, grid)
 
+    def content_of(self) -> dict[Input, str]:
+        """SHA-256, in hex, of the file of each image."""
+        return dict(zip(self.paths, self.contents, strict=True))
+
     def __getitem__(self, part: slice) -> Cache:
         """Some of the images, without copying their features."""
         return replace(
@@ -139,6 +147,7 @@ class Cache:
             described=self.described[part],
             paths=self.paths[part],
             categories=self.categories[part],
+            contents=self.contents[part],
         )
 
     def rows(self) -> dict[str, list[int]]:
@@ -157,14 +166,13 @@ class Cache:
         """
         if list(rows) == list(range(rows[0], rows[0] + len(rows))):
             return self[rows[0] : rows[0] + len(rows)]
-        features, folder = allocate((len(rows), *self.features.shape[1:]), budget)
+        features, file = allocate((len(rows), *self.features.shape[1:]), budget)
         for row, chosen in zip(features, rows, strict=True):
             row.copy_(self.features[chosen])
-        paths, categories = [self.paths[row] for row in rows], [self.categories[row] for row in rows]
         index = torch.tensor(rows)
-        windows, described = [self.windows[row] for row in rows], self.described[index]
-        own = features, self.thumbnails[index], windows, described, paths
-        return Cache(*own, self.skipped, categories, folder)
+        paths, windows = [self.paths[row] for row in rows], [self.windows[row] for row in rows]
+        own = features, self.thumbnails[index], windows, self.described[index], paths, self.skipped
+        return Cache(*own, [self.categories[row] for row in rows], [self.contents[row] for row in rows], file)
 
 
 @brief
@@ -173,7 +181,7 @@ class Part:
     """Some images on their way into a cache.
 
     Attributes:
-        paths: Of the N windows of those that could be read.
+        paths, contents: File of each of the N windows of those that could be read, and its SHA-256 in hex.
         raw: What `Extractor.aggregate` makes of them, (N, C_raw, g, g) float32.
         thumbnails, windows, described, skipped: As in `Cache`. An image in tiles may go on in the next part.
     """
@@ -184,6 +192,7 @@ class Part:
     windows: list[Window]
     described: Tensor
     skipped: list[tuple[str, str]]
+    contents: list[str]
 
 
 Source = Callable[[Sequence[Input], int], Iterator[Part]]  # images and how many make a part
@@ -194,33 +203,35 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
 
     tiled = preparation.tile is not None
 
-    def load(path: Input) -> tuple[Input, PreparedImage | ImageError]:
-        return path, try_load_windows(path, preparation)
+    def load(path: Input) -> tuple[Input, str, PreparedImage | ImageError]:
+        try:
+            source, content = read_hashed(path)
+        except ImageError as error:
+            return path, "", error
+        return path, content, try_load_windows(source, preparation, str(path))
 
-    def stream(paths: Sequence[Input]) -> Iterator[tuple[Input, ModelInput | ImageError, Tensor]]:
+    def stream(paths: Sequence[Input]) -> Iterator[tuple[Input, str, ModelInput | ImageError, Tensor]]:
         loaded = ahead(load, paths, 1, 1) if tiled else ahead(load, paths)  # images in tiles wait whole
-        for path, image in loaded:
+        for path, content, image in loaded:
             if isinstance(image, ImageError):
-                yield path, image, torch.empty(0)
+                yield path, content, image, torch.empty(0)
             else:
                 described = torch.from_numpy(image.described)
-                yield from ((path, window, described) for window in image.windows)
+                yield from ((path, content, window, described) for window in image.windows)
 
     def parts(paths: Sequence[Input], batch: int) -> Iterator[Part]:
         for loaded in batched(stream(paths), batch):
-            skipped = [(str(path), str(found)) for path, found, _ in loaded if isinstance(found, ImageError)]
-            good = [(path, found, said) for path, found, said in loaded if isinstance(found, ModelInput)]
+            skipped = [(str(path), str(found)) for path, _, found, _ in loaded if isinstance(found, ImageError)]
+            good = [(*facts, found, said) for *facts, found, said in loaded if isinstance(found, ModelInput)]
             if not good:
                 nothing = torch.empty(0)
-                yield Part([], nothing, nothing, [], nothing, skipped)
+                yield Part([], nothing, nothing, [], nothing, skipped, [])
                 continue
-            shown = [window for _, window, _ in good]
+            read, contents, shown, described = map(list, zip(*good, strict=True))
             images = stack(shown)
             thumbnails = (F.interpolate(images, (THUMBNAIL, THUMBNAIL), mode="area") * 255).round().byte()
-            described = torch.stack([said for *_, said in good])
-            read = [path for path, *_ in good]
-            raw = extractor.aggregate(images)
-            yield Part(read, raw, thumbnails, [window.window for window in shown], described, skipped)
+            raw, windows = extractor.aggregate(images), [window.window for window in shown]
+            yield Part(read, raw, thumbnails, windows, torch.stack(described), skipped, contents)
 
     return parts
 
@@ -289,22 +300,28 @@ def build_cache(
         source = take_turns(source, group, whole=preparation.tile is not None)
     order = _shuffled(paths, category, seed)
     features: Tensor | None = None
-    folder = None
+    file = None
     filled = done = 0  # rows and images
     first: list[Tensor] = []  # raw features of the first images, until there are enough to fit
     kept: list[Input] = []
     names: list[str] = []  # their categories
+    contents: list[str] = []
     windows: list[Window] = []
     thumbnails: list[Tensor] = []
     described: list[Tensor] = []
     skipped: list[tuple[str, str]] = []
 
     def keep(raw: Tensor) -> None:
-        nonlocal features, folder, filled
+        nonlocal features, file, filled
         projected = extractor.project(raw)
-        if features is None:
-            rows = sum(count_windows(path, preparation) for path in paths)
-            features, folder = allocate((rows, *projected.shape[1:]), budget)
+        if features is None or filled + len(raw) > len(features):
+            # how many windows the images have in all is known at the end: as many as the first ones, at first
+            heads = [len(window.layout) for window in windows if window.number == 0]
+            rows = max(ceil(sum(heads) / len(heads) * len(paths)), len(windows))
+            larger, larger_file = allocate((rows, *projected.shape[1:]), budget)
+            if features is not None:
+                larger[:filled] = features[:filled]
+            features, file = larger, larger_file
         features[filled : filled + len(raw)] = projected
         filled += len(raw)
 
@@ -320,6 +337,7 @@ def build_cache(
     for part in source(order, batch):
         skipped += part.skipped
         kept += part.paths
+        contents += part.contents
         names += [category.get(path, "") for path in part.paths]
         windows += part.windows
         done += sum(window.number == 0 for window in part.windows)
@@ -351,7 +369,8 @@ def build_cache(
     if first:
         fit_first()
     assert features is not None
-    return Cache(features[:filled], images, windows, torch.cat(described), kept, sorted(skipped), names, folder)
+    rows = features[:filled], images, windows, torch.cat(described), kept
+    return Cache(*rows, sorted(skipped), names, contents, file)
 
 
 def _shuffled(paths: Sequence[Input], category: Mapping[Input, str], seed: int) -> list[Input]:

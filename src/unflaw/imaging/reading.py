@@ -1,5 +1,6 @@
 """From an image's file, whatever it holds, to one kind of array; what cannot be used is refused in a sentence."""
 
+import hashlib
 import io
 import stat
 from collections.abc import Iterator
@@ -152,6 +153,22 @@ def read_file(path: str | Path, max_pixels: int = 200_000_000) -> bytes:
         head = file.read(64)
         _decoder(head)
         return head + file.read(most)
+
+
+def read_hashed(path: str | Path | InMemory) -> tuple[bytes | InMemory, str]:
+    """Reads a file once: its bytes, for `read`, and their SHA-256 in hex. An array is hashed with its shape and type.
+
+    Raises:
+        ImageError: As `read`.
+    """
+    if not isinstance(path, InMemory):
+        with _named(str(path)):
+            data = read_file(path)
+            return data, hashlib.sha256(data).hexdigest()
+    if isinstance(path.source, bytes):
+        return path, hashlib.sha256(path.source).hexdigest()
+    pixels = read(path)
+    return path, hashlib.sha256(f"{pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()).hexdigest()
 
 
 def _bytes(source: str | Path | bytes | Readable, max_pixels: int = 200_000_000) -> bytes:

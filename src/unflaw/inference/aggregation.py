@@ -216,7 +216,7 @@ class Discoveries:
 
     def close(self) -> str:
         found, m = sum(conformal.discoveries(self._p_values, self.rate)), len(self._p_values)
-        about = "about " if self.calibration.crossed else ""
+        about = "about " if self.calibration.out_of_fold else ""
         told = (
             f"{count(found, 'discovery', 'discoveries')} among {count(m, 'image')} at a false discovery rate of "
             f"{about}{self.rate:.2%}"

@@ -22,6 +22,7 @@ from unflaw.imaging.tiling import Box
 from unflaw.imaging.transforms import ModelInput, prepare_mask, windows
 from unflaw.io.files import holding, make_folder, write_png
 from unflaw.io.progress import Progress, silent
+from unflaw.methods import Context
 from unflaw.methods.synthesis import texture_images
 from unflaw.methods.visualization import Stage
 from unflaw.postprocessing.results import Scale
@@ -149,7 +150,7 @@ def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str |
     last = {_HEAT_MAP: _pixels(outline(heat, truth)[here])}
     name = [*label(result).split("/"), f"verdict {result.verdict}", f"p {result.p_value:.2g}"]
     features, image = network.embed(stack([shown])), result.image[here]
-    inspection = network(features, valid=cells([shown.window], network.features.grid))
+    inspection = network(features, Context(cells([shown.window], network.features.grid)))
     return {
         figure: [
             _Line([*name, *filter(None, [line])], first | _shown(detector, stages, image) | last, shown.box)

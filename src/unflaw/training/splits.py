@@ -70,7 +70,8 @@ def without_copies(
     the rate that is certified would be wrong.
 
     Args:
-        categories, contents: Of each image; for the latter see `samples.distinct`.
+        categories: Of each image.
+        contents: Keys from `samples.content_keys`.
 
     Returns:
         What is left of both, and (path, reason) of what is not.

@@ -1,0 +1,229 @@
+"""Training of a detector, from images to calibration: read → cache → split → train → calibrate. Read top to bottom."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unflaw._version import __version__
+from unflaw.calibration.crossfit import cross_fit, find_outliers, fit_normalization, leave_one_out, score_held_out
+from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
+from unflaw.config import Config, Weights
+from unflaw.datasets.samples import SHORT, content_keys, digest
+from unflaw.errors import TrainingError
+from unflaw.features.cache import Cache, Source, build_cache
+from unflaw.features.extractor import PixelExtractor
+from unflaw.io.progress import Progress, silent
+from unflaw.io.words import count
+from unflaw.methods import Method, create
+from unflaw.methods.decoder import DisplayDecoder
+from unflaw.methods.synthesis import texture_images
+from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
+from unflaw.training.decoder import fit_display
+from unflaw.training.loop import seeded, step_rng, train
+from unflaw.training.splits import (
+    Category,
+    Data,
+    build_drift_reference,
+    resolve_data,
+    split_calibration,
+    without_copies,
+)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Result of a training.
+
+    Attributes:
+        network: Trained.
+        display: Decoder that draws restored features; None where nothing is drawn.
+        categories: Network, calibration and drift reference of each category.
+        record: Facts about the training, as in `Detector.record_`.
+    """
+
+    network: Method
+    display: DisplayDecoder | None
+    categories: dict[str, Category]
+    record: dict[str, Any]
+
+
+def fit(
+    config: Config,
+    data: Data | Mapping[str, Data],
+    backbone: nn.Module,
+    *,
+    weights: str = "",
+    source: Source | None = None,
+    progress: Progress = silent,
+    checkpoint: Path | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> Fitted:
+    """Trains a detector on good images; see `Detector.fit`.
+
+    Args:
+        config: Of the detector.
+        data, progress, checkpoint, group: As for `Detector.fit`.
+        backbone: Frozen, with its weights; a method on pixels has an empty one.
+        weights: Name of the weights in the record.
+        source: Origin of raw features; None: the images.
+    """
+    started, settings = time.perf_counter(), config.training
+
+    # Read: decide which images take part. Of copies, one counts: a training image must not calibrate as well.
+    given, validation, category_of = resolve_data(data)
+    images, validation, copies = without_copies(given, validation, category_of, content_keys(category_of))
+    with seeded(settings.seed):  # the same start, however often `fit` is called
+        network = create(config, Weights.LATER).eval()
+    network.features.backbone = backbone
+    textures = texture_images(settings.textures, config.preparation) if network.uses_textures else []
+
+    # Cache: each image is read once and passes the backbone once.
+    build = partial(
+        build_cache,
+        network.features,
+        preparation=config.preparation,
+        budget=settings.cache_gb * 2**30,
+        categories=category_of,
+        source=source,
+        group=group,
+    )
+    calibrated = {category_of[path] for path in images} <= {category_of[path] for path in validation}
+    held_out = 0.0 if calibrated or config.calibration.folds else config.calibration.holdout
+    with group.hosting(backbone):
+        try:
+            cache = build(images, seed=settings.seed, held_out=held_out, progress=progress)
+        except TrainingError as error:
+            if not copies:
+                raise
+            does = "does" if len(copies) == 1 else "do"
+            copied = "1 file is a copy" if len(copies) == 1 else f"{len(copies)} files are copies"
+            raise TrainingError(f"{error}; {copied} of others and {does} not count") from error
+        held = build(validation, fit=False) if validation else None
+        embedded = network.embed(torch.from_numpy(np.stack(textures))) if textures else None
+    cached = time.perf_counter()
+
+    fitted = fit_cached(network, cache, held, textures=embedded, progress=progress, checkpoint=checkpoint, group=group)
+
+    contents = cache.content_of() | (held.content_of() if held else {})
+    processes = f", {group.size} processes" if group.size > 1 else ""
+    record = {
+        "unflaw": __version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {count(torch.get_num_threads(), 'thread')}{processes}",
+        "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "weights": weights,
+        "good_images": cache.count,
+        "digest": digest(dict.fromkeys(cache.paths), contents),
+        "seen": sorted(content[:SHORT] for content in contents.values()),
+        "skipped": copies + cache.skipped + (held.skipped if held else []),
+        **fitted.record,
+        "seconds": {
+            "features": round(cached - started, 2),
+            "training": round(time.perf_counter() - cached, 2),
+            "total": round(time.perf_counter() - started, 2),
+        },
+    }
+    return Fitted(fitted.network, fitted.display, fitted.categories, record)
+
+
+def fit_cached(
+    network: Method,
+    cache: Cache,
+    validation: Cache | None = None,
+    *,
+    textures: Tensor | None = None,
+    progress: Progress = silent,
+    checkpoint: Path | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> Fitted:
+    """Trains and calibrates a network from cached features: split → train → calibrate.
+
+    Args:
+        network: Untrained, its extractor fitted.
+        cache: Good images but those of validation parts.
+        validation: Those, where there are any.
+        textures: F of texture images, for methods that use them.
+        progress, checkpoint, group: As for `Detector.fit`.
+
+    Returns:
+        With the "history" of losses in the record, the number of images "held_out" and, where they have names, numbers
+        by "categories". "strangest": good images that stand out, as from `outliers.outliers`, with their category where
+        it has a name; "strangest_among": all good images, or those held out, where the method has no memory.
+    """
+    config, options = network.config, network.config.calibration
+    settings, budget = config.training, config.training.cache_gb * 2**30
+    rng = step_rng(settings.seed, 2**31)
+
+    # Split: without a validation part some images are held out, unless all are cross-fitted.
+    training, calibrating = split_calibration(cache, validation, 0.0 if options.folds else options.holdout, budget)
+    own_validation = {} if validation is None else validation.rows()
+    # A memory can leave single images out; anything else has to be learned anew without them.
+    refitted = network.memory is None or any(p.requires_grad for p in network.parameters())
+    untrained = copy.deepcopy(network) if options.folds and refitted else network
+
+    # Train
+    history = train(network, training, textures, rng, progress=progress, checkpoint=checkpoint, group=group)
+    display = None
+    if settings.display_steps and not isinstance(network.features, PixelExtractor):
+        display = fit_display(training, settings, progress)
+
+    # Calibrate: score good images that the network did not learn from.
+    def train_fold(part: Cache, number: int) -> Method:
+        def named(stage: str, done: int, total: int, loss: float | None) -> None:
+            progress(f"{stage} {number + 1}/{options.folds}", done, total, loss)
+
+        fold, draws = copy.deepcopy(untrained), step_rng(settings.seed, 2**31 + 1 + number)
+        train(fold, part, textures, draws, progress=named, group=group)
+        return fold
+
+    out_of_fold = {}
+    if refitted and len(calibrating) < len(training.rows()):
+        out_of_fold = cross_fit(train_fold, training, options, calibrating.keys(), budget)
+    categories, strangest, among = {}, list[dict[str, Any]](), ALL
+    for number, (name, rows) in enumerate(training.rows().items()):
+        # on training images: prototypes of those that calibrate would make them unlike new images
+        fit_normalization(network, training, number, rows)
+        held, random = calibrating.get(name), name not in own_validation
+        far = find_outliers(network, training, rows, held, random=random)
+        learned_too = True  # the network has learned from the images that calibrate
+        if name in out_of_fold:
+            found = out_of_fold[name]
+        elif held is not None:
+            found, learned_too = score_held_out(network, held, options, rng, random=random)
+        else:
+            found = leave_one_out(network, training, rows, options, budget)
+        if far is None:
+            far = outliers(dict(zip(found.paths, found.scores, strict=True)))
+            among = among if name in out_of_fold else HELD_OUT
+        strangest += [entry | ({"category": name} if name else {}) for entry in far]
+        calibration = found.calibrate(options, out_of_fold=learned_too)
+        reference = build_drift_reference(training, rows, held, settings.seed)
+        categories[name] = Category(calibration, network.with_category(network.category_state()), reference)
+
+    counts = {
+        name: {
+            "good_images": len(cache.heads(rows)),
+            "held_out": calibrating[name].count if name in calibrating else 0,
+        }
+        for name, rows in cache.rows().items()
+    }
+    record = {
+        "history": history,
+        "held_out": sum(held.count for held in calibrating.values()),
+        "strangest": strangest,
+        "strangest_among": among,
+        **({} if "" in counts else {"categories": counts}),
+    }
+    return Fitted(network, display, categories, record)
