@@ -23,7 +23,7 @@ from unflaw.errors import ImageError
 from unflaw.io.listing import list_images
 from unflaw.postprocessing.results import Result
 from unflaw.scale import partitions, plan, store, worker
-from unflaw.scale.sources import Columns, Item, images, listed
+from unflaw.scale.sources import Columns, Item, images, list_items
 from unflaw.scale.store import OWN, Store, StoreError
 from unflaw.scale.worker import Worker
 
@@ -55,7 +55,7 @@ def tar_of(path, images, mode="w", extra=()):
 def opened(inputs, column=None):
     """(name, source, number, bytes or the error) of every image, as read from items listed."""
     found = []
-    for item in listed([str(given) for given in inputs], column):
+    for item in list_items([str(given) for given in inputs], column):
         for image in images(item, column):
             data = image.data
             if not isinstance(data, bytes | ImageError):
@@ -111,16 +111,18 @@ def test_system_folders_are_passed_over_and_counted(tmp_path, memory, where):
         fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
         fs.pipe_file(f"{root}/{name}", b"x")
     notes: list[str] = []
-    assert [item.name for item in listed([str(said)], notes=notes)] == [f"{said}/{name}" for name in there]
+    assert [item.name for item in list_items([str(said)], notes=notes)] == [f"{said}/{name}" for name in there]
     assert notes == [
         f"Hidden files and folders of the system are passed over, 3 files in all: {said}/@eaDir (1), {said}/b (1), "
         f"{said}/b/#recycle (1)."
     ]
     notes.clear()
-    assert len(list(listed([f"{said}/**/*.png", f"{said}/a.png"], notes=notes))) == 2 and "2 files in all" in notes[0]
-    assert len(list(listed([f"{said}/b/#recycle", f"{said}/@*/*/*.jpg", f"{said}/b/._*.png"]))) == 3  # asked for
+    assert (
+        len(list(list_items([f"{said}/**/*.png", f"{said}/a.png"], notes=notes))) == 2 and "2 files in all" in notes[0]
+    )
+    assert len(list(list_items([f"{said}/b/#recycle", f"{said}/@*/*/*.jpg", f"{said}/b/._*.png"]))) == 3  # asked for
     with pytest.raises(ValueError, match=r"no images, .* passed over, 1 file in all"):
-        list(listed([f"{said}/*/*/t.jpg"]))
+        list(list_items([f"{said}/*/*/t.jpg"]))
 
 
 def test_images_by_url(memory, test_images):
@@ -135,7 +137,7 @@ def test_images_by_url(memory, test_images):
 def test_a_table_of_bytes(tmp_path, test_images):
     names, data = list(test_images), list(test_images.values())
     pq.write_table(pa.table({"id": names, "image": data, "label": [1] * 8}), tmp_path / "t.parquet", row_group_size=3)
-    items = list(listed([str(tmp_path)]))
+    items = list(list_items([str(tmp_path)]))
     assert [(item.kind, item.start, item.stop) for item in items] == [("rows", 0, 3), ("rows", 3, 6), ("rows", 6, 8)]
     source = str(tmp_path / "t.parquet")
     expected = [(name, source, i, test_images[name]) for i, name in enumerate(names)]
@@ -197,7 +199,7 @@ def test_the_column_of_images(tmp_path, columns, wanted, expected):
 def test_shards(tmp_path, test_images, suffix, mode):
     extra = [("0.json", b"{}"), ("0.mask.png", b"m"), (".hidden.png", b"h")]
     path = tar_of(tmp_path / f"s-000{suffix}", test_images, mode, extra)
-    items = list(listed([str(tmp_path)]))
+    items = list(list_items([str(tmp_path)]))
     assert [(item.kind, item.images) for item in items] == [("shard", None)]
     expected = [(name, str(path), i, data) for i, (name, data) in enumerate(test_images.items())]
     assert opened([tmp_path])[:8] == expected and opened([path], "png") == expected
@@ -216,7 +218,7 @@ def test_a_damaged_table_tells_of_every_row(tmp_path, test_images):
     path = tmp_path / "t.parquet"
     data = [os.urandom(4000) for _ in range(6)]
     pq.write_table(pa.table({"image": data}), path, row_group_size=3, compression="zstd")
-    items = list(listed([str(path)]))
+    items = list(list_items([str(path)]))
     start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
     with path.open("r+b") as file:
         file.seek(start)
@@ -241,9 +243,9 @@ def test_what_cannot_be_listed_is_said(tmp_path, memory):
         ("no.parquet", "not a readable Parquet file"),
     ):
         with pytest.raises(ValueError, match=message):
-            list(listed([str(tmp_path / given)]))
+            list(list_items([str(tmp_path / given)]))
     with pytest.raises(StoreError, match="not a URL that fsspec knows"):
-        list(listed(["nothing://bucket"]))
+        list(list_items(["nothing://bucket"]))
 
 
 # The store
@@ -252,7 +254,7 @@ def test_what_cannot_be_listed_is_said(tmp_path, memory):
 @pytest.fixture(params=["disk", "file URL", "memory", "renaming"])
 def url(request, tmp_path, memory, monkeypatch):
     if request.param == "renaming":  # an FTP server, say: what is put there is not seen whole
-        monkeypatch.setattr(store, "_PUT_WHOLE", set())
+        monkeypatch.setattr(store, "_ATOMIC_UPLOAD", set())
     if request.param in ("memory", "renaming"):
         return f"{memory}/out"
     return str(tmp_path / "out") if request.param == "disk" else (tmp_path / "out").as_uri()
@@ -436,14 +438,14 @@ def same_as_plain(rows, saved, inputs, out):
 
 def test_rows_are_what_plain_predict_says(saved, inputs, tmp_path):
     made, planned, doer = begun(saved, inputs, tmp_path / "out")
-    done = [doer.do(number) for number in range(planned.partitions)]
+    done = [doer.process(number) for number in range(planned.partitions)]
     assert all(one.error is None for one in done) and sum((one.counts for one in done), Counter())["failed"] == 2
     rows = rows_of(made)
     same_as_plain(rows, saved, inputs, tmp_path / "plain")
     assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
     assert {row["detector"] for row in rows} == {planned.detector}
     assert any(row["regions"] and row["regions"][0]["uncertainty"] is not None for row in rows)
-    assert partitions.counts(made, range(3)) == {i: one.counts for i, one in enumerate(done)}
+    assert partitions.finished(made) == {i: one.counts for i, one in enumerate(done)}
     table = dataset.dataset(str(tmp_path / "out"), format="parquet").to_table()  # others read it as one table
     assert table.num_rows == 10 and table.schema.names == partitions.schema().names
     assert made.names(OWN) == {"items-00000.parquet", "plan.json"}
@@ -452,11 +454,11 @@ def test_rows_are_what_plain_predict_says(saved, inputs, tmp_path):
 def test_what_is_done_is_not_done_again_but_for_what_failed(saved, inputs, tmp_path):
     made, planned, doer = begun(saved, inputs, tmp_path / "out")
     for number in range(planned.partitions):
-        doer.do(number)
+        doer.process(number)
     before = {name: made.read(name) for name in made.names()}
-    assert doer.do(0).counts["failed"] == 1 and made.read("part-00000.parquet") == before["part-00000.parquet"]
+    assert doer.process(0).counts["failed"] == 1 and made.read("part-00000.parquet") == before["part-00000.parquet"]
     made.remove("part-00001.parquet")
-    assert doer.do(1).error is None and pq.read_table(io.BytesIO(made.read("part-00001.parquet"))).equals(
+    assert doer.process(1).error is None and pq.read_table(io.BytesIO(made.read("part-00001.parquet"))).equals(
         pq.read_table(io.BytesIO(before["part-00001.parquet"]))
     )
 
@@ -468,7 +470,7 @@ def test_what_is_done_is_not_done_again_but_for_what_failed(saved, inputs, tmp_p
         return inspect((asked.append(name) or (name, data) for name, data in named), **options)
 
     doer.detector.inspect_named = watched
-    assert [doer.do(number).counts["failed"] for number in range(3)] == [0, 0, 1]
+    assert [doer.process(number).counts["failed"] for number in range(3)] == [0, 0, 1]
     assert sorted(Path(name).name for name in asked) == ["2x.png", "9.png"]
     scores = {Path(row["name"]).name: row["score"] for row in rows_of(made)}
     assert len(scores) == 10 and scores["2x.png"] == scores["2.png"]
@@ -498,7 +500,7 @@ def test_an_image_that_kills_workers_is_recorded_in_the_end(saved, inputs, tmp_p
     for _ in range(10):
         doer = deadly(begun(saved, inputs, tmp_path / "out", size=10)[2], "5.png", Killed())
         try:
-            done = doer.do(0)
+            done = doer.process(0)
             break
         except Killed:
             deaths += 1
@@ -516,16 +518,16 @@ def test_a_partition_that_never_begins_is_given_up(saved, inputs, tmp_path, monk
     made, _, doer = begun(saved, inputs, tmp_path / "out", size=10)
     with monkeypatch.context() as patched:
         patched.setattr(worker, "items_of", dies)
-        for _ in range(worker.BEGINNINGS):
+        for _ in range(worker.MAX_STARTS):
             with pytest.raises(Killed):
-                doer.do(0)
-        assert "died 5 times before the first image" in doer.do(0).error
-    assert doer.do(0).error is None and len(rows_of(made)) == 10  # the next run tries anew
+                doer.process(0)
+        assert "died 5 times before the first image" in doer.process(0).error
+    assert doer.process(0).error is None and len(rows_of(made)) == 10  # the next run tries anew
 
 
 def test_an_unforeseen_error_costs_one_image(saved, inputs, tmp_path):
     made, _, doer = begun(saved, inputs, tmp_path / "out", size=10)
-    assert deadly(doer, "5.png", MemoryError("no more")).do(0).error is None
+    assert deadly(doer, "5.png", MemoryError("no more")).process(0).error is None
     rows = {Path(row["name"]).name: row for row in rows_of(made)}
     assert len(rows) == 10 and "could not be inspected (MemoryError: no more)" in rows["5.png"]["error"]
     assert rows["6.png"]["status"] == "ok"
@@ -534,7 +536,7 @@ def test_an_unforeseen_error_costs_one_image(saved, inputs, tmp_path):
 def test_what_hits_the_whole_partition_is_told(saved, inputs, tmp_path, monkeypatch):
     made, _, doer = begun(saved, inputs, tmp_path / "out")
     monkeypatch.setattr(made, "write", lambda name, data: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert "No space left" in doer.do(0).error and made.names() == set()
+    assert "No space left" in doer.process(0).error and made.names() == set()
 
 
 def test_images_of_tables_and_shards_are_inspected_and_broken_ones_recorded(saved, test_images, tmp_path):
@@ -546,7 +548,7 @@ def test_images_of_tables_and_shards_are_inspected_and_broken_ones_recorded(save
     for given in ("s.tar", "t.parquet"):
         made, planned, doer = begun(saved, tmp_path / given, tmp_path / f"out-{given}", size=5)
         assert planned.partitions == (1 if given == "s.tar" else 2)
-        assert all(doer.do(number).error is None for number in range(planned.partitions))
+        assert all(doer.process(number).error is None for number in range(planned.partitions))
         rows = rows_of(made)
         assert [row["number"] for row in rows] == list(range(9)) and rows[8]["error"].startswith("bad.png: is damaged")
         assert [row["name"] for row in rows] == [*test_images, "bad.png"]

@@ -125,12 +125,12 @@ def bench(
         import tempfile
 
         import unflaw
-        from unflaw.runtime.bench import HEAD, made_up, measure, rows, throughput, use_threads
+        from unflaw.runtime.bench import HEAD, measure, rows, synthetic_jpegs, throughput, use_threads
 
         with tempfile.TemporaryDirectory() as folder:
             if data is None:
                 paths = [Path(folder) / f"{i}.jpg" for i in range(8)]
-                for path, content in zip(paths, made_up(len(paths)), strict=True):
+                for path, content in zip(paths, synthetic_jpegs(len(paths)), strict=True):
                     path.write_bytes(content)
             else:
                 dataset = _dataset(data)
