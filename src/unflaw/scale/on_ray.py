@@ -89,14 +89,11 @@ def run(
     threads: int,
     retry: bool,
 ) -> Iterator[PartitionResult]:
-    """Process partitions and yield their results in the order of completion.
+    """Process partitions, given by their numbers, and yield the results in the order of completion.
 
     Args:
-        ray: Module, as `running` yields it.
         store, plan, files, threads, retry: See `Worker`.
-        partitions: Partition numbers.
-        workers: Number of actors, which may exceed the processors of a cluster that grows; None: as many as the
-            processors allow.
+        workers: Number of actors; None: as many as the processors allow. A cluster may have to grow for more.
 
     Raises:
         ValueError: A worker has more threads than Ray has processors, or Ray ends the run.

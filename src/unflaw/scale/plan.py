@@ -64,13 +64,8 @@ def prepare(
 ) -> Plan:
     """Write the plan of a new run, or return that of the run to be resumed if it is the same.
 
-    Args:
-        store: Output of the run.
-        inputs, column, notes: See `sources.list_items`.
-        detector: `detector_digest`.
-        size: Maximum number of images in a partition.
-        category: Category of the images.
-        retry: Accept changed files, such as repaired ones, and update the plan.
+    With `retry`, changed files are accepted, such as repaired ones, and the plan is updated. The other arguments are
+    entries of the plan, or those of `sources.list_items`.
 
     Raises:
         StoreError: The store holds another plan, or results without one. ValueError: See `sources.list_items`.
