@@ -1,4 +1,4 @@
-"""Timing: which stages there are and that they add up; how long they take is no matter of a test."""
+"""Timing: the stages, and that they add up; durations are not tested."""
 
 import pytest
 from typer.testing import CliRunner
@@ -25,7 +25,7 @@ def test_stages_of_a_trained_detector_add_up(detector, parts, batch):
     assert not detector.network._forward_hooks and not detector.network.features._forward_hooks
 
 
-def test_an_exported_one_computes_in_one_piece(exported, parts):
+def test_an_exported_detector_has_one_compute_stage(exported, parts):
     found = load(exported, threads=1)
     assert list(measure(found, list_images(parts / "test"), batch=1, rounds=1)) == [
         *("decode", "prepare", "compute", "inspect"),

@@ -109,8 +109,6 @@ def _check(job: dict[str, Any]) -> None:
         raise JobError(f"{method} has no options {sorted(unknown)}; there are {', '.join(sorted(OPTIONS[method]))}")
     if {"epochs", "steps"} <= given:
         raise JobError("give epochs or steps, not both")
-    if job["weights"] and not Path(job["weights"]).is_file():
-        raise JobError(f"{job['weights']}: no such weight file")
 
 
 def _create_module(models: Any, job: dict[str, Any], size: int) -> Any:

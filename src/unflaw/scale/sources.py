@@ -362,13 +362,17 @@ def _row_image(item: Item, columns: Columns, row: int, values: dict[str, Any]) -
 
 
 def _shard_images(item: Item, extension: str | None) -> Iterator[SourceImage]:
-    """Yield the images in a tar file, read from beginning to end, one at a time."""
-    number = 0
+    """Yield the images in a tar file, read from beginning to end, one at a time.
+
+    A member of a WebDataset is KEY.EXTENSION; the extension may contain dots.
+    """
+    number, suffix = 0, extension and extension.lower().lstrip(".")
     try:
         fs, path = open_filesystem(item.path)
         with fs.open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as shard:
             for member in shard:
-                if not member.isfile() or _kind(member.name) != "image" or not _has(member.name, extension):
+                own = member.name.rpartition("/")[2].partition(".")[2].lower()
+                if not member.isfile() or _kind(member.name) != "image" or suffix not in (None, own):
                     continue
                 data: bytes | ImageError = ImageError(f"{member.name}: takes {member.size:,} bytes, over {LARGEST:,}")
                 if member.size <= LARGEST and (file := shard.extractfile(member)) is not None:
@@ -378,9 +382,3 @@ def _shard_images(item: Item, extension: str | None) -> Iterator[SourceImage]:
     except Exception as error:
         reason = f"{item.name}: cannot be read beyond {count(number, 'image')} ({error}); copy it again, then --retry"
         yield SourceImage(f"{item.name}#{number}", item.name, number, ImageError(reason))
-
-
-def _has(name: str, extension: str | None) -> bool:
-    """True if a WebDataset member, KEY.EXTENSION, has this extension, which may contain dots."""
-    last = name.rpartition("/")[2]
-    return extension is None or last.partition(".")[2].lower() == extension.lower().lstrip(".")

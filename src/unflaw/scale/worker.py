@@ -22,7 +22,7 @@ from unflaw.imaging.inputs import Readable
 from unflaw.inference.base import BasePredictor
 from unflaw.scale import partitions
 from unflaw.scale.partitions import text
-from unflaw.scale.plan import Plan, detector_digest, items_of
+from unflaw.scale.plan import Plan, items_of
 from unflaw.scale.sources import SourceImage, images
 from unflaw.scale.store import OWN, Store
 
@@ -64,7 +64,6 @@ class Worker:
 
     def __init__(self, store: Store, plan: Plan, files: dict[str, bytes], *, threads: int = 1, retry: bool = False):
         self.store, self.plan, self.retry, self.detector = store, plan, retry, load(files, threads)
-        self.digest = detector_digest(files)
 
     def process(self, partition: int) -> PartitionResult:
         """Process a partition unless it is finished. An error is returned, not raised: other partitions may succeed."""
@@ -101,7 +100,7 @@ class Worker:
             rows = list(self._one_by_one(remaining(), log))
         order = {text(item.name): i for i, item in enumerate(items)}
         rows = sorted([*kept.values(), *rows], key=lambda row: (order[row["source"]], row["number"]))
-        partitions.write(self.store, partition, rows, self.digest)
+        partitions.write(self.store, partition, rows, self.plan.detector)
         log.remove()
         return partitions.count_verdicts(rows)
 
@@ -114,14 +113,14 @@ class Worker:
                 yield image.name, image.data
 
         for outcome in self.detector.inspect_named(named(), category=self.plan.category):
-            yield partitions.make_row(waiting.pop(0), outcome, self.digest)
+            yield partitions.make_row(waiting.pop(0), outcome, self.plan.detector)
 
     def _one_by_one(self, remaining: Iterable[SourceImage], log: AttemptLog) -> Iterator[partitions.Row]:
         """Inspect images singly and log each beforehand, so that one that kills workers is known and then skipped."""
         for i, image in enumerate(remaining):
             if log.deaths(i) >= MAX_DEATHS:
                 reason = "the worker that inspected it died, more than once; look at the image"
-                yield partitions.make_row(image, ImageError(f"{image.name}: {reason}"), self.digest)
+                yield partitions.make_row(image, ImageError(f"{image.name}: {reason}"), self.plan.detector)
                 continue
             log.write(i)
             try:
@@ -129,7 +128,7 @@ class Worker:
             except Exception as error:
                 reason = f"could not be inspected ({type(error).__name__}: {error}); look at the image"
                 outcome = ImageError(f"{image.name}: {reason}")
-            yield partitions.make_row(image, outcome, self.digest)
+            yield partitions.make_row(image, outcome, self.plan.detector)
         log.write(None)
 
 
