@@ -7,7 +7,7 @@ from unflaw import load
 from unflaw.cli import app
 from unflaw.imaging.reading import read
 from unflaw.io.listing import list_images
-from unflaw.runtime.bench import COMPUTED, synthetic_jpegs, measure, throughput
+from unflaw.runtime.bench import COMPUTED, measure, synthetic_jpegs, throughput
 
 pytestmark = pytest.mark.slow
 
