@@ -33,9 +33,7 @@ Column = Annotated[
 ]
 Retry = Annotated[bool, typer.Option("--retry", help="With ray: inspect failed images again.")]
 
-_RAY_ONLY = {"given": "--input", "output": "--output"} | {
-    name: f"--{name}" for name in ("address", "workers", "threads", "partition", "column", "retry")
-}
+_RAY_ONLY = ("given", "output", "address", "workers", "threads", "partition", "column", "retry")
 _SHARED = ("model", "category", "exit_code", "engine")
 
 
@@ -46,13 +44,14 @@ def chosen(context: typer.Context) -> bool:
         ValueError: Unknown engine, or options that do not go with it.
     """
     options, engine = context.params, context.params["engine"]
+    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     used = [
         name
         for name, value in options.items()
         if value and getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
     ]
     if engine is None:
-        if wrong := [_RAY_ONLY[name] for name in used if name in _RAY_ONLY]:
+        if wrong := [flags[name] for name in used if name in _RAY_ONLY]:
             raise ValueError(f"{wrong[0]} goes with --engine ray only; add that, or leave {wrong[0]} out")
         if not options["inputs"] or options["out"] is None:
             raise ValueError("name images and --out FOLDER for the results, or give --engine ray")
@@ -63,8 +62,8 @@ def chosen(context: typer.Context) -> bool:
         raise ValueError(f"{options['inputs'][0]}: with --engine ray, name inputs by --input")
     if "out" in used:
         raise ValueError("--out: with --engine ray, name the folder or URL of the results by --output")
-    if wrong := [name for name in used if name not in _RAY_ONLY and name not in _SHARED]:
-        raise ValueError(f"--{wrong[0].replace('_', '-')} does not go with --engine ray; leave it out")
+    if wrong := [flags[name] for name in used if name not in (*_RAY_ONLY, *_SHARED)]:
+        raise ValueError(f"{wrong[0]} does not go with --engine ray; leave it out")
     if not options["given"] or not options["output"]:
         raise ValueError("--engine ray needs --input and --output, each a folder or a URL")
     return True
