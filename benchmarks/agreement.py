@@ -1,9 +1,9 @@
-"""Does an exported detector say the same as the one it was made of, whatever images come?
+"""Agreement of exported detectors with the trained one, on images of many sizes, modes and formats.
 
     python benchmarks/agreement.py detector.safetensors IMAGES exported.onnx [exported.xml …]
 
-Makes 200 images of the images in a folder (IMAGES): cut out at random, of 1 to 3000 pixels, up to 300 times as
-long as wide, in seven modes and three formats; inspects them with both and prints the largest differences.
+Makes 200 images from those in a folder (IMAGES): random crops with sides of 1 to 3000 pixels, up to 300 times as long
+as wide, in seven modes and three formats. Inspects them with both detectors and prints the largest differences.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def main(trained: str, source: str, exported: list[str]) -> None:
         print("| exported | images | scores | maps | at one place | verdicts | at the threshold |")
         print("|---" * 7 + "|")
         for path in exported:
-            found = compare(detector, unflaw.load(path), images)
+            result = compare(detector, unflaw.load(path), images)
             print(
-                f"| {Path(path).name} | {found.images} | {found.score:.1e} | {found.map:.1e} | {found.cell:.1e} | "
-                f"{len(found.verdicts)} differ | {len(found.edge)} |",
+                f"| {Path(path).name} | {result.images} | {result.score:.1e} | {result.map:.1e} | {result.cell:.1e} | "
+                f"{len(result.verdicts)} differ | {len(result.edge)} |",
                 flush=True,
             )
 

@@ -1,11 +1,11 @@
-"""What inspecting very many images takes and costs: measured constants, and what follows for 1, 8 and 64 nodes.
+"""Throughput and cost of inspecting very many images on 1, 8 and 64 nodes, modelled from measured constants.
 
     python benchmarks/cost_model.py --data mvtec_ad/screw [--detector parts.safetensors] [--measured 1:9.1 2:17.8]
 
 Measures bytes, operations and processor time of each stage for one image, on one thread of this machine, and prints
-the tables of docs/scaling.md. What cannot be measured here is an option with a default, and is printed as what it is:
-an assumption. Without --detector one is made of 16 images in one step: how well it inspects does not change how long
-it takes. `--measured WORKERS:RATE` compares images per second that were measured with what is predicted.
+the tables of docs/scaling.md. Quantities that cannot be measured here are options with defaults, printed as
+assumptions. Without --detector, one is trained on 16 images in one step, since its quality does not affect its speed.
+`--measured WORKERS:RATE` compares measured images per second with the prediction.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ MEGA, GIGA = 1e6, 1e9
 
 @dataclass(frozen=True)
 class Costs:
-    """What one image takes.
+    """Cost of one image.
 
     Attributes:
-        seconds: Of one processor core, by stage.
+        seconds: Seconds of one processor core, by stage.
         operations: Multiplications and additions of backbone and head.
         file, pixels, cached: Bytes of the file, of the decoded image, and in the feature cache.
-        weights: Bytes of what is trained, in float32: of its gradients too.
+        weights: Bytes of the trained weights in float32, equal to those of their gradients.
     """
 
     seconds: dict[str, float]
@@ -53,17 +53,17 @@ class Costs:
 
     @property
     def host(self) -> float:
-        """Core seconds of what stays on the processor when a GPU computes."""
+        """Core seconds of the stages that stay on the processor when a GPU computes."""
         return self.seconds["decode"] + self.seconds["prepare"]
 
     @property
     def core(self) -> float:
-        """Core seconds of everything."""
+        """Core seconds of all stages."""
         return sum(self.seconds.values())
 
 
-def take(detector: Detector, paths: list[Path], batch: int, rounds: int) -> Costs:
-    """Measures `Costs` on one thread."""
+def measure_costs(detector: Detector, paths: list[Path], batch: int, rounds: int) -> Costs:
+    """Measure the costs on one thread."""
     torch.set_num_threads(1)
     stages = measure(detector, paths, batch=batch, rounds=rounds)
     images = [read(path) for path in paths[:8]]
@@ -75,7 +75,7 @@ def take(detector: Detector, paths: list[Path], batch: int, rounds: int) -> Cost
         Graph(network, None)(shown, None)
     cached = features[0].numel() * 2 + 3 * 128 * 128
     if any(p.requires_grad for p in network.parameters()) and getattr(network, "memory", None) is not None:
-        cached += features[0].numel() * 2 + features[0, 0].numel() * 4  # what the memory recalls, and how far it is
+        cached += features[0].numel() * 2 + features[0, 0].numel() * 4  # retrieved features and distances
     return Costs(
         {name: float(np.median(stages[name].processor)) / 1e3 for name in STAGES if name in stages},
         {
@@ -90,23 +90,23 @@ def take(detector: Detector, paths: list[Path], batch: int, rounds: int) -> Cost
 
 
 def limits(image: Costs, nodes: int, options: argparse.Namespace, gpu: bool) -> dict[str, float]:
-    """Images per second that each resource of so many nodes allows."""
-    found = {
+    """Images per second that each resource of the nodes allows."""
+    rates = {
         "disk of the nodes": nodes * options.disk * MEGA / image.file,
         "network of the nodes": nodes * options.network * GIGA / 8 / image.file,
         "shared store": options.store * MEGA / image.file,
     }
     if gpu:
         operations = sum(image.operations.values())
-        found["decode and prepare"] = nodes * options.gpu_cores / image.host
-        found["GPU"] = nodes * options.gpu_tflops * 1e12 * options.gpu_share / operations
+        rates["decode and prepare"] = nodes * options.gpu_cores / image.host
+        rates["GPU"] = nodes * options.gpu_tflops * 1e12 * options.gpu_share / operations
     else:
-        found["processor"] = nodes * options.cores / image.core
-    return found
+        rates["processor"] = nodes * options.cores / image.core
+    return rates
 
 
 def price(rate: float, nodes: int, hourly: float) -> float:
-    """Of a million images."""
+    """Price of a million images."""
     return nodes * hourly / 3600 / rate * 1e6
 
 
@@ -144,7 +144,7 @@ def tables(image: Costs, options: argparse.Namespace) -> list[str]:
 
 
 def check(image: Costs, measured: list[str]) -> list[str]:
-    """Predicted against measured, for workers of one core each."""
+    """Compare measured rates with predictions, for workers of one core each."""
     lines = ["| workers | predicted images/s | measured | measured / predicted |", "|---|---|---|---|"]
     for text in measured:
         workers, _, rate = text.partition(":")
@@ -163,16 +163,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--measured", nargs="+", action="extend", default=[], metavar="WORKERS:RATE")
     assumed = parser.add_argument_group("assumptions")
-    assumed.add_argument("--cores", type=int, default=16, help="of a node without GPU")
-    assumed.add_argument("--gpu-cores", type=int, default=16, help="of a node with one GPU")
-    assumed.add_argument("--gpu", default="NVIDIA L4", help="its name")
-    assumed.add_argument("--gpu-tflops", type=float, default=121, help="its data sheet, dense 16-bit matrix products")
-    assumed.add_argument("--gpu-share", type=float, default=0.05, help="of that, what small convolutions reach")
-    assumed.add_argument("--price", type=float, default=0.80, help="of a node without GPU, an hour")
-    assumed.add_argument("--price-gpu", type=float, default=1.50, help="of a node with one, an hour")
-    assumed.add_argument("--disk", type=float, default=500, help="MB/s that a node reads")
-    assumed.add_argument("--network", type=float, default=10, help="Gbit/s of a node")
-    assumed.add_argument("--store", type=float, default=5000, help="MB/s that all nodes together get from the store")
+    assumed.add_argument("--cores", type=int, default=16, help="processor cores of a node without GPU")
+    assumed.add_argument("--gpu-cores", type=int, default=16, help="processor cores of a node with one GPU")
+    assumed.add_argument("--gpu", default="NVIDIA L4", help="name of the GPU")
+    assumed.add_argument(
+        "--gpu-tflops",
+        type=float,
+        default=121,
+        help="peak TFLOPS of the GPU (dense 16-bit matrix products, data sheet)",
+    )
+    assumed.add_argument(
+        "--gpu-share", type=float, default=0.05, help="share of the peak that small convolutions reach"
+    )
+    assumed.add_argument("--price", type=float, default=0.80, help="price per hour of a node without GPU")
+    assumed.add_argument("--price-gpu", type=float, default=1.50, help="price per hour of a node with one GPU")
+    assumed.add_argument("--disk", type=float, default=500, help="disk throughput of a node, MB/s")
+    assumed.add_argument("--network", type=float, default=10, help="network bandwidth of a node, Gbit/s")
+    assumed.add_argument(
+        "--store", type=float, default=5000, help="throughput of the shared store for all nodes together, MB/s"
+    )
     options = parser.parse_args()
     data = load_dataset(options.data)
     paths = [sample.path for sample in (*data.test, *data.train)][:64]
@@ -182,7 +191,7 @@ def main() -> None:
         few = [sample.path for sample in data.train][:16]
         settings = {"training__steps": 1, "training__display_steps": 1}
         detector = Detector(options.method, weights=options.weights, **settings).fit(few)
-    image = take(detector, paths, options.batch, options.rounds)
+    image = measure_costs(detector, paths, options.batch, options.rounds)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread used"
     print(f"{detector.config.method}, {options.data.name}, batches of {options.batch}; {machine}\n")
     print("\n".join(tables(image, options)))

@@ -1,10 +1,10 @@
-"""What several processes change: seconds of caching and training, and the detector.
+"""Effect of several processes on training time and on the trained detector.
 
     python benchmarks/distributed.py --data mvtec_ad/screw --out detectors [--method uranet] [--processes 1 2]
 
-Trains once with each number of processes, one thread each, in single precision, with torchrun where there are several;
-prints seconds by stage, and the largest differences from the first detector: of image scores on test images, of
-verdicts, and of trained weights. Run it on a quiet machine with as many cores as processes.
+Trains once with each number of processes, one thread each, in single precision, using torchrun for more than one.
+Prints the seconds of each stage, and the largest differences from the first detector in image scores on test images,
+in verdicts and in trained weights. Run it on an idle machine with at least as many cores as processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TITLES = ("caching", "memory", "training", "display and calibration")
 
 
 def work(options: argparse.Namespace) -> None:
-    """One process of a training; the first one saves the detector and its times."""
+    """Run one process of a training; the first one saves the detector and its times."""
     import torch
 
     from unflaw.config import make_config
@@ -57,7 +57,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def start(options: argparse.Namespace, processes: int) -> dict[str, float]:
-    """Runs `work` in as many processes; the seconds that it wrote."""
+    """Run `work` in several processes and return the seconds of its stages."""
     own = [__file__, "--data", options.data, "--out", options.out, "--method", options.method, "--work", processes]
     own += ["--weights", options.weights] if options.weights else []
     own += ["--steps", options.steps] if options.steps is not None else []
@@ -68,7 +68,7 @@ def start(options: argparse.Namespace, processes: int) -> dict[str, float]:
 
 
 def differences(first: Path, other: Path, options: argparse.Namespace) -> str:
-    """Cells of a table: scores, verdicts and weights of two detectors."""
+    """Return table cells with the differences in scores, verdicts and weights of two detectors."""
     from unflaw.datasets import load_dataset
     from unflaw.detector import Detector
 
@@ -93,21 +93,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--method", default="uranet")
-    parser.add_argument("--steps", type=int, help="fewer than the method's own")
+    parser.add_argument("--steps", type=int, help="number of training steps; by default the method's own")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--every", type=int, default=1, help="every so many test images are compared")
+    parser.add_argument("--every", type=int, default=1, help="interval of the test images that are compared")
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.work:
         work(options)
         return
-    found = {processes: start(options, processes) for processes in options.processes}
-    base = found[options.processes[0]]
+    measured = {processes: start(options, processes) for processes in options.processes}
+    base = measured[options.processes[0]]
     print(f"{options.method}, {options.data.name}, one thread per process, float32\n")
     print(f"| processes | {' s | '.join(TITLES)} s | all s | speed-up: caching | training | all |")
     print("|---" * (len(TITLES) + 5) + "|")
-    for processes, seconds in found.items():
+    for processes, seconds in measured.items():
         times = " | ".join(f"{seconds[stage]:.1f}" for stage in STAGES)
         gains = [base[stage] / max(seconds[stage], 1e-9) for stage in ("features", "training")]
         gains.append(sum(base.values()) / sum(seconds.values()))

@@ -1,7 +1,7 @@
-"""How surely drift is noticed: rates of alarm by kind and strength of change, on images of several data sets.
+"""Rates of drift alarms by kind and strength of change, on images of several data sets.
 
-The reference is a random four fifths of the good training images; the rest, as they are or changed, make batches. So
-"unchanged" is what the alarm's false-alarm rate is about. Test images, good and defective, are asked about as well.
+The reference is a random four fifths of the good training images. Batches are drawn from the rest, unchanged or
+changed, so "unchanged" measures the false-alarm rate. Good and defective test images are tested as well.
 
     python benchmarks/drift.py DATASET [DATASET ...] [--json FILE]
 """
@@ -19,12 +19,12 @@ from unflaw.calibration.drift import Reference
 from unflaw.datasets import load_dataset
 from unflaw.imaging.reading import read
 from unflaw.imaging.tiling import Preparation
-from unflaw.imaging.transforms import show
+from unflaw.imaging.transforms import load_windows
 
 Change = Callable[[np.ndarray], np.ndarray]
-BATCHES = 100  # random ones, of each size
+BATCHES = 100  # random batches of each size
 SIZES = (5, 20)
-OTHERS = 60  # images of another product
+OTHERS = 60  # images of each other product
 
 
 def exposed(image: np.ndarray, gain: float) -> np.ndarray:
@@ -32,13 +32,13 @@ def exposed(image: np.ndarray, gain: float) -> np.ndarray:
 
 
 def blurred(image: np.ndarray, deviation: float) -> np.ndarray:
-    """By a Gaussian, in pixels of an image whose longer side is 256."""
+    """Blur by a Gaussian with a standard deviation in pixels of an image whose longer side is 256."""
     deviation *= max(image.shape) / 256
     return ndimage.gaussian_filter(image, (deviation, deviation, 0))
 
 
 def shifted(image: np.ndarray, share: float) -> np.ndarray:
-    """To the right and down by a share of each side; what comes into view repeats the edge."""
+    """Shift to the right and down by a share of each side; the edge is repeated."""
     rows, columns = (round(side * share) for side in image.shape[:2])
     return np.pad(image, ((rows, 0), (columns, 0), (0, 0)), mode="edge")[: len(image), : image.shape[1]]
 
@@ -52,11 +52,11 @@ CHANGES: dict[str, Change] = {
 
 
 def described(paths: list[Path], change: Change) -> np.ndarray:
-    return np.stack([show(change(read(path)), Preparation()).described for path in paths])
+    return np.stack([load_windows(change(read(path)), Preparation()).described for path in paths])
 
 
 def rates(reference: Reference, images: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """Shares of single images with p ≤ 0.05, and of random batches that raise the alarm at 0.01."""
+    """Share of single images with p ≤ 0.05, and of random batches that raise the alarm at 0.01."""
     found = {"single": float(np.mean([reference.p_value(image) <= 0.05 for image in images]))}
     for size in SIZES:
         batches = (rng.choice(len(images), size, replace=False) for _ in range(BATCHES))

@@ -1,9 +1,9 @@
-"""Kills commands at random moments and tells, in Markdown, what each kill left.
+"""Kills commands at random moments and prints, in Markdown, the state after each kill.
 
     python benchmarks/faults.py --runs 100
 
-What is killed, and how, is in tests/faults. Exit code 1 if a kill left something broken, or the next run something else
-than an unbroken one.
+tests/faults defines the commands and how they are killed. Exit code 1 if a kill leaves something broken, or if the
+next run gives another result than an uninterrupted one.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from tests.faults.harness import Server, campaign, prepare, table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--runs", type=int, default=100, help="kills")
-    parser.add_argument("--seed", type=int, default=0, help="of their moments")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no more are done")
-    parser.add_argument("--only", help="a phase")
+    parser.add_argument("--runs", type=int, default=100, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="time limit for the kills, s")
+    parser.add_argument("--only", help="name of a phase, to run it alone")
     options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="unflaw-faults-") as name:

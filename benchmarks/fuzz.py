@@ -1,4 +1,4 @@
-"""Fuzzes every reader of files that may come from strangers; see docs/reliability.md, "Hostile input".
+"""Fuzzes every reader of untrusted files; see docs/reliability.md, "Hostile input".
 
 python benchmarks/fuzz.py --examples 2000
 """
@@ -22,7 +22,7 @@ SLOW = 10.0  # seconds
 
 
 def fuzz(target: Target, examples: int, folder: Path, seed: int) -> tuple[Counter[str], list[str], float]:
-    """How often what came out, the faults (each once), and the longest time of an example in seconds."""
+    """Return the number of outcomes of each kind, each fault once, and the longest time of an example in seconds."""
     counts: Counter[str] = Counter()
     faults: dict[str, str] = {}
     longest = 0.0
@@ -44,7 +44,7 @@ def fuzz(target: Target, examples: int, folder: Path, seed: int) -> tuple[Counte
             counts["taken"] += 1
         except target.allowed:
             counts["refused"] += 1
-        except Exception as error:  # what the search is for
+        except Exception as error:  # the faults searched for
             frame = next(
                 (f for f in reversed(traceback.extract_tb(error.__traceback__)) if "unflaw" in f.filename), None
             )
@@ -64,17 +64,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="Part of a target's name.", default="")
-    asked = parser.parse_args()
-    logging.disable(logging.CRITICAL)  # of tifffile, on every damaged file
+    parser.add_argument("--only", help="part of the names of the targets to run", default="")
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)  # tifffile warns of every damaged file
     found = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print("| target | inputs | taken | refused | faults | longest, s |\n|---|---|---|---|---|---|")
         for title, target in targets(Material(folder)).items():
-            if asked.only not in title:
+            if options.only not in title:
                 continue
-            counts, faults, longest = fuzz(target, asked.examples, folder, asked.seed)
+            counts, faults, longest = fuzz(target, options.examples, folder, options.seed)
             row = (title, counts.total(), counts["taken"], counts["refused"], len(faults), f"{longest:.1f}")
             print("|", " | ".join(map(str, row)), "|", flush=True)
             for fault in faults:

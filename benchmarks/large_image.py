@@ -1,9 +1,9 @@
-"""Memory and time of one large image, in tiles: a generated one of 8000 × 6000 pixels, with a small bright speck.
+"""Memory and time of inspecting one large image in tiles: a synthetic one of 8000 × 6000 pixels with a bright speck.
 
     python benchmarks/large_image.py [detector.safetensors] [--width 8000] [--height 6000] [--tile 512]
 
-Each way runs in a process of its own, so that its peak of memory is its own: the process with the detector loaded, and
-then with the image inspected. Without a detector, `nearest_neighbor` is trained on cuttings of other such images.
+The inspection runs in a process of its own, whose peak memory is measured with the detector loaded and again after
+the inspection. Without a detector, `nearest_neighbor` is trained on smaller images of the same kind.
 """
 
 import argparse
@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-SPECK = 24  # pixels, a side
-CUT = 1600  # a side of what is learned from, pixels
+SPECK = 24  # side of the speck, pixels
+CUT = 1600  # side of the training images, pixels
 
 
 def surface(width: int, height: int, seed: int) -> np.ndarray:
-    """(height, width, 3) uint8, made of strips so that making it needs little memory."""
+    """Return an image (height, width, 3) uint8, computed in strips to save memory."""
     rng, made = np.random.default_rng(seed), np.empty((height, width, 3), np.uint8)
     for top in range(0, height, 500):
         strip = made[top : top + 500]

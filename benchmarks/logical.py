@@ -1,13 +1,13 @@
-"""Logical anomalies: parts that are whole but missing, doubled, swapped, moved or of the wrong kind. Sets are made.
+"""Logical anomalies on a synthetic data set: intact parts that are missing, doubled, swapped, moved or of a wrong kind.
 
-An assembled plate: seven parts of five kinds in a fixed arrangement on brushed metal. Good plates differ in light, in
-where they lie, in how each part is turned, shaded and placed, by a little. Defects break the arrangement only: every
-part of them could stand in a good plate, though not there. With --free the parts lie in any of nine places: only
-how many there are of each kind is the same on all good plates, and defects break that.
+The images show a plate with seven parts of five kinds in a fixed arrangement on brushed metal. Good plates vary
+slightly in light and position, and in the angle, shade and position of each part. Defects break only the arrangement:
+every part would be normal at another place. With --free, the parts lie in any of nine places; good plates have the
+same number of parts of each kind, and defects change that number.
 
     python benchmarks/logical.py OUT [--free] [--good N] [--method NAME ...] [--weights FILE] [--set NAME=VALUE ...]
 
-writes the set to OUT where it is not there yet, in the layout of MVTec AD, and measures image AUROC by kind of defect.
+writes the data set to OUT in the layout of MVTec AD, unless it exists, and measures image AUROC by kind of defect.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-SIDE, SCALE = 256, 2  # of the images, pixels; drawn so many times larger
-PARTS = (  # kind, x, y in shares of the side
+SIDE, SCALE = 256, 2  # side of the images in pixels; factor by which they are drawn larger
+PARTS = (  # kind, x, y as shares of the side
     ("bolt", 0.2, 0.22),
     ("bolt", 0.8, 0.22),
     ("chip", 0.5, 0.3),
@@ -29,9 +29,9 @@ PARTS = (  # kind, x, y in shares of the side
     ("ring", 0.78, 0.62),
     ("bolt", 0.5, 0.86),
 )
-SPARE = ((0.35, 0.45), (0.65, 0.45), (0.2, 0.86), (0.8, 0.86), (0.5, 0.46))  # where a part could lie, and none does
+SPARE = ((0.35, 0.45), (0.65, 0.45), (0.2, 0.86), (0.8, 0.86), (0.5, 0.46))  # free places
 DEFECTS = ("missing", "doubled", "swapped", "moved", "wrong kind")
-COUNTED = ("missing", "doubled", "wrong kind")  # those that change how many there are
+COUNTED = ("missing", "doubled", "wrong kind")  # defects that change the number of parts
 PLACES = tuple((x, y) for y in (0.2, 0.5, 0.8) for x in (0.2, 0.5, 0.8))
 Parts = list[tuple[str, float, float]]
 
@@ -72,7 +72,7 @@ KINDS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray
 
 
 def arrangement(rng: np.random.Generator, defect: str | None, free: bool = False) -> Parts:
-    """The parts of a plate, by kind and place."""
+    """Parts of a plate with kind and place."""
     parts, spare = list(PARTS), SPARE[rng.integers(len(SPARE))]
     if free:
         order = rng.permutation(len(PLACES))
@@ -97,7 +97,7 @@ def arrangement(rng: np.random.Generator, defect: str | None, free: bool = False
 
 
 def plate(rng: np.random.Generator, parts: Parts) -> np.ndarray:
-    """An image of parts, (SIDE, SIDE, 3) uint8."""
+    """Draw a plate, (SIDE, SIDE, 3) uint8."""
     side = SIDE * SCALE
     brushed = ndimage.gaussian_filter1d(rng.normal(0, 26, (side, side)).astype(np.float32), 14, axis=1)
     grey = 140 + brushed + rng.normal(0, 3)
@@ -118,7 +118,7 @@ def plate(rng: np.random.Generator, parts: Parts) -> np.ndarray:
 
 
 def write_plates(folder: Path, good: int, free: bool = False) -> None:
-    """In the layout of MVTec AD, without masks: where a missing part is wrong is a matter of taste."""
+    """Write the data set in the layout of MVTec AD, without masks: a missing part has no definite mask."""
     rng, kinds = np.random.default_rng(0), COUNTED if free else DEFECTS
     parts = [("train/good", None, good), ("test/good", None, good // 2)]
     for name, defect, count in [*parts, *((f"test/{defect}", defect, good // 6) for defect in kinds)]:
@@ -128,14 +128,19 @@ def write_plates(folder: Path, good: int, free: bool = False) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Logical anomalies on a made set.")
+    parser = argparse.ArgumentParser(description="Logical anomalies on a synthetic data set.")
     parser.add_argument("out", type=Path)
     parser.add_argument(
-        "--good", type=int, default=120, help="to learn from; half as many to test, a sixth of each defect"
+        "--good",
+        type=int,
+        default=120,
+        help="number of training images; half as many good test images, a sixth as many of each defect",
     )
-    parser.add_argument("--free", action="store_true", help="parts in any place; how many there are is what counts")
-    parser.add_argument("--method", action="append", help="may be repeated; nearest_neighbor by default")
-    parser.add_argument("--weights", help="of ResNet-18; without, the default backbone")
+    parser.add_argument("--free", action="store_true", help="parts in any place, with fixed numbers of each kind")
+    parser.add_argument(
+        "--method", action="append", help="method to train; may be repeated; nearest_neighbor by default"
+    )
+    parser.add_argument("--weights", help="weights of ResNet-18; without them, the default backbone is used")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     if not options.out.exists():
@@ -151,9 +156,9 @@ def main() -> None:
         changes = {} if options.weights is None else {"features.backbone": "resnet18"}
         changes |= {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
         changes["training.display_steps"] = 0
-        found = evaluate(runner.fit(make_config(method, changes=changes), dataset), dataset).metrics
-        by_kind = {kind: round(row["image_auroc"], 3) for kind, row in found["per_defect"].items()}
-        print(f"{method}: image AUROC {found['image_auroc']:.3f}; {by_kind}", flush=True)
+        metrics = evaluate(runner.fit(make_config(method, changes=changes), dataset), dataset).metrics
+        by_kind = {kind: round(row["image_auroc"], 3) for kind, row in metrics["per_defect"].items()}
+        print(f"{method}: image AUROC {metrics['image_auroc']:.3f}; {by_kind}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Times every metric on 150 maps of 512 x 512 and checks AUPRO against its definition on very skewed maps.
+"""Times every metric on 150 maps of 512 x 512, and checks AUPRO against its definition on very skewed maps.
 
 python benchmarks/metrics_speed.py
 
-With an interpreter that has anomalib (and `src` on PYTHONPATH) its AUPRO stands beside, in the same process.
+With an interpreter that has anomalib (and `src` on PYTHONPATH), its AUPRO is timed in the same process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SKEWED: dict[str, Callable[[Array], Array]] = {
 
 
 def examples(n: int, size: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Smooth random maps (n, size, size) float32 and masks of which three quarters hold 1 to 10 discs."""
+    """Return smooth random maps (n, size, size) float32, and masks of which three quarters hold 1 to 10 discs."""
     maps = ndimage.gaussian_filter(rng.random((n, size, size), np.float32), (0, 3, 3))
     masks = np.zeros(maps.shape, bool)
     rows, columns = np.ogrid[:size, :size]
@@ -42,14 +42,14 @@ def examples(n: int, size: int, rng: np.random.Generator) -> tuple[Array, Array]
 
 
 def definition_of_aupro(maps: Array, masks: Array, limit: float) -> float:
-    """Overlap of every region and FPR at every distinct value of the maps, trapezoids, cut at the limit."""
+    """AUPRO from the overlap of every region and the FPR at every distinct value of the maps, by trapezoids."""
     regions = []
     for scores, mask in zip(maps, masks, strict=True):
         labels, n = ndimage.label(mask, np.ones((3, 3)))
         regions += [scores[labels == k] for k in range(1, n + 1)]
     thresholds = np.unique(maps)[::-1]
 
-    def share(scores: Array) -> Array:  # of scores >= each threshold, after a zero
+    def share(scores: Array) -> Array:  # share of scores >= each threshold, after a zero
         return np.append(0, 1 - np.searchsorted(np.sort(scores), thresholds) / len(scores))
 
     fpr, pro = share(maps[~masks]), np.mean([share(r) for r in regions], axis=0)
@@ -72,7 +72,7 @@ def best_of(times: int, run: Callable[[], Any]) -> float:
 
 
 def theirs(maps: Array, masks: Array, ours: Callable[[], float | None]) -> None:
-    """anomalib's AUPRO on the same maps, and how often ours fits into its time; the two take turns."""
+    """Print anomalib's AUPRO on the same maps and the ratio of its time to ours; the two run in turns."""
     import torch
     from anomalib.metrics.aupro import _AUPRO
 

@@ -2,10 +2,10 @@
 
     python benchmarks/ray_throughput.py parts.onnx --data parts --images 2000
 
-All compute with one thread each (plain `predict` and every worker read ahead in two more). Start-up, of Python, Ray and
-the workers, is told apart: it is the time to the first finished partition less what that took at the speed of the rest.
-In the last run a worker is killed (SIGKILL) after every tenth partition, three times at most; then every image is
-counted. Images are named again and again where the folder has too few, by links.
+Plain `predict` and every worker compute with one thread and read ahead in two more. The start-up of Python, Ray and the
+workers is reported separately: it is the total time less the time of all images at the measured speed. In the last run,
+a worker is killed (SIGKILL) after every tenth partition, at most three times, and then every image is counted. If the
+folder has too few images, links repeat them.
 """
 
 import argparse
@@ -30,17 +30,17 @@ KILLS = 3
 
 
 def linked(data: Path, count: int, folder: Path) -> Path:
-    """A folder of `count` images, links to those of `data` in turn."""
-    found = list_images(data)
+    """Make a folder of `count` links to the images in `data`, taken in turn."""
+    images = list_images(data)
     folder.mkdir()
     for i in range(count):
-        source = found[i % len(found)].resolve()
+        source = images[i % len(images)].resolve()
         (folder / f"{i:07d}{source.suffix}").symlink_to(source)
     return folder
 
 
 def plain(model: Path, folder: Path, out: Path) -> tuple[float, float]:
-    """Images/s of plain `predict` after its first line, and seconds to that line."""
+    """Return the images/s of plain `predict` after its first line, and the seconds to that line."""
     os.environ["OMP_NUM_THREADS"] = "1"
     code = (
         "import sys, unflaw\nfrom pathlib import Path\nfrom unflaw.inference.predict import predict\n"
@@ -62,7 +62,7 @@ def plain(model: Path, folder: Path, out: Path) -> tuple[float, float]:
 
 
 def on_ray(model: Path, folder: Path, out: Path, workers: int, kill: bool = False) -> tuple[float, float, int]:
-    """Images/s between the first and the last finished partition, seconds of start-up, and workers killed."""
+    """Return the images/s between the first and the last finished partition, the start-up in s, and killed workers."""
     times: list[float] = []
     ended, killed = threading.Event(), list[int]()
 
@@ -80,7 +80,7 @@ def on_ray(model: Path, folder: Path, out: Path, workers: int, kill: bool = Fals
                 if worker not in killed:
                     os.kill(worker, signal.SIGKILL)
                     killed.append(worker)
-            except (OSError, ValueError):  # it has just ended its partition
+            except (OSError, ValueError):  # the partition has just ended
                 continue
 
     thread = threading.Thread(target=killer)
@@ -95,7 +95,7 @@ def on_ray(model: Path, folder: Path, out: Path, workers: int, kill: bool = Fals
             thread.join()
     assert not totals.errors, totals.errors
     done = sum(totals.counts.values())
-    speed = (done - PARTITION * workers) / (times[-1] - times[workers - 1])  # each worker's first is of the start-up
+    speed = (done - PARTITION * workers) / (times[-1] - times[workers - 1])  # without each worker's first
     return speed, times[-1] - begun - done / speed, len(killed)
 
 
@@ -103,11 +103,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder of images")
-    parser.add_argument("--images", type=int, default=2000, help=f"how many, at least {16 * PARTITION}")
+    parser.add_argument("--images", type=int, default=2000, help=f"number of images, at least {16 * PARTITION}")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
     if arguments.images < 16 * PARTITION:
-        parser.error(f"--images {arguments.images}: too few to tell; give at least {16 * PARTITION}")
+        parser.error(f"--images {arguments.images}: too few for a rate; give at least {16 * PARTITION}")
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         folder = linked(arguments.data, arguments.images, root / "in")

@@ -1,20 +1,19 @@
-"""Realised against promised false-alarm rates on the good images of data sets, with the method nearest_neighbor.
+"""Realised against guaranteed false-alarm rates on the good images of data sets, with the method nearest_neighbor.
 
     python benchmarks/reliability.py ../shared/data/mvtec_ad/screw … --models 10
 
-Prints a Markdown table. Good images of training and test part are taken together and split at random, anew for
-every model. "hold-out": a fifth of them, at least 50, tests; the rest trains as `unflaw train` does, a fifth of it
-calibrates, each image without what it taught the memory. "not learned": the same with
-`calibration.update_memory=false`: what calibrates teaches nothing, and rates are certified. "cross-fitting": 40
-images train and calibrate, all others
-test. "as it comes": the set's own training part trains and calibrates, its own good test images test; nothing makes
-them exchangeable but who took the images.
+Prints a Markdown table. The good images of the training and the test part are pooled and split at random for every
+model. "hold-out": a fifth of them, at least 50, are test images; the rest trains as `unflaw train` does, and a fifth of
+it calibrates, each image scored without its own prototypes. "not learned": the same with
+`calibration.update_memory=false`, so calibration images add no prototypes and the rates are certified.
+"cross-fitting": 40 images train and calibrate, all others are test images. "as it comes": the training part of the set
+trains and calibrates, and its own good test images are tested; nothing ensures that these are exchangeable.
 
-Memories are a quarter of their usual size, so that many models take minutes: promises hold for any size.
+Memory banks have a quarter of their usual size, so that many models take minutes; guarantees hold for any size.
 
-The interval holds 95 of 100 counts of false alarms where good images are exchangeable: each model's count is
-beta-binomial, since one calibration serves all its test images. Where what calibrates also teaches there is no such
-law, and twice the rate is proved: the same interval stands beside it.
+The interval holds 95 of 100 counts of false alarms if good images are exchangeable. Each model's count is
+beta-binomial, since one calibration serves all its test images. If calibration images also add prototypes, this law
+does not hold, and only twice the rate is proved; the same interval is printed for comparison.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from unflaw.methods import create
 RATES = (0.1, 0.05, 0.02, 0.01)
 SMALL = {"training.display_steps": 0, "network.prototypes": 1024, "network.regional_prototypes": 4096}
 FEW = 40  # images of cross-fitting
-Counts = list[tuple[int, int, int, int]]  # of each model: false alarms, good test images, k and n of the calibration
+Counts = list[tuple[int, int, int, int]]  # false alarms, good test images, k and n of the calibration, by model
 
 
 def main(data: Sequence[Path], models: int) -> None:
@@ -54,7 +53,7 @@ def main(data: Sequence[Path], models: int) -> None:
 
 
 def measured(dataset: Dataset, models: int) -> Iterator[tuple[str, dict[float, Counts]]]:
-    """By split and rate."""
+    """Yield the name of each split, and its counts by rate."""
     given = [sample.path for sample in (*dataset.train, *dataset.validation)]
     own = [sample.path for sample in dataset.test if sample.label == 0]
     every = np.array([*given, *own])
@@ -89,7 +88,7 @@ def measured(dataset: Dataset, models: int) -> Iterator[tuple[str, dict[float, C
             found["cross-fitting"].append(counts(order[:FEW].tolist(), order[FEW:].tolist(), folds=FEW))
         if own:
             found["as it comes"].append(counts(given, own))
-            found["as it comes, not learned"].append(counts(given, own, extend=False))
+            found["as it comes, not learned"].append(counts(given, own, update_memory=False))
         for name, models_of in found.items():
             yield name, {rate: [one[rate] for one in models_of] for rate in RATES}
 
@@ -111,6 +110,6 @@ def row(dataset: str, split: str, rate: float, counts: Counts) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path)
-    parser.add_argument("--models", type=int, default=10, help="random splits of each kind")
+    parser.add_argument("--models", type=int, default=10, help="number of random splits of each kind")
     arguments = parser.parse_args()
     main(arguments.data, arguments.models)

@@ -1,12 +1,12 @@
-"""Defects of a few pixels in large images: the same method with and without tiles.
+"""Detection of defects of a few pixels in large images, with and without tiles.
 
-Images are made: boards of a printed grain with a grid of round pads, each a little off its place, and as defects a
-pad with a nick, a speck between pads, or a scratch, all of a few pixels. `nearest_neighbor` learns from good ones.
+The images are synthetic: boards with a printed grain and a grid of round pads, each slightly displaced. Defects are a
+nick in a pad, a speck between pads, or a scratch. `nearest_neighbor` is trained on good boards.
 
     python benchmarks/small_defects.py [--side 1024] [--tile 512] [--weights FILE] [--json FILE]
 
-Image AUROC; pixel AUROC and AUPRO at the resolution of the images, maps brought to it bilinearly: so both ways are
-measured on the same pixels.
+Prints image AUROC, and pixel AUROC and AUPRO at the resolution of the images, to which maps are resized bilinearly, so
+that both ways are measured on the same pixels.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from scipy import ndimage
 from unflaw import Detector
 from unflaw.evaluation.metrics import PixelAccumulator, auroc, image_ranking
 
-PITCH, RADIUS = 64, 17  # of the pads, pixels
+PITCH, RADIUS = 64, 17  # distance and radius of the pads, pixels
 MEMORY = {"network__prototypes": 1024, "network__coarse_prototypes": 4096}  # enough for few images
 DEFECTS = ("nick", "speck", "scratch")
-GOOD, TEST_GOOD, TEST_BAD = 24, 20, 8  # images: to learn from, good ones, of each defect
+GOOD, TEST_GOOD, TEST_BAD = 24, 20, 8  # number of training images, good test images, test images of each defect
 
 
 def board(rng: np.random.Generator, side: int, defect: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """An image (side, side, 3) uint8 and its mask (side, side) bool."""
+    """Draw an image (side, side, 3) uint8 and its mask (side, side) bool."""
     y, x = np.mgrid[:side, :side].astype(np.float32)
     grain = ndimage.gaussian_filter(rng.normal(0, 1, (side, side)).astype(np.float32), 1.2)
     grain = grain / grain.std() * 5
@@ -73,7 +73,7 @@ def board(rng: np.random.Generator, side: int, defect: str | None = None) -> tup
 
 
 def write_boards(folder: Path, side: int) -> None:
-    """In the layout of MVTec AD."""
+    """Write the data set in the layout of MVTec AD."""
     rng = np.random.default_rng(0)
     parts = [("train/good", None, GOOD), ("test/good", None, TEST_GOOD)]
     for name, defect, count in [*parts, *((f"test/{defect}", defect, TEST_BAD) for defect in DEFECTS)]:
@@ -121,9 +121,9 @@ def measure(folder: Path, side: int, tile: int | None, weights: str | None) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Small defects in large images, with and without tiles.")
-    parser.add_argument("--side", type=int, default=1024, help="of the images, pixels")
+    parser.add_argument("--side", type=int, default=1024, help="side of the images, pixels")
     parser.add_argument("--tile", type=int, default=512, help="side of a tile, pixels")
-    parser.add_argument("--weights", help="of ResNet-18; without, the default backbone")
+    parser.add_argument("--weights", help="weights of ResNet-18; without them, the default backbone is used")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

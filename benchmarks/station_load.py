@@ -1,10 +1,10 @@
-"""The station under load on loopback: requests/s, latencies, status codes, and memory over many requests.
+"""Load test of the station on loopback: requests/s, latencies, status codes, and memory over many requests.
 
     python benchmarks/station_load.py parts.safetensors --images parts/test/good
 
-Starts `unflaw serve` in a process of its own with its log on disk, as in earnest. A client that is told to come back
-(429) does so after the seconds that it is told. Latencies are of answers with a verdict, from the first byte sent to
-the last received. The client is this process, on the same processors; it speaks HTTP itself, to take little of them.
+Starts `unflaw serve` in a process of its own with its log on disk. A client that gets status 429 tries again after the
+seconds that the answer gives. Latencies are those of answers with a verdict, from the first byte sent to the last
+received. The clients run in this process, on the same processors, with a minimal HTTP implementation to save CPU time.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from unflaw.io.listing import list_images
 
 @dataclass
 class Outcome:
-    """Of one run."""
+    """Outcome of one run."""
 
     seconds: float = 0.0
-    latencies: list[float] = field(default_factory=list)  # of answers with a verdict, s
+    latencies: list[float] = field(default_factory=list)  # seconds, of answers with a verdict
     statuses: Counter[str] = field(default_factory=Counter)
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[int, float]:
-    """Status, and the seconds that a refused client should wait."""
+    """Send a request; return the status, and the seconds that a refused client should wait."""
     writer.write(request)
     await writer.drain()
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
@@ -47,7 +47,7 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reques
 
 
 async def client(port: int, requests: Iterator[bytes], outcome: Outcome) -> None:
-    """Sends requests over one connection until there are none."""
+    """Send requests over one connection until there are none left."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for request in requests:
         while True:
@@ -68,7 +68,7 @@ async def client(port: int, requests: Iterator[bytes], outcome: Outcome) -> None
 
 
 async def load(port: int, bodies: list[bytes], clients: int, count: int) -> Outcome:
-    """`count` inspections by `clients` at once."""
+    """Send `count` inspections from `clients` concurrent clients."""
     head = "POST /inspect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: {}\r\n\r\n"
     requests = (head.format(len(body)).encode() + body for body, _ in zip(cycle(bodies), range(count), strict=False))
     outcome, started = Outcome(), time.perf_counter()
@@ -79,7 +79,7 @@ async def load(port: int, bodies: list[bytes], clients: int, count: int) -> Outc
 
 @contextmanager
 def station(model: Path, options: list[str]) -> Iterator[tuple[int, int]]:
-    """`unflaw serve` as (port, process id)."""
+    """Run `unflaw serve`; yield its port and process id."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -110,7 +110,7 @@ def station(model: Path, options: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def memory(process: int) -> float:
-    """Resident memory, MB. Of Linux only."""
+    """Resident memory in MB; Linux only."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
 
@@ -120,15 +120,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--images", type=Path, required=True, help="folder of images to send")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--requests", type=int, default=1000, help="per number of clients")
-    parser.add_argument("--soak", type=int, default=20_000, help="requests over which memory is watched")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--requests", type=int, default=1000, help="requests per number of clients")
+    parser.add_argument("--soak", type=int, default=20_000, help="number of requests over which memory is measured")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="further options of unflaw serve")
     given = parser.parse_args()
     bodies = [path.read_bytes() for path in list_images(given.images)[:64]]
     figures: dict[str, list[dict[str, object]]] = {"load": [], "memory": []}
     with station(given.model, given.serve) as (port, process):
-        asyncio.run(load(port, bodies, 2, 20))  # what is only made once
+        asyncio.run(load(port, bodies, 2, 20))  # warm up
         print("| clients | requests/s | p50 ms | p95 ms | p99 ms | answers |\n|---|---|---|---|---|---|")
         for clients in given.clients:
             outcome = asyncio.run(load(port, bodies, clients, given.requests))

@@ -1,9 +1,9 @@
-// Inspects a binary PPM image (P6, 8 bits) with an exported detector of one category that sees images whole.
+// Inspects a binary PPM image (P6, 8 bits) with an exported detector of one category, without tiles.
 //
 //     g++ -std=c++17 -O2 inspect.cpp -I onnxruntime/include -L onnxruntime/lib -lonnxruntime -o inspect
 //     ./inspect parts.onnx image.ppm
 //
-// Needs ONNX Runtime (the archive of its releases has headers and library) and nlohmann/json.
+// Requires ONNX Runtime (release archives contain headers and library) and nlohmann/json.
 #include <onnxruntime_cxx_api.h>
 
 #include <array>
@@ -32,18 +32,18 @@ int main(int argc, char** argv) {
     const auto& preparation = metadata.at("config").at("preparation");
     if (metadata.contains("categories") || preparation.at("fit") != "stretch" || !preparation.at("tile").is_null() ||
         !preparation.at("roi").is_null())
-        throw std::runtime_error("this example knows no categories, padding, tiles and regions of interest");
+        throw std::runtime_error("this example does not support categories, padding, tiles and regions of interest");
     const int size = preparation.at("size");
     const auto& calibration = metadata.at("calibration");
     const double threshold = calibration.at("threshold");
     const double review = calibration.value("review_threshold", threshold);
 
     std::ifstream file(argv[2], std::ios::binary);
-    std::string kind;
+    std::string format;
     int width = 0, height = 0, largest = 0;
-    file >> kind >> width >> height >> largest;
+    file >> format >> width >> height >> largest;
     file.get();
-    if (kind != "P6" || largest != 255 || width < 1 || height < 1) throw std::runtime_error("not a binary PPM of 8 bits");
+    if (format != "P6" || largest != 255 || width < 1 || height < 1) throw std::runtime_error("not a binary PPM of 8 bits");
     std::vector<uint8_t> rgb(size_t(3) * width * height);
     if (!file.read(reinterpret_cast<char*>(rgb.data()), std::streamsize(rgb.size()))) throw std::runtime_error("too short");
     std::vector<float> pixels = unflaw::prepare(rgb, width, height, size);
@@ -53,10 +53,10 @@ int main(int argc, char** argv) {
     const Ort::Value image = Ort::Value::CreateTensor<float>(memory, pixels.data(), pixels.size(), shape.data(), 4);
     const char* inputs[] = {"images"};
     const char* outputs[] = {"score", "map"};
-    auto found = session.Run(Ort::RunOptions{}, inputs, &image, 1, outputs, 2);
+    auto results = session.Run(Ort::RunOptions{}, inputs, &image, 1, outputs, 2);
 
-    const float score = found[0].GetTensorData<float>()[0];
-    const float* map = found[1].GetTensorData<float>();  // size × size, row by row
+    const float score = results[0].GetTensorData<float>()[0];
+    const float* map = results[1].GetTensorData<float>();  // size × size, row by row
     std::cout << (score > threshold ? "defect" : score > review ? "review" : "good") << ' ' << score << ' '
               << *std::max_element(map, map + size_t(size) * size) << '\n';
 }

@@ -1,4 +1,4 @@
-"""Inspects images with an exported detector of one category that sees them whole: ONNX Runtime, Pillow, NumPy only.
+"""Inspects images with an exported detector of one category, without tiles, using ONNX Runtime, Pillow and NumPy.
 
 python inspect_onnx.py parts.onnx image.png …
 """
@@ -16,7 +16,7 @@ metadata = json.loads(session.get_modelmeta().custom_metadata_map["unflaw"])
 preparation = metadata["config"]["preparation"]
 size = preparation["size"]
 if "categories" in metadata or preparation["fit"] != "stretch" or preparation["tile"] or preparation["roi"]:
-    sys.exit("this example knows no categories, padding, tiles and regions of interest; unflaw.load does")
+    sys.exit("this example does not support categories, padding, tiles and regions of interest; unflaw.load does")
 calibration = metadata["calibration"]
 review = calibration.get("review_threshold", float("inf"))
 

@@ -15,7 +15,7 @@ from unflaw.datasets import load_dataset
 from unflaw.io.files import write_png
 from unflaw.io.listing import list_images
 from unflaw.io.outputs import SORTED, Earlier, drawn, note_sorted
-from unflaw.scale.sources import listed
+from unflaw.scale.sources import list_items as listed
 from unflaw.scale.store import OWN
 
 pytestmark = pytest.mark.slow

@@ -1,6 +1,6 @@
-"""anomalib's methods beside ours. Where anomalib is not at hand, a stand-in of its models runs in its place.
+"""Methods of anomalib, replaced by a stand-in of its models if anomalib is not installed.
 
-With UNFLAW_ANOMALIB_PYTHON, the interpreter of an environment that has anomalib, the real ones run too.
+With UNFLAW_ANOMALIB_PYTHON, the interpreter of an environment that has anomalib, the real methods run too.
 """
 
 import json
@@ -33,7 +33,7 @@ import timm, torch
 
 
 class Model(torch.nn.Module):
-    """Brightness is what this one calls anomalous."""
+    """Model with brightness as its anomaly map."""
 
     def __init__(self, backbone, layers):
         super().__init__()
@@ -66,7 +66,7 @@ class Patchcore:
 
 
 def interpreter(folder, package):
-    """An executable that is this Python with a package of that text in place of anomalib."""
+    """Make an executable that runs this Python with a package of the given files in place of anomalib."""
     for name, text in package.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -101,7 +101,7 @@ def test_a_peer_sees_our_images_and_is_measured_by_our_metrics(python, dataset, 
     labels = [sample.label for sample in dataset.test]
     for name, value in (pixels.compute() | image_metrics(scores, labels)).items():
         assert metrics[name] == pytest.approx(value)
-    assert done.record["memory_bank"] == [len(dataset.train), 3]  # all good images: none is kept out
+    assert done.record["memory_bank"] == [len(dataset.train), 3]  # all good images: none is held out
     assert done.record["layers"] == ["layer2", "layer3"] and done.record["images"] == [12, 8]
     assert done.evaluation.images.names == [f"{sample.path.parent.name}/{sample.path.name}" for sample in dataset.test]
     assert json.loads((tmp_path / "out/record.json").read_text()) == done.record
@@ -117,7 +117,7 @@ def test_images_that_cannot_be_read_are_named_and_skipped(python, weights, tmp_p
     assert done.record["images"] == [11, 7] and len(done.maps) == len(done.evaluation.rows) == 7
 
 
-def test_what_cannot_run_says_why(python, dataset, weights, tmp_path):
+def test_errors_give_the_reason(python, dataset, weights, tmp_path):
     def refused(match, error=PeerError, *, python=python, method="patchcore", data=dataset, **options):
         with pytest.raises(error, match=match):
             run_peer(python, method, data, SMALL, weights=weights, **options)
@@ -142,7 +142,7 @@ def test_maps_that_are_not_finite_are_refused(dataset, weights, tmp_path):
         run_peer(interpreter(tmp_path, package), "patchcore", dataset, SMALL, weights=weights)
 
 
-def test_peers_stand_in_the_table_of_a_benchmark(python, parts, weights, tmp_path):
+def test_peers_have_rows_in_the_table_of_a_benchmark(python, parts, weights, tmp_path):
     command = [
         "benchmark",
         "--data",

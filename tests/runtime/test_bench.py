@@ -1,4 +1,4 @@
-"""Timing: which stages there are and that they add up; how long they take is no matter of a test."""
+"""Timing: the stages, and that they add up; durations are not tested."""
 
 import pytest
 from typer.testing import CliRunner
@@ -7,7 +7,7 @@ from unflaw import load
 from unflaw.cli import app
 from unflaw.imaging.reading import read
 from unflaw.io.listing import list_images
-from unflaw.runtime.bench import COMPUTED, made_up, measure, throughput
+from unflaw.runtime.bench import COMPUTED, measure, synthetic_jpegs, throughput
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def test_stages_of_a_trained_detector_add_up(detector, parts, batch):
     assert not detector.network._forward_hooks and not detector.network.features._forward_hooks
 
 
-def test_an_exported_one_computes_in_one_piece(exported, parts):
+def test_an_exported_detector_has_one_compute_stage(exported, parts):
     found = load(exported, threads=1)
     assert list(measure(found, list_images(parts / "test"), batch=1, rounds=1)) == [
         *("decode", "prepare", "compute", "inspect"),
@@ -33,10 +33,10 @@ def test_an_exported_one_computes_in_one_piece(exported, parts):
     assert throughput(found, list_images(parts / "test"), 10) > 0
 
 
-def test_made_up_images_can_be_read_and_differ():
-    images = [read(content) for content in made_up(2, 64)]
+def test_synthetic_jpegs_images_can_be_read_and_differ():
+    images = [read(content) for content in synthetic_jpegs(2, 64)]
     assert images[0].shape == (64, 64, 3) and (images[0] != images[1]).any()
-    assert made_up(2, 64) == made_up(2, 64)
+    assert synthetic_jpegs(2, 64) == synthetic_jpegs(2, 64)
 
 
 def test_the_command(saved, exported, parts):

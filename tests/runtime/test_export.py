@@ -1,4 +1,4 @@
-"""An exported detector says what the one says that it was made of."""
+"""Agreement of exported detectors with the trained ones, and the content of exported files."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -30,26 +30,26 @@ def images(parts, odd_images):
     return [*list_images(parts / "test"), *odd_images]
 
 
-# one of each kind of canvas; padding is part of the graph
+# both kinds of canvas, since padding is part of the graph
 @pytest.mark.parametrize(("method", "fit"), [(m, "pad" if m in ("uranet", "draem") else "stretch") for m in OWN])
 def test_every_method_agrees_with_its_graph(method, fit, parts, weights, tiny, images, tmp_path):
     given = None if method in ("draem", "memae") else weights
     detector = Detector(config=tiny(method, **{"preparation.fit": fit}), weights=given).fit(parts)
     path = export(detector, tmp_path / "parts.onnx")
-    # DRAEM's scores hardly vary after twelve steps: a deviation is 0.005 of probabilities near 0.56, both float32
+    # DRAEM's scores hardly vary after twelve steps: a deviation is 0.005 of float32 probabilities near 0.56
     agree(detector, path, images, 5e-3 if method == "draem" else 1e-4)
     result = load(path).inspect(images[0])
     assert result.layers.keys() == detector.inspect(images[0]).layers.keys()
 
 
-def test_the_file_holds_all_that_the_detector_says_of_itself(exported, detector):
+def test_the_file_holds_the_metadata_of_the_detector(exported, detector):
     metadata = read_metadata(exported)
     how = metadata.pop("exported")
     assert metadata == json.loads(json.dumps(detector.metadata()))
     assert (how["to"], how["precision"], how["draws"]) == ("onnx", "fp32", detector.config.network.perception.draws)
 
 
-def test_the_graph_is_plain_and_tells_nothing_of_the_machine(exported):
+def test_the_graph_is_standard_and_holds_no_paths_of_the_machine(exported):
     model = onnx.load(exported)
     onnx.checker.check_model(model)
     assert {node.domain for node in model.graph.node} == {""} and not model.functions
@@ -79,12 +79,12 @@ def test_categories_have_their_own_memories_in_one_graph(parts, weights, tiny, t
     work = [(image, category) for image in square for category in both.calibrations] * 3
     expected = [both.inspect(image, category=category).score for image, category in work]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda asked: both.inspect(asked[0], category=asked[1]).score, work)) == expected
+        assert list(pool.map(lambda item: both.inspect(item[0], category=item[1]).score, work)) == expected
     with pytest.raises(DetectorError, match="needs a category"):
         both.inspect(square[0])
     owned = {name: values.numel() for name, values in detector.network.category_state().items()}
     numbers = sum(tensor.numel() for tensor in detector.network.state_dict().values()) + sum(owned.values())
-    assert path.stat().st_size < 4 * numbers + 600_000  # weights once, memories twice
+    assert path.stat().st_size < 4 * numbers + 600_000  # weights once, memory banks twice
 
 
 def test_half_the_bits_are_half_the_file(detector, export_again, exported, images, tmp_path):

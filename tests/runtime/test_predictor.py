@@ -1,4 +1,4 @@
-"""Exported detectors: loaded and run without torch, through the same commands; bad files are refused."""
+"""Exported detectors: loading and running without torch, the commands, and the refusal of invalid files."""
 
 import json
 import re
@@ -38,15 +38,15 @@ print(one.verdict, one.score, one.p_value, len(one.regions), sorted(one.layers))
 
 @pytest.fixture
 def copy(exported, tmp_path):
-    """A model to spoil, and where to write it."""
-    return onnx.load(exported), tmp_path / "spoilt.onnx"
+    """A model to modify, and a path to write it to."""
+    return onnx.load(exported), tmp_path / "modified.onnx"
 
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_inspection_imports_no_torch_and_says_the_same(exported, detector, parts):
+def test_inspection_imports_no_torch_and_gives_the_same_result(exported, detector, parts):
     image = list_images(parts / "test/square")[0]
     done = subprocess.run(
         [sys.executable, "-c", ALONE.format(path=str(exported), image=str(image))],
@@ -62,7 +62,7 @@ def test_inspection_imports_no_torch_and_says_the_same(exported, detector, parts
     assert layers == [f"{sorted(expected.layers)}\n"]
 
 
-def test_it_is_an_inspector_like_the_one_that_learned(exported, detector):
+def test_it_has_the_attributes_of_the_trained_detector(exported, detector):
     found = load(exported, threads=1)
     assert found.config.model_dump(mode="json") == detector.config.model_dump(mode="json")
     assert found.record_ == detector.record_
@@ -148,7 +148,7 @@ def test_export_on_the_command_line(saved, tmp_path):
     misnamed.write_bytes(saved.read_bytes())
     assert "is the detector itself" in run("export", misnamed).output and misnamed.read_bytes() == saved.read_bytes()
     misnamed.unlink()
-    missing = run("export", misnamed)  # whose name is that of what it would become
+    missing = run("export", misnamed)  # its name is that of the output
     assert missing.exit_code == 2 and "parts.onnx: there is no such file; check the path" in missing.output
     assert "lost" not in missing.output
     assert run("export", saved, "--to", "tflite").exit_code == 2
@@ -157,7 +157,7 @@ def test_export_on_the_command_line(saved, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_detector_is_refused(copy, exported, tmp_path):
+def test_files_without_a_detector_are_refused(copy, exported, tmp_path):
     _, path = copy
     onnx.save(helper.make_model(helper.make_graph([], "g", [], [])), path)
     for content, reason in (
@@ -168,7 +168,7 @@ def test_what_is_no_detector_is_refused(copy, exported, tmp_path):
         (b"<net", "not a readable OpenVINO .xml"),
     ):
         path.write_bytes(content)
-        with pytest.raises(DetectorError, match=f"spoilt.onnx: .*{reason}"):
+        with pytest.raises(DetectorError, match=f"modified.onnx: .*{reason}"):
             load(path)
     with pytest.raises(DetectorError, match="there is no such file"):
         load(tmp_path / "none.onnx")
@@ -194,11 +194,11 @@ def test_odd_metadata_is_an_error_that_names_the_file(copy, change, reason):
     model, path = copy
     with_metadata(model, change)
     onnx.save(model, path)
-    with pytest.raises(DetectorError, match=f"spoilt.onnx: .*{reason}"):
+    with pytest.raises(DetectorError, match=f"modified.onnx: .*{reason}"):
         load(path)
 
 
-def test_a_graph_of_other_things_is_refused(copy):
+def test_a_graph_with_other_outputs_is_refused(copy):
     model, path = copy
     model.graph.output[1].name = "points"
     for node in model.graph.node:
@@ -208,7 +208,7 @@ def test_a_graph_of_other_things_is_refused(copy):
         load(path)
 
 
-def test_tensors_elsewhere_are_not_read(copy):
+def test_tensors_in_other_files_are_not_read(copy):
     model, path = copy
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")

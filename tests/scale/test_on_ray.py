@@ -1,4 +1,4 @@
-"""`unflaw predict --engine ray` on a Ray of two processors in this process: what test_scale.py does not need it for."""
+"""`unflaw predict --engine ray` on a Ray of two processors; test_scale.py tests what does not need Ray."""
 
 import json
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Ray, started once: it takes seconds."""
+    """Start Ray once, since it takes seconds."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -38,7 +38,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """60 images and two that cannot be read."""
+    """Folder of 60 images and two files that cannot be read."""
     made, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(5)
     for i in range(60):
         (made / f"{i % 3}").mkdir(exist_ok=True)
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(exported, folder, tmp_path_factory) -> dict[str, dict]:
-    """What plain `predict` writes of each."""
+    """Results of plain `predict`, by path."""
     out = tmp_path_factory.mktemp("plain")
     assert predict(exported, folder, "--out", out).exit_code == 3
     lines = map(json.loads, (out / "results.jsonl").read_text().splitlines())
@@ -67,7 +67,7 @@ def rows_of(out):
 
 
 def every_image_once(out, plain):
-    """Holds results to plain ones, by names, numbers and scores; returns them."""
+    """Compare the rows with the results of plain `predict`; return them."""
     rows = rows_of(out)
     assert Counter(row["name"] for row in rows) == dict.fromkeys(plain, 1)
     for row in rows:
@@ -177,7 +177,7 @@ def test_workers_that_find_no_processor_stop_nothing(cluster, exported, folder, 
         (("--engine", "ray", "--input", "a", "--output", "b", "--category", "screw"), "has no categories"),
     ],
 )
-def test_wrong_options_are_told_before_the_work(saved, tmp_path, arguments, message):
+def test_wrong_options_fail_before_the_work(saved, tmp_path, arguments, message):
     done = predict(saved, *(str(part).replace("PARENT", str(tmp_path)) for part in arguments))
     assert done.exit_code == 2 and message in done.output and not list(tmp_path.glob("**/part-*"))
 
@@ -195,11 +195,11 @@ def test_a_wrong_detector_fails_before_anything_is_written(tmp_path, folder):
     assert done.exit_code == 2 and "not a readable .onnx file" in done.output and not (tmp_path / "out").exists()
 
 
-def test_how_ray_is_started_or_joined(monkeypatch):
-    asked = []
+def test_ray_is_started_or_joined_by_address(monkeypatch):
+    calls = []
 
     def refuse(address, **options):
-        asked.append((address, options.get("num_cpus")))
+        calls.append((address, options.get("num_cpus")))
         raise ConnectionError("nobody answers")
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -211,11 +211,11 @@ def test_how_ray_is_started_or_joined(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     with pytest.raises(ValueError, match="--address head:6379"), running(None, 3):
         pass
-    assert asked == [("local", 3), ("auto", None), ("head:6379", None)]
+    assert calls == [("local", 3), ("auto", None), ("head:6379", None)]
 
 
 def test_a_worker_that_cannot_begin_ends_the_run(cluster, exported, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("unflaw.scale.on_ray.__version__", "0.0.0")  # of the driver; the workers have theirs
+    monkeypatch.setattr("unflaw.scale.on_ray.__version__", "0.0.0")  # version of the driver only
     with pytest.raises(ValueError, match=r"Ray has ended the run \(.*install the same.*the same command goes on"):
         scale.predict(exported, [str(folder)], str(tmp_path / "out"), workers=1)
 
@@ -226,11 +226,11 @@ def test_a_fleet_is_trained_over_ray_and_a_lost_worker_ends_its_category_only(cl
         make_parts(root / name, train=9)
     (root / "ring/train/good").mkdir(parents=True)
     (root / "ring/train/good/one.png").write_bytes(b"no image")
-    told, config = WorkerConfig(tmp_path / "features", None, str(weights), 1), tiny("nearest_neighbor")
+    worker_config, config = WorkerConfig(tmp_path / "features", None, str(weights), 1), tiny("nearest_neighbor")
     data, failed = members(root)
 
     class Lost(RayWorker):
-        """Its actor is killed at the first nut."""
+        """Worker whose actor is killed at the first nut."""
 
         def train(self, task):
             if task.category == "nut" and not killed:
@@ -240,15 +240,15 @@ def test_a_fleet_is_trained_over_ray_and_a_lost_worker_ends_its_category_only(cl
             return super().train(task)
 
     killed: list[str] = []
-    records, failed = train_fleet(data, config, tmp_path / "out", [Lost(told)], lambda *_: None, failed)
+    records, failed = train_fleet(data, config, tmp_path / "out", [Lost(worker_config)], lambda *_: None, failed)
     assert [record.category for record in records] == ["bolt", "washer"] and killed == ["nut"]
     assert "was lost" in failed["nut"] and "TrainingError" in failed["ring"]
-    with training_workers(told, 2, "ray") as places:
+    with training_workers(worker_config, 2, "ray") as places:
         records, failed = train_fleet(data, config, tmp_path / "out", places, lambda *_: None)
     assert [record.category for record in records] == ["bolt", "nut", "washer"] and list(failed) == ["ring"]
     with pytest.raises(ValueError, match="--workers 3 with --threads 1 are more than the 2 processors"):
-        training_workers(told, 3, "ray").__enter__()
-    assert ray.is_initialized()  # it was not started here
+        training_workers(worker_config, 3, "ray").__enter__()
+    assert ray.is_initialized()  # it was not started by training_workers
     expected = Detector(config=config, weights=weights).fit(root / "nut")
     image = root / "nut/test/square/000.png"
     found = Detector.load(tmp_path / "out/nut.safetensors").inspect(image).score

@@ -28,14 +28,16 @@ if TYPE_CHECKING:
 @app.command()
 def export(
     model: TrainedFile,
-    to: Annotated[str, typer.Option(help="onnx or openvino: what will run it.")] = "onnx",
+    to: Annotated[str, typer.Option(help="Runtime: onnx or openvino.")] = "onnx",
     precision: Annotated[str, typer.Option(help="fp32, fp16 (half the file) or int8 (part of the backbone).")] = "fp32",
     out: Annotated[
-        Path | None, typer.Option(help="Where to write it; by default beside MODEL, as .onnx or as .xml and .bin.")
+        Path | None, typer.Option(help="File to write; by default beside MODEL, as .onnx or as .xml and .bin.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Data set whose good images say what 8 bits must cover.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="For int8: data set whose good images set the range of 8-bit values.")
+    ] = None,
 ) -> None:
-    """Write a detector as one graph for ONNX Runtime or OpenVINO, which run it without torch.
+    """Write a detector as a graph that ONNX Runtime or OpenVINO runs without torch.
 
     Example:  unflaw export parts.safetensors --to onnx
     """
@@ -70,12 +72,12 @@ def export(
 @app.command()
 def verify(
     trained: TrainedFile,
-    exported: Annotated[Path, typer.Argument(help="What `unflaw export` made of it (.onnx or .xml).")],
+    exported: Annotated[Path, typer.Argument(help="The detector exported from it (.onnx or .xml).")],
     data: Data,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest relative difference of scores and maps.")] = 1e-4,
     category: Category = None,
 ) -> None:
-    """Inspect the same images with both; exit code 1 where scores, maps or verdicts differ above the tolerance.
+    """Inspect the same images with both; exit code 1 if scores, maps or verdicts differ by more than the tolerance.
 
     Example:  unflaw verify parts.safetensors parts.onnx --data parts
     """
@@ -88,23 +90,23 @@ def verify(
         dataset = _dataset(data)
         samples = dataset.test or [*dataset.train, *dataset.validation]
         with progress_bars() as progress:
-            found = compare(
+            result = compare(
                 *detectors,
                 [sample.path for sample in samples],
                 category=category or detectors[0].match(dataset.name),
                 tolerance=tolerance,
                 progress=progress,
             )
-        report_problems(f"skipped {reason}" for _, reason in found.skipped)
-        typer.echo(f"{count(found.images, 'image')}, {trained.name} and {exported.name}, largest relative differences")
-        typer.echo(f"scores    {found.score:.2e}  {found.score_path}")
-        typer.echo(f"maps      {found.map:.2e}  {found.map_path}  (mean over an image; at one place {found.cell:.2e})")
-        for name, difference in sorted(found.layers.items()):
+        report_problems(f"skipped {reason}" for _, reason in result.skipped)
+        typer.echo(f"{count(result.images, 'image')}, {trained.name} and {exported.name}, largest relative differences")
+        typer.echo(f"scores    {result.score:.2e}  {result.score_path}")
+        typer.echo(f"maps      {result.map:.2e}  {result.map_path}  (mean over an image; one cell {result.cell:.2e})")
+        for name, difference in sorted(result.layers.items()):
             typer.echo(f"{name:9} {difference:.2e}")
-        typer.echo(f"verdicts  {len(found.verdicts)} differ  {' '.join(found.verdicts[:3])}".rstrip())
-        if found.edge:
-            typer.echo(f"verdicts  {len(found.edge)} more differ where the score is a threshold, to rounding")
-        if faults := found.faults(tolerance):
+        typer.echo(f"verdicts  {len(result.verdicts)} differ  {' '.join(result.verdicts[:3])}".rstrip())
+        if result.edge:
+            typer.echo(f"verdicts  {len(result.edge)} more differ because the score equals a threshold up to rounding")
+        if faults := result.faults(tolerance):
             typer.echo(f"{exported}: does not agree with {trained}: {'; '.join(faults)}", err=True)
             raise typer.Exit(1)
 
@@ -112,12 +114,12 @@ def verify(
 @app.command()
 def bench(
     models: Annotated[list[Path], typer.Argument(help="Detector files, trained or exported.")],
-    data: Annotated[Path | None, typer.Option(help="Data set to inspect; by default made-up JPEGs.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed inspections of each batch.")] = 30,
-    threads: Annotated[int, typer.Option(min=1, help="That compute.")] = 1,
+    data: Annotated[Path | None, typer.Option(help="Data set to inspect; by default synthetic JPEGs.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timed inspections of a batch.")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="Number of computing threads.")] = 1,
     category: Category = None,
 ) -> None:
-    """Time inspection by stage: an image alone and 32 together, and files through `inspect_many`.
+    """Time inspection by stage, for one image and for 32 together, and measure the throughput from files to results.
 
     Example:  unflaw bench parts.safetensors parts.onnx --data parts
     """
@@ -125,25 +127,25 @@ def bench(
         import tempfile
 
         import unflaw
-        from unflaw.runtime.bench import HEAD, made_up, measure, rows, throughput, use_threads
+        from unflaw.runtime.bench import HEAD, measure, rows, synthetic_jpegs, throughput, use_threads
 
         with tempfile.TemporaryDirectory() as folder:
             if data is None:
                 paths = [Path(folder) / f"{i}.jpg" for i in range(8)]
-                for path, content in zip(paths, made_up(len(paths)), strict=True):
+                for path, content in zip(paths, synthetic_jpegs(len(paths)), strict=True):
                     path.write_bytes(content)
             else:
                 dataset = _dataset(data)
                 paths = [sample.path for sample in dataset.test or dataset.train]
             detectors = {model.name: unflaw.load(model, threads=threads) for model in models}
             use_threads(threads)
-            given = count(threads, "thread"), count(rounds, "round"), count(len(paths), "image")
-            typer.echo(f"{', '.join(given)}\n\n{HEAD}")
+            conditions = count(threads, "thread"), count(rounds, "round"), count(len(paths), "image")
+            typer.echo(f"{', '.join(conditions)}\n\n{HEAD}")
             for batch in (1, 32):
                 for name, detector in detectors.items():
                     turns = rounds if batch == 1 else max(1, rounds // 8)
-                    found = measure(detector, paths, batch=batch, rounds=turns, category=category)
-                    typer.echo("\n".join(rows(name, batch, found)))
+                    stages = measure(detector, paths, batch=batch, rounds=turns, category=category)
+                    typer.echo("\n".join(rows(name, batch, stages)))
             typer.echo("")
             for name, detector in detectors.items():
                 speed = throughput(detector, paths, 2 * rounds, category)

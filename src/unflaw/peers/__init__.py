@@ -1,7 +1,7 @@
-"""Methods of anomalib measured beside unflaw: same images, same backbone weights, same size, same metrics.
+"""Methods of anomalib, measured on the same images, backbone weights, image size and metrics as unflaw.
 
-anomalib runs in an environment of its own and is no dependency; `anomalib_adapter.py` is all of ours that runs there.
-Images go over as arrays, maps and scores come back raw. docs/peers.md says what is equal and what is not.
+anomalib runs in an environment of its own and is no dependency. Only `anomalib_adapter.py` runs there: it gets images
+as arrays and returns raw maps and scores. docs/peers.md lists what is equal and what differs.
 """
 
 from __future__ import annotations
@@ -32,24 +32,23 @@ from unflaw.io.words import count
 ADAPTER = Path(__file__).with_name("anomalib_adapter.py")
 LEVELS = {"patchcore": (2, 3), "padim": (1, 2, 3), "reverse_distillation": (1, 2, 3)}  # anomalib's defaults
 INSTALL = "python3 -m venv FOLDER && FOLDER/bin/python -m pip install 'anomalib>=2.7,<3'"
-_KNOWN = "import importlib.util, sys; sys.exit(3 * (importlib.util.find_spec('anomalib') is None))"
+_HAS_ANOMALIB = "import importlib.util, sys; sys.exit(3 * (importlib.util.find_spec('anomalib') is None))"
 
 
 class PeerError(RuntimeError):
-    """A peer that could not be run. The message says why and what to do."""
+    """A peer that could not be run. The message gives the reason and a remedy."""
 
 
 @dataclass
 class PeerRun:
-    """A method of anomalib, measured.
+    """Results of a method of anomalib.
 
     Attributes:
-        evaluation: As `evaluate` gives it, without what needs calibration: no verdicts, p-values or threshold, and no
-            images for a report. "timing" is that of the method alone, images read and resized before; "peer" is
-            `record`.
-        maps: (N, S, S) float32, raw, memory-mapped, in the order of the N rows of the evaluation.
-        boxes: The part of the canvas (x0, y0, x1, y1) that each of the N images covers.
-        record: What the adapter says of the run: versions, times, peak memory, threads, size of the model.
+        evaluation: Evaluation as of `evaluate`, without what needs calibration (verdicts, p-values, threshold) and
+            without images for a report. "timing" excludes reading and resizing; "peer" is `record`.
+        maps: Raw anomaly maps, (N, S, S) float32, memory-mapped, in the order of the rows of the evaluation.
+        boxes: Part of the canvas (x0, y0, x1, y1) that each of the N images covers.
+        record: Record of the adapter: versions, times, peak memory, threads, size of the model.
     """
 
     evaluation: Evaluation
@@ -74,31 +73,32 @@ def run_peer(
     spool: bool = False,
     progress: Progress = silent,
 ) -> PeerRun:
-    """Trains a method of anomalib on the good images of a data set and measures it on the test part.
+    """Train a method of anomalib on the good images of a data set and measure it on the test images.
 
-    It trains on *all* of `dataset.train`, since it keeps none out to calibrate, and never sees `dataset.validation`.
+    It trains on all of `dataset.train`, since it holds none out for calibration, and does not see
+    `dataset.validation`.
 
     Args:
-        python: Interpreter of the environment that has anomalib (INSTALL).
+        python: Interpreter of an environment with anomalib (INSTALL).
         method: One of LEVELS.
-        backbone, weights: As for `FeatureExtractor`: whatever unflaw would load is what the peer gets.
-        levels: Of the backbone, as in `Features`; None: anomalib's default of the method.
-        options: The method's own, as in OPTIONS of the adapter, such as {"coreset_sampling_ratio": 0.01}; what is left
-            out has anomalib's default.
-        out: Keeps maps.npy, scores.npy and record.json; None: they go when the run is let go of.
-        spool: As for `evaluate`.
+        backbone, weights: See `FeatureExtractor`; the peer gets what unflaw would load.
+        levels: Backbone levels, see `Features`; None: anomalib's default for the method.
+        options: Options of the method (OPTIONS of the adapter), such as {"coreset_sampling_ratio": 0.01}; the others
+            have anomalib's defaults.
+        out: Folder that keeps maps.npy, scores.npy and record.json; None: a temporary one, deleted with the result.
+        spool: See `evaluate`.
 
     Raises:
-        PeerError: Unknown method, no interpreter, no anomalib, or the adapter failed. WeightsError: as
-            `create_backbone`. TrainingError: no images to train or to test on.
+        PeerError: Unknown method, no interpreter, no anomalib, or the adapter failed. WeightsError: See
+            `create_backbone`. TrainingError: No images to train or to test on.
     """
     if method not in LEVELS:
         raise PeerError(f"there is no peer {method!r}; choose from {', '.join(LEVELS)}")
     for part, samples in (("training", dataset.train), ("test", dataset.test)):
         if not samples:
             raise TrainingError(f"{dataset.name}: there are no {part} images")
-    preparation = preparation.model_copy(update={"tile": None})  # whole images are what a peer takes
-    _run(python, "-c", _KNOWN)
+    preparation = preparation.model_copy(update={"tile": None})  # peers take whole images
+    _run(python, "-c", _HAS_ANOMALIB)
     model = create_backbone(backbone, levels or LEVELS[method], weights)
     feature_info: Any = model.feature_info
     folder = tempfile.TemporaryDirectory() if out is None else None
@@ -106,24 +106,26 @@ def run_peer(
     target.mkdir(parents=True, exist_ok=True)
     skipped: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory() as work:
-        files = {name: str(Path(work) / name) for name in ("train.npy", "test.npy", "weights.safetensors", "job.json")}
-        save_file(model.state_dict(), files["weights.safetensors"])
-        _write(dataset.train, preparation, files["train.npy"], skipped, progress)
-        tested, boxes = _write(dataset.test, preparation, files["test.npy"], skipped, progress)
+        job_file, weight_file, train, test = (
+            Path(work) / name for name in ("job.json", "weights.safetensors", "train.npy", "test.npy")
+        )
+        save_file(model.state_dict(), weight_file)
+        _write_images(dataset.train, preparation, train, skipped, progress)
+        tested, boxes = _write_images(dataset.test, preparation, test, skipped, progress)
         job = {
             "method": method,
             "backbone": backbone,
-            "weights": files["weights.safetensors"],
+            "weights": str(weight_file),
             "layers": feature_info.module_name(),
             "seed": seed,
-            "train": files["train.npy"],
-            "test": files["test.npy"],
+            "train": str(train),
+            "test": str(test),
             "out": str(target),
             "options": dict(options or {}),
         }
-        Path(files["job.json"]).write_text(json.dumps(job), encoding="utf-8")
+        job_file.write_text(json.dumps(job), encoding="utf-8")
         progress(f"anomalib {method}", 0, 1, None)
-        _run(python, str(ADAPTER), files["job.json"])
+        _run(python, str(ADAPTER), str(job_file))
         progress(f"anomalib {method}", 1, 1, None)
     maps, scores = np.load(target / "maps.npy", mmap_mode="r"), np.load(target / "scores.npy")
     record = json.loads((target / "record.json").read_text(encoding="utf-8"))
@@ -147,23 +149,20 @@ def run_peer(
     return PeerRun(evaluation, maps, boxes, record, folder)
 
 
-def _write(
-    samples: Sequence[Sample], preparation: Preparation, file: str, skipped: list[tuple[str, str]], progress: Progress
+def _write_images(
+    samples: Sequence[Sample], preparation: Preparation, file: Path, skipped: list[tuple[str, str]], progress: Progress
 ) -> tuple[list[Sample], list[Box]]:
-    """Prepared images into a file, (N, S, S, 3) uint8, one at a time.
+    """Write prepared images to a file, (N, S, S, 3) uint8; return the samples that could be read and their boxes.
 
-    `prepare` resizes images of eight bits in eight bits, so nothing is lost of those; deeper ones are rounded.
-
-    Returns:
-        The samples that could be read, and their boxes; the others are added to `skipped`.
+    `prepare` resizes 8-bit images in 8 bits, so only deeper images are rounded. The other samples are added to
+    `skipped`.
     """
     size = preparation.size
     pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (len(samples), size, size, 3))
     kept: list[Sample] = []
     boxes: list[Box] = []
-    before = len(skipped)
-    outcomes = ahead(lambda sample: try_prepare(sample.path, preparation), samples)
-    for i, (sample, image) in enumerate(zip(samples, outcomes, strict=True)):
+    images = ahead(lambda sample: try_prepare(sample.path, preparation), samples)
+    for i, (sample, image) in enumerate(zip(samples, images, strict=True)):
         if isinstance(image, ImageError):
             skipped.append((str(sample.path), str(image)))
         else:
@@ -172,15 +171,16 @@ def _write(
             boxes.append(image.box)
         progress("images", i + 1, len(samples), None)
     if not kept:
-        raise TrainingError(f"none of {count(len(samples), 'image')} could be read; {skipped[before][1]}")
+        raise TrainingError(f"none of {count(len(samples), 'image')} could be read; {skipped[-len(samples)][1]}")
     if len(kept) < len(samples):
-        np.save(f"{file}.part.npy", pixels[: len(kept)])
-        Path(f"{file}.part.npy").replace(file)
+        shorter = file.with_suffix(".part.npy")
+        np.save(shorter, pixels[: len(kept)])
+        shorter.replace(file)
     return kept, boxes
 
 
 def _run(python: str | Path, *arguments: str) -> None:
-    """The given interpreter, without this one's module path; PeerError where it fails."""
+    """Run the interpreter without this one's module path; raise PeerError if it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     try:
         done = subprocess.run(
@@ -191,7 +191,7 @@ def _run(python: str | Path, *arguments: str) -> None:
             f"{python}: cannot be started ({error.strerror}); name the interpreter of anomalib's environment. "
             f"To make one: {INSTALL}"
         ) from error
-    lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
     if done.returncode == 3:
         raise PeerError(f"{python}: has no anomalib that can be imported ({lines[-1]}); {INSTALL}")
     if done.returncode == 2:

@@ -1,16 +1,16 @@
-"""Runs a method of anomalib on prepared images: `python anomalib_adapter.py JOB.json`, in anomalib's environment.
+"""Run a method of anomalib on prepared images: `python anomalib_adapter.py JOB.json`, in anomalib's environment.
 
-It imports nothing of unflaw. The job is
+This file imports nothing of unflaw. The job is
 
     {"method": "patchcore" | "padim" | "reverse_distillation", "backbone": "resnet18", "weights": FILE or null,
      "layers": ["layer2", "layer3"] or null, "seed": 0, "train": "train.npy", "test": "test.npy", "out": FOLDER,
      "options": {…}}
 
-train.npy and test.npy are (N, S, S, 3) uint8, RGB, at the size the method works at. Null weights are those that
-anomalib finds itself, null layers the method's own; options left out are anomalib's defaults (see OPTIONS).
+train.npy and test.npy hold RGB images, (N, S, S, 3) uint8, at the size of the method. Null weights are those that
+anomalib finds itself; null layers are the method's own; missing options have anomalib's defaults (see OPTIONS).
 
-Written to `out`: maps.npy (N, S, S) and scores.npy (N,), float32, raw, and record.json. Exit status: 0; 2 for a job
-that cannot be run, said on stderr; 3 where anomalib cannot be imported.
+Files written to `out`: raw maps.npy (N, S, S) and scores.npy (N,), both float32, and record.json. Exit status: 0; 2 if
+the job cannot be run, with the reason on stderr; 3 if anomalib cannot be imported.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-OPTIONS = {  # of anomalib's modules, and ours: images per training batch, and how long to train
+OPTIONS = {  # anomalib's own, and ours: "batch" (images per training batch), "epochs" and "steps"
     "patchcore": {"coreset_sampling_ratio", "num_neighbors", "batch"},
     "padim": {"n_features", "batch"},
     "reverse_distillation": {"anomaly_map_mode", "batch", "epochs", "steps"},
 }
 CLASSES = {"patchcore": "Patchcore", "padim": "Padim", "reverse_distillation": "ReverseDistillation"}
-BATCH, EPOCHS = 32, 200  # anomalib's batch for training; epochs of the paper on reverse distillation
+BATCH, EPOCHS = 32, 200  # anomalib's training batch; epochs of the reverse distillation paper
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class JobError(ValueError):
-    """A job that cannot be run; the message says why."""
+    """A job that cannot be run. The message gives the reason."""
 
 
 def main(path: str) -> None:
@@ -59,26 +59,26 @@ def main(path: str) -> None:
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
 
     def tensor(images: Any) -> Any:
-        """(n, S, S, 3) uint8 → (n, 3, S, S) float32, standardised."""
+        """Convert (n, S, S, 3) uint8 to (n, 3, S, S) float32, standardised."""
         return (torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).contiguous() / 255 - mean) / deviation
 
-    started = time.perf_counter()
-    module = _module(models, job, train.shape[1])
+    start = time.perf_counter()
+    module = _create_module(models, job, train.shape[1])
     trained = _train(module, job, train, tensor)
-    training = time.perf_counter() - started
+    training = time.perf_counter() - start
     model = module.model.eval()
     out = Path(job["out"])
     maps = np.lib.format.open_memmap(out / "maps.npy", "w+", np.float32, test.shape[:3])
     scores = np.empty(len(test), np.float32)
     with torch.inference_mode():
         model(tensor(test[:1]))  # warm up
-        cpu, seconds = time.process_time(), []
+        cpu, seconds = time.process_time(), list[float]()
         for i in range(len(test)):
-            begun = time.perf_counter()
-            found = model(tensor(test[i : i + 1]))
-            maps[i] = found.anomaly_map.reshape(test.shape[1:3]).float().numpy()
-            scores[i] = float(found.pred_score)
-            seconds.append(time.perf_counter() - begun)
+            start = time.perf_counter()
+            prediction = model(tensor(test[i : i + 1]))
+            maps[i] = prediction.anomaly_map.reshape(test.shape[1:3]).float().numpy()
+            scores[i] = float(prediction.pred_score)
+            seconds.append(time.perf_counter() - start)
         cpu = time.process_time() - cpu
     if not all(np.isfinite(row).all() for row in (scores, *maps)):
         raise JobError("the maps or scores hold NaN or infinite values; train with another seed or fewer steps")
@@ -109,12 +109,10 @@ def _check(job: dict[str, Any]) -> None:
         raise JobError(f"{method} has no options {sorted(unknown)}; there are {', '.join(sorted(OPTIONS[method]))}")
     if {"epochs", "steps"} <= given:
         raise JobError("give epochs or steps, not both")
-    if job["weights"] and not Path(job["weights"]).is_file():
-        raise JobError(f"{job['weights']}: no such weight file")
 
 
-def _module(models: Any, job: dict[str, Any], size: int) -> Any:
-    """anomalib's own Lightning module, for its defaults and optimiser, with the job's weights in the backbone."""
+def _create_module(models: Any, job: dict[str, Any], size: int) -> Any:
+    """Create anomalib's own Lightning module, for its defaults and optimiser, with the job's backbone weights."""
     import timm
 
     kind = getattr(models, CLASSES[job["method"]])
@@ -122,7 +120,7 @@ def _module(models: Any, job: dict[str, Any], size: int) -> Any:
     layers = list(job["layers"] or defaults["layers"].default)
     feature_info: Any = timm.create_model(job["backbone"], features_only=True).feature_info
     known = [level["module"] for level in feature_info.info]
-    if missing := [layer for layer in layers if layer not in known]:  # anomalib would go on without them
+    if missing := [layer for layer in layers if layer not in known]:  # anomalib would ignore them
         raise JobError(f"{job['backbone']} has no layers {missing}; there are {', '.join(known)}")
     if job["method"] == "reverse_distillation" and layers != list(defaults["layers"].default):
         raise JobError(f"reverse_distillation's decoder needs the layers {list(defaults['layers'].default)}")
@@ -134,7 +132,7 @@ def _module(models: Any, job: dict[str, Any], size: int) -> Any:
             backbone=job["backbone"],
             layers=layers,
             pre_trained=not job["weights"],
-            pre_processor=kind.configure_pre_processor((size, size)),  # only says the size
+            pre_processor=kind.configure_pre_processor((size, size)),  # determines only the size
             **dict.fromkeys(("post_processor", "evaluator", "visualizer"), False),
             **options,
         )
@@ -147,32 +145,29 @@ def _module(models: Any, job: dict[str, Any], size: int) -> Any:
 
 
 def _load(backbone: Any, path: Path, purpose: str) -> None:
-    """Every tensor of the backbone must come from the file; others in the file are for deeper layers."""
+    """Load every tensor of the backbone from the file; others in the file belong to deeper layers."""
     import torch
     from safetensors.torch import load_file
 
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         missing, _ = backbone.load_state_dict(state, strict=False)
-    except Exception as error:  # damaged files raise many kinds, and tensors of other shapes RuntimeError
+    except Exception as error:  # damaged files raise exceptions of many kinds, other tensor shapes RuntimeError
         raise JobError(f"{path}: cannot serve {purpose} ({error})") from error
     if missing:
         raise JobError(f"{path}: cannot serve {purpose}: lacks {len(missing)} of its tensors (first: {missing[0]})")
 
 
 def _train(module: Any, job: dict[str, Any], images: Any, tensor: Any) -> dict[str, Any]:
-    """Trains as anomalib's trainer would; returns what the record says of it."""
+    """Train as anomalib's trainer would; return the entries for the record."""
     import torch
 
     batch, model = job["options"].get("batch", BATCH), module.model.train()
     if job["method"] != "reverse_distillation":
         with torch.no_grad():
             for start in range(0, len(images), batch):
-                model(tensor(images[start : start + batch]))  # keeps the embeddings
+                model(tensor(images[start : start + batch]))  # it keeps the embeddings
             module.fit()
         if job["method"] == "padim":
             return {"gaussians": list(model.gaussian.mean.shape[::-1])}
@@ -180,7 +175,7 @@ def _train(module: Any, job: dict[str, Any], images: Any, tensor: Any) -> dict[s
     epoch = math.ceil(len(images) / batch)
     steps = job["options"].get("steps", job["options"].get("epochs", EPOCHS) * epoch)
     optimizer = module.configure_optimizers()
-    order: list[torch.Tensor] = []  # the batches left of this epoch
+    order: list[torch.Tensor] = []  # remaining batches of this epoch
     losses = []
     for _ in range(steps):
         order = order or list(torch.randperm(len(images)).split(batch))
@@ -194,12 +189,11 @@ def _train(module: Any, job: dict[str, Any], images: Any, tensor: Any) -> dict[s
 
 
 def _peak_bytes() -> int | None:
-    """Peak of this process's resident memory. VmHWM where there is one: ru_maxrss may count the process before it."""
+    """Peak resident memory of this process, from VmHWM if there is one: ru_maxrss may include its predecessor's."""
     status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

@@ -1,1 +1,1 @@
-"""Exported detectors: written with torch (`export`), run without it (`predictor`), compared, and timed."""
+"""Exported detectors: writing (`export`, with torch), running (`predictor`, without), verification and timing."""

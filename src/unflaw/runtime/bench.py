@@ -1,4 +1,4 @@
-"""How long an inspection takes, by stage: for detectors trained and exported, side by side."""
+"""Inspection time by stage, for trained and exported detectors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,42 +20,37 @@ from unflaw.imaging.reading import read
 from unflaw.imaging.transforms import prepare
 from unflaw.inference.base import BasePredictor
 
-WARM = 3  # rounds that do not count
-COMPUTED = ("backbone", "method", "map and layers")  # what `compute` is made of, where that can be told
+WARM_UP = 3  # rounds that are not recorded
+COMPUTED = ("backbone", "method", "map and layers")  # parts of "compute" for a trained detector
+HEAD = "| detector | batch | stage | p50 ms | p95 ms | processor ms |\n|---|---|---|---|---|---|"
 
 
-@dataclass
-class Stage:
-    """Milliseconds per image, a value for each round: on the clock, and of all processor cores together."""
+class Stage(NamedTuple):
+    """Milliseconds per image, a value for each round: wall time, and processor time of all cores together."""
 
-    clock: list[float] = field(default_factory=list)
-    processor: list[float] = field(default_factory=list)
-
-    def add(self, clock: float, processor: float) -> None:
-        self.clock.append(clock)
-        self.processor.append(processor)
+    clock: list[float]
+    processor: list[float]
 
 
 @contextmanager
-def pieces(detector: BasePredictor, category: str | None = None) -> Iterator[Mapping[str, list[float]]]:
-    """Seconds (clock, processor) that pass in backbone and method of a trained detector, added up; else nothing."""
-    spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    if not hasattr(detector, "network_of"):
-        yield spent
-        return
-    network = detector.network_of(category)
-    handles = []
-    for name, module in (("backbone", network.features), ("method", network)):
-        started: list[tuple[float, float]] = []
+def module_times(detector: BasePredictor, category: str) -> Iterator[dict[str, np.ndarray]]:
+    """Sum the seconds (wall, processor) spent in backbone and method; an empty dict for an exported detector."""
+    spent: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
+    handles: list[Any] = []
 
-        def enter(*_: Any, started: list[tuple[float, float]] = started) -> None:
-            started.append(_now())
+    def watch(name: str, module: Any) -> None:
+        starts: list[np.ndarray] = []
 
-        def leave(*_: Any, started: list[tuple[float, float]] = started, name: str = name) -> None:
-            before = started.pop()
-            spent[name] = [total + after - b for total, after, b in zip(spent[name], _now(), before, strict=True)]
+        def leave(*_: Any) -> None:
+            spent[name] = spent[name] + _now() - starts.pop()
 
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        handles.append(module.register_forward_pre_hook(lambda *_: starts.append(_now())))
+        handles.append(module.register_forward_hook(leave))
+
+    if hasattr(detector, "network_of"):
+        network = detector.network_of(category)
+        watch("backbone", network.features)
+        watch("method", network)
     try:
         yield spent
     finally:
@@ -67,44 +61,49 @@ def pieces(detector: BasePredictor, category: str | None = None) -> Iterator[Map
 def measure(
     detector: BasePredictor, sources: Sequence[Path | bytes], *, batch: int, rounds: int, category: str | None = None
 ) -> dict[str, Stage]:
-    """Stages of `batch` images computed together, over `rounds` rounds that take the sources in turn.
+    """Time the stages of inspecting `batch` images together, in `rounds` rounds that take the sources in turn.
 
-    "decode" and "prepare" are one image after the other; "compute" is the network or graph, and its pieces where the
-    detector is a trained one; "inspect" is `BasePredictor.inspect`, all of that and the decisions.
+    "decode" and "prepare" process one image after the other. "compute" is the network or graph, followed by its parts
+    for a trained detector. "inspect", for a batch of 1, is `BasePredictor.inspect`: all of that and the decisions.
     """
     name, preparation = detector.category(category), detector.config.preparation
-    stages: dict[str, Stage] = defaultdict(Stage)
+    recorded: dict[str, list[np.ndarray]] = defaultdict(list)
+    seconds: dict[str, np.ndarray] = {}
+
+    def timed(stage: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        start = _now()
+        result = work(*arguments)
+        seconds[stage] = _now() - start
+        return result
+
     endless = cycle(sources)
-    for number in range(rounds + WARM):
+    for number in range(rounds + WARM_UP):
         chosen = list(islice(endless, batch))
-        found: dict[str, tuple[float, float]] = {}
-        decoded, found["decode"] = _timed(list, map(read, chosen))
-        images, found["prepare"] = _timed(list, (prepare(image, preparation) for image in decoded))
-        with pieces(detector, name) as spent:
-            _, found["compute"] = _timed(detector.compute, images, name)
-        for piece, (clock, processor) in spent.items():
-            found[piece] = clock, processor
+        decoded = timed("decode", list, map(read, chosen))
+        images = timed("prepare", list, (prepare(image, preparation) for image in decoded))
+        with module_times(detector, name) as spent:
+            timed("compute", detector.compute, images, name)
         if spent:
-            rest = (found["compute"][i] - sum(seconds[i] for seconds in spent.values()) for i in (0, 1))
-            found[COMPUTED[-1]] = next(rest), next(rest)
+            seconds |= spent
+            seconds[COMPUTED[-1]] = seconds["compute"] - sum(spent.values())
         if batch == 1:
-            _, found["inspect"] = _timed(partial(detector.inspect, chosen[0], category=category))
-        if number >= WARM:
-            for stage, (clock, processor) in found.items():
-                stages[stage].add(clock / batch * 1e3, processor / batch * 1e3)
-    return dict(stages)
+            timed("inspect", partial(detector.inspect, chosen[0], category=category))
+        if number >= WARM_UP:
+            for stage, values in seconds.items():
+                recorded[stage].append(values / batch * 1e3)
+    return {stage: Stage(*np.transpose(values).tolist()) for stage, values in recorded.items()}
 
 
 def throughput(detector: BasePredictor, paths: Sequence[Path], images: int, category: str | None = None) -> float:
-    """Images per second of `inspect_many`, which reads the next ones while it computes."""
-    started = time.perf_counter()
+    """Images per second of `inspect_many`, which reads ahead while it computes."""
+    start = time.perf_counter()
     for _ in detector.inspect_many(list(islice(cycle(paths), images)), category=category):
         pass
-    return images / (time.perf_counter() - started)
+    return images / (time.perf_counter() - start)
 
 
-def made_up(count: int = 8, side: int = 1024) -> list[bytes]:
-    """Images to measure with where none are given: JPEG files of smooth noise, side×side."""
+def synthetic_jpegs(count: int = 8, side: int = 1024) -> list[bytes]:
+    """JPEG files of smooth noise, side × side pixels, to measure with if no images are given."""
     rng, files = np.random.default_rng(0), []
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8))
@@ -115,29 +114,19 @@ def made_up(count: int = 8, side: int = 1024) -> list[bytes]:
 
 
 def rows(name: str, batch: int, stages: Mapping[str, Stage]) -> list[str]:
-    """A line of a Markdown table for each stage."""
+    """Rows of the Markdown table under `HEAD`, one for each stage."""
     return [
-        f"| {name} | {batch} | {'– ' * (stage in COMPUTED)}{stage} | {np.percentile(of.clock, 50):.1f} | "
-        f"{np.percentile(of.clock, 95):.1f} | {np.percentile(of.processor, 50):.1f} |"
-        for stage, of in stages.items()
+        f"| {name} | {batch} | {'– ' * (stage in COMPUTED)}{stage} | {np.percentile(times.clock, 50):.1f} | "
+        f"{np.percentile(times.clock, 95):.1f} | {np.percentile(times.processor, 50):.1f} |"
+        for stage, times in stages.items()
     ]
 
 
-HEAD = "| detector | batch | stage | p50 ms | p95 ms | processor ms |\n|---|---|---|---|---|---|"
-
-
 def use_threads(threads: int) -> None:
-    """Of torch, where it is loaded; the exported detectors are told when they are opened."""
+    """Set the number of torch's threads if torch is loaded; exported detectors get theirs when they are opened."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
 
 
-def _timed(work: Callable[..., Any], *given: Any) -> tuple[Any, tuple[float, float]]:
-    clock, processor = _now()
-    result = work(*given)
-    after = _now()
-    return result, (after[0] - clock, after[1] - processor)
-
-
-def _now() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
+def _now() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])

@@ -1,4 +1,4 @@
-"""Detectors that were exported: run by ONNX Runtime or OpenVINO, without torch and timm."""
+"""Exported detectors, run by ONNX Runtime or OpenVINO without torch and timm."""
 
 from __future__ import annotations
 
@@ -17,27 +17,31 @@ from unflaw.imaging.transforms import ModelInput
 from unflaw.inference.base import BasePredictor, Outputs
 from unflaw.io.detector_file import kind_of, read_metadata, read_weights
 
-INPUTS = ("images", "cells", "category")  # of which every graph has the first
+INPUTS = ("images", "cells", "category")  # of a graph; every graph has the first
 
-Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+Feeds = dict[str, np.ndarray]
+Run = Callable[[Feeds], dict[str, np.ndarray]]
 
 
 class ExportedDetector(BasePredictor):
-    """A detector that `unflaw export` wrote. It inspects as the one that it was made of.
+    """A detector that `unflaw export` wrote. Its results are those of the trained detector.
 
     Args:
-        path: The `.onnx` file, or the `.xml` file of OpenVINO, whose `.bin` file lies beside it.
-        threads: That compute an image; None: as many as the runtime likes, usually one per core.
+        path: The `.onnx` file, or the `.xml` file of OpenVINO, beside which the `.bin` file lies.
+        threads: Computing threads; None: the runtime's default, usually one per core.
 
     Raises:
-        DetectorError: Missing, damaged, not a detector, of a newer format, or with parts that no exported detector has.
+        DetectorError: The file is missing, damaged, of a newer format or not an exported detector.
         ImportError: The runtime is not installed.
     """
+
+    calibrations: Mapping[str, Calibration] = {}
+    references: Mapping[str, Reference] = {}
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
         metadata = read_metadata(path)
         try:
-            self._calibrations, self._references = calibrations(metadata), references(metadata)
+            self.calibrations, self.references = calibrations(metadata), references(metadata)
             self.config = Config.model_validate(metadata["config"], context={"exported": True})
             self.exported: Mapping[str, Any] = metadata["exported"]
         except (KeyError, ValueError) as error:
@@ -52,35 +56,38 @@ class ExportedDetector(BasePredictor):
                 "which are not those of a detector; export it again"
             )
 
-    @property
-    def calibrations(self) -> Mapping[str, Calibration]:
-        return self._calibrations
-
-    @property
-    def references(self) -> Mapping[str, Reference]:
-        return self._references
-
     def compute(self, images: Sequence[ModelInput], category: str) -> Outputs:
-        """What the graph finds in windows, of images of a category; see `BasePredictor.compute`.
+        """Run the graph on windows of one category; see `BasePredictor.compute`.
 
-        One image at a time: matrices of one stay in the processor's cache, those of several do not.
+        Windows are run one at a time: the matrices of one fit into the processor's cache, those of several do not.
         """
         number = list(self.calibrations).index(category)
-        found = [self._run(self.feeds([image], number)) for image in images]
-        return Outputs.of({name: np.concatenate([one[name] for one in found]) for name in found[0]})
+        runs = [self._run(graph_feeds([image], self.exported["grid"], self.inputs, number)) for image in images]
+        return Outputs.of({name: np.concatenate([run[name] for run in runs]) for name in runs[0]})
 
-    def feeds(self, images: Sequence[ModelInput], category: int = 0) -> dict[str, np.ndarray]:
-        """What goes into the graph, by the names of its inputs."""
-        fed = {
-            "images": np.stack([image.pixels for image in images]),
-            "cells": np.stack([image.window.cells(self.exported["grid"]) for image in images]),
-            "category": np.array(category, np.int64),
-        }
-        return {name: fed[name] for name in self.inputs}
+
+def graph_feeds(images: Sequence[ModelInput], grid: int, inputs: Sequence[str], category: int = 0) -> Feeds:
+    """Return the arrays for the inputs of a graph by name.
+
+    Args:
+        images: N windows of one category.
+        grid: Cells of the feature grid along a side.
+        inputs: Names of the inputs that the graph has.
+        category: Number of the category.
+    """
+    feeds = {
+        "images": np.stack([image.pixels for image in images]),
+        "cells": np.stack([image.window.cells(grid) for image in images]),
+        "category": np.array(category, np.int64),
+    }
+    return {name: feeds[name] for name in inputs}
 
 
 def _open_onnx(path: Path, threads: int | None) -> tuple[list[str], list[str], Run]:
-    """Names of inputs and of outputs, and what runs the graph. From bytes that were looked at, not from a path."""
+    """Return names of inputs and outputs, and a function that runs the graph.
+
+    The runtime gets the bytes that were checked, not a path whose content may change.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -92,18 +99,18 @@ def _open_onnx(path: Path, threads: int | None) -> tuple[list[str], list[str], R
     read_metadata(path, data)
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises classes of its own that share no base
-        raise DetectorError(f"{path}: ONNX Runtime refuses it ({_first(error)}); export it again") from error
+    except Exception as error:  # the exceptions of ONNX Runtime share no base class
+        raise DetectorError(f"{path}: ONNX Runtime refuses it ({_reason(error)}); export it again") from error
     outputs = [output.name for output in session.get_outputs()]
 
-    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(feeds: Feeds) -> dict[str, np.ndarray]:
         return dict(zip(outputs, session.run(outputs, feeds), strict=True))
 
     return [node.name for node in session.get_inputs()], outputs, run
 
 
 def _open_openvino(path: Path, threads: int | None) -> tuple[list[str], list[str], Run]:
-    """As `_open_onnx`. In float32: on some processors OpenVINO would else compute in bfloat16, which is coarser."""
+    """Do the same as `_open_onnx`, in float32: by default OpenVINO uses bfloat16 on some processors."""
     try:
         import openvino
     except ImportError as error:
@@ -118,17 +125,17 @@ def _open_openvino(path: Path, threads: int | None) -> tuple[list[str], list[str
         model = core.read_model(graph, openvino.Tensor(np.frombuffer(weights, np.uint8)))
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise DetectorError(f"{path}: OpenVINO refuses it ({_first(error)}); export it again") from error
+        raise DetectorError(f"{path}: OpenVINO refuses it ({_reason(error)}); export it again") from error
     outputs = [output.any_name for output in compiled.outputs]
-    busy = threading.Lock()  # a compiled model has one request, and its results are views of that
+    busy = threading.Lock()  # a compiled model has one request, and its results are views of it
 
-    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(feeds: Feeds) -> dict[str, np.ndarray]:
         with busy:
-            found = compiled(feeds)
-            return {name: np.array(found[i]) for i, name in enumerate(outputs)}
+            results = compiled(feeds)
+            return {name: np.array(results[i]) for i, name in enumerate(outputs)}
 
     return [node.any_name for node in compiled.inputs], outputs, run
 
 
-def _first(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1][:200]

@@ -1,4 +1,4 @@
-"""An exported detector beside the one it was made of, image by image."""
+"""Comparison of an exported detector with the trained one, image by image."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from unflaw.io.words import count
 
 @dataclass
 class Comparison:
-    """What differs, and how much at most. A difference is relative to what the trained detector says, see `compare`.
+    """Largest relative differences between two detectors; `compare` defines them.
 
     Attributes:
-        images: How many were compared.
-        score: Largest difference of scores, and `score_path` where.
-        map: Largest mean difference of a map, and `map_path` where.
+        images: Number of images compared.
+        score: Largest difference of scores, of the image `score_path`.
+        map: Largest mean difference of a map, of the image `map_path`.
         cell: Largest difference at any place of a map.
-        layers: By name, the largest difference at any place of "mean" and "uncertainty", which lie in [0, 1].
-        verdicts: Images with another verdict although neither score is as near to a threshold as the tolerance.
-        edge: Images with another verdict whose scores are: any rounding may turn these.
+        layers: Largest absolute difference at any place of "mean" and "uncertainty", which lie in [0, 1].
+        verdicts: Images with another verdict, whose scores are not within the tolerance of a threshold.
+        edge: Images with another verdict, whose scores are: rounding may change these.
         skipped: (path, reason) of images that could not be read.
     """
 
@@ -41,33 +41,33 @@ class Comparison:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def agrees(self, tolerance: float) -> bool:
-        """Scores, maps and verdicts of at least one image, and all of them."""
+        """True if scores, maps and verdicts of all images agree, and there is at least one image."""
         return not self.faults(tolerance)
 
     def faults(self, tolerance: float) -> list[str]:
-        """Why they do not agree, a clause for each reason; none where they do."""
+        """Reasons why the detectors do not agree, a clause each; empty if they do."""
         if not self.images:
             return ["no image could be read, so nothing was compared"]
         above = [name for name, largest in (("scores", self.score), ("maps", self.map)) if largest > tolerance]
-        found = [f"their {' and '.join(above)} differ by more than {tolerance:g}"] if above else []
+        faults = [f"their {' and '.join(above)} differ by more than {tolerance:g}"] if above else []
         if self.verdicts:
-            found.append(f"they give {count(len(self.verdicts), 'image')} another verdict")
-        return found
+            faults.append(f"they give {count(len(self.verdicts), 'image')} another verdict")
+        return faults
 
 
 def mismatch(trained: BasePredictor, exported: BasePredictor) -> str:
-    """Why one is not made of the other as it is now, so that comparing them says nothing; "" where it may be."""
+    """Reason why the exported detector cannot be made of the trained one as it is now; "" if there is none."""
+    unrelated = "than the trained detector and was not made from it; export that one"
     if trained.config.preparation != exported.config.preparation:
-        return "prepares images otherwise than the trained detector and was not made from it; export that one"
+        return f"prepares images otherwise {unrelated}"
     if list(trained.calibrations) != list(exported.calibrations):
-        return "has other categories than the trained detector and was not made from it; export that one"
-    for name, calibration in trained.calibrations.items():
-        other = exported.calibrations[name]
-        if calibration != other:
+        return f"has other categories {unrelated}"
+    for (name, own), other in zip(trained.calibrations.items(), exported.calibrations.values(), strict=True):
+        if own != other:
             of = f" for the category {name}" if name else ""
             return (
                 f"is calibrated otherwise than the trained detector{of} (thresholds {other.threshold:.4g} and "
-                f"{calibration.threshold:.4g}): one of them was calibrated again since, or they belong to different "
+                f"{own.threshold:.4g}): one of them was calibrated again since, or they belong to different "
                 "trainings; export the trained one again"
             )
     return ""
@@ -82,58 +82,57 @@ def compare(
     tolerance: float = 1e-4,
     progress: Progress = silent,
 ) -> Comparison:
-    """Inspects the same files with both.
+    """Inspect the same files with both detectors.
 
-    The difference of two scores a and b, b the trained detector's, is |a − b| / max(|b|, σ), σ the deviation of the
-    scores that calibrated it: scores count in deviations from normal, and one near 0 must not count as infinitely far.
-    That of two maps is the mean of |a − b| over the image, divided by the largest |b| or the span of the heat map's
-    scale, whichever is larger; `cell` is the same of the largest |a − b|. Single cells may differ by more than
-    rounding: where two normal features are equally near, rounding decides which of them a memory recalls.
+    The difference of scores a (exported) and b (trained) is |a − b| / max(|b|, σ), where σ is the standard deviation
+    of the calibration scores: a score near 0 must not give an infinite difference. The difference of maps is the mean
+    of |a − b| over the image, divided by the larger of max |b| and the span of the heat-map scale; `cell` uses the
+    maximum of |a − b| instead of the mean. Single cells may differ by more than rounding: where two normal features
+    are equally near, rounding decides which one a memory bank retrieves.
 
     Args:
-        category: For detectors of several.
-        tolerance: How near to a threshold a score may be for its verdict not to count.
+        category: Category of the images, for detectors of several categories.
+        tolerance: Relative distance to a threshold within which another verdict counts as rounding.
 
     Raises:
-        DetectorError: They are not made for the same images or categories, or not calibrated alike; see `mismatch`.
-            A category is missing.
+        DetectorError: The detectors do not belong together (see `mismatch`), or a category is missing.
     """
     if reason := mismatch(trained, exported):
         raise DetectorError(f"the exported detector {reason}")
     calibration = trained.select(category)
     deviation = max(float(np.std(calibration.scores)), 1e-12)
     scale = calibration.scale
-    found = Comparison()
+    result = Comparison()
     for i, path in enumerate(paths):
         progress("comparing", i + 1, len(paths), None)
         try:
-            before, after = (detector.inspect(path, category=category) for detector in (trained, exported))
+            b, a = (detector.inspect(path, category=category) for detector in (trained, exported))
         except ImageError as error:
-            found.skipped.append((str(path), str(error)))
+            result.skipped.append((str(path), str(error)))
             continue
-        found.images += 1
-        score = _size(abs(after.score - before.score) / max(abs(before.score), deviation))
-        if score >= found.score:
-            found.score, found.score_path = score, str(path)
-        x0, y0, x1, y1 = before.valid
-        a, b = after.map[y0:y1, x0:x1], before.map[y0:y1, x0:x1]
-        apart = np.abs(a - b) / max(float(np.abs(b).max()), scale.threshold - scale.low)
-        if (mean := _size(apart.mean())) >= found.map:
-            found.map, found.map_path = mean, str(path)
-        found.cell = max(found.cell, _size(apart.max()))
-        for name in before.layers.keys() & {"mean", "uncertainty"}:
-            worst = _size(np.abs(after.layers[name] - before.layers[name]).max())
-            found.layers[name] = max(found.layers.get(name, 0.0), worst)
-        if after.verdict != before.verdict:
+        result.images += 1
+        score = _number(abs(a.score - b.score) / max(abs(b.score), deviation))
+        if score >= result.score:
+            result.score, result.score_path = score, str(path)
+        x0, y0, x1, y1 = b.valid
+        map_a, map_b = a.map[y0:y1, x0:x1], b.map[y0:y1, x0:x1]
+        cells = np.abs(map_a - map_b) / max(float(np.abs(map_b).max()), scale.threshold - scale.low)
+        if (mean := _number(cells.mean())) >= result.map:
+            result.map, result.map_path = mean, str(path)
+        result.cell = max(result.cell, _number(cells.max()))
+        for name in b.layers.keys() & {"mean", "uncertainty"}:
+            largest = _number(np.abs(a.layers[name] - b.layers[name]).max())
+            result.layers[name] = max(result.layers.get(name, 0.0), largest)
+        if a.verdict != b.verdict:
             at_edge = any(
-                max(abs(result.score - edge) for result in (before, after)) <= tolerance * max(abs(edge), deviation)
+                max(abs(a.score - edge), abs(b.score - edge)) <= tolerance * max(abs(edge), deviation)
                 for edge in (calibration.threshold, calibration.review_threshold)
                 if edge is not None
             )
-            (found.edge if at_edge else found.verdicts).append(str(path))
-    return found
+            (result.edge if at_edge else result.verdicts).append(str(path))
+    return result
 
 
-def _size(difference: float | np.floating) -> float:
-    """What is no number differs without bound."""
+def _number(difference: float | np.floating) -> float:
+    """Return infinity for NaN, which would compare as no difference."""
     return float(difference) if np.isfinite(difference) else float("inf")

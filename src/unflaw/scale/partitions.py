@@ -1,4 +1,4 @@
-"""Partitions of results: files of Parquet, each whole or not there, a row for each image."""
+"""Result partitions: Parquet files with one row for each image, written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 
 from unflaw.errors import ImageError
 from unflaw.postprocessing.results import Result
-from unflaw.scale.sources import Found
+from unflaw.scale.sources import SourceImage
 from unflaw.scale.store import Store
 
-KEY = b"unflaw"  # of the metadata of a partition: digest of the detector, and counts
-VERDICTS = ("good", "review", "defect")
+KEY = b"unflaw"  # metadata key of a partition: JSON with the digest of the detector, and counts
 Row = dict[str, Any]
 
 
@@ -27,8 +26,9 @@ def file_of(partition: int) -> str:
 def schema() -> Any:
     """Columns of a partition.
 
-    name: of the image. source, number: the file that it is in and its place there; together unique. status: "ok" or
-    "failed", and then error says why. The others are of `Result`; regions is a list. detector: digest of its file.
+    `source` is the file that holds the image and `number` its place in that file; together they are unique. `status`
+    is "ok" or "failed"; `error` gives the reason. `detector` is the digest of the detector file. The other columns
+    are those of `Result`.
     """
     import pyarrow as pa
 
@@ -53,33 +53,33 @@ def schema() -> Any:
     )
 
 
-def row_of(found: Found, outcome: Result | ImageError, detector: str) -> Row:
-    """A row of a partition."""
-    row: Row = {"name": text(found.name), "source": text(found.source), "number": found.number, "detector": detector}
+def make_row(image: SourceImage, outcome: Result | ImageError, detector: str) -> Row:
+    """Return the row of an image; `detector` is the digest of the detector file."""
+    row: Row = {"name": text(image.name), "source": text(image.source), "number": image.number, "detector": detector}
     if isinstance(outcome, ImageError):
         return row | {"status": "failed", "error": text(str(outcome))}
-    line = outcome.to_json()
-    del line["path"]
-    return row | {"status": "ok"} | line
+    columns = outcome.to_json()
+    del columns["path"]
+    return row | {"status": "ok"} | columns
 
 
 def text(name: str) -> str:
-    """A name as it is written: what is no Unicode in it as backslash escapes, as in results.jsonl."""
+    """Return a name with backslash escapes for what is not Unicode in it, as in results.jsonl."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def counted(rows: Iterable[Row]) -> Counter[str]:
-    """How many are "good", "review", "defect" and "failed"."""
+def count_verdicts(rows: Iterable[Row]) -> Counter[str]:
+    """Count the images that are "good", "review", "defect" and "failed"."""
     return Counter(row["verdict"] if row["status"] == "ok" else "failed" for row in rows)
 
 
 def write(store: Store, partition: int, rows: Sequence[Row], detector: str) -> None:
-    """Puts a partition in its place, instead of the one that may be there."""
+    """Write or replace a partition."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pylist(list(rows), schema())
-    table = table.replace_schema_metadata({KEY: json.dumps({"detector": detector, "counts": counted(rows)})})
+    table = table.replace_schema_metadata({KEY: json.dumps({"detector": detector, "counts": count_verdicts(rows)})})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     store.write(file_of(partition), buffer.getvalue())
@@ -92,20 +92,15 @@ def read(store: Store, partition: int) -> list[Row]:
     return pq.read_table(io.BytesIO(store.read(file_of(partition)))).to_pylist()
 
 
-def finished(store: Store) -> list[int]:
-    """The numbers of partitions that are there."""
-    found = (re.fullmatch(r"part-(\d{5,})\.parquet", name) for name in store.names())
-    return sorted(int(match[1]) for match in found if match)
-
-
-def counts(store: Store, partitions: Iterable[int]) -> dict[int, Counter[str]]:
-    """What `counted` said of each, from the ends of their files."""
+def finished(store: Store) -> dict[int, Counter[str]]:
+    """Return the finished partitions, in order, with their `count_verdicts`, read from the footers of their files."""
     import pyarrow.parquet as pq
 
     def count(partition: int) -> Counter[str]:
         with store.fs.open(store.path(file_of(partition)), "rb") as file:
             return Counter(json.loads(pq.read_metadata(file).metadata[KEY])["counts"])
 
-    numbers = list(partitions)
+    matches = (re.fullmatch(r"part-(\d{5,})\.parquet", name) for name in store.names())
+    numbers = sorted(int(match[1]) for match in matches if match)
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(numbers, pool.map(count, numbers), strict=True))

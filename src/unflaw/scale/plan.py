@@ -1,7 +1,7 @@
-"""What a run will do, written down before it begins, so that it can go on after any interruption.
+"""Plan of a run, written before the work begins, so that the run can be resumed after any interruption.
 
-`_unflaw/plan.json` in the output folder names inputs, detector and settings by digests; `_unflaw/items-…` lists what
-each partition reads. A run that is started again lists its inputs anew: they must be the same.
+`_unflaw/plan.json` in the output folder records inputs, detector and settings by digests; `_unflaw/items-….parquet`
+lists what each partition reads. A resumed run lists its inputs again and must find the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,31 +17,32 @@ from pydantic import BaseModel, ValidationError
 
 from unflaw._version import __version__
 from unflaw.io.detector_file import kind_of, weights_of
-from unflaw.scale.sources import Item, listed
+from unflaw.io.progress import batched
+from unflaw.scale.sources import Item, list_items
 from unflaw.scale.store import OWN, Store, StoreError
 
 PLAN = f"{OWN}/plan.json"
-CHUNK = 256  # partitions whose items are in one file
+CHUNK = 256  # partitions in one items file
 
 
 class Plan(BaseModel):
-    """What a run does; equal plans give equal results."""
+    """Description of a run; equal plans give equal results."""
 
     format: Literal[1] = 1
     inputs: list[str]
     listing: str  # digest of the names of all items
     contents: str  # digest of sizes and times, or ETags
-    images: int | None  # None where there are shards, in which they have not been counted
+    images: int | None  # None if there are shards, whose images are not counted beforehand
     partitions: int
-    size: int  # images of a partition at most, but for shards
-    detector: str  # digest of its file
+    size: int  # maximum number of images in a partition, except for shards
+    detector: str  # digest of the detector file
     category: str | None = None
     column: str | None = None
     version: str = __version__
 
 
 def detector_files(model: Path) -> dict[str, bytes]:
-    """What is in the file of a detector, or in the two of one exported to OpenVINO, by name."""
+    """Read the file of a detector, or both files of one exported to OpenVINO, by name."""
     paths = [model, weights_of(model)] if kind_of(model) == "openvino" else [model]
     return {path.name: path.read_bytes() for path in paths}
 
@@ -62,123 +62,100 @@ def prepare(
     retry: bool = False,
     notes: list[str] | None = None,
 ) -> Plan:
-    """The plan of a run: a new one, written to the store, or the one that is there, if it is the same.
+    """Write the plan of a new run, or return that of the run to be resumed if it is the same.
 
-    With `retry` files may have changed, for so have those that were mended; then that is the plan from now on. `notes`
-    gets what is to be said of the inputs, see `sources.listed`.
+    With `retry`, changed files are accepted, such as repaired ones, and the plan is updated. The other arguments are
+    entries of the plan, or those of `sources.list_items`.
 
     Raises:
-        StoreError: Another plan is there, or results without one. ValueError: As `sources.listed`.
+        StoreError: The store holds another plan, or results without one. ValueError: See `sources.list_items`.
     """
-    known = _known(store)
+    known = _load(store)
+    settings = {"detector": detector, "category": category, "column": column, "size": size}
     if known is None and any(name.endswith(".parquet") for name in store.names()):
         raise StoreError(f"{store.url}: holds Parquet files of another origin; name another --output")
-    if known is not None:  # what can be told without listing millions of files
-        _same(store, known, {"detector": detector, "category": category, "column": column, "size": size})
-        _same(store, known, {"version": __version__})
-    listing, contents, partitions, count, shards = hashlib.sha256(), hashlib.sha256(), 0, 0, False
-
-    def counted() -> Iterator[list[Item]]:
-        nonlocal partitions, count, shards
-        for items in partitioned(listed(inputs, column, notes), size):
-            partitions += 1
-            for item in items:
-                listing.update(json.dumps(item[:-2]).encode() + b"\n")
-                contents.update(json.dumps(item[-2:]).encode() + b"\n")
-                count, shards = count + (item.images or 0), shards or item.images is None
-            yield items
-
-    chunks = counted()
-    number = 0
-    while chunk := list(islice(chunks, CHUNK)):
+    if known is not None:  # before millions of files are listed
+        _check_same(store, known, settings | {"version": __version__})
+    listing, contents = hashlib.sha256(), hashlib.sha256()
+    images: int | None = 0
+    partitions = 0
+    for number, chunk in enumerate(batched(partitioned(list_items(inputs, column, notes), size), CHUNK)):
+        for item in (item for items in chunk for item in items):
+            listing.update(json.dumps(item[:-2]).encode() + b"\n")
+            contents.update(json.dumps(item[-2:]).encode() + b"\n")
+            images = None if images is None or item.images is None else images + item.images
+        partitions += len(chunk)
         if known is None:
-            store.write(_items_file(number), _written(chunk))
-        number += 1
-    plan = Plan(
-        inputs=list(inputs),
-        listing=listing.hexdigest(),
-        contents=contents.hexdigest(),
-        images=None if shards else count,
-        partitions=partitions,
-        size=size,
-        detector=detector,
-        category=category,
-        column=column,
-    )
+            store.write(_items_file(number), _to_parquet(chunk))
+    digests = {"listing": listing.hexdigest(), "contents": contents.hexdigest()}
     if known is not None:
-        _same(store, known, {"listing": plan.listing} | ({} if retry else {"contents": plan.contents}))
-        if plan.contents == known.contents:
+        _check_same(store, known, {name: digests[name] for name in digests if not (retry and name == "contents")})
+        if known.contents == digests["contents"]:
             return known
     if not partitions:
         raise ValueError(f"{', '.join(inputs)}: there are no images to inspect")
+    plan = Plan(inputs=list(inputs), images=images, partitions=partitions, **digests, **settings)
     store.write(PLAN, plan.model_dump_json(indent=2).encode())
     return plan
 
 
 def partitioned(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive items of at most `size` images together. A shard stands alone; longer runs of rows are cut."""
-    waiting: list[Item] = []
+    """Group consecutive items into partitions of at most `size` images.
+
+    A shard is a partition of its own. Rows of a table are split into runs of at most `size`.
+    """
+    group: list[Item] = []
     held = 0
     for item in items:
-        for part in _cut(item, size):
-            count = size if part.images is None else part.images
-            if held + count > size and waiting:
-                yield waiting
-                waiting, held = [], 0
-            waiting.append(part)
+        for start in [item.start] if item.images is None else range(item.start, item.stop, size):
+            part = item if item.images is None else item._replace(start=start, stop=min(start + size, item.stop))
+            count = part.images or size
+            if group and held + count > size:
+                yield group
+                group, held = [], 0
+            group.append(part)
             held += count
-    if waiting:
-        yield waiting
-
-
-def _cut(item: Item, size: int) -> Iterator[Item]:
-    if item.images is None:
-        yield item
-        return
-    for start in range(item.start, item.stop, size):
-        yield item._replace(start=start, stop=min(start + size, item.stop))
+    if group:
+        yield group
 
 
 def items_of(store: Store, partition: int) -> list[Item]:
-    """What a partition of a written plan reads."""
+    """Read the items of a partition of a written plan."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(io.BytesIO(store.read(_items_file(partition // CHUNK))))
-    return [_item(row) for row in file.read_row_group(partition % CHUNK).to_pylist()]
+    rows = file.read_row_group(partition % CHUNK).to_pylist()
+    return [Item(*map(_decode, row.values())) for row in rows]
 
 
-def _item(row: dict[str, Any]) -> Item:
-    texts = {name: v.decode("utf-8", "surrogateescape") for name, v in row.items() if isinstance(v, bytes)}
-    return Item(**(row | texts))
+def _to_parquet(chunk: Sequence[Sequence[Item]]) -> bytes:
+    """Encode partitions as a Parquet file with a row group for each."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {str: pa.binary(), int: pa.int64()}
+    schema = pa.schema([(name, types[type(value)]) for name, value in chunk[0][0]._asdict().items()])
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, schema) as writer:
+        for items in chunk:
+            columns = [list(map(_encode, values)) for values in zip(*items, strict=True)]
+            writer.write_table(pa.table(columns, schema))
+    return buffer.getvalue()
+
+
+def _encode(value: Any) -> Any:  # names of files need not be Unicode, so texts are stored as bytes
+    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+
+
+def _decode(value: Any) -> Any:
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 def _items_file(chunk: int) -> str:
     return f"{OWN}/items-{chunk:05d}.parquet"
 
 
-def _written(chunk: Sequence[Sequence[Item]]) -> bytes:
-    """A row group per partition. Texts are bytes: the name of a file need not be Unicode."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {str: pa.binary(), int: pa.int64()}
-    fields = {"kind": str, "path": str, "name": str, "start": int, "stop": int, "size": int, "version": str}
-    schema = pa.schema([(name, kinds[kind]) for name, kind in fields.items()])
-    buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, schema) as writer:
-        for items in chunk:
-            rows = [
-                {
-                    n: v.encode("utf-8", "surrogateescape") if isinstance(v, str) else v
-                    for n, v in item._asdict().items()
-                }
-                for item in items
-            ]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-    return buffer.getvalue()
-
-
-def _known(store: Store) -> Plan | None:
+def _load(store: Store) -> Plan | None:
     try:
         return Plan.model_validate_json(store.read(PLAN))
     except FileNotFoundError:
@@ -187,23 +164,20 @@ def _known(store: Store) -> Plan | None:
         raise StoreError(f"{store.path(PLAN)}: is not a plan of this version; name another --output") from error
 
 
-_SAID = {
+_DIFFERENCES = {
     "detector": "another detector: its file differs",
-    "category": "another --category",
-    "column": "another --column",
-    "size": "another --partition",
-    "version": "another version of unflaw",
+    "category": "another --category ({before}, now {now})",
+    "column": "another --column ({before}, now {now})",
+    "size": "another --partition ({before}, now {now})",
+    "version": "another version of unflaw ({before}, now {now})",
     "listing": "other inputs: images were added, removed or renamed",
     "contents": "other inputs: files have changed (--retry allows that, and does only those anew that failed)",
 }
 
 
-def _same(store: Store, known: Plan, now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        before = getattr(known, name)
-        if before != value:
-            values = f" ({before}, now {value})" if name in ("category", "column", "size", "version") else ""
-            raise StoreError(
-                f"{store.url}: its run was begun with {_SAID[name]}{values}; give what it was begun with, or name "
-                "another --output"
-            )
+def _check_same(store: Store, known: Plan, values: dict[str, Any]) -> None:
+    for name, now in values.items():
+        if (before := getattr(known, name)) != now:
+            difference = _DIFFERENCES[name].format(before=before, now=now)
+            advice = "give what it was begun with, or name another --output"
+            raise StoreError(f"{store.url}: its run was begun with {difference}; {advice}")

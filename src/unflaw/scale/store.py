@@ -1,4 +1,4 @@
-"""The folder that a run writes to, on a disk or in an object store, by the URLs of fsspec."""
+"""Output folder of a run, on a disk or in an object store, addressed by fsspec URLs."""
 
 from __future__ import annotations
 
@@ -14,37 +14,32 @@ from uuid import uuid4
 from unflaw.errors import InUseError
 from unflaw.io.files import claim, held_by, holding, write_atomically
 
-OWN = "_unflaw"  # a folder in the output that readers of Parquet pass over: its name begins with an underscore
-BEAT = 20.0  # seconds between signs of life in an object store
-# What is put there is seen whole or not at all; elsewhere whole files come by a rename.
-_PUT_WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory"}
+OWN = "_unflaw"  # subfolder that Parquet readers skip, because its name begins with an underscore
+BEAT = 20.0  # seconds between two heartbeats of a lock in an object store
+# Protocols whose uploads appear as a whole or not at all; on others, files are uploaded and then renamed.
+_ATOMIC_UPLOAD = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory"}
 
 
 class StoreError(ValueError):
-    """A folder or a URL that cannot be used. The message names it and what to do."""
+    """A folder or URL that cannot be used. The message names it and says what to do."""
 
 
-def opened(url: str) -> tuple[Any, str]:
-    """The file system of fsspec that a path or URL belongs to, and the path in it.
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a path or URL, and the path in it.
 
     Raises:
-        ImportError: fsspec, or what it needs for this kind of URL, is not installed. StoreError: No such kind.
+        ImportError: The package that fsspec needs for this protocol is not installed. StoreError: Unknown protocol.
     """
+    from fsspec.core import url_to_fs
+
     try:
-        from fsspec.core import url_to_fs
+        return url_to_fs(url)
     except ImportError as error:
-        raise ImportError("partitions need fsspec and pyarrow; install them with: pip install 'unflaw[ray]'") from error
-    try:
-        fs, path = url_to_fs(url)
-    except ImportError as error:
-        raise ImportError(f"{url}: {error}; unflaw[ray] brings what all kinds share, not what one of them needs") from (
-            error
-        )
+        text = f"{url}: {error}; unflaw[ray] brings what all protocols share, not what one of them needs"
+        raise ImportError(text) from error
     except ValueError as error:
-        raise StoreError(f"{url}: is not a URL that fsspec knows ({error}); give a folder or s3://bucket/folder") from (
-            error
-        )
-    return fs, path
+        text = f"{url}: is not a URL that fsspec knows ({error}); give a folder or s3://bucket/folder"
+        raise StoreError(text) from error
 
 
 def is_local(fs: Any) -> bool:
@@ -56,49 +51,47 @@ def _protocols(fs: Any) -> set[str]:
 
 
 class Store:
-    """A folder of small whole files.
+    """A folder of small files, each written as a whole.
 
     Args:
         url: A local folder, or a URL such as s3://bucket/folder. It need not exist.
 
     Raises:
-        ImportError, StoreError: As `opened`.
+        ImportError, StoreError: See `open_filesystem`.
     """
 
     def __init__(self, url: str) -> None:
-        self.fs, path = opened(url)
+        self.fs, path = open_filesystem(url)
         self.url, self.root, self.local = url, path.rstrip("/"), is_local(self.fs)
         if self.local and Path(self.root).exists() and not Path(self.root).is_dir():
             raise StoreError(f"{url}: is a file; --output names a folder or a URL")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.root if self.local else self.url,)  # another process may stand in another folder
+        return Store, (self.root if self.local else self.url,)  # workers may have another current folder
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
     def names(self, folder: str = "") -> set[str]:
-        """Of the files in it, or in a folder of it; none where it does not exist."""
+        """Names of the files in the store or in a folder of it; empty if the folder does not exist."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self.path(folder).rstrip("/"), detail=True)
+            entries = self.fs.ls(self.path(folder).rstrip("/"), detail=True)
         except FileNotFoundError:
             return set()
-        return {entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "file"}
+        return {entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "file"}
 
     def read(self, name: str) -> bytes:
         """Raises: FileNotFoundError."""
         return self.fs.cat_file(self.path(name))
 
     def write(self, name: str, data: bytes) -> None:
-        """Puts a file there in one step: no reader, and no crash, ever sees a part of it."""
+        """Write or replace a file in one step: neither a reader nor a crash ever sees a part of it."""
         path = self.path(name)
         if self.local:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(path), lambda file: file.write_bytes(data))
-        elif _protocols(self.fs) & _PUT_WHOLE:
-            if "memory" in _protocols(self.fs):
-                self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        elif _protocols(self.fs) & _ATOMIC_UPLOAD:
             self.fs.pipe_file(path, data)
         else:
             folder, _, last = path.rpartition("/")
@@ -108,12 +101,12 @@ class Store:
             self.fs.mv(temporary, path)
 
     def remove(self, name: str) -> None:
-        """A file, if it is there."""
+        """Remove a file if it exists."""
         with suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
 
     def sweep(self) -> None:
-        """Removes what killed writers have left: hidden files beside those that they were to become."""
+        """Remove temporary files that killed writers have left."""
         for folder in ("", f"{OWN}/"):
             for name in self.names(folder):
                 if name.startswith(".") and ("parquet" in name or "json" in name):
@@ -121,61 +114,66 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """One run at a time. A run that was killed leaves nothing that would stop the next.
+        """Lock the store for one run. A killed run does not block the next one.
 
-        On a disk the operating system keeps the lock and drops it with the process. In an object store it is a file
-        that its owner rewrites; where one is found, it is watched for three of these beats, whatever clocks say. Two
-        that begin in the same moment may both go on there: they write the same files, and only waste work.
+        On a disk, the operating system releases the lock with the process. In an object store, the lock is a file that
+        its owner rewrites every `BEAT` seconds. A lock file that does not change for three beats is taken over; the
+        clocks of machines are not compared. Two runs that begin there at the same moment may both go on: they write
+        the same files and only waste work.
 
         Raises:
-            StoreError: Another run has it, and which; or the folder cannot be written.
+            StoreError: Another run holds the lock, or the folder cannot be written.
         """
-        if self.local:
-            with ExitStack() as held:
+        with ExitStack() as stack:
+            if self.local:
                 try:
                     Path(self.path(OWN)).mkdir(parents=True, exist_ok=True)
-                    held.enter_context(holding(Path(self.root), Path(self.path(f"{OWN}/lock"))))
+                    stack.enter_context(holding(Path(self.root), Path(self.path(f"{OWN}/lock"))))
                 except InUseError as error:
-                    raise self._busy(str(error.strerror)) from None
+                    raise self._in_use(str(error.strerror)) from None
                 except OSError as error:
                     raise StoreError(f"{self.url}: cannot be written ({error}); name another --output") from error
-                yield
-            return
-        name, me, done = f"{OWN}/lock.json", claim() | {"run": uuid4().hex}, threading.Event()
-        seen = self._lock(name)
-        if seen is not None:
-            for _ in range(6):
-                time.sleep(BEAT / 2)
-                if (now := self._lock(name)) not in (seen, None):
-                    raise self._busy(f"in use by {held_by(now)}")
-                if now is None:  # it has ended
-                    break
+            else:
+                stack.enter_context(self._heartbeat())
+            yield
 
-        def live() -> None:
-            beat = 0
-            while not done.wait(BEAT):
-                beat += 1
-                with suppress(Exception):  # a beat that is lost is made up for by the next
-                    self.write(name, json.dumps(me | {"beat": beat}).encode())
+    @contextmanager
+    def _heartbeat(self) -> Iterator[None]:
+        name, owner, ended = f"{OWN}/lock.json", claim(), threading.Event()
+        before = self._read_lock(name)
+        for _ in range(0 if before is None else 6):
+            time.sleep(BEAT / 2)
+            now = self._read_lock(name)
+            if now is None:
+                break
+            if now != before:
+                raise self._in_use(f"in use by {held_by(now)}")
 
-        self.write(name, json.dumps(me | {"beat": 0}).encode())
-        thread = threading.Thread(target=live, daemon=True)
+        def beat() -> None:
+            self.write(name, json.dumps(owner | {"beat": uuid4().hex}).encode())
+
+        def keep_beating() -> None:
+            while not ended.wait(BEAT):
+                with suppress(Exception):  # the next beat makes up for a lost one
+                    beat()
+
+        beat()
+        thread = threading.Thread(target=keep_beating, daemon=True)
         thread.start()
         try:
             yield
         finally:
-            done.set()
+            ended.set()
             thread.join()
             self.remove(name)
 
-    def _busy(self, by: str) -> StoreError:
-        return StoreError(
-            f"{self.url}: another run writes there ({by}); wait until it has ended, or name another --output"
-        )
-
-    def _lock(self, name: str) -> bytes | None:
+    def _read_lock(self, name: str) -> bytes | None:
         self.fs.invalidate_cache()
         try:
             return self.read(name)
         except FileNotFoundError:
             return None
+
+    def _in_use(self, by: str) -> StoreError:
+        advice = "wait until it has ended, or name another --output"
+        return StoreError(f"{self.url}: another run writes there ({by}); {advice}")

@@ -1,7 +1,7 @@
-"""What one worker does: a partition from its items to its file. It knows nothing of what runs it.
+"""Worker that processes a partition, from its items to its file, independently of the engine that runs it.
 
-Every partition has one file with a name of its own, and the same partition always gives the same rows: however often
-workers die and begin again, or two do the same, every image is there once.
+A partition always gives the same rows and has one file. So every image has one row, however often workers die and
+start again, or two process the same partition.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import os
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import unflaw
 from unflaw.errors import ImageError
 from unflaw.imaging.inputs import Readable
 from unflaw.inference.base import BasePredictor
-from unflaw.postprocessing.results import Result
 from unflaw.scale import partitions
 from unflaw.scale.partitions import text
-from unflaw.scale.plan import Plan, detector_digest, items_of
-from unflaw.scale.sources import Found, Item, images
+from unflaw.scale.plan import Plan, items_of
+from unflaw.scale.sources import SourceImage, images
 from unflaw.scale.store import OWN, Store
 
-DEATHS = 2  # of workers over one image: then it is recorded as failed
-BEGINNINGS = 5  # of a partition without getting to its first image: then it is given up
+MAX_DEATHS = 2  # worker deaths at one image, after which it is recorded as failed
+MAX_STARTS = 5  # worker deaths before the first image, after which the partition is given up
 
 
-class Done(NamedTuple):
-    """What came of a partition: how many images are of which verdict or failed, or why there is no file of it."""
+class PartitionResult(NamedTuple):
+    """Counts of a finished partition by verdict, or the error that left it unfinished."""
 
     partition: int
     counts: Counter[str]
@@ -39,7 +39,7 @@ class Done(NamedTuple):
 
 
 def load(files: dict[str, bytes], threads: int) -> BasePredictor:
-    """A detector from what is in its files, for machines that do not share a disk with them."""
+    """Load a detector from the contents of its files, since workers may share no disk with the driver."""
     with tempfile.TemporaryDirectory(prefix="unflaw-", ignore_cleanup_errors=True) as folder:
         for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
@@ -52,124 +52,121 @@ def load(files: dict[str, bytes], threads: int) -> BasePredictor:
 
 
 class Worker:
-    """Does partitions of a plan, one at a time.
+    """Processes partitions of a plan, one at a time.
 
     Args:
-        store: Where the plan is and results go.
-        plan: What is there.
-        files: Of `plan.detector_files`.
-        threads: That compute; two more read ahead.
-        retry: Of a partition that is there, do failed images anew.
+        store: Store of the plan and the results.
+        plan: Plan of the run.
+        files: `plan.detector_files`.
+        threads: Threads for computing; two more read ahead.
+        retry: Inspect failed images of finished partitions again.
     """
 
     def __init__(self, store: Store, plan: Plan, files: dict[str, bytes], *, threads: int = 1, retry: bool = False):
         self.store, self.plan, self.retry, self.detector = store, plan, retry, load(files, threads)
-        self.digest = detector_digest(files)
 
-    def do(self, partition: int) -> Done:
-        """Does a partition, or finds it done. Whatever goes wrong with it is returned: others may fare better."""
+    def process(self, partition: int) -> PartitionResult:
+        """Process a partition unless it is finished. An error is returned, not raised: other partitions may succeed."""
         try:
-            return self._do(partition)
+            return PartitionResult(partition, self._process(partition))
         except Exception as error:
-            return Done(partition, Counter(), f"{type(error).__name__}: {error}")
+            return PartitionResult(partition, Counter(), f"{type(error).__name__}: {error}")
 
-    def _do(self, partition: int) -> Done:
+    def _process(self, partition: int) -> Counter[str]:
+        log = AttemptLog(self.store, partition)
         try:
             before = partitions.read(self.store, partition)
         except FileNotFoundError:
             before = []
         else:
-            failed = sum(row["status"] == "failed" for row in before)
-            if not (self.retry and failed):
-                self.store.remove(notes_of(partition))  # of a worker that died just after it was done
-                return Done(partition, partitions.counted(before))
-        notes = Notes(self.store, partition)
+            if not self.retry or all(row["status"] == "ok" for row in before):
+                log.remove()  # of a worker that died just after it had finished
+                return partitions.count_verdicts(before)
         kept = {(row["source"], row["number"]): row for row in before if row["status"] == "ok"}
+        interrupted = log.start()
         items = items_of(self.store, partition)
-        try:
-            rows = None if notes.careful else list(self._at_once(self._left(items, kept)))
-        except Exception:  # of which image it is, is not known
-            rows = None
+
+        def remaining() -> Iterator[SourceImage]:
+            for item in items:
+                for image in images(item, self.plan.column):
+                    if (text(image.source), image.number) not in kept:
+                        yield image
+
+        rows = None
+        if not interrupted:
+            with suppress(Exception):  # it is not known which image caused it
+                rows = list(self._in_batches(remaining()))
         if rows is None:
-            rows = list(self._carefully(self._left(items, kept), notes))
+            rows = list(self._one_by_one(remaining(), log))
         order = {text(item.name): i for i, item in enumerate(items)}
         rows = sorted([*kept.values(), *rows], key=lambda row: (order[row["source"]], row["number"]))
-        partitions.write(self.store, partition, rows, self.digest)
-        notes.forget()
-        return Done(partition, partitions.counted(rows))
+        partitions.write(self.store, partition, rows, self.plan.detector)
+        log.remove()
+        return partitions.count_verdicts(rows)
 
-    def _left(self, items: list[Item], kept: Collection[tuple[str, int]]) -> Iterator[Found]:
-        for item in items:
-            for found in images(item, self.plan.column):
-                if (text(found.source), found.number) not in kept:
-                    yield found
-
-    def _at_once(self, wanted: Iterator[Found]) -> Iterator[partitions.Row]:
-        """All images in batches, reading ahead."""
-        waiting: list[Found] = []
+    def _in_batches(self, remaining: Iterable[SourceImage]) -> Iterator[partitions.Row]:
+        waiting: list[SourceImage] = []
 
         def named() -> Iterator[tuple[str, bytes | Readable | ImageError]]:
-            for found in wanted:
-                waiting.append(found._replace(data=b""))
-                yield found.name, found.data
+            for image in remaining:
+                waiting.append(image._replace(data=b""))
+                yield image.name, image.data
 
         for outcome in self.detector.inspect_named(named(), category=self.plan.category):
-            yield self._row(waiting.pop(0), outcome)
+            yield partitions.make_row(waiting.pop(0), outcome, self.plan.detector)
 
-    def _carefully(self, wanted: Iterator[Found], notes: Notes) -> Iterator[partitions.Row]:
-        """One image after the other, each noted first: who kills a worker is known, and passed over in the end."""
-        for i, found in enumerate(wanted):
-            if notes.deaths(i) >= DEATHS:
+    def _one_by_one(self, remaining: Iterable[SourceImage], log: AttemptLog) -> Iterator[partitions.Row]:
+        """Inspect images singly and log each beforehand, so that one that kills workers is known and then skipped."""
+        for i, image in enumerate(remaining):
+            if log.deaths(i) >= MAX_DEATHS:
                 reason = "the worker that inspected it died, more than once; look at the image"
-                yield self._row(found, ImageError(f"{found.name}: {reason}"))
+                yield partitions.make_row(image, ImageError(f"{image.name}: {reason}"), self.plan.detector)
                 continue
-            notes.begin(i)
+            log.write(i)
             try:
-                outcome = next(self.detector.inspect_named([(found.name, found.data)], category=self.plan.category))
+                outcome = next(self.detector.inspect_named([(image.name, image.data)], category=self.plan.category))
             except Exception as error:
                 reason = f"could not be inspected ({type(error).__name__}: {error}); look at the image"
-                outcome = ImageError(f"{found.name}: {reason}")
-            yield self._row(found, outcome)
-        notes.begin(None)
-
-    def _row(self, found: Found, outcome: Result | ImageError) -> partitions.Row:
-        return partitions.row_of(found, outcome, self.digest)
+                outcome = ImageError(f"{image.name}: {reason}")
+            yield partitions.make_row(image, outcome, self.plan.detector)
+        log.write(None)
 
 
-def notes_of(partition: int) -> str:
-    """The file of `Notes`."""
-    return f"{OWN}/doing-{partition:05d}.json"
-
-
-class Notes:
-    """What is known of earlier attempts at a partition that came to no end, in a file of the store."""
+class AttemptLog:
+    """Log of interrupted attempts at a partition, in a file of the store: the image in work, and deaths by image."""
 
     def __init__(self, store: Store, partition: int) -> None:
-        self._me = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._store, self._name = store, notes_of(partition)
-        try:
-            noted = json.loads(store.read(self._name))
-        except (FileNotFoundError, ValueError):
-            noted = None
-        self.careful = noted is not None
-        self._noted: dict[str, int] = {} if noted is None else noted["deaths"]
-        if noted is not None and noted["doing"] is not None:
-            self._count(noted["doing"])
-        elif noted is not None:
-            self._count(-1)
-        if self.deaths(-1) >= BEGINNINGS:
-            self.forget()
-            raise RuntimeError(f"its worker died {BEGINNINGS} times before the first image; is there memory enough?")
-        self.begin(None)
+        self._store, self._name = store, f"{OWN}/doing-{partition:05d}.json"
+        self._deaths: dict[str, int] = {}
 
-    def _count(self, image: int) -> None:
-        self._noted[str(image)] = self.deaths(image) + 1
+    def start(self) -> bool:
+        """Begin an attempt; return True if an earlier one was interrupted, whose worker then counts as dead.
+
+        Raises:
+            RuntimeError: Too many workers died before the first image.
+        """
+        try:
+            earlier: dict[str, Any] | None = json.loads(self._store.read(self._name))
+        except (FileNotFoundError, ValueError):
+            earlier = None
+        if earlier is not None:
+            self._deaths = earlier["deaths"]
+            at = -1 if earlier["doing"] is None else earlier["doing"]
+            self._deaths[str(at)] = self.deaths(at) + 1
+        if self.deaths(-1) >= MAX_STARTS:
+            self.remove()
+            raise RuntimeError(f"its worker died {MAX_STARTS} times before the first image; is there memory enough?")
+        self.write(None)
+        return earlier is not None
 
     def deaths(self, image: int) -> int:
-        return self._noted.get(str(image), 0)
+        """Number of workers that died at an image of the partition; of -1, outside of any."""
+        return self._deaths.get(str(image), 0)
 
-    def begin(self, doing: int | None) -> None:
-        self._store.write(self._name, json.dumps(self._me | {"doing": doing, "deaths": self._noted}).encode())
+    def write(self, doing: int | None) -> None:
+        """Log the number of the image that is inspected next; None for no single image."""
+        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._store.write(self._name, json.dumps(owner | {"doing": doing, "deaths": self._deaths}).encode())
 
-    def forget(self) -> None:
+    def remove(self) -> None:
         self._store.remove(self._name)
