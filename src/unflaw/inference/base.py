@@ -252,11 +252,11 @@ class BasePredictor(ABC):
         """From what was found in all windows of an image to decisions."""
         calibration, reference = self.calibrations[category], self.references.get(category)
         score, layers = stitcher.result()
-        anomaly_map, image, laid = layers.pop("map"), layers.pop("image"), stitcher.layout
+        anomaly_map, image, geometry = layers.pop("map"), layers.pop("image"), stitcher.layout
         regions = find_regions(
             anomaly_map,
             calibration.pixel_threshold,
-            laid,
+            geometry,
             minimum_area=calibration.minimum_area,
             uncertainty=layers.get("uncertainty"),
         )
@@ -267,13 +267,13 @@ class BasePredictor(ABC):
             map=anomaly_map,
             regions=regions,
             image=image,
-            valid=laid.box,
+            valid=geometry.box,
             layers=layers,
             path=path,
             drift=None if reference is None else reference.p_value(described),
             described=described,
-            counted=laid.counted,
-            size=laid.original_size,
-            crop=laid.crop,
+            counted=geometry.counted,
+            size=geometry.original_size,
+            crop=geometry.crop,
             p_estimated=calibration.estimated_p_value(score),
         )
