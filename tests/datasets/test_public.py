@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from unflaw.cli import app
 from unflaw.datasets import Dataset, DatasetError, Saturated, fingerprint, load_categories, load_dataset, public
-from unflaw.datasets.layouts import held_out, layout_of
-from unflaw.datasets.public import COLLECTIONS, Counts, check, describe, find, recognise
+from unflaw.datasets.layouts import LAYOUTS, held_out, layout_of
+from unflaw.datasets.public import COLLECTIONS, Counts, check, find, recognise
 from unflaw.imaging.reading import read_mask
 
 pytestmark = pytest.mark.slow
@@ -582,6 +582,31 @@ def test_counts_add_up_to_the_published_totals(name, categories, train, validati
     assert len(counts) == categories
     totals = [sum(getattr(c, part) or 0 for c in counts) for part in ("train", "validation", "good", "defective")]
     assert totals == [train, validation, good, defective]
+
+
+def describe(collection: public.Collection) -> str:
+    """Section on a collection in docs/datasets.md."""
+    layout = next(layout for layout in LAYOUTS if layout.name == collection.layout)
+    lines = [
+        f"### {collection.name}",
+        f"* **Licence:** {collection.licence}.",
+        f"* **Get it:** {collection.page}",
+        f"* **Cite:** {collection.citation}.",
+        f"* **Layout:** {'' if '' in collection.counts else 'in each category '}`{layout.sketch}`",
+        f"* **Split:** {collection.split}.",
+    ]
+    rows = [(name, edition) for name, editions in collection.counts.items() for edition in editions]
+    columns = [column for column in public._COLUMNS if any(getattr(edition, column) for _, edition in rows)]
+    if columns:
+        lines += [
+            "",
+            f"| | {' | '.join(public._COLUMNS[column] for column in columns)} |",
+            "|---|" + "---|" * len(columns),
+        ]
+    for name, edition in rows if columns else ():
+        cells = (getattr(edition, column) for column in columns)
+        lines.append(f"| {name} | {' | '.join('–' if cell is None else str(cell) for cell in cells)} |")
+    return "\n".join(lines)
 
 
 def test_the_documentation_agrees():

@@ -1,4 +1,4 @@
-"""Data sets in: recognise how images are laid out on disk and list them as samples, which carry paths, not pixels."""
+"""Data sets: recognition of layouts on disk, and lists of samples, which hold paths, not pixels."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -42,20 +42,19 @@ _LAYOUTS = """Read are:
 
 
 def load_dataset(path: str | Path) -> Dataset:
-    """Read a data set, recognising its layout.
+    """Read a data set of any known layout.
 
-    Layouts: that of MVTec AD (a mask is `<name>_mask.*`, `<name>.*`, or a folder `<name>` of masks; without
-    ground_truth there are image labels only), those of other public benchmarks (`layouts`), a plain folder of
-    good images, or a table, for which see `table.read_table`. Names of folders are known whatever their case. Links
-    to folders are followed; hidden files and folders of the system are passed over (`unflaw.io.listing`).
+    Known are the layout of MVTec AD (a mask is `<name>_mask.*`, `<name>.*`, or a folder `<name>` of masks; ground_truth
+    is optional), those of other public benchmarks (`layouts`), a plain folder of good images, and tables (`table`). The
+    case of folder names does not matter. Links to folders are followed; hidden and system files are ignored
+    (`io.listing`).
 
-    Masks that are unreadable, empty, or of another size than their image are left out and reported; so are files that
-    were not used, masks that fit no image, and masks that may be inverted. The pixels of the images are not looked
-    at.
+    Masks that are unreadable, empty, or not of the size of their image are left out and reported. Unused files, masks
+    without an image, and masks that may be inverted are reported. The pixels of the images are not read.
 
     Raises:
-        DatasetError: Nothing there, no images, no known layout, several categories at once, or a benchmark without
-            the file that says how it is split or labelled.
+        DatasetError: The path does not exist, holds no images, no known layout or several categories, or lacks the file
+            that defines the split or the labels of a benchmark.
     """
     path = Path(path)
     root = path if path.is_dir() else path.parent
@@ -86,13 +85,13 @@ def load_dataset(path: str | Path) -> Dataset:
 
 
 def load_categories(paths: Iterable[str | Path]) -> dict[str, Dataset]:
-    """Data sets by name; a folder of categories, of MVTec AD or another benchmark, stands for all of these.
+    """Read data sets by name; a folder of categories of a benchmark is expanded.
 
-    A name is that of the folder or table. Where several have the same, so many folders are put before it as tell them
-    apart, such as "nuts/good" and "bolts/good".
+    The name is that of the folder or table. Equal names are preceded by as many folders as distinguish them, such as
+    "nuts/good" and "bolts/good".
 
     Raises:
-        DatasetError: As `load_dataset`, or one is given twice.
+        DatasetError: See `load_dataset`; also if a data set is given twice.
     """
     given = [found for path in map(Path, paths) for found in categories(path) or [path]]
     ends = [(path.with_suffix("") if path.is_file() else path).resolve().parts for path in given]

@@ -1,7 +1,6 @@
-"""Layouts: how images, labels and masks lie in the folders of public benchmarks, as their archives unpack.
+"""Layouts of public benchmarks on disk, as their archives unpack: recognition, and reading of samples.
 
-A layout is a recogniser, which looks at names only, and a reader, which gives paths. Names are known whatever their
-case. What a benchmark is, whose, and how many images it should have, `unflaw.datasets.public` knows.
+The case of names does not matter. Licences and published counts are in `unflaw.datasets.public`.
 """
 
 import csv
@@ -29,28 +28,28 @@ from unflaw.errors import ImageError
 from unflaw.imaging.reading import read, read_mask
 from unflaw.io.listing import is_image, list_images, walk
 
-TEST_EVERY = 5  # where a benchmark has no official split, one good image in so many is for testing
+TEST_EVERY = 5  # without an official split, one good image in five is for testing
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to lay out a data set."""
+    """Layout of a data set."""
 
     name: str
-    sketch: str  # the paths, for people
+    sketch: str  # the paths, for documentation
     fits: Callable[[Tree], bool]
     read: Callable[[Tree], Found]
-    group: str = ""  # folders of one group beside each other are categories; "": such a data set stands alone
+    group: str = ""  # folders of one group are categories of one data set; "": it has none
 
 
 def layout_of(root: Path) -> Layout | None:
-    """The layout of a data set, or None: a folder of categories, of images, or of anything else."""
+    """Return the layout of a data set, or None, as for a folder of categories or of images."""
     tree = Tree(root)
     return next((layout for layout in LAYOUTS if layout.fits(tree)), None)
 
 
 def categories(root: Path) -> list[Path]:
-    """The data sets of one group in a folder that is none itself."""
+    """List the categories in a folder that is not itself a data set."""
     groups: dict[str, list[Path]] = defaultdict(list)
     if not layout_of(root):
         for folder in subfolders(root):
@@ -60,17 +59,17 @@ def categories(root: Path) -> list[Path]:
 
 
 def held_out(name: str) -> bool:
-    """Whether a good image of this name is for testing, by the SHA-256 of the name: no other file has a say in it."""
+    """Return True if a good image of this name is for testing, by the SHA-256 of the name alone."""
     return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % TEST_EVERY == 0
 
 
 def _paired(names: Iterable[str], masks: Mapping[str, Path], *forms: str) -> dict[str, Path]:
-    """The masks of images by the names of these; first those spelled alike, then, of the others, whatever the case.
+    """Match images and masks by name: first with exact spelling, then ignoring case.
 
     Args:
-        names: Of the images, without suffix.
-        masks: By their names without suffix.
-        forms: What a mask may be called, such as "{}_mask".
+        names: Names of the images, without suffix.
+        masks: Masks by their names without suffix.
+        forms: Possible names of a mask, such as "{}_mask".
     """
     names = list(names)
     wanted = [(name, form.format(name)) for form in reversed(forms) for name in names]
@@ -98,31 +97,28 @@ def _mvtec(tree: Tree, good: str = "good") -> Found:
     problems += tree.unused([tree.path(part) for part in ("train", "validation", "test")], used)
     parts = ("train", "validation", "test", "ground_truth")
     others = [folder for folder in subfolders(tree.root) if folder.name.casefold() not in parts]
-    others = [folder for folder in others if folder not in _truths(tree) and _holds_images(folder)]
+    others = [folder for folder in others if folder not in _truths(tree)]
+    others = [folder for folder in others if any(is_image(entry.path) for entry in walk(os.fspath(folder)))]
     if others:
         named = some([relative(folder, tree.root) for folder in others])
         problems.append(f"Folders with images that were not used: {named}; used are {', '.join(parts)}.")
     return train, validation, test, problems
 
 
-def _holds_images(folder: Path) -> bool:
-    return any(is_image(entry.path) for entry in walk(os.fspath(folder)))
-
-
 def _truths(tree: Tree) -> list[Path]:
-    """The folder of masks, ground_truth; where there is none, those that are called in a similar way."""
+    """List the folder of masks, ground_truth; without it, folders with similar names."""
     truth = tree.path("ground_truth")
     others = [folder for folder in subfolders(tree.root) if re.fullmatch(_MASK_FOLDERS, folder.name, re.I)]
     return [truth] if truth.is_dir() else others
 
 
 def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
-    """The images in test/<kind>, with their masks in ground_truth/<kind>: a file each, or a folder of regions."""
+    """Read the images in test/<kind>, with their masks in ground_truth/<kind>: files, or folders of regions."""
     test, problems = [], []
     tested, truth, fine = tree.path("test"), tree.path("ground_truth"), tree.path(f"test/{good}")
     kinds = [
         folder for folder in subfolders(tested) if folder == fine or folder.name.casefold() != good.casefold()
-    ]  # what differs from `good` by case only is reported by the tree
+    ]  # the tree reports names that differ from `good` only by case
     folded = [folder.name.casefold() for folder in kinds]
     if alike := [folder for folder in kinds if folded.count(folder.name.casefold()) > 1]:
         names = some([relative(folder, tree.root) for folder in alike])
@@ -148,7 +144,7 @@ def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
 
 
 def _loco(tree: Tree) -> Found:
-    """As MVTec AD; what a pixel of a mask is worth says which defect it is, and defects_config.json how that saturates.
+    """Read MVTec LOCO AD: the value of a mask gives the kind of defect, and defects_config.json its saturation.
 
     Raises:
         DatasetError: That file cannot be read.
@@ -189,7 +185,7 @@ def _oct2017(tree: Tree) -> Found:
     return train, [], test, problems + tree.unused([folder, tree.path("test")], used)
 
 
-# BMAD: each of its archives has ways of its own to lay out images and masks
+# BMAD: its archives have different layouts
 
 _BMAD = (  # {s} is a split, {S} capitalised, {l} a label
     ("{s}/{l}/img", "{s}/{l}/label"),
@@ -200,7 +196,7 @@ _BMAD = (  # {s} is a split, {S} capitalised, {l} a label
 
 
 def _bmad_folders(tree: Tree, split: str, label: str) -> tuple[Path, Path] | None:
-    """Where the images of a split and label lie, and where their masks would."""
+    """Return the folders of the images of a split and label and of their masks."""
     for images, masks in _BMAD:
         names = {"s": split, "S": split.title(), "l": label}
         if (folder := tree.path(images.format(**names))).is_dir():
@@ -209,7 +205,7 @@ def _bmad_folders(tree: Tree, split: str, label: str) -> tuple[Path, Path] | Non
 
 
 def _bmad_home(root: Path) -> Tree | None:
-    """The folder itself, or the only one in it, as in Brain_AD/BraTS2021_slice."""
+    """Return the folder itself, or the only one in it, as in Brain_AD/BraTS2021_slice."""
     inner = subfolders(root) if root.name.lower().endswith(("_ad", "-ad")) else []
     homes = [Tree(home) for home in ([root, *inner] if len(inner) == 1 else [root])]
     splits = ("train", "good"), ("test", "Ungood")
@@ -242,10 +238,10 @@ def _bmad(tree: Tree) -> Found:
 
 
 def _visa(tree: Tree) -> Found:
-    """The official split of one category, from the table beside it.
+    """Read the official split of one category from the table beside it.
 
     Raises:
-        DatasetError: The table is not there, cannot be read, or does not know the category.
+        DatasetError: The table does not exist, cannot be read, or does not list the category.
     """
     category = tree.root.absolute()
     table = Tree(category.parent).path("split_csv/1cls.csv", file=True)
@@ -261,12 +257,12 @@ def _visa(tree: Tree) -> Found:
         train, test, missing = [], [], []
         listed = {}
         for row in rows:
-            path, bad = _below(tree, row["image"]), row["label"] != "normal"
+            path, bad = _in_category(tree, row["image"]), row["label"] != "normal"
             if not path.is_file():
                 missing.append(row["image"])
             elif row["split"] == "test":
                 listed[path] = row["mask"]
-                mask = _below(tree, row["mask"]) if row["mask"] else None
+                mask = _in_category(tree, row["mask"]) if row["mask"] else None
                 mask = mask if mask and mask.is_file() else None
                 test.append(Sample(path, 1, mask, "anomaly") if bad else Sample(path, 0, mask))
             elif not bad:
@@ -283,16 +279,16 @@ def _visa(tree: Tree) -> Found:
     return train, [], test, problems + tree.unused([tree.path("Data/Images")], used)
 
 
-def _below(tree: Tree, path: str) -> Path:
-    """A path that begins with the name of the category, from its folder on."""
+def _in_category(tree: Tree, path: str) -> Path:
+    """Resolve a path of the table, which begins with the name of the category."""
     return tree.path("/".join(Path(path).parts[1:]), file=True)
 
 
 def _dagm(tree: Tree) -> Found:
-    """Train and Test hold both kinds; what Label/Labels.txt says is defective is so, and what has a mask.
+    """Read DAGM 2007: images of Train and Test are defective if Label/Labels.txt says so or they have a mask.
 
     Raises:
-        DatasetError: A Label folder is missing, or a line of Labels.txt makes no sense.
+        DatasetError: A Label folder is missing, or Labels.txt cannot be read.
     """
     found: dict[str, list[Sample]] = {}
     problems = []
@@ -319,7 +315,7 @@ def _dagm(tree: Tree) -> Found:
 
 
 def _dagm_defective(table: Path) -> set[str]:
-    """The names of the defective images in Labels.txt: number, label, image, ..., parted by tabs."""
+    """Read the names of the defective images in Labels.txt: number, label, image, ..., separated by tabs."""
     try:
         rows = [line.split("\t") for line in table.read_text("latin-1").splitlines() if "\t" in line.strip()]
         return {Path(row[2]).stem for row in rows if int(row[1])} if rows else set()
@@ -335,7 +331,7 @@ def _is_kolektor(tree: Tree) -> bool:
 
 
 def _kolektor(tree: Tree) -> Found:
-    """Every image has a mask <name>_GT.png, black where it is good: only by opening all of them are labels known."""
+    """Read KolektorSDD2: every image has a mask <name>_GT.png, which is black if the image is good."""
     found: dict[str, list[Sample]] = {}
     lacking, used = [], []
     for part in ("train", "test"):
@@ -388,7 +384,7 @@ _AITEX = {
 
 
 def _aitex(tree: Tree) -> Found:
-    """Names are <number>_<code of the defect>_<code of the fabric>, masks <name>_mask.png."""
+    """Read AITEX: images are <number>_<code of the defect>_<code of the fabric>, masks <name>_mask.png."""
     train: list[Sample] = []
     test: list[Sample] = []
     fine, broken, truth = (tree.path(name) for name in ("NODefect_images", "Defect_images", "Mask_images"))
