@@ -64,13 +64,7 @@ def held_out(name: str) -> bool:
 
 
 def _paired(names: Iterable[str], masks: Mapping[str, Path], *forms: str) -> dict[str, Path]:
-    """Match images and masks by name: first with exact spelling, then ignoring case.
-
-    Args:
-        names: Names of the images, without suffix.
-        masks: Masks by their names without suffix.
-        forms: Possible names of a mask, such as "{}_mask".
-    """
+    """Match names of images and masks by forms such as "{}_mask": first with exact spelling, then ignoring case."""
     names = list(names)
     wanted = [(name, form.format(name)) for form in reversed(forms) for name in names]
     found = {name: masks[called] for name, called in wanted if called in masks}
@@ -144,11 +138,7 @@ def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
 
 
 def _loco(tree: Tree) -> Found:
-    """Read MVTec LOCO AD: the value of a mask gives the kind of defect, and defects_config.json its saturation.
-
-    Raises:
-        DatasetError: That file cannot be read.
-    """
+    """Read MVTec LOCO AD: the value of a mask gives the kind of defect, and defects_config.json its saturation."""
     train, validation, test, problems = _mvtec(tree)
     config = tree.path("defects_config.json", file=True)
     try:
@@ -238,11 +228,7 @@ def _bmad(tree: Tree) -> Found:
 
 
 def _visa(tree: Tree) -> Found:
-    """Read the official split of one category from the table beside it.
-
-    Raises:
-        DatasetError: The table does not exist, cannot be read, or does not list the category.
-    """
+    """Read the official split of one category from the table beside it."""
     category = tree.root.absolute()
     table = Tree(category.parent).path("split_csv/1cls.csv", file=True)
     if not table.is_file():
@@ -285,11 +271,7 @@ def _in_category(tree: Tree, path: str) -> Path:
 
 
 def _dagm(tree: Tree) -> Found:
-    """Read DAGM 2007: images of Train and Test are defective if Label/Labels.txt says so or they have a mask.
-
-    Raises:
-        DatasetError: A Label folder is missing, or Labels.txt cannot be read.
-    """
+    """Read DAGM 2007: images of Train and Test are defective if Label/Labels.txt says so or they have a mask."""
     found: dict[str, list[Sample]] = {}
     problems = []
     for part in ("Train", "Test"):

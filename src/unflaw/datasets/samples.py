@@ -107,7 +107,7 @@ def sha256_if_readable(path: Input) -> str:
 
 
 def distinct(paths: Sequence[Input], contents: Mapping[Input, str]) -> tuple[list[Input], list[tuple[Input, Input]]]:
-    """Split files into the first of each content, in order, and pairs of a duplicate and that first file.
+    """Split files by content into the first of each, in order, and pairs of a duplicate and that first file.
 
     `contents`: the `sha256` of each file; unreadable files, with "", are all kept.
     """
@@ -122,9 +122,6 @@ class Tree:
     """Case-insensitive lookup of folders and files of a data set.
 
     Of names that differ only by case, the exact match is used, else the first.
-
-    Args:
-        root: The folder of the data set.
     """
 
     def __init__(self, root: Path) -> None:
@@ -176,13 +173,7 @@ class Tree:
         return [path for folder in folders if folder.is_dir() for path in visible_files(folder, self._passed_over)]
 
     def unfitting(self, masks: Iterable[Path], samples: Sequence[Sample], name: Callable[[Sample], str]) -> list[str]:
-        """Report masks that belong to no image.
-
-        Args:
-            masks: All mask files.
-            samples: The test images.
-            name: Function that returns the expected name of the mask of a sample.
-        """
+        """Report mask files that belong to no sample; `name` returns the expected name of the mask of a sample."""
         used = {sample.mask for sample in samples}
         left = [path for path in masks if path not in used and used.isdisjoint(path.parents)]
         if not left:

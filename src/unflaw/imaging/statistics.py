@@ -20,11 +20,7 @@ STATISTICS = {  # name of each statistic -> aspect that it measures
 
 
 def describe(image: np.ndarray) -> np.ndarray:
-    """Compute the `STATISTICS` of an image, (D,) float16.
-
-    Args:
-        image: (h, w, 3) uint8, without padding.
-    """
+    """Compute the `STATISTICS` of an image (h, w, 3) uint8 without padding: (D,) float16."""
     if image.shape[:2] != (SIDE, SIDE):
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     red, green, blue = (_cells(channel) for channel in np.moveaxis(image, 2, 0) / np.float32(255))

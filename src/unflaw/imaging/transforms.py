@@ -48,8 +48,7 @@ class ModelInput:
 def prepare(image: np.ndarray, preparation: Preparation) -> ModelInput:
     """Resize (H, W, 3) from `read`, or its region of interest, to one window; `tile` is ignored.
 
-    Raises:
-        ImageError: The image has no pixels in the region of interest.
+    Raises ImageError if the image has no pixels in the region of interest.
     """
     return _model_input(image, Window(_geometry(image, preparation.model_copy(update={"tile": None})), 0))
 
@@ -132,11 +131,7 @@ class PreparedImage(NamedTuple):
 
 
 def load_windows(image: np.ndarray, preparation: Preparation) -> PreparedImage:
-    """Prepare (H, W, 3) from `read`.
-
-    Raises:
-        ImageError: See `windows`.
-    """
+    """Prepare (H, W, 3) from `read`. Raises ImageError, see `windows`."""
     cut = windows(image, preparation)
     whole = prepare(image, preparation) if preparation.tile is not None else next(iter(cut))
     x0, y0, x1, y1 = whole.box
@@ -146,11 +141,9 @@ def load_windows(image: np.ndarray, preparation: Preparation) -> PreparedImage:
 def try_load_windows(
     source: Path | bytes | Readable | InMemory, preparation: Preparation, name: str | None = None
 ) -> PreparedImage | ImageError:
-    """Apply `load_windows` to a file, or return the ImageError: one bad file must not end a batch.
+    """Apply `load_windows` to a source of `read`, or return the ImageError: one bad file must not end a batch.
 
-    Args:
-        source: See `read`.
-        name: Name of the image in messages; by default its path.
+    `name`: name of the image in messages; by default its path.
     """
     name = name or name_of(source)
     try:

@@ -182,14 +182,9 @@ class Unread(Sink):
 
 
 class Discoveries(Sink):
-    """Adds "discovery" to every line of a results file that has a p-value; see `conformal.discoveries`.
+    """Adds "discovery" to every line of a results file that has a p-value, at a false discovery rate in (0, 1).
 
-    Args:
-        rate: False discovery rate.
-        calibration: Calibration of the detector.
-
-    Raises:
-        ValueError: The rate is not between 0 and 1.
+    See `conformal.discoveries`; raises its ValueError for another rate.
     """
 
     def __init__(self, rate: float, calibration: Calibration) -> None:

@@ -18,11 +18,7 @@ LABEL = "anomaly"
 
 
 class Coco(Sink):
-    """COCO object detection annotations: a category, a box and a polygon per region, with its peak as "score".
-
-    Args:
-        file: Output file; image names in it are those given by the user.
-    """
+    """COCO object detection annotations: a category, a box and a polygon per region, with its peak as "score"."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -63,11 +59,7 @@ class Coco(Sink):
 
 
 class LabelMe(Sink):
-    """LabelMe files, one per image: a polygon per region, with its peak as description, and the verdict as flags.
-
-    Args:
-        folder: Output folder; files are named like those of `predict --images`.
-    """
+    """LabelMe files, one per image: a polygon per region, with its peak as description, and the verdict as flags."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -45,11 +45,7 @@ def kind_of(path: str | Path) -> Kind:
 
 
 def weights_of(path: Path) -> Path:
-    """Path of the weights of a detector exported to OpenVINO, which has two files.
-
-    Raises:
-        DetectorError: The file is missing.
-    """
+    """Return the path of the weights of a detector exported to OpenVINO. Raises DetectorError if they are missing."""
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise DetectorError(f"{weights}: is missing; it belongs to {path.name} and must lie beside it")
@@ -84,12 +80,8 @@ def before(weights: Path) -> Path:
 def read_metadata(path: str | Path, data: bytes | None = None) -> dict[str, Any]:
     """Read configuration, calibration and training record of a detector file, without loading the model.
 
-    Args:
-        path: The file.
-        data: Its content, if it has been read already.
-
-    Raises:
-        DetectorError: See `Detector.load` and `ExportedDetector`.
+    `data`: content of the file, if it has been read already. Raises DetectorError, see `Detector.load` and
+    `ExportedDetector`.
     """
     kind = kind_of(path)
     try:

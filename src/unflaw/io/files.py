@@ -54,13 +54,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_png(path: Path, image: Image, drawn: bool = False) -> None:
-    """Write a Pillow image atomically.
-
-    Args:
-        path: The file.
-        image: The image.
-        drawn: Mark the file as drawn by unflaw, so that `outputs` never takes it for an input.
-    """
+    """Write a Pillow image atomically; `drawn` marks it as drawn by unflaw, so that it is never taken for an input."""
     from PIL.PngImagePlugin import PngInfo
 
     metadata = PngInfo()

@@ -130,12 +130,7 @@ def walk(
 def visible_files(folder: str | Path, passed_over: list[Entry] | None = None) -> list[Path]:
     """List all files under a folder, sorted, except ignored ones; see `walk`.
 
-    Args:
-        folder: The folder.
-        passed_over: List to which ignored files and folders are appended.
-
-    Raises:
-        ImageError: There is no such folder.
+    Raises ImageError if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -155,12 +150,7 @@ def counted(
     identify: Callable[[str], str] = os.path.realpath,
     counts: Callable[[str], bool] = is_image,
 ) -> dict[str, int]:
-    """Count the images among ignored entries, by the path of their folder.
-
-    Args:
-        passed_over, scan, identify: See `walk`.
-        counts: Function that returns True for the paths of files to count.
-    """
+    """Count the images, or the files for which `counts` is true, among ignored entries, by the path of their folder."""
     numbers: dict[str, int] = {}
     for entry in {entry.path: entry for entry in passed_over}.values():
         inside = walk(entry.path, scan, identify, skip=lambda _: False) if entry.folder else [entry]

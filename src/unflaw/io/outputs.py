@@ -86,9 +86,6 @@ class Earlier:
 
     Files of an earlier run that are unchanged since and that the new run does not replace are removed after it. Other
     files stay.
-
-    Args:
-        out: The folder.
     """
 
     def __init__(self, out: Path) -> None:

@@ -25,11 +25,7 @@ def weights(starts: list[int], size: int, step: int = 1) -> np.ndarray:
 
 
 class TileStitcher:
-    """Accumulator of the maps of the windows of one image.
-
-    Args:
-        layout: Geometry of the image; its `shape` is that of the results.
-    """
+    """Accumulator of the maps of the windows of one image; `layout` is its geometry."""
 
     def __init__(self, layout: TilingGeometry) -> None:
         size = layout.preparation.size
