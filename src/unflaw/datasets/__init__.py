@@ -9,7 +9,6 @@ from unflaw.datasets.layouts import categories, layout_of
 from unflaw.datasets.samples import (
     Dataset,
     DatasetError,
-    Found,
     Sample,
     Saturated,
     Tree,
@@ -57,31 +56,32 @@ def load_dataset(path: str | Path) -> Dataset:
             that defines the split or the labels of a benchmark.
     """
     path = Path(path)
-    root = path if path.is_dir() else path.parent
-    known = layout_of(path) if path.is_dir() else None
-    tree = Tree(root)
+    tree = Tree(path if path.is_dir() else path.parent)
+    name = path.resolve().name
     if path.is_file():
         try:
-            name, layout, (train, validation, test, problems) = path.stem, "table", read_table(path)
+            name, layout, (train, validation, test) = path.stem, "table", read_table(path, tree)
         except TableError as error:
             raise DatasetError(f"{error}\n{_LAYOUTS}") from error
     elif not path.is_dir():
         raise DatasetError(f"{path}: there is no such folder or table; check the path")
-    elif known:
-        name, layout, (train, validation, test, problems) = path.resolve().name, known.name, known.read(tree)
+    elif known := layout_of(path):
+        layout, (train, validation, test) = known.name, known.read(tree)
     else:
-        name, layout, (train, validation, test, problems) = path.resolve().name, "folder", _folder(tree)
-    problems += tree.notes()
+        layout, train, validation, test = "folder", _folder(tree), [], []
+    tree.problems += tree.notes()
     if not train and not test:
-        raise DatasetError("\n".join([f"{path}: holds no images that can be used.", *problems, _LAYOUTS]))
-    test, mask_problems = check_masks(test, root)
+        raise DatasetError("\n".join([f"{path}: holds no images that can be used.", *tree.problems, _LAYOUTS]))
+    test = check_masks(test, tree)
     learned = [*train, *validation]
-    problems += mask_problems + check_names([*learned, *test], root) + check_copies(learned, test, root)
+    check_names([*learned, *test], tree)
+    check_copies(learned, test, tree)
     if not train:
-        problems.append("There are no images to train on: this can only be used to evaluate.")
+        tree.problems.append("There are no images to train on: this can only be used to evaluate.")
     if len({sample.label for sample in test}) == 1:
-        problems.append(f"All test images are {'defective' if test[0].label else 'good'}: AUROC needs both kinds.")
-    return Dataset(name, layout, tuple(train), tuple(validation), tuple(test), tuple(problems))
+        kind = "defective" if test[0].label else "good"
+        tree.problems.append(f"All test images are {kind}: AUROC needs both kinds.")
+    return Dataset(name, layout, tuple(train), tuple(validation), tuple(test), tuple(tree.problems))
 
 
 def load_categories(paths: Iterable[str | Path]) -> dict[str, Dataset]:
@@ -106,7 +106,7 @@ def load_categories(paths: Iterable[str | Path]) -> dict[str, Dataset]:
     return datasets
 
 
-def _folder(tree: Tree) -> Found:
+def _folder(tree: Tree) -> list[Sample]:
     root = tree.root
     if several := categories(root):
         remedy = f"name one, as in {several[0]}, or train one detector for all with --multi-class"
@@ -118,5 +118,5 @@ def _folder(tree: Tree) -> Found:
         found = [f"{folder.name}/ with {count(within.count(folder.name), 'image')}" for folder in subfolders(root)]
         found.append(f"{count(len(beside), 'image')} beside {'it' if len(found) == 1 else 'them'}")
         raise DatasetError(f"{root}: this layout is not known: {', '.join(found)}.\n{_LAYOUTS}")
-    train = [Sample(path, 0) for path in images]
-    return train, [], [], tree.unused([root], images)
+    tree.report_unused([root], images)
+    return [Sample(path, 0) for path in images]

@@ -3,14 +3,12 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from unflaw.datasets.samples import Sample, relative, sha256_if_readable, some
+from unflaw.datasets.samples import Sample, Tree, relative, sha256_if_readable
 from unflaw.errors import ImageError
 from unflaw.imaging.reading import image_size, read_mask
 from unflaw.io.words import count
@@ -21,8 +19,8 @@ _MASK = r"(?:masks?|gts?|ground[-_ ]?truth)"
 _MISSING = "There is no such mask"
 
 
-def check_masks(samples: list[Sample], root: Path) -> tuple[list[Sample], list[str]]:
-    """Remove unusable masks and masks of good images from samples; return the samples and sentences on problems.
+def check_masks(samples: list[Sample], tree: Tree) -> list[Sample]:
+    """Return samples without unusable masks and masks of good images, and report those.
 
     Masks that may be inverted are reported and kept: kinds of defect of which half of the masks or more cover more than
     half of the image or nearly all of its border.
@@ -34,14 +32,16 @@ def check_masks(samples: list[Sample], root: Path) -> tuple[list[Sample], list[s
     for sample in samples:
         reason, mask = _read_sample_mask(sample, any_masks)
         if reason:
-            of = f"{relative(sample.mask, root)} of " if sample.mask and reason == _MISSING else ""
-            wrong[reason].append(of + relative(sample.path, root))
+            of = f"{relative(sample.mask, tree.root)} of " if sample.mask and reason == _MISSING else ""
+            wrong[reason].append(of + relative(sample.path, tree.root))
         if sample.label and mask is not None and not reason:
             kinds[sample.defect].append((sample, _is_implausible(mask)))
         drop = reason or not sample.label
         checked.append(replace(sample, mask=None, regions=()) if drop else sample)
-    problems = [f"{reason}: {some(names)}." for reason, names in wrong.items()]
-    return checked, problems + _inverted(kinds, root)
+    for reason, names in wrong.items():
+        tree.report(reason, names)
+    _report_inverted(kinds, tree)
+    return checked
 
 
 def _read_sample_mask(sample: Sample, any_masks: bool) -> tuple[str, np.ndarray | None]:
@@ -72,24 +72,22 @@ def _is_implausible(mask: np.ndarray) -> bool:
     return bool(mask.mean() > _AREA or border.mean() > _BORDER)
 
 
-def _inverted(kinds: dict[str, list[tuple[Sample, bool]]], root: Path) -> list[str]:
+def _report_inverted(kinds: dict[str, list[tuple[Sample, bool]]], tree: Tree) -> None:
     named = []
     for kind, masks in kinds.items():
         odd = [sample.mask for sample, implausible in masks if implausible and sample.mask]
         if len(odd) > len(masks) / 2 or len(odd) >= max(2, len(masks) / 2):  # one of two may be large
-            named.append(f"{kind} ({len(odd)} of {count(len(masks), 'mask')}, such as {relative(odd[0], root)})")
-    if not named:
-        return []
-    return [
-        "Masks that mark more than half of the image or nearly all of its border, and so may be inverted: "
-        f"{', '.join(named[:3])}{', …' if len(named) > 3 else ''}. They are used as they are: 0 means good, all else "
-        "defective. If that is wrong, invert the files."
-    ]
+            named.append(f"{kind} ({len(odd)} of {count(len(masks), 'mask')}, such as {relative(odd[0], tree.root)})")
+    if named:
+        tree.problems.append(
+            "Masks that mark more than half of the image or nearly all of its border, and so may be inverted: "
+            f"{', '.join(named[:3])}{', …' if len(named) > 3 else ''}. They are used as they are: 0 means good, all "
+            "else defective. If that is wrong, invert the files."
+        )
 
 
-def check_names(samples: Iterable[Sample], root: Path) -> list[str]:
+def check_names(samples: list[Sample], tree: Tree) -> None:
     """Report images that are named like masks of others beside them, or lie in a folder named like masks."""
-    samples = list(samples)
     there = {(sample.path.parent, sample.path.stem.casefold()) for sample in samples}
     odd = []
     for sample in samples:
@@ -97,16 +95,12 @@ def check_names(samples: Iterable[Sample], root: Path) -> list[str]:
         if (like and (sample.path.parent, like[1]) in there) or (
             sample.label and re.fullmatch(_MASK, sample.defect, re.I)
         ):
-            odd.append(relative(sample.path, root))
-    if not odd:
-        return []
-    return [
-        f"Images that are called like masks, yet count as images: {some(odd)}. Masks belong in "
-        "ground_truth/<defect>, or in the column mask of a table."
-    ]
+            odd.append(sample.path)
+    rest = ". Masks belong in ground_truth/<defect>, or in the column mask of a table."
+    tree.report("Images that are called like masks, yet count as images", odd, rest)
 
 
-def check_copies(train: list[Sample], test: list[Sample], root: Path) -> list[str]:
+def check_copies(train: list[Sample], test: list[Sample], tree: Tree) -> None:
     """Report test images with the same bytes as a training image, and files that are both good and defective.
 
     Only files of equal size are opened.
@@ -125,16 +119,10 @@ def check_copies(train: list[Sample], test: list[Sample], root: Path) -> list[st
             if not (content := sha256_if_readable(sample.path)):
                 continue
             twin, twin_for_test = first.setdefault(content, (sample, for_test))
-            names = f"{relative(sample.path, root)} = {relative(twin.path, root)}"
+            names = f"{relative(sample.path, tree.root)} = {relative(twin.path, tree.root)}"
             if sample.label != twin.label:
                 contradictory.append(names)
             elif for_test and not twin_for_test:
                 same.append(names)
-    problems = []
-    if contradictory:
-        problems.append(
-            f"The same file is both good and defective, and one of the two is wrong: {some(contradictory)}."
-        )
-    if same:
-        problems.append(f"Test images that are also training images, which flatters the results: {some(same)}.")
-    return problems
+    tree.report("The same file is both good and defective, and one of the two is wrong", contradictory)
+    tree.report("Test images that are also training images, which flatters the results", same)

@@ -15,12 +15,11 @@ from pathlib import Path
 
 from unflaw.datasets.samples import (
     DatasetError,
-    Found,
     Sample,
     Saturated,
+    Splits,
     Tree,
     relative,
-    some,
     stem,
     subfolders,
 )
@@ -38,7 +37,7 @@ class Layout:
     name: str
     sketch: str  # the paths, for documentation
     fits: Callable[[Tree], bool]
-    read: Callable[[Tree], Found]
+    read: Callable[[Tree], Splits]
     group: str = ""  # folders of one group are categories of one data set; "": it has none
 
 
@@ -82,21 +81,19 @@ def _is_mvtec(tree: Tree) -> bool:
     return _has("train/good")(tree) or (not tree.path("train").exists() and _has("test/good")(tree))
 
 
-def _mvtec(tree: Tree, good: str = "good") -> Found:
-    train, validation = (
-        [Sample(path, 0) for path in tree.images(tree.path(f"{part}/{good}"))] for part in ("train", "validation")
-    )
-    test, problems = _tested(tree, good)
-    used = [sample.path for sample in [*train, *validation, *test]]
-    problems += tree.unused([tree.path(part) for part in ("train", "validation", "test")], used)
+def _good(tree: Tree, folder: str) -> list[Sample]:
+    return [Sample(path, 0) for path in tree.images(tree.path(folder))]
+
+
+def _mvtec(tree: Tree, good: str = "good") -> Splits:
+    train, validation, test = _good(tree, f"train/{good}"), _good(tree, f"validation/{good}"), _tested(tree, good)
     parts = ("train", "validation", "test", "ground_truth")
-    others = [folder for folder in subfolders(tree.root) if folder.name.casefold() not in parts]
-    others = [folder for folder in others if folder not in _truths(tree)]
+    tree.report_unused([tree.path(part) for part in parts[:3]], [*train, *validation, *test])
+    known = [folder for folder in subfolders(tree.root) if folder.name.casefold() in parts] + _truths(tree)
+    others = [folder for folder in subfolders(tree.root) if folder not in known]
     others = [folder for folder in others if any(is_image(entry.path) for entry in walk(os.fspath(folder)))]
-    if others:
-        named = some([relative(folder, tree.root) for folder in others])
-        problems.append(f"Folders with images that were not used: {named}; used are {', '.join(parts)}.")
-    return train, validation, test, problems
+    tree.report("Folders with images that were not used", others, f"; used are {', '.join(parts)}.")
+    return train, validation, test
 
 
 def _truths(tree: Tree) -> list[Path]:
@@ -106,21 +103,19 @@ def _truths(tree: Tree) -> list[Path]:
     return [truth] if truth.is_dir() else others
 
 
-def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
+def _tested(tree: Tree, good: str) -> list[Sample]:
     """Read the images in test/<kind>, with their masks in ground_truth/<kind>: files, or folders of regions."""
-    test, problems = [], []
     tested, truth, fine = tree.path("test"), tree.path("ground_truth"), tree.path(f"test/{good}")
-    kinds = [
-        folder for folder in subfolders(tested) if folder == fine or folder.name.casefold() != good.casefold()
-    ]  # the tree reports names that differ from `good` only by case
+    # the tree reports names that differ from `good` only by case
+    kinds = [folder for folder in subfolders(tested) if folder == fine or folder.name.casefold() != good.casefold()]
     folded = [folder.name.casefold() for folder in kinds]
-    if alike := [folder for folder in kinds if folded.count(folder.name.casefold()) > 1]:
-        names = some([relative(folder, tree.root) for folder in alike])
-        problems.append(f"Kinds of defect whose names differ by case only, and count as several: {names}.")
+    alike = [folder for folder in kinds if folded.count(folder.name.casefold()) > 1]
+    tree.report("Kinds of defect whose names differ by case only, and count as several", alike)
+    test = []
     for folder in kinds:
         images = tree.images(folder)
         if not images:
-            problems.append(f"{relative(folder, tree.root)} holds no images.")
+            tree.problems.append(f"{relative(folder, tree.root)} holds no images.")
         of_kind = truth / folder.name if folder in alike else tree.path(folder.name, truth)
         masks = {path.name: path for path in subfolders(of_kind)}
         masks |= {stem(path, of_kind): path for path in tree.images(of_kind)}
@@ -129,23 +124,22 @@ def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
         test += [Sample(path, label, of.get(stem(path, folder)), kind) for path in images]
 
     def name(sample: Sample) -> str:
-        below = sample.path.relative_to(tested).with_suffix("").as_posix()
-        return f"{truth.name}/{below}_mask.* or {truth.name}/{below}.*"
+        below = f"{truth.name}/{stem(sample.path, tested)}"
+        return f"{below}_mask.* or {below}.*"
 
     truths = _truths(tree)
-    files = [path for folder in truths for path in tree.images(folder)]
-    return test, problems + tree.unfitting(files, test, name) + tree.unread(truths)
+    tree.report_masks(truths, [path for folder in truths for path in tree.images(folder)], test, name)
+    return test
 
 
-def _loco(tree: Tree) -> Found:
+def _loco(tree: Tree) -> Splits:
     """Read MVTec LOCO AD: the value of a mask gives the kind of defect, and defects_config.json its saturation."""
-    train, validation, test, problems = _mvtec(tree)
+    train, validation, test = _mvtec(tree)
     config = tree.path("defects_config.json", file=True)
     try:
-        defects = json.loads(config.read_text("utf-8"))
         kinds = {
             int(kind["pixel_value"]): (float(kind["saturation_threshold"]), bool(kind["relative_saturation"]))
-            for kind in defects
+            for kind in json.loads(config.read_text("utf-8"))
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DatasetError(f"{config}: cannot be read ({error!r}); unpack the archive again") from error
@@ -160,19 +154,16 @@ def _loco(tree: Tree) -> Found:
             if kind:
                 regions.append(Saturated(mask, *kind))
             else:
-                unknown.append(relative(mask, tree.root))
+                unknown.append(mask)
         whole.append(replace(sample, regions=tuple(regions)))
-    if unknown:
-        problems.append(f"Masks whose pixel value is not in {config.name}, left out of the regions: {some(unknown)}.")
-    return train, validation, whole, problems
+    tree.report(f"Masks whose pixel value is not in {config.name}, left out of the regions", unknown)
+    return train, validation, whole
 
 
-def _oct2017(tree: Tree) -> Found:
-    folder = tree.path("train/NORMAL")
-    train = [Sample(path, 0) for path in tree.images(folder)]
-    test, problems = _tested(tree, "NORMAL")
-    used = [sample.path for sample in [*train, *test]]
-    return train, [], test, problems + tree.unused([folder, tree.path("test")], used)
+def _oct2017(tree: Tree) -> Splits:
+    train, test = _good(tree, "train/NORMAL"), _tested(tree, "NORMAL")
+    tree.report_unused([tree.path("train/NORMAL"), tree.path("test")], [*train, *test])
+    return train, [], test
 
 
 # BMAD: its archives have different layouts
@@ -202,46 +193,43 @@ def _bmad_home(root: Path) -> Tree | None:
     return next((home for home in homes if all(_bmad_folders(home, *split) for split in splits)), None)
 
 
-def _bmad(tree: Tree) -> Found:
-    home = _bmad_home(tree.root) or tree
-    found: dict[tuple[str, str], list[Sample]] = {}
-    folders, truths = [], []
-    for split, label in (("train", "good"), ("test", "good"), ("test", "Ungood")):
+def _bmad(tree: Tree) -> Splits:
+    home = _bmad_home(tree.root)
+    assert home is not None
+    found: dict[str, list[Sample]] = {"train/good": [], "test/good": [], "test/Ungood": []}
+    folders, masks = [], []
+    truth = home.root
+    for part in found:
+        split, label = part.split("/")
         if (where := _bmad_folders(home, split, label)) is None:
-            found[split, label] = []
             continue
         folder, truth = where
-        images, masks = home.images(folder), home.images(truth) if split == "test" else []
-        of = _paired((stem(path, folder) for path in images), {stem(path, truth): path for path in masks}, "{}")
-        bad, kind = (1, label) if label == "Ungood" else (0, "good")
-        found[split, label] = [Sample(path, bad, of.get(stem(path, folder)), kind) for path in images]
         folders.append(folder)
-        truths += masks
-    train, test = found["train", "good"], found["test", "Ungood"] + found["test", "good"]
-    truth = (_bmad_folders(home, "test", "Ungood") or (home.root, home.root))[1]
-    problems = home.unfitting(truths, test, lambda s: f"{relative(truth, home.root)}/{s.path.stem}.*")
-    problems += home.unread([truth])
-    return train, [], test, problems + home.unused(folders, [s.path for s in train + test]) + home.notes()
+        images, truths = home.images(folder), home.images(truth) if split == "test" else []
+        of = _paired((stem(path, folder) for path in images), {stem(path, truth): path for path in truths}, "{}")
+        bad, kind = (1, label) if label == "Ungood" else (0, "good")
+        found[part] = [Sample(path, bad, of.get(stem(path, folder)), kind) for path in images]
+        masks += truths
+    train, test = found["train/good"], found["test/Ungood"] + found["test/good"]
+    home.report_masks([truth], masks, test, lambda sample: f"{relative(truth, home.root)}/{sample.path.stem}.*")
+    home.report_unused(folders, [*train, *test])
+    tree.problems += home.problems + home.notes()
+    return train, [], test
 
 
 # Others
 
 
-def _visa(tree: Tree) -> Found:
+def _visa(tree: Tree) -> Splits:
     """Read the official split of one category from the table beside it."""
     category = tree.root.absolute()
     table = Tree(category.parent).path("split_csv/1cls.csv", file=True)
     if not table.is_file():
         raise DatasetError(f"{table}: is missing, and it says which images train; copy it there from the archive")
+    train, test, missing, listed = [], [], [], {}
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["object"].casefold() == category.name.casefold()]
-        if not rows:
-            raise DatasetError(
-                f"{table}: lists no {category.name!r}; give the folder the name that it has in the archive"
-            )
-        train, test, missing = [], [], []
-        listed = {}
         for row in rows:
             path, bad = _in_category(tree, row["image"]), row["label"] != "normal"
             if not path.is_file():
@@ -255,14 +243,14 @@ def _visa(tree: Tree) -> Found:
                 train.append(Sample(path, 0))
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{table}: cannot be read ({error!r}); copy it again from the archive") from error
-    problems = [f"Listed in {table.name}, yet not there: {some(missing)}."] if missing else []
-    masks = tree.images(tree.path("Data/Masks"))
-    problems += tree.unfitting(
-        masks, test, lambda sample: listed[sample.path] or f"what {table.name} says, if anything"
-    )
-    problems += tree.unread([tree.path("Data/Masks")])
-    used = [sample.path for sample in [*train, *test]]
-    return train, [], test, problems + tree.unused([tree.path("Data/Images")], used)
+    if not rows:
+        raise DatasetError(f"{table}: lists no {category.name!r}; give the folder the name that it has in the archive")
+    tree.report(f"Listed in {table.name}, yet not there", missing)
+    truth = tree.path("Data/Masks")
+    unlisted = f"what {table.name} says, if anything"
+    tree.report_masks([truth], tree.images(truth), test, lambda sample: listed[sample.path] or unlisted)
+    tree.report_unused([tree.path("Data/Images")], [*train, *test])
+    return train, [], test
 
 
 def _in_category(tree: Tree, path: str) -> Path:
@@ -270,10 +258,9 @@ def _in_category(tree: Tree, path: str) -> Path:
     return tree.path("/".join(Path(path).parts[1:]), file=True)
 
 
-def _dagm(tree: Tree) -> Found:
+def _dagm(tree: Tree) -> Splits:
     """Read DAGM 2007: images of Train and Test are defective if Label/Labels.txt says so or they have a mask."""
     found: dict[str, list[Sample]] = {}
-    problems = []
     for part in ("Train", "Test"):
         folder, labels = tree.path(part), tree.path(f"{part}/Label")
         if not labels.is_dir():
@@ -289,11 +276,11 @@ def _dagm(tree: Tree) -> Found:
             for path in images
         ]
         there = {path.stem.casefold() for path in images}
-        if alone := sorted(name for name in {*masks, *labelled} if name.casefold() not in there):
-            hint = "" if labelled.issuperset(alone) else " A mask is called <name>_label.*."
-            problems.append(f"Labelled in {relative(labels, tree.root)}, yet not there: {some(alone)}.{hint}")
-        problems += tree.unused([folder], [*images, *tree.images(labels), table])
-    return [sample for sample in found["Train"] if not sample.label], [], found["Test"], problems
+        alone = sorted(name for name in {*masks, *labelled} if name.casefold() not in there)
+        hint = "." if labelled.issuperset(alone) else ". A mask is called <name>_label.*."
+        tree.report(f"Labelled in {relative(labels, tree.root)}, yet not there", alone, hint)
+        tree.report_unused([folder], [*images, *tree.images(labels), table])
+    return [sample for sample in found["Train"] if not sample.label], [], found["Test"]
 
 
 def _dagm_defective(table: Path) -> set[str]:
@@ -312,50 +299,45 @@ def _is_kolektor(tree: Tree) -> bool:
     return any(name.stem.endswith("_gt") and is_image(name) for name in names)
 
 
-def _kolektor(tree: Tree) -> Found:
+def _kolektor(tree: Tree) -> Splits:
     """Read KolektorSDD2: every image has a mask <name>_GT.png, which is black if the image is good."""
-    found: dict[str, list[Sample]] = {}
+    found: dict[str, list[Sample]] = {"train": [], "test": []}
     lacking, used = [], []
-    for part in ("train", "test"):
+    for part, samples in found.items():
         images = {path.stem: path for path in tree.images(tree.path(part))}
         truths = {name: images.pop(name) for name in list(images) if name.casefold().endswith("_gt")}
         of = _paired(images, truths, "{}_GT")
         used += [*images.values(), *of.values()]
-        found[part] = []
         for name, path in images.items():
-            mask = of.get(name)
             try:
-                bad = read_mask(mask).any() if mask else None
-            except ImageError:
-                bad = None
-            if bad is None:
-                lacking.append(relative(path, tree.root))
+                bad = read_mask(of[name]).any()
+            except (KeyError, ImageError):
+                lacking.append(path)
             else:
-                found[part].append(Sample(path, 1, mask, "defect") if bad else Sample(path, 0))
-    problems = [f"Left out, for want of a mask (_GT) that can be read: {some(lacking)}."] if lacking else []
-    problems += tree.unused([tree.path(part) for part in ("train", "test")], used)
-    return [sample for sample in found["train"] if not sample.label], [], found["test"], problems
+                samples.append(Sample(path, 1, of[name], "defect") if bad else Sample(path, 0))
+    tree.report("Left out, for want of a mask (_GT) that can be read", lacking)
+    tree.report_unused([tree.path(part) for part in found], used)
+    return [sample for sample in found["train"] if not sample.label], [], found["test"]
 
 
-def _magnetic_tile(tree: Tree) -> Found:
-    folders = [
-        tree.path("Imgs", folder) for folder in subfolders(tree.root) if folder.name.casefold().startswith("mt_")
-    ]
+def _magnetic_tile(tree: Tree) -> Splits:
+    kinds = [folder for folder in subfolders(tree.root) if folder.name.casefold().startswith("mt_")]
+    folders = [tree.path("Imgs", folder) for folder in kinds]
     train: list[Sample] = []
     test: list[Sample] = []
     masks: list[Path] = []
     for folder in folders:
         kind = folder.parent.name[len("MT_") :].lower()
-        images = tree.images(folder)
-        truths = {path.stem: path for path in images if path.suffix.lower() == ".png"}
-        images = [path for path in images if path.suffix.lower() in (".jpg", ".jpeg")]
+        files = tree.images(folder)
+        truths = {path.stem: path for path in files if path.suffix.lower() == ".png"}
+        images = [path for path in files if path.suffix.lower() in (".jpg", ".jpeg")]
         of = _paired((path.stem for path in images), truths, "{}")
         masks += of.values()
         for path in images:
             sample = Sample(path, 0) if kind == "free" else Sample(path, 1, of.get(path.stem), kind)
             (test if sample.label or held_out(path.name) else train).append(sample)
-    used = [sample.path for sample in [*train, *test]]
-    return train, [], test, tree.unused(folders, used + masks)
+    tree.report_unused(folders, [*train, *test, *masks])
+    return train, [], test
 
 
 _AITEX = {
@@ -365,7 +347,7 @@ _AITEX = {
 }
 
 
-def _aitex(tree: Tree) -> Found:
+def _aitex(tree: Tree) -> Splits:
     """Read AITEX: images are <number>_<code of the defect>_<code of the fabric>, masks <name>_mask.png."""
     train: list[Sample] = []
     test: list[Sample] = []
@@ -375,19 +357,17 @@ def _aitex(tree: Tree) -> Found:
     images, masks = tree.images(broken), {path.stem: path for path in tree.images(truth)}
     of = _paired((path.stem for path in images), masks, "{}_mask")
     parts = {path: re.sub(r"_mask\d+$", "", path.stem, flags=re.I) for path in masks.values()}
-    several = [path for path in images if path.stem in parts.values()]
+    several = {path.stem: path for path in images if path.stem in parts.values()}
     for path in images:
         code = path.stem.split("_")[1] if path.stem.count("_") > 1 else ""
         test.append(Sample(path, 1, of.get(path.stem), _AITEX.get(code, code or "defect")))
-    problems = [] if truth.is_dir() else [f"{truth.name} is missing; unpack it beside Defect_images."]
-    if several:
-        names = some([relative(path, tree.root) for path in several])
-        problems.append(f"Several masks (_mask1, …) of one image; make one <name>_mask.png of them: {names}.")
-    known = {path.stem for path in several}
-    left = [path for path, name in parts.items() if name not in known]
-    problems += tree.unfitting(left, test, lambda sample: f"{truth.name}/{sample.path.stem}_mask.*")
-    problems += tree.unread([truth])
-    return train, [], test, problems + tree.unused([fine, broken], [sample.path for sample in [*train, *test]])
+    if not truth.is_dir():
+        tree.problems.append(f"{truth.name} is missing; unpack it beside Defect_images.")
+    tree.report("Several masks (_mask1, …) of one image; make one <name>_mask.png of them", several.values())
+    left = [path for path, name in parts.items() if name not in several]
+    tree.report_masks([truth], left, test, lambda sample: f"{truth.name}/{sample.path.stem}_mask.*")
+    tree.report_unused([fine, broken], [*train, *test])
+    return train, [], test
 
 
 def _has(*folders: str) -> Callable[[Tree], bool]:

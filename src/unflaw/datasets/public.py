@@ -184,8 +184,8 @@ def _rows(text: str, columns: str = "train good defective", masks: Masks = "all"
 
 _NON_COMMERCIAL = "CC BY-NC-SA 4.0, not for commercial use"
 _OURS = (
-    f"Ours, for there is no official one: of the good images those are tested on whose name has a SHA-256 that "
-    f"{TEST_EVERY} divides, about a fifth, and the others train; so no added file moves another"
+    f"Defined here, since there is no official one: good images whose name has a SHA-256 divisible by {TEST_EVERY}, about "
+    "a fifth, are test images, and the others training images; so added files do not move others"
 )
 
 COLLECTIONS = (
@@ -209,7 +209,7 @@ COLLECTIONS = (
         "https://www.mvtec.com/company/research/datasets/mvtec-loco",
         "Bergmann et al., Beyond Dents and Scratches: Logical Constraints in Unsupervised Anomaly Detection and "
         "Localization, IJCV 130, 2022",
-        "Official; its validation images calibrate",
+        "Official; its validation images are used for calibration",
         _rows(
             """breakfast_box 351 62 102 173; juice_bottle 335 54 94 236; pushpins 372 69 138 172
             screw_bag 360 60 122 219""",
@@ -248,8 +248,8 @@ COLLECTIONS = (
         "https://data.mendeley.com/datasets/rscbjbr9sj",
         "Kermany et al., Identifying Medical Diagnoses and Treatable Diseases by Image-Based Deep Learning, Cell 172, "
         "2018",
-        "train/NORMAL trains, all of test is tested on; the defective training images and val, which only the copy "
-        "on Kaggle has, are left out. The first row counts that copy, the second is what the paper states",
+        "train/NORMAL for training, all of test for testing; the defective training images and val, which only the copy "
+        "on Kaggle has, are left out. The first row counts that copy, the second is from the paper",
         {"": (Counts(26315, 242, 726, masks="none"), Counts(51140, 250, 750, masks="none"))},
     ),
     Collection(
@@ -259,7 +259,7 @@ COLLECTIONS = (
         "https://www.vicos.si/resources/kolektorsdd2/",
         "Božič, Tabernik, Skočaj, Mixed supervision for surface-defect detection: from weakly to fully supervised "
         "learning, Computers in Industry 129, 2021",
-        "Official, without the 246 defective training images. Good is what has a black mask",
+        "Official, without the 246 defective training images. Images with a black mask are good",
         {"": (Counts(2085, 894, 110, masks="some"),)},
     ),
     Collection(
@@ -315,7 +315,7 @@ COLLECTIONS = (
         f"{_NON_COMMERCIAL} (as anomalib states it); the data sets it is made of have terms of their own",
         "https://github.com/DorisBao/BMAD",
         "Bao et al., BMAD: Benchmarks for Medical Anomaly Detection, CVPR Workshops 2024",
-        "Official; its validation images, good and defective ones to choose models by, are left out",
+        "Official; its validation images, good and defective ones for model selection, are left out",
         _rows("Brain 7500 640 3075; Liver 1542 833 660; RESC 4297 1041 764", masks="some")
         | _rows("OCT2017 26315 242 726; Chest 8000 781 16413; Camelyon16 5088 1000 997", masks="none"),
         {

@@ -51,7 +51,7 @@ class Dataset:
     problems: tuple[str, ...]  # sentences on faults that do not prevent use
 
 
-Found = tuple[list[Sample], list[Sample], list[Sample], list[str]]  # train, validation, test, problems
+Splits = tuple[list[Sample], list[Sample], list[Sample]]  # train, validation, test
 
 
 def digest(samples: Iterable[Sample | Input], contents: Mapping[Input, str] | None = None) -> str:
@@ -121,11 +121,11 @@ def distinct(paths: Sequence[Input], contents: Mapping[Input, str]) -> tuple[lis
 class Tree:
     """Case-insensitive lookup of folders and files of a data set.
 
-    Of names that differ only by case, the exact match is used, else the first.
+    Of names that differ only by case, the exact match is used, else the first. `problems` collects sentences on faults.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self.problems = root, list[str]()
         self._names: dict[Path, dict[str, list[str]]] = {}
         self._passed_over: list[Entry] = []
         self._alternatives: dict[Path, list[str]] = {}  # paths, and other names that differ only by case
@@ -158,34 +158,39 @@ class Tree:
         """List all images under a folder, sorted; empty if it does not exist."""
         return list_images(folder, self._passed_over) if folder.is_dir() else []
 
-    def unused(self, folders: Iterable[Path], used: Iterable[Path]) -> list[str]:
-        """Report the files in folders that are not used."""
-        known = set(used)
-        files = [relative(path, self.root) for path in self._files(folders) if path not in known]
-        return [f"Files that were not used: {some(files)}."] if files else []
+    def report(self, fault: str, files: Iterable[Path | str], rest: str = ".") -> None:
+        """Add a problem with the names of some files, if there are any."""
+        names = [relative(file, self.root) if isinstance(file, Path) else file for file in files]
+        if names:
+            self.problems.append(f"{fault}: {some(names)}{rest}")
 
-    def unread(self, folders: Iterable[Path]) -> list[str]:
-        """Report the files in folders of masks that are not images."""
-        files = [relative(path, self.root) for path in self._files(folders) if not is_image(path)]
-        return [f"Files among the masks that are no images: {some(files)}. Save masks as PNG."] if files else []
+    def report_unused(self, folders: Iterable[Path], used: Iterable[Sample | Path]) -> None:
+        """Report the files in folders that are not used."""
+        known = {file.path if isinstance(file, Sample) else file for file in used}
+        self.report("Files that were not used", [path for path in self._files(folders) if path not in known])
+
+    def report_masks(
+        self, folders: Iterable[Path], masks: Iterable[Path], samples: Sequence[Sample], name: Callable[[Sample], str]
+    ) -> None:
+        """Report masks that belong to no sample, and files in the folders of masks that are not images.
+
+        `name`: function that returns the expected name of the mask of a sample.
+        """
+        used = {sample.mask for sample in samples}
+        if left := [path for path in masks if path not in used and used.isdisjoint(path.parents)]:
+            rest = "."
+            if lacking := [sample for sample in samples if sample.label and not sample.mask]:
+                first = left[0].stem.casefold()
+                near = max(lacking, key=lambda s: (s.path.stem.casefold() in first) * len(s.path.stem))
+                rest += f" The mask of {relative(near.path, self.root)} would be {name(near)}."
+            if not any(sample.mask for sample in samples if sample.label):
+                rest += " So no image has a mask, and there are no pixel metrics."
+            self.report("Mask files that fit no image", left, rest)
+        others = [path for path in self._files(folders) if not is_image(path)]
+        self.report("Files among the masks that are no images", others, ". Save masks as PNG.")
 
     def _files(self, folders: Iterable[Path]) -> list[Path]:
         return [path for folder in folders if folder.is_dir() for path in visible_files(folder, self._passed_over)]
-
-    def unfitting(self, masks: Iterable[Path], samples: Sequence[Sample], name: Callable[[Sample], str]) -> list[str]:
-        """Report mask files that belong to no sample; `name` returns the expected name of the mask of a sample."""
-        used = {sample.mask for sample in samples}
-        left = [path for path in masks if path not in used and used.isdisjoint(path.parents)]
-        if not left:
-            return []
-        text = f"Mask files that fit no image: {some([relative(path, self.root) for path in left])}."
-        if lacking := [sample for sample in samples if sample.label and not sample.mask]:
-            first = left[0].stem.casefold()
-            near = max(lacking, key=lambda s: (s.path.stem.casefold() in first) * len(s.path.stem))
-            text += f" The mask of {relative(near.path, self.root)} would be {name(near)}."
-        if not any(sample.mask for sample in samples if sample.label):
-            text += " So no image has a mask, and there are no pixel metrics."
-        return [text]
 
     def notes(self) -> list[str]:
         """Report folders that differ only by case, and ignored files."""

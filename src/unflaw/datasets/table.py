@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from unflaw.datasets.samples import DatasetError, Found, Sample, relative
+from unflaw.datasets.samples import DatasetError, Sample, Splits, Tree, relative
 from unflaw.io.listing import SUFFIXES, is_image
 from unflaw.io.words import count
 
@@ -32,7 +32,7 @@ class _RowError(ValueError):
     """Error for an unusable row: fault, cell and remedy."""
 
 
-def read_table(path: Path) -> Found:
+def read_table(path: Path, tree: Tree) -> Splits:
     """Read a table of the columns path, label[, mask][, defect][, split]: UTF-8, with commas, semicolons or tabs.
 
     Paths are absolute or relative to the table, with slashes or backslashes. Labels are GOOD_LABELS or DEFECT_LABELS,
@@ -73,16 +73,16 @@ def read_table(path: Path) -> Found:
         except _RowError as error:
             reason, cell, remedy = error.args
             wrong[reason, remedy].append(f"line {line} {_quoted(cell)}")
-    problems = [
+    tree.problems += [
         f"{path.name}: {count(len(at), 'row')} {'was' if len(at) == 1 else 'were'} left out ({reason}): {_first(at)}; "
         f"{remedy}."
         for (reason, remedy), at in wrong.items()
     ]
     if has_booleans:
-        problems.append(
+        tree.problems.append(
             f"{path.name}: of the labels, True is taken for defective, as 1 is, and False for good, as 0 is."
         )
-    dropped, duplicates = _duplicates(placed, path)
+    dropped = _duplicates(placed, path, tree)
     has_defects = any(sample.label for _, sample, _ in placed)
     sides: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
     open_rows = 0
@@ -92,7 +92,7 @@ def read_table(path: Path) -> Found:
         side = split or ("test" if for_test else "train")
         if line not in dropped:
             sides[side].append(sample if side == "test" else replace(sample, mask=None))
-    return sides["train"], sides["validation"], sides["test"], problems + duplicates
+    return sides["train"], sides["validation"], sides["test"]
 
 
 def _sample_of_row(texts: dict[str, str], folder: Path, extra: bool) -> tuple[Sample, str]:
@@ -136,8 +136,8 @@ def _resolve(folder: Path, name: str) -> Path:
     return path if "\\" not in name or os.path.exists(path) else folder / name.replace("\\", "/")  # noqa: PTH110
 
 
-def _duplicates(placed: Sequence[Row], table: Path) -> tuple[set[int], list[str]]:
-    """Return the lines to leave out because a file is listed twice, and sentences on them."""
+def _duplicates(placed: Sequence[Row], table: Path, tree: Tree) -> set[int]:
+    """Report files that are listed twice, and return the lines to leave out."""
     by_file: dict[str, list[Row]] = defaultdict(list)
     for row in placed:
         by_file[os.path.realpath(row[1].path)].append(row)
@@ -158,12 +158,12 @@ def _duplicates(placed: Sequence[Row], table: Path) -> tuple[set[int], list[str]
         (contradictory, "both as good and as defective", "the rows are left out; keep those that are right"),
         (repeated, "more than once", "equal rows count once, all others each"),
     )
-    return dropped, [
-        f"{table.name}: {count(len(names), 'file')} {'is' if len(names) == 1 else 'are'} listed {how}: {_first(names)}; "
-        f"{remedy}."
-        for names, how, remedy in kinds
-        if names
-    ]
+    for names, how, remedy in kinds:
+        if names:
+            verb = "is" if len(names) == 1 else "are"
+            listed = f"{count(len(names), 'file')} {verb} listed {how}"
+            tree.problems.append(f"{table.name}: {listed}: {_first(names)}; {remedy}.")
+    return dropped
 
 
 def _first(names: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ from unflaw.postprocessing.regions import EIGHT_CONNECTED, flagged
 
 
 class RegionTally:
-    """Counts of predicted regions, above a pixel threshold and a minimum area (share of the image), and of true ones."""
+    """Counts of true regions, and of predicted ones above a pixel threshold and an area (share of the image)."""
 
     def __init__(self, threshold: float, minimum_area: float) -> None:
         self.threshold, self.minimum_area = threshold, minimum_area

@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +134,14 @@ class _Gallery:
         wrong = item.result.verdict == ("good" if item.label else "defect")
         group = self.kept[wrong, item.defect]
         group.append(replace(item, result=replace(item.result, image=item.result.image.copy())))
-        # the worst mistakes and, of right verdicts, those nearest to being mistakes
+        # the worst mistakes, and the correct verdicts nearest to the threshold
         group.sort(key=lambda i: i.result.score if (i.label == 1) else -i.result.score)
         del group[self.size // 2 if wrong else self.size // 4 :]
 
     def images(self) -> list[Inspected]:
         mistakes = [i for (wrong, _), group in self.kept.items() if wrong for i in group]
         right = [group for (wrong, _), group in sorted(self.kept.items(), key=lambda g: g[0]) if not wrong]
-        longest = max((len(group) for group in right), default=0)
-        in_turn = [group[i] for i in range(longest) for group in right if i < len(group)]  # every kind is represented
+        in_turn = [i for row in zip_longest(*right) for i in row if i is not None]  # every kind is represented
         half = self.size // 2
         shown = mistakes[: max(half, self.size - len(in_turn))]
         return shown + in_turn[: self.size - len(shown)]

@@ -49,9 +49,9 @@ def risk(rows: Sequence[Mapping[str, Any]], calibration: Calibration) -> tuple[d
         rows: See `review_order`; also with "label".
 
     Returns:
-        Record: "error_rate" without review; "areas" under the curves "p_value", "uncertainty" (if the method has it),
-        "ideal" (errors first) and "random"; "errors_left" of the first two at the shares "reviewed". Then whole curves for
-        plots, as shares of the errors: "risk" and, if there, "risk_uncertainty".
+        A record and curves for plots. Record: "error_rate" without review; "areas" under the curves "p_value",
+        "uncertainty" (if the method has it), "ideal" (errors first) and "random"; "errors_left" of the first two at the
+        shares "reviewed". Curves, as shares of the errors: "risk" and, if there, "risk_uncertainty".
     """
     scores, labels = (np.array([row[name] for row in rows], float) for name in ("score", "label"))
     wrong = (scores > calibration.threshold) != (labels == 1)

@@ -44,7 +44,7 @@ def check_blocks(data: bytes) -> None:
 
 
 def check_decoding(data: bytes, size: tuple[int, int]) -> None:
-    """Raise ImageError for a JPEG of very many scans and for a large run-length compressed BMP; `size` is (width, height)."""
+    """Raise ImageError for a JPEG of too many scans and for a large run-length compressed BMP, of (width, height)."""
     pixels = size[0] * size[1]
     if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > SCANS + SCANNED // max(pixels, 1):
         raise ImageError(f"has {scans} scans over {pixels:,} pixels; save it again, not progressive")

@@ -90,30 +90,24 @@ class Earlier:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._own: dict[Path, tuple[int, int]] = {}
-        self._others: dict[Path, tuple[int, int]] = {}
+        self._files: dict[Path, tuple[bool, tuple[int, int]]] = {}  # True for unchanged files of unflaw, and identity
         ended = self._ended()
         for folder, suffix, written in _KINDS:
             for file in sorted((out / folder).glob(f"*{suffix}")) if folder else [out / PARTS]:
                 with suppress(FileNotFoundError):
                     status = file.lstat()
-                    if folder and not _NUMBERED.fullmatch(file.stem):
-                        continue
-                    own = stat.S_ISREG(status.st_mode) and status.st_mtime <= ended and written(_head(file))
-                    (self._own if own else self._others)[file] = _identity(status)
+                    if not folder or _NUMBERED.fullmatch(file.stem):
+                        own = stat.S_ISREG(status.st_mode) and status.st_mtime <= ended and written(_head(file))
+                        self._files[file] = own, _identity(status)
 
     def clear(self) -> list[str]:
         """Remove files that the new run has not replaced; return sentences on removed and remaining files."""
         gone, stay = Counter[str](), Counter[str]()
-        for file, mark in {**self._own, **self._others}.items():
+        for file, (own, identity) in self._files.items():
             place = file.relative_to(self.out).parts[0]
             with suppress(FileNotFoundError):
-                if _identity(file.lstat()) != mark:  # replaced by this run
-                    continue
-                if file in self._own and _removed(file):
-                    gone[place] += 1
-                else:
-                    stay[place] += 1
+                if _identity(file.lstat()) == identity:  # else replaced by this run
+                    (gone if own and _removed(file) else stay)[place] += 1
         for folder in (PANELS, LABELS):
             if gone[folder]:
                 with suppress(OSError):  # it contains other files
