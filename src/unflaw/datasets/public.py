@@ -184,8 +184,8 @@ def _rows(text: str, columns: str = "train good defective", masks: Masks = "all"
 
 _NON_COMMERCIAL = "CC BY-NC-SA 4.0, not for commercial use"
 _OURS = (
-    f"Defined here, since there is no official one: good images whose name has a SHA-256 divisible by {TEST_EVERY}, about "
-    "a fifth, are test images, and the others training images; so added files do not move others"
+    f"Defined here, since there is no official one: good images whose name has a SHA-256 divisible by {TEST_EVERY}, "
+    "about a fifth, are test images, and the others training images; so added files do not move others"
 )
 
 COLLECTIONS = (
@@ -248,8 +248,8 @@ COLLECTIONS = (
         "https://data.mendeley.com/datasets/rscbjbr9sj",
         "Kermany et al., Identifying Medical Diagnoses and Treatable Diseases by Image-Based Deep Learning, Cell 172, "
         "2018",
-        "train/NORMAL for training, all of test for testing; the defective training images and val, which only the copy "
-        "on Kaggle has, are left out. The first row counts that copy, the second is from the paper",
+        "train/NORMAL for training, all of test for testing; the defective training images and val, which only the "
+        "copy on Kaggle has, are left out. The first row counts that copy, the second is from the paper",
         {"": (Counts(26315, 242, 726, masks="none"), Counts(51140, 250, 750, masks="none"))},
     ),
     Collection(

@@ -65,8 +65,7 @@ def digest(samples: Iterable[Sample | Input], contents: Mapping[Input, str] | No
 def fingerprint(dataset: Dataset) -> str:
     """SHA-256, in hex, of everything that results depend on: contents of images and masks, labels and order.
 
-    Raises:
-        OSError: A file cannot be read.
+    Raises OSError if a file cannot be read.
     """
     parts = (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test))
     lines = []
@@ -94,7 +93,7 @@ def sha256(path: Input) -> str:
         return hashlib.sha256(f"{pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()).hexdigest()
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:  # the name is missing if opening succeeds and reading fails
+    except OSError as error:  # the name is missing where opening succeeds and reading does not
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

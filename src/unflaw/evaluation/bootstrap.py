@@ -148,10 +148,7 @@ def interval(values: Array, level: float = 0.95) -> tuple[float, float]:
 def resampled(runs: Sequence[PerImage], metric: str, draws: int = 1000) -> Array | None:
     """Mean of a metric over runs (seeds) on the same images, for every resample: (draws,). None if undefined.
 
-    The spread is that of the images: seeds do not count as further images.
-
-    Raises:
-        ValueError: The runs have different images.
+    The spread is that of the images: seeds do not count as further images. Raises ValueError for runs of other images.
     """
     if any((run.names, run.labels.tolist()) != (runs[0].names, runs[0].labels.tolist()) for run in runs):
         raise ValueError("runs of different images cannot be compared")

@@ -248,10 +248,8 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
 def read_mask(path: str | Path) -> np.ndarray:
     """Read a mask as (H, W) bool: True where any channel is not 0, or above 127 in JPEG, which blurs.
 
-    For a folder, the union of the masks in it is returned.
-
-    Raises:
-        ImageError: See `read`; also a folder without images or with images of several sizes.
+    For a folder, return the union of its masks. Raises ImageError, see `read`; also if a folder has no images, or images
+    of several sizes.
     """
     if Path(path).is_dir():
         masks = [read_mask(file) for file in list_images(path)]

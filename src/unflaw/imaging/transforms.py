@@ -57,10 +57,7 @@ def windows(image: np.ndarray, preparation: Preparation) -> Iterable[ModelInput]
     """Resize (H, W, 3) from `read` to windows: bilinear, antialiased when shrinking.
 
     Images of 8 bits are resized in 8 bits, which is several times faster. Pixels outside a region of interest become
-    mid-grey. With tiles, the windows are computed lazily.
-
-    Raises:
-        ImageError: The image has no pixels in the region of interest.
+    mid-grey. With tiles, the windows are computed lazily. Raises ImageError if the image has no pixels in the region.
     """
     geometry = _geometry(image, preparation)
     if not geometry.places or (geometry.counted is not None and not geometry.counted.any()):

@@ -20,8 +20,7 @@ _NAMES = {"safetensors": ".safetensors", "onnx": ".onnx", "openvino": "OpenVINO 
 def kind_of(path: str | Path) -> Kind:
     """Detect the format of a detector file from its first bytes, else from its suffix.
 
-    Raises:
-        DetectorError: There is no such file, it cannot be read, or it holds the weights of an OpenVINO file.
+    Raises DetectorError if there is no such file, or it cannot be read or holds the weights of an OpenVINO file.
     """
     path = Path(path)
     if path.is_dir():
@@ -53,7 +52,7 @@ def weights_of(path: Path) -> Path:
 
 
 def read_weights(path: Path, digest: str | None) -> bytes:
-    """Read the weights of a detector exported to OpenVINO.
+    """Read the weights of a detector exported to OpenVINO. Raises DetectorError if they are missing or do not fit.
 
     Two files cannot be replaced in one step. After a crash between the steps, the first file is still the old one, and
     the old weights lie beside the new ones (`before`).
@@ -61,9 +60,6 @@ def read_weights(path: Path, digest: str | None) -> bytes:
     Args:
         path: The first file.
         digest: SHA-256 of the weights, in hex, from the first file.
-
-    Raises:
-        DetectorError: The file is missing, or does not belong to the first one.
     """
     weights = weights_of(path)
     for file in (weights, before(weights)):

@@ -167,11 +167,7 @@ def target_of(path: Path) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder if it does not exist, and check that it is writable.
-
-    Raises:
-        WriteError: The folder cannot be created or is not writable.
-    """
+    """Create a folder if it does not exist. Raises WriteError if it cannot be created or is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -182,18 +178,16 @@ def make_folder(folder: Path) -> None:
 def scratch(size: int, advice: str) -> IO[bytes]:
     """Open an unnamed temporary file with space for `size` bytes; it disappears with its process.
 
-    Raises:
-        WriteError: The disk for temporary files has too little space; the message ends with `advice`.
+    Raises WriteError, with `advice`, if the disk for temporary files has too little space.
     """
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     try:
         if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill a process that writes to a memory map
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        file.close()
         if error.errno != errno.EOPNOTSUPP:
+            file.close()
             raise WriteError(Path(tempfile.gettempdir()), error, advice) from error
-        return scratch(0, advice)
     return file
 
 
@@ -249,9 +243,7 @@ def _temporary_name(path: Path) -> Iterator[Path]:
 def _lock_file(file: Path) -> int:
     """Create a file, or replace one that was left behind, and lock it until its handle is closed.
 
-    Raises:
-        BlockingIOError: Another process or thread holds the lock.
-        OSError: The file cannot be created, or locks are not supported.
+    Raises BlockingIOError if another process or thread holds the lock, and OSError if locks are not supported.
     """
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -337,11 +329,7 @@ def _write_errors(path: Path, target: Path) -> Iterator[None]:
 
 
 def check_name(path: Path) -> None:
-    """Check the file name of a trained detector.
-
-    Raises:
-        DetectorError: The suffix is not `.safetensors`.
-    """
+    """Check the file name of a trained detector. Raises DetectorError if the suffix is not `.safetensors`."""
     if path.suffix != ".safetensors":
         raise DetectorError(f"{path}: a trained detector is a .safetensors file; name it {path.stem}.safetensors")
 
@@ -349,8 +337,7 @@ def check_name(path: Path) -> None:
 def steps_of(checkpoint: Path) -> tuple[int, str] | None:
     """Number of training steps in a checkpoint, as a number and for messages; None without a checkpoint.
 
-    Raises:
-        TrainingError: The checkpoint is damaged.
+    Raises TrainingError if the checkpoint is damaged.
     """
     if not checkpoint.is_file():
         return None

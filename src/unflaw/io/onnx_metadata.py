@@ -26,11 +26,7 @@ _REFUSED: dict[tuple[str, int], str] = {
 
 
 def read_properties(data: bytes) -> dict[str, str]:
-    """Read `metadata_props` of an ONNX model.
-
-    Raises:
-        ValueError: The data are not an ONNX model, or one that is refused.
-    """
+    """Read `metadata_props` of an ONNX model. Raises ValueError for other data, and for a model that is refused."""
     properties: dict[str, str] = {}
     graphs = 0
     for message, field, value in _walk(memoryview(data), "model", 0):
