@@ -292,7 +292,7 @@ def test_masks_that_fit_no_image_of_every_layout_are_named(
         if sample.mask:
             sample.mask.rename(sample.mask.with_name(f"odd-{sample.mask.name}"))
     said = " ".join(load_dataset(root).problems)
-    assert "odd-" in said and any(word in said for word in ("fit no image", "not used", "yet not there"))
+    assert "odd-" in said and any(word in said for word in ("fit no image", "not used", "but missing"))
 
 
 # Masks and regions of MVTec LOCO AD
@@ -380,7 +380,7 @@ def test_dagm_without_labels(tmp_path):
     dataset = load_dataset(root)
     assert sum(sample.label for sample in dataset.test) == 2  # Labels.txt still says what is defective
     assert dataset.problems == (
-        "Labelled in Test/Label, yet not there: 0004 (1 in all).",
+        "Labelled in Test/Label, but missing: 0004 (1 in all).",
         "Defective, but without a mask: Test/0003.PNG (1 in all).",
     )
     (root / "Train/Label/Labels.txt").unlink()
@@ -400,7 +400,7 @@ def test_kolektor_without_masks(tmp_path):
     dataset = load_dataset(root)
     assert (len(dataset.train), len(dataset.test)) == (3, 4)
     assert dataset.problems == (
-        "Left out, for want of a mask (_GT) that can be read: train/00000.png, test/00004.png (2 in all).",
+        "Left out, because the mask (_GT) is missing or cannot be read: train/00000.png, test/00004.png (2 in all).",
     )
 
 

@@ -97,7 +97,7 @@ def check_names(samples: list[Sample], tree: Tree) -> None:
         ):
             odd.append(sample.path)
     rest = ". Masks belong in ground_truth/<defect>, or in the column mask of a table."
-    tree.report("Images that are called like masks, yet count as images", odd, rest)
+    tree.report("Images that are named like masks, but used as images", odd, rest)
 
 
 def check_copies(train: list[Sample], test: list[Sample], tree: Tree) -> None:

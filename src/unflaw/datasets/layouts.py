@@ -62,7 +62,7 @@ def held_out(name: str) -> bool:
     return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % TEST_EVERY == 0
 
 
-def _paired(names: Iterable[str], masks: Mapping[str, Path], *forms: str) -> dict[str, Path]:
+def _match_masks(names: Iterable[str], masks: Mapping[str, Path], *forms: str) -> dict[str, Path]:
     """Match names of images and masks by forms such as "{}_mask": first with exact spelling, then ignoring case."""
     names = list(names)
     wanted = [(name, form.format(name)) for form in reversed(forms) for name in names]
@@ -86,24 +86,24 @@ def _good(tree: Tree, folder: str) -> list[Sample]:
 
 
 def _mvtec(tree: Tree, good: str = "good") -> Splits:
-    train, validation, test = _good(tree, f"train/{good}"), _good(tree, f"validation/{good}"), _tested(tree, good)
+    train, validation, test = _good(tree, f"train/{good}"), _good(tree, f"validation/{good}"), _test_samples(tree, good)
     parts = ("train", "validation", "test", "ground_truth")
     tree.report_unused([tree.path(part) for part in parts[:3]], [*train, *validation, *test])
-    known = [folder for folder in subfolders(tree.root) if folder.name.casefold() in parts] + _truths(tree)
+    known = [folder for folder in subfolders(tree.root) if folder.name.casefold() in parts] + _mask_folders(tree)
     others = [folder for folder in subfolders(tree.root) if folder not in known]
     others = [folder for folder in others if any(is_image(entry.path) for entry in walk(os.fspath(folder)))]
     tree.report("Folders with images that were not used", others, f"; used are {', '.join(parts)}.")
     return train, validation, test
 
 
-def _truths(tree: Tree) -> list[Path]:
+def _mask_folders(tree: Tree) -> list[Path]:
     """List the folder of masks, ground_truth; without it, folders with similar names."""
     truth = tree.path("ground_truth")
     others = [folder for folder in subfolders(tree.root) if re.fullmatch(_MASK_FOLDERS, folder.name, re.I)]
     return [truth] if truth.is_dir() else others
 
 
-def _tested(tree: Tree, good: str) -> list[Sample]:
+def _test_samples(tree: Tree, good: str) -> list[Sample]:
     """Read the images in test/<kind>, with their masks in ground_truth/<kind>: files, or folders of regions."""
     tested, truth, fine = tree.path("test"), tree.path("ground_truth"), tree.path(f"test/{good}")
     # the tree reports names that differ from `good` only by case
@@ -119,7 +119,7 @@ def _tested(tree: Tree, good: str) -> list[Sample]:
         of_kind = truth / folder.name if folder in alike else tree.path(folder.name, truth)
         masks = {path.name: path for path in subfolders(of_kind)}
         masks |= {stem(path, of_kind): path for path in tree.images(of_kind)}
-        of = _paired((stem(path, folder) for path in images), masks, "{}_mask", "{}")
+        of = _match_masks((stem(path, folder) for path in images), masks, "{}_mask", "{}")
         label, kind = (0, "good") if folder == fine else (1, folder.name)
         test += [Sample(path, label, of.get(stem(path, folder)), kind) for path in images]
 
@@ -127,7 +127,7 @@ def _tested(tree: Tree, good: str) -> list[Sample]:
         below = f"{truth.name}/{stem(sample.path, tested)}"
         return f"{below}_mask.* or {below}.*"
 
-    truths = _truths(tree)
+    truths = _mask_folders(tree)
     tree.report_masks(truths, [path for folder in truths for path in tree.images(folder)], test, name)
     return test
 
@@ -161,7 +161,7 @@ def _loco(tree: Tree) -> Splits:
 
 
 def _oct2017(tree: Tree) -> Splits:
-    train, test = _good(tree, "train/NORMAL"), _tested(tree, "NORMAL")
+    train, test = _good(tree, "train/NORMAL"), _test_samples(tree, "NORMAL")
     tree.report_unused([tree.path("train/NORMAL"), tree.path("test")], [*train, *test])
     return train, [], test
 
@@ -206,7 +206,7 @@ def _bmad(tree: Tree) -> Splits:
         folder, truth = where
         folders.append(folder)
         images, truths = home.images(folder), home.images(truth) if split == "test" else []
-        of = _paired((stem(path, folder) for path in images), {stem(path, truth): path for path in truths}, "{}")
+        of = _match_masks((stem(path, folder) for path in images), {stem(path, truth): path for path in truths}, "{}")
         bad, kind = (1, label) if label == "Ungood" else (0, "good")
         found[part] = [Sample(path, bad, of.get(stem(path, folder)), kind) for path in images]
         masks += truths
@@ -245,7 +245,7 @@ def _visa(tree: Tree) -> Splits:
         raise DatasetError(f"{table}: cannot be read ({error!r}); copy it again from the archive") from error
     if not rows:
         raise DatasetError(f"{table}: lists no {category.name!r}; give the folder the name that it has in the archive")
-    tree.report(f"Listed in {table.name}, yet not there", missing)
+    tree.report(f"Listed in {table.name}, but missing", missing)
     truth = tree.path("Data/Masks")
     unlisted = f"what {table.name} says, if anything"
     tree.report_masks([truth], tree.images(truth), test, lambda sample: listed[sample.path] or unlisted)
@@ -268,7 +268,7 @@ def _dagm(tree: Tree) -> Splits:
         table = tree.path("Labels.txt", labels, file=True)
         masks = {re.sub("_label$", "", path.stem, flags=re.I): path for path in tree.images(labels)}
         images = [path for path in tree.images(folder) if path.parent == folder]
-        of = _paired((path.stem for path in images), masks, "{}")
+        of = _match_masks((path.stem for path in images), masks, "{}")
         labelled = _dagm_defective(table)
         defective = {name.casefold() for name in [*of, *labelled]}
         found[part] = [
@@ -278,7 +278,7 @@ def _dagm(tree: Tree) -> Splits:
         there = {path.stem.casefold() for path in images}
         alone = sorted(name for name in {*masks, *labelled} if name.casefold() not in there)
         hint = "." if labelled.issuperset(alone) else ". A mask is called <name>_label.*."
-        tree.report(f"Labelled in {relative(labels, tree.root)}, yet not there", alone, hint)
+        tree.report(f"Labelled in {relative(labels, tree.root)}, but missing", alone, hint)
         tree.report_unused([folder], [*images, *tree.images(labels), table])
     return [sample for sample in found["Train"] if not sample.label], [], found["Test"]
 
@@ -306,7 +306,7 @@ def _kolektor(tree: Tree) -> Splits:
     for part, samples in found.items():
         images = {path.stem: path for path in tree.images(tree.path(part))}
         truths = {name: images.pop(name) for name in list(images) if name.casefold().endswith("_gt")}
-        of = _paired(images, truths, "{}_GT")
+        of = _match_masks(images, truths, "{}_GT")
         used += [*images.values(), *of.values()]
         for name, path in images.items():
             try:
@@ -315,7 +315,7 @@ def _kolektor(tree: Tree) -> Splits:
                 lacking.append(path)
             else:
                 samples.append(Sample(path, 1, of[name], "defect") if bad else Sample(path, 0))
-    tree.report("Left out, for want of a mask (_GT) that can be read", lacking)
+    tree.report("Left out, because the mask (_GT) is missing or cannot be read", lacking)
     tree.report_unused([tree.path(part) for part in found], used)
     return [sample for sample in found["train"] if not sample.label], [], found["test"]
 
@@ -331,7 +331,7 @@ def _magnetic_tile(tree: Tree) -> Splits:
         files = tree.images(folder)
         truths = {path.stem: path for path in files if path.suffix.lower() == ".png"}
         images = [path for path in files if path.suffix.lower() in (".jpg", ".jpeg")]
-        of = _paired((path.stem for path in images), truths, "{}")
+        of = _match_masks((path.stem for path in images), truths, "{}")
         masks += of.values()
         for path in images:
             sample = Sample(path, 0) if kind == "free" else Sample(path, 1, of.get(path.stem), kind)
@@ -355,7 +355,7 @@ def _aitex(tree: Tree) -> Splits:
     for path in tree.images(fine):
         (test if held_out(path.name) else train).append(Sample(path, 0))
     images, masks = tree.images(broken), {path.stem: path for path in tree.images(truth)}
-    of = _paired((path.stem for path in images), masks, "{}_mask")
+    of = _match_masks((path.stem for path in images), masks, "{}_mask")
     parts = {path: re.sub(r"_mask\d+$", "", path.stem, flags=re.I) for path in masks.values()}
     several = {path.stem: path for path in images if path.stem in parts.values()}
     for path in images:

@@ -11,9 +11,9 @@ from scipy.ndimage import gaussian_filter, shift
 from unflaw.io.files import write_png, write_text
 
 N_TRAIN, N_VALIDATION, N_GOOD, N_PER_DEFECT = 80, 40, 20, 10
-_BEGUN = ".unfinished"  # exists until the data set is complete
+_UNFINISHED = ".unfinished"  # exists until the data set is complete
 SIZE = 256  # side of the images, pixels
-_CUT = 128  # side of the pieces cut from the photograph, pixels
+_PIECE_SIDE = 128  # side of the pieces cut from the photograph, pixels
 # Disjoint parts of the photograph (rows, columns): pieces of one part overlap each other, so calibration on pieces of
 # the training part would be too optimistic.
 _PARTS = {
@@ -50,7 +50,7 @@ def make_demo_data(out: str | Path, seed: int = 0) -> Path:
         FileExistsError: The folder is not empty.
     """
     out = Path(out)
-    begun = out / _BEGUN
+    begun = out / _UNFINISHED
     if out.exists() and not begun.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out}: the folder is not empty; name a new one")
     write_text(begun, "An interrupted run has left this folder; the same command writes all of it again.\n")
@@ -73,7 +73,7 @@ def make_demo_data(out: str | Path, seed: int = 0) -> Path:
 
 def is_whole(out: Path) -> bool:
     """Return True if the demo data in a folder are complete."""
-    return (out / "train").is_dir() and not (out / _BEGUN).exists()
+    return (out / "train").is_dir() and not (out / _UNFINISHED).exists()
 
 
 @cache
@@ -85,7 +85,7 @@ def _photograph(name: str) -> np.ndarray:
     return photograph if photograph.ndim == 3 else np.repeat(photograph[..., None], 3, axis=2)
 
 
-def _piece(rng: np.random.Generator, photograph: np.ndarray, side: int = _CUT) -> np.ndarray:
+def _piece(rng: np.random.Generator, photograph: np.ndarray, side: int = _PIECE_SIDE) -> np.ndarray:
     """Crop a random square and resize it to SIZE, with random mirroring and brightness."""
     y, x = (int(rng.integers(0, length - side + 1)) for length in photograph.shape[:2])
     square = Image.fromarray((photograph[y : y + side, x : x + side] * 255).astype(np.uint8))

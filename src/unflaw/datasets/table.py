@@ -79,9 +79,7 @@ def read_table(path: Path, tree: Tree) -> Splits:
         for (reason, remedy), at in wrong.items()
     ]
     if has_booleans:
-        tree.problems.append(
-            f"{path.name}: of the labels, True is taken for defective, as 1 is, and False for good, as 0 is."
-        )
+        tree.problems.append(f"{path.name}: the label True means defective, like 1, and False means good, like 0.")
     dropped = _duplicates(placed, path, tree)
     has_defects = any(sample.label for _, sample, _ in placed)
     sides: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}

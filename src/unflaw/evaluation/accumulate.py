@@ -143,7 +143,7 @@ class Measurement:
         """
         overlap = self._overlap.per_image()
         found = {
-            **image_metrics(*self._ranked()),
+            **image_metrics(*self._scores_and_labels()),
             **self._pixels.compute(),
             "aupimo": None if overlap is None else float(overlap.mean()),
             "spro_05": None if self._saturated is None else self._saturated.compute()["aupro_05"],
@@ -152,13 +152,13 @@ class Measurement:
             found |= {name: None for name in found if not name.startswith("image")}
         if self._tally is not None:
             found |= self._tally.metrics()
-        labels = self._ranked()[1]
+        labels = self._scores_and_labels()[1]
         counts = {"n_images": len(labels), "n_good": int((labels == 0).sum())}
-        return {**found, "per_defect": self._defects(), **counts}
+        return {**found, "per_defect": self._per_defect_table(), **counts}
 
     def curves(self) -> dict[str, tuple[Array, Array]]:
         """Points for plots, `name -> (x, y)`: "roc" and "pr" over images, "pro" over pixels, where defined."""
-        ranking = image_ranking(*self._ranked())
+        ranking = image_ranking(*self._scores_and_labels())
         curves = {"roc": roc_curve(ranking), "pr": precision_recall_curve(ranking)}
         if self.masks_known:
             curves["pro"] = self._pixels.curves()["pro"]
@@ -166,14 +166,14 @@ class Measurement:
 
     def per_image(self) -> PerImage:
         """Data of each image for `bootstrap`; of pixels only with `spool` and masks."""
-        scores, labels = self._ranked()
+        scores, labels = self._scores_and_labels()
         paths = [Path(row["path"]).absolute() for row in self.rows]
         root = os.path.commonpath([path.parent for path in paths]) if paths else ""
         names = [path.relative_to(root).as_posix() for path in paths]  # independent of the folder of the data
         tables = None if self._spool is None else self._spool.tables(len(names), self._pixels.rankings()[0])
         return PerImage(names, labels, scores, tables)
 
-    def _ranked(self) -> tuple[Array, Array]:
+    def _scores_and_labels(self) -> tuple[Array, Array]:
         return np.array([row["score"] for row in self.rows]), np.array([row["label"] for row in self.rows], int)
 
     def _mask(self, sample: Sample) -> Array | None:
@@ -203,7 +203,7 @@ class Measurement:
             if mask.any():
                 yield mask, min(share, 1) * mask.sum()
 
-    def _defects(self) -> dict[str, dict[str, Any]]:
+    def _per_defect_table(self) -> dict[str, dict[str, Any]]:
         groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in self.rows:
             groups[row["defect"] if row["label"] else ""].append(row)

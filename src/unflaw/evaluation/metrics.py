@@ -107,7 +107,7 @@ def roc_curve(r: Ranking, n: int | None = None) -> Array | None:
     fp = np.concatenate([[0], np.column_stack([r.fp_above, r.fp]).ravel(), [r.n_negatives]])
     tp = np.concatenate([[0], np.column_stack([np.append(0, r.tp[:-1]), r.tp]).ravel(), r.tp[-1:]])
     points = np.column_stack([fp / r.n_negatives, tp / r.tp[-1]])
-    return _thinned(points, points.sum(axis=1), n)
+    return _thin(points, points.sum(axis=1), n)
 
 
 def precision_recall_curve(r: Ranking, n: int | None = None) -> Array | None:
@@ -115,7 +115,7 @@ def precision_recall_curve(r: Ranking, n: int | None = None) -> Array | None:
     if not r.defined:
         return None
     points = np.column_stack([r.tp / r.tp[-1], r.tp / (r.tp + r.fp)])
-    return _thinned(points, points[:, 0], n)
+    return _thin(points, points[:, 0], n)
 
 
 def image_ranking(scores: ArrayLike, labels: ArrayLike) -> Ranking:
@@ -388,7 +388,7 @@ def _grouped(values: Array, cumulative: Array, keep: int) -> tuple[Array, Array]
     return values[np.where(stays, first, drawn)], weights.astype(np.float64)
 
 
-def _thinned(points: Array, position: Array, n: int | None) -> Array:
+def _thin(points: Array, position: Array, n: int | None) -> Array:
     """Keep at most n >= 2 of the points (V, 2), nearest from above to n even steps of the rising position (V,)."""
     if n is None or len(points) <= n:
         return points

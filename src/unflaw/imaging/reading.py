@@ -67,14 +67,16 @@ def read(
         TypeError: The source has another type.
     """
     check_kind(source, name or name_of(source))
-    with _named(name or name_of(source)):
+    with _image_errors(name or name_of(source)):
         decoded = _decode(source, max_pixels)
         if isinstance(decoded, np.ndarray):
-            whole, seen = _rgb(decoded)
+            whole, seen = _to_rgb(decoded)
         else:
             width, height = decoded.size
             rows = max(1, AT_ONCE // max(width, 1))
-            parts = (_rgb(_pixels(decoded.crop((0, y, width, min(y + rows, height))))) for y in range(0, height, rows))
+            parts = (
+                _to_rgb(_to_array(decoded.crop((0, y, width, min(y + rows, height))))) for y in range(0, height, rows)
+            )
             whole, seen = first = next(parts)
             if rows < height:  # in strips, without a second copy of a large image
                 whole = np.empty((height, width, 3), whole.dtype)
@@ -86,9 +88,9 @@ def read(
         return whole
 
 
-def _rgb(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
+def _to_rgb(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
     """Convert (H, W) or (H, W, 1 to 4) of any accepted type to RGB as in `read`; also True if anything is `visible`."""
-    pixels, seen = _unit(pixels), True
+    pixels, seen = _to_unit(pixels), True
     if pixels.shape[2] in (2, 4):
         pixels, alpha = pixels[..., :-1], pixels[..., -1:]
         seen = visible(alpha)
@@ -103,12 +105,12 @@ def image_size(path: str | Path | InMemory) -> tuple[int, int]:
     """Return (width, height) in pixels of the image that `read` returns, from the header alone if possible."""
     if isinstance(path, InMemory):
         return read(path).shape[1::-1]
-    with _named(str(path)):
-        data = _bytes(path)
+    with _image_errors(str(path)):
+        data = _read_bytes(path)
         if data[:4] in _TIFF:  # two decoders read many kinds: only decoding is certain
             decoded = _decode(data, max_pixels=200_000_000)
             return decoded.size if isinstance(decoded, Image.Image) else decoded.shape[1::-1]
-        image = _open(data)
+        image = _open_image(data)
         return image.size[::-1] if image.getexif().get(_ORIENTATION) in SIDEWAYS else image.size
 
 
@@ -118,7 +120,7 @@ def name_of(source: Any) -> str:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def _image_errors(name: str) -> Iterator[None]:
     """Turn any error about an image into an ImageError with its name."""
     try:
         yield
@@ -141,30 +143,23 @@ def _fault(error: Exception) -> str:
     return f"is damaged or of an unknown kind ({reason}); save it again as PNG"
 
 
-def read_file(path: str | Path, max_pixels: int = 200_000_000) -> bytes:
-    """Read the bytes of an image file; its type and size are checked first.
-
-    Raises:
-        ImageError: A folder, a pipe or a device, a file that is too large, empty or not an image.
-        OSError: The file cannot be read.
-    """
-    status, most = Path(path).stat(), OVERHEAD + PIXEL * max_pixels
+def _read_bytes(source: str | Path | bytes | Readable, max_pixels: int = 200_000_000) -> bytes:
+    """Read the bytes of an image; the type, size and first bytes of a file are checked before the rest is read."""
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, str | Path):
+        return source.read()
+    status, most = Path(source).stat(), OVERHEAD + PIXEL * max_pixels
     if stat.S_ISDIR(status.st_mode):
         raise ImageError("is a folder; name one image in it")
     if not stat.S_ISREG(status.st_mode):  # reading could block, or never end
         raise ImageError("is a pipe or a device, not a file; name an image's file")
     if status.st_size > most:
         raise ImageError(f"has {status.st_size:,} bytes, over the limit of {most:,}; save it again or crop it")
-    with Path(path).open("rb") as file:
+    with Path(source).open("rb") as file:
         head = file.read(64)
         _decoder(head)
         return head + file.read(most)
-
-
-def _bytes(source: str | Path | bytes | Readable, max_pixels: int = 200_000_000) -> bytes:
-    if isinstance(source, bytes):
-        return source
-    return read_file(source, max_pixels) if isinstance(source, str | Path) else source.read()
 
 
 def _decoder(data: bytes) -> Any:
@@ -176,7 +171,7 @@ def _decoder(data: bytes) -> Any:
     raise ImageError("is not an image of a kind that is read; save it as PNG, JPEG, BMP, TIFF, WebP or GIF")
 
 
-def _open(data: bytes) -> Image.Image:
+def _open_image(data: bytes) -> Image.Image:
     """Open an image; only its header is read."""
     decoder = _decoder(data)
     check_blocks(data)
@@ -190,14 +185,14 @@ def _decode(source: Any, max_pixels: int) -> np.ndarray | Image.Image:
         return source
     data, given = b"", isinstance(source, Image.Image)
     if not given:
-        data = _bytes(source, max_pixels)
+        data = _read_bytes(source, max_pixels)
         if data[:4] in _TIFF:
             from unflaw.imaging.tiff import decode_tiff
 
             check_blocks(data)
             if (decoded := decode_tiff(data, max_pixels)) is not None:
                 return decoded
-        source = _open(data)
+        source = _open_image(data)
     check_size(source.size, getattr(source, "is_animated", False), max_pixels)  # n_frames would read all frames
     check_decoding(data, source.size)
     if given:
@@ -206,7 +201,7 @@ def _decode(source: Any, max_pixels: int) -> np.ndarray | Image.Image:
     return source
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _to_array(image: Image.Image) -> np.ndarray:
     """Convert a Pillow image to (H, W) or (H, W, channels), in the depth of the source."""
     if image.mode.startswith("I"):  # "I;16", or "I" for 16-bit grey before Pillow 11
         wide = np.asarray(image)
@@ -224,7 +219,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.array(image)  # a copy: asarray would be read-only
 
 
-def _unit(pixels: np.ndarray) -> np.ndarray:
+def _to_unit(pixels: np.ndarray) -> np.ndarray:
     """Convert (H, W) or (H, W, 1 to 4) of any accepted type to (H, W, 1 to 4) uint8, or float32 in [0, 1]."""
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -248,8 +243,8 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
 def read_mask(path: str | Path) -> np.ndarray:
     """Read a mask as (H, W) bool: True where any channel is not 0, or above 127 in JPEG, which blurs.
 
-    For a folder, return the union of its masks. Raises ImageError, see `read`; also if a folder has no images, or images
-    of several sizes.
+    For a folder, return the union of its masks. Raises ImageError, see `read`; also if a folder has no images, or
+    images of several sizes.
     """
     if Path(path).is_dir():
         masks = [read_mask(file) for file in list_images(path)]

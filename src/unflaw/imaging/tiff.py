@@ -54,13 +54,13 @@ def decode_tiff(data: bytes, max_pixels: int) -> np.ndarray | None:
         _check_meaning(page)
         if page.photometric == _PALETTE and page.samplesperpixel == 1 and page.colormap.max() < 256:
             # colours of 8 bits instead of 16, which libtiff reads and Pillow shows as black
-            return page.colormap.T.astype(np.uint8)[_by_pillow(data)]
+            return page.colormap.T.astype(np.uint8)[_decode_with_pillow(data)]
         if _is_plain(page, data):
             return None
         _check_memory(page, data, max_pixels)
         _check_kind(page)
         _check_decoder(page)
-        return _converted(_stored(page, data), page)
+        return _scaled_pixels(_stored_pixels(page, data), page)
 
 
 def _check_meaning(page: Any) -> None:
@@ -141,7 +141,7 @@ def _check_decoder(page: Any) -> None:
         raise ImageError("holds the bits of each byte in reverse order (FillOrder 2); save it again without")
     if bits % 8 and (page.is_tiled or page.predictor != 1):
         raise ImageError(f"holds {bits} bits per value in tiles or with a predictor; save it in 16 bits")
-    if not (_is_unpacked(page) or _is_left_to_pillow(page)):
+    if not (_is_decoded_by_tifffile(page) or _is_decoded_by_pillow(page)):
         predictor = "" if page.predictor == 1 else f" with predictor {_name(page.predictor)}"
         how = f"{_name(page.compression)}{predictor}"
         raise ImageError(
@@ -153,28 +153,28 @@ def _name(value: Any) -> str:
     return getattr(value, "name", str(value))
 
 
-def _is_unpacked(page: Any) -> bool:
+def _is_decoded_by_tifffile(page: Any) -> bool:
     """Return True if tifffile decompresses the page; without imagecodecs it supports few compressions."""
     more = find_spec("imagecodecs") is not None and page.bitspersample % 8 == 0
     known = (1, _DEFLATE, _PACKBITS, _OLD_DEFLATE, *((_LZW,) if more else ()))
     return page.compression in known and page.predictor in (1, 2, *((3,) if more else ()))
 
 
-def _is_left_to_pillow(page: Any) -> bool:
+def _is_decoded_by_pillow(page: Any) -> bool:
     """Return True if Pillow decompresses the page correctly; it swaps bytes of big-endian signed and float numbers."""
     kind, little = (page.sampleformat, page.bitspersample), page.parent.byteorder == "<"
     known = kind == (_UNSIGNED, 16) or (little and kind in ((_SIGNED, 16), (_SIGNED, 32), (_FLOAT, 32)))
     return known and page.samplesperpixel == 1 and page.tags[_PHOTOMETRIC].dtype == 3
 
 
-def _stored(page: Any, data: bytes) -> np.ndarray:
+def _stored_pixels(page: Any, data: bytes) -> np.ndarray:
     """Decompress the page to (H, W, channels) with the numbers as stored, upright."""
-    if not _is_unpacked(page):
+    if not _is_decoded_by_tifffile(page):
         place = page.tags[_PHOTOMETRIC].valueoffset  # Pillow supports all depths where zero is black
         black = _BLACK_IS_ZERO.to_bytes(2, "little" if page.parent.byteorder == "<" else "big")
-        return _by_pillow(data[:place] + black + data[place + 2 :])[..., None]
+        return _decode_with_pillow(data[:place] + black + data[place + 2 :])[..., None]
     height, width, samples = page.imagelength, page.imagewidth, page.samplesperpixel
-    pixels = _unpacked(page, data) if page.bitspersample % 8 else page.asarray()
+    pixels = _unpack_bits(page, data) if page.bitspersample % 8 else page.asarray()
     if page.planarconfig == 2:
         pixels = np.moveaxis(pixels.reshape(samples, height, width), 0, -1)
     pixels = pixels.reshape(height, width, samples)
@@ -184,14 +184,14 @@ def _stored(page: Any, data: bytes) -> np.ndarray:
     return pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
-def _by_pillow(data: bytes) -> np.ndarray:
+def _decode_with_pillow(data: bytes) -> np.ndarray:
     """Decode a file with Pillow to (H, W), upright, without a palette."""
     image = TiffImageFile(io.BytesIO(data))
     ImageOps.exif_transpose(image, in_place=True)
     return np.asarray(image)
 
 
-def _unpacked(page: Any, data: bytes) -> np.ndarray:
+def _unpack_bits(page: Any, data: bytes) -> np.ndarray:
     """Unpack numbers of up to 15 bits, stored without gaps within a row, to (planes × H, numbers of a row) uint16."""
     import tifffile
 
@@ -217,7 +217,7 @@ def _unpacked(page: Any, data: bytes) -> np.ndarray:
     return found
 
 
-def _converted(pixels: np.ndarray, page: Any) -> np.ndarray:
+def _scaled_pixels(pixels: np.ndarray, page: Any) -> np.ndarray:
     """Convert the numbers of the file to what `decode_tiff` returns."""
     bits, colours, extra = page.bitspersample, _COLOURS[page.photometric], list(page.extrasamples)
     if pixels.dtype.kind == "i" and pixels.min() < 0:

@@ -79,19 +79,19 @@ def _geometry(image: np.ndarray, preparation: Preparation) -> TilingGeometry:
 
 def _model_input(image: np.ndarray, window: Window) -> ModelInput:
     (x, y), (x0, y0, x1, y1), side = window.place, window.box, window.layout.preparation.size
-    pixels = _resized(image, window.layout, (x + x0, y + y0, x + x1, y + y1))
+    pixels = _resize(image, window.layout, (x + x0, y + y0, x + x1, y + y1))
     pixels = np.pad(pixels, ((0, 0), (y0, side - y1), (x0, side - x1)), mode="edge")
     return ModelInput(np.ascontiguousarray(pixels), window)
 
 
-def _resized(image: np.ndarray, geometry: TilingGeometry, box: Box) -> np.ndarray:
+def _resize(image: np.ndarray, geometry: TilingGeometry, box: Box) -> np.ndarray:
     """Resize the part of an image in a box of the canvas, (3, h, w) float32 in [0, 1]."""
     x0, y0, x1, y1 = box
     source = geometry.source(box)
     if (source[2] - source[0]) * (source[3] - source[1]) > AT_ONCE and y1 - y0 > 1:
         middle = (y0 + y1) // 2
         return np.concatenate(
-            [_resized(image, geometry, (x0, *rows)) for rows in ((y0, x1, middle), (middle, x1, y1))], 1
+            [_resize(image, geometry, (x0, *rows)) for rows in ((y0, x1, middle), (middle, x1, y1))], 1
         )
     left, top, right, bottom = geometry.crop
     size = x1 - x0, y1 - y0

@@ -220,6 +220,6 @@ class Discoveries(Sink):
         if least <= m or not m:
             return summary if least == 1 else f"{summary}; with this calibration there are none, or at least {least}"
         return (
-            f"{summary}; there can be none, whatever the images show: with {count(n, 'good calibration image')} no "
+            f"{summary}; none are possible: with {count(n, 'good calibration image')} no "
             f"p-value is below {smallest:.4g}; {conformal.needed(self.rate) - n} more would allow some"
         )

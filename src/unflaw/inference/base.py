@@ -117,7 +117,7 @@ class BasePredictor(ABC):
             DetectorError: See `select`.
         """
         path = str(image) if isinstance(image, str | Path) else None
-        found = next(self._inspected([(path, load_windows(read(image), self.config.preparation))], category, 8))
+        found = next(self._results([(path, load_windows(read(image), self.config.preparation))], category, 8))
         assert isinstance(found, Result)
         return found
 
@@ -170,10 +170,10 @@ class BasePredictor(ABC):
         if on_error not in ("raise", "skip", "yield"):
             raise ValueError(f"on_error={on_error!r} is not known; give raise, skip or yield")
         named = ((str(image), image) for image in inputs(images))
-        return self._handled(self.inspect_named(named, category=category, batch=batch), on_error)
+        return self._apply_on_error(self.inspect_named(named, category=category, batch=batch), on_error)
 
     @staticmethod
-    def _handled(outcomes: Iterator[Result | ImageError], on_error: str) -> Iterator[Result | ImageError]:
+    def _apply_on_error(outcomes: Iterator[Result | ImageError], on_error: str) -> Iterator[Result | ImageError]:
         for outcome in outcomes:
             if isinstance(outcome, Result) or on_error == "yield":
                 yield outcome
@@ -208,9 +208,9 @@ class BasePredictor(ABC):
 
         # images in tiles are kept whole while they wait, and may be large
         tiled = self.config.preparation.tile is not None
-        yield from self._inspected(ahead(load, images, 1, 1) if tiled else ahead(load, images), category, batch)
+        yield from self._results(ahead(load, images, 1, 1) if tiled else ahead(load, images), category, batch)
 
-    def _inspected(
+    def _results(
         self,
         images: Iterable[tuple[str | None, PreparedImage | ImageError]],
         category: str | None,

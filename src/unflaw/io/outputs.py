@@ -107,14 +107,16 @@ class Earlier:
             place = file.relative_to(self.out).parts[0]
             with suppress(FileNotFoundError):
                 if _identity(file.lstat()) == identity:  # else replaced by this run
-                    (gone if own and _removed(file) else stay)[place] += 1
+                    (gone if own and _try_unlink(file) else stay)[place] += 1
         for folder in (PANELS, LABELS):
             if gone[folder]:
                 with suppress(OSError):  # it contains other files
                     (self.out / folder).rmdir()
-        sentences = [f"{self.out}: removed what an earlier run had left: {_counted(gone)}"] if gone else []
+        sentences = [f"{self.out}: removed files of an earlier run: {_format_counts(gone)}"] if gone else []
         if stay:
-            sentences.append(f"{self.out}: older files stay, which are changed or not unflaw's: {_counted(stay)}")
+            sentences.append(
+                f"{self.out}: kept older files that are changed or not from unflaw: {_format_counts(stay)}"
+            )
         return sentences
 
     def _ended(self) -> float:
@@ -126,7 +128,7 @@ class Earlier:
         return max(times) + SLACK
 
 
-def _removed(file: Path) -> bool:
+def _try_unlink(file: Path) -> bool:
     try:
         file.unlink()
     except OSError:
@@ -134,7 +136,7 @@ def _removed(file: Path) -> bool:
     return True
 
 
-def _counted(places: Counter[str]) -> str:
+def _format_counts(places: Counter[str]) -> str:
     return ", ".join(place if place == PARTS else f"{count(n, 'file')} in {place}" for place, n in places.items())
 
 
