@@ -117,7 +117,7 @@ class BasePredictor(ABC):
             DetectorError: See `select`.
         """
         path = str(image) if isinstance(image, str | Path) else None
-        found = next(self._results([(path, load_windows(read(image), self.config.preparation))], category, 8))
+        found = next(self._inspect_prepared([(path, load_windows(read(image), self.config.preparation))], category, 8))
         assert isinstance(found, Result)
         return found
 
@@ -208,9 +208,9 @@ class BasePredictor(ABC):
 
         # images in tiles are kept whole while they wait, and may be large
         tiled = self.config.preparation.tile is not None
-        yield from self._results(ahead(load, images, 1, 1) if tiled else ahead(load, images), category, batch)
+        yield from self._inspect_prepared(ahead(load, images, 1, 1) if tiled else ahead(load, images), category, batch)
 
-    def _results(
+    def _inspect_prepared(
         self,
         images: Iterable[tuple[str | None, PreparedImage | ImageError]],
         category: str | None,
