@@ -217,7 +217,7 @@ def test_masks_beside_their_images_are_no_images(bolt):
     (bolt / "test/crack/0_mask.png").rename(bolt / "test/crack/face mask.png")  # a product, it may be
     assert "named like masks" not in str(load_dataset(bolt).problems)
     mask(bolt / "test/ground_truth/0.png", (0, 0, 2, 2))
-    assert "count as images: test/ground_truth/0.png (1 in all)" in str(load_dataset(bolt).problems)
+    assert "used as images: test/ground_truth/0.png (1 in all)" in str(load_dataset(bolt).problems)
 
 
 def test_the_same_file_as_good_and_defective(bolt):

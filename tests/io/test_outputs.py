@@ -174,7 +174,7 @@ def test_files_of_unknown_origin_and_links_stay(tmp_path):
     (tmp_path / "out/parts.jsonl").write_text('{"mine": 1}\n')
     earlier = Earlier(tmp_path / "out")  # without a results file nobody knows when a run ended
     (said,) = earlier.clear()
-    assert said.endswith(": 2 files in images, parts.jsonl") and "stay" in said
+    assert said.endswith(": 2 files in images, parts.jsonl") and "kept" in said
     (tmp_path / "out/results.jsonl").touch()
     assert Earlier(tmp_path / "out").clear()[0].endswith("removed files of an earlier run: 1 file in images")
     assert names(tmp_path / "out") == ["parts.jsonl", "results.jsonl"]

@@ -49,14 +49,15 @@ class RegionTally:
             self.touched += len(np.setdiff1d(areas[labels > 0], 0))
 
     def metrics(self) -> dict[str, Any]:
-        """ "region_recall" (of true regions, those that a predicted one touches), "regions_found", "regions_true",
-        "good_with_regions" (share of good images that show any) and "false_regions" (per good image)."""
+        """Return region metrics; shares are None if undefined."""
         return {
-            "region_recall": self.touched / self.true if self.true else None,
+            "region_recall": self.touched / self.true
+            if self.true
+            else None,  # true regions that a predicted one touches
             "regions_found": self.touched,
             "regions_true": self.true,
-            "good_with_regions": self.good_with / self.good if self.good else None,
-            "false_regions": self.false / self.good if self.good else None,
+            "good_with_regions": self.good_with / self.good if self.good else None,  # share of good images with any
+            "false_regions": self.false / self.good if self.good else None,  # per good image
         }
 
 
@@ -74,8 +75,7 @@ class Measurement:
 
     Attributes:
         rows: Per image "path label defect score" and the facts given to `add`.
-        vanished: Masks of thin or small defects that are empty on the canvas. Their images count for image metrics
-            only.
+        vanished: Masks of small defects that are empty on the canvas; their images count for image metrics only.
     """
 
     def __init__(
@@ -105,8 +105,7 @@ class Measurement:
         counted: Array | None = None,
         **facts: Any,
     ) -> Array | None:
-        """Add an image with its score, its map (h, w) and the part `valid` (x0, y0, x1, y1) of the canvas that it
-        fills.
+        """Add an image with its score, its map (h, w) and the box (x0, y0, x1, y1) of the canvas that it fills.
 
         `counted`: region of interest, (h, w) bool; None: all of `valid`. `facts`: further columns of its row. Returns
         the mask on the canvas, bool (h, w); None for a good image and for a missing, unreadable or vanished mask.
@@ -136,8 +135,7 @@ class Measurement:
         return mask
 
     def metrics(self) -> dict[str, Any]:
-        """Return METRICS of `results`, None if undefined, "per_defect", "n_images", "n_good" and those of
-        `RegionTally`.
+        """Return METRICS of `results`, None if undefined, region metrics, "per_defect", "n_images" and "n_good".
 
         "per_defect" compares each defect type with all good images, and has pixel AUROC within images of that type.
         """

@@ -76,8 +76,7 @@ def before(weights: Path) -> Path:
 def read_metadata(path: str | Path, data: bytes | None = None) -> dict[str, Any]:
     """Read configuration, calibration and training record of a detector file, without loading the model.
 
-    `data`: content of the file, if it has been read already. Raises DetectorError, see `Detector.load` and
-    `ExportedDetector`.
+    `data`: content of the file, if already read. Raises DetectorError, see `Detector.load` and `ExportedDetector`.
     """
     kind = kind_of(path)
     try:
