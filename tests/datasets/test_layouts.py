@@ -211,13 +211,13 @@ def test_masks_of_good_images_may_mark_nothing(bolt):
 
 def test_masks_beside_their_images_are_no_images(bolt):
     mask(bolt / "test/crack/0_mask.png")
-    assert "Images that are called like masks, yet count as images: test/crack/0_mask.png (1 in all)." in str(
+    assert "Images that are named like masks, but used as images: test/crack/0_mask.png (1 in all)." in str(
         load_dataset(bolt).problems
     )
     (bolt / "test/crack/0_mask.png").rename(bolt / "test/crack/face mask.png")  # a product, it may be
-    assert "called like masks" not in str(load_dataset(bolt).problems)
+    assert "named like masks" not in str(load_dataset(bolt).problems)
     mask(bolt / "test/ground_truth/0.png", (0, 0, 2, 2))
-    assert "count as images: test/ground_truth/0.png (1 in all)" in str(load_dataset(bolt).problems)
+    assert "used as images: test/ground_truth/0.png (1 in all)" in str(load_dataset(bolt).problems)
 
 
 def test_the_same_file_as_good_and_defective(bolt):
@@ -472,9 +472,7 @@ def test_labels_that_are_not_guessed(shelf, label):
 def test_what_true_and_false_mean_is_said(shelf):
     dataset = table(shelf, "path,label\np0.png,False\np1.png,True\n")
     assert names(dataset.train) == ["p0"] and names(dataset.test) == ["p1"]
-    assert dataset.problems[0] == (
-        "list.csv: of the labels, True is taken for defective, as 1 is, and False for good, as 0 is."
-    )
+    assert dataset.problems[0] == ("list.csv: the label True means defective, like 1, and False means good, like 0.")
     assert "True" not in str(table(shelf, "path,label\np0.png,0\np1.png,1\n").problems)
 
 

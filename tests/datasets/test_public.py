@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from unflaw.cli import app
 from unflaw.datasets import Dataset, DatasetError, Saturated, fingerprint, load_categories, load_dataset, public
-from unflaw.datasets.layouts import held_out, layout_of
-from unflaw.datasets.public import COLLECTIONS, Counts, check, describe, find, recognise
+from unflaw.datasets.layouts import LAYOUTS, held_out, layout_of
+from unflaw.datasets.public import COLLECTIONS, Counts, check, find, recognise
 from unflaw.imaging.reading import read_mask
 
 pytestmark = pytest.mark.slow
@@ -292,7 +292,7 @@ def test_masks_that_fit_no_image_of_every_layout_are_named(
         if sample.mask:
             sample.mask.rename(sample.mask.with_name(f"odd-{sample.mask.name}"))
     said = " ".join(load_dataset(root).problems)
-    assert "odd-" in said and any(word in said for word in ("fit no image", "not used", "yet not there"))
+    assert "odd-" in said and any(word in said for word in ("fit no image", "not used", "but missing"))
 
 
 # Masks and regions of MVTec LOCO AD
@@ -380,7 +380,7 @@ def test_dagm_without_labels(tmp_path):
     dataset = load_dataset(root)
     assert sum(sample.label for sample in dataset.test) == 2  # Labels.txt still says what is defective
     assert dataset.problems == (
-        "Labelled in Test/Label, yet not there: 0004 (1 in all).",
+        "Labelled in Test/Label, but missing: 0004 (1 in all).",
         "Defective, but without a mask: Test/0003.PNG (1 in all).",
     )
     (root / "Train/Label/Labels.txt").unlink()
@@ -400,7 +400,7 @@ def test_kolektor_without_masks(tmp_path):
     dataset = load_dataset(root)
     assert (len(dataset.train), len(dataset.test)) == (3, 4)
     assert dataset.problems == (
-        "Left out, for want of a mask (_GT) that can be read: train/00000.png, test/00004.png (2 in all).",
+        "Left out, because the mask (_GT) is missing or cannot be read: train/00000.png, test/00004.png (2 in all).",
     )
 
 
@@ -582,6 +582,31 @@ def test_counts_add_up_to_the_published_totals(name, categories, train, validati
     assert len(counts) == categories
     totals = [sum(getattr(c, part) or 0 for c in counts) for part in ("train", "validation", "good", "defective")]
     assert totals == [train, validation, good, defective]
+
+
+def describe(collection: public.Collection) -> str:
+    """Section on a collection in docs/datasets.md."""
+    layout = next(layout for layout in LAYOUTS if layout.name == collection.layout)
+    lines = [
+        f"### {collection.name}",
+        f"* **Licence:** {collection.licence}.",
+        f"* **Get it:** {collection.page}",
+        f"* **Cite:** {collection.citation}.",
+        f"* **Layout:** {'' if '' in collection.counts else 'in each category '}`{layout.sketch}`",
+        f"* **Split:** {collection.split}.",
+    ]
+    rows = [(name, edition) for name, editions in collection.counts.items() for edition in editions]
+    columns = [column for column in public._COLUMNS if any(getattr(edition, column) for _, edition in rows)]
+    if columns:
+        lines += [
+            "",
+            f"| | {' | '.join(public._COLUMNS[column] for column in columns)} |",
+            "|---|" + "---|" * len(columns),
+        ]
+    for name, edition in rows if columns else ():
+        cells = (getattr(edition, column) for column in columns)
+        lines.append(f"| {name} | {' | '.join('–' if cell is None else str(cell) for cell in cells)} |")
+    return "\n".join(lines)
 
 
 def test_the_documentation_agrees():

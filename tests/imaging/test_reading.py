@@ -644,3 +644,9 @@ def test_mask_lies_on_the_defect():
         preparation = Preparation(size=64, fit=fit)
         bright = prepare(image, preparation).pixels[0] > 0.5
         assert (bright != prepare_mask(mask, preparation)).mean() < 0.02
+
+
+def test_a_directory_that_announces_endless_entries_ends():
+    header = struct.pack("<4sHHQ", b"II+\0", 8, 0, 16)
+    with pytest.raises(ImageError, match="damaged"):
+        read(header + struct.pack("<Q", 2**60) + bytes(60))

@@ -74,7 +74,7 @@ def test_boxes_come_back_to_the_image(width, height, preparation, data):
 @given(st.integers(8, 64), st.integers(0, 400), st.floats(0, 0.75), st.sampled_from([1, 2, 4]))
 def test_weights_sum_to_one(size, more, overlap, step):
     size, more = size * 4, more * 4
-    starts = module._spread(size + more, size, overlap, step)
+    starts = module._window_starts(size + more, size, overlap, step)
     found = weights(starts, size, step)
     assert found.shape == (len(starts), (size + more) // step)
     np.testing.assert_allclose(found.sum(0), 1, atol=1e-5)
@@ -257,7 +257,7 @@ def test_what_windows_agree_on_is_blended_without_seams(width, height, tile, ove
 def _stepped(laid: TilingGeometry) -> TilingGeometry:
     """As if the map were too large for every pixel of the canvas."""
     laid.canvas = tuple(max(32, -(-side // 2) * 2) for side in laid.canvas)
-    laid.columns, laid.rows = (module._spread(side, 32, laid.preparation.overlap, 2) for side in laid.canvas)
+    laid.columns, laid.rows = (module._window_starts(side, 32, laid.preparation.overlap, 2) for side in laid.canvas)
     laid.places = [(x, y) for y in laid.rows for x in laid.columns]
     return laid
 

@@ -185,8 +185,8 @@ def test_discoveries_that_there_cannot_be_are_told():
     for i in range(3):
         sink.add(Path(f"{i}.png"), inspected(1e6, Path(f"{i}.png"), few))
     assert sink.close() == (
-        "0 discoveries among 3 images at a false discovery rate of about 10.00%; there can be none, whatever the "
-        "images show: with 8 good calibration images no p-value is below 0.1111; 1 more would allow some"
+        "0 discoveries among 3 images at a false discovery rate of about 10.00%; none are possible: with 8 good "
+        "calibration images no p-value is below 0.1111; 1 more would allow some"
     )
     enough = calibrate(SCORES[:9], SCORES[:9], 0.0, 0.05)
     sink = Discoveries(0.1, enough)

@@ -383,6 +383,15 @@ def test_a_folder_in_a_file_is_refused(tmp_path):
         make_folder(tmp_path / "file/in")
 
 
+def test_scratch_where_the_system_cannot_reserve_space(monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    with scratch(10_000, "") as file:
+        assert file.write(bytes(10_000)) == 10_000
+
+
 def test_scratch_has_room_and_no_name():
     with scratch(10_000, "") as file:
         status = os.fstat(file.fileno())

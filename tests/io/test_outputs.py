@@ -149,12 +149,9 @@ def test_a_smaller_run_into_a_used_folder_leaves_only_its_own(saved, parts, tmp_
     kept = [*own, "labelme/00002_002.json", "labelme/00003_003.json"]
     said = unflaw("predict", saved, parts / "test/square/000.png", "--out", out, "--labelme")
     assert names(out) == sorted([*kept, "drift.json", "labelme/00000_000.json", "results.jsonl"])
+    assert f"note: {out}: removed files of an earlier run: 8 files in images, 5 files in labelme, parts.jsonl\n" in said
     assert (
-        f"note: {out}: removed what an earlier run had left: 8 files in images, 5 files in labelme, parts.jsonl\n"
-        in said
-    )
-    assert (
-        f"note: {out}: older files stay, which are changed or not unflaw's: 1 file in images, 3 files in labelme\n"
+        f"note: {out}: kept older files that are changed or not from unflaw: 1 file in images, 3 files in labelme\n"
         in said
     )
     assert json.loads((out / "labelme/00000_000.json").read_text())["flags"]["defect"]
@@ -177,9 +174,9 @@ def test_files_of_unknown_origin_and_links_stay(tmp_path):
     (tmp_path / "out/parts.jsonl").write_text('{"mine": 1}\n')
     earlier = Earlier(tmp_path / "out")  # without a results file nobody knows when a run ended
     (said,) = earlier.clear()
-    assert said.endswith(": 2 files in images, parts.jsonl") and "stay" in said
+    assert said.endswith(": 2 files in images, parts.jsonl") and "kept" in said
     (tmp_path / "out/results.jsonl").touch()
-    assert Earlier(tmp_path / "out").clear()[0].endswith("removed what an earlier run had left: 1 file in images")
+    assert Earlier(tmp_path / "out").clear()[0].endswith("removed files of an earlier run: 1 file in images")
     assert names(tmp_path / "out") == ["parts.jsonl", "results.jsonl"]
     assert (tmp_path / "out/images/00001_a.png").is_symlink()
 

@@ -1,4 +1,4 @@
-"""Data sets in: recognise how images are laid out on disk and list them as samples, which carry paths, not pixels."""
+"""Data sets: recognition of layouts on disk, and lists of samples, which hold paths, not pixels."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,7 +9,6 @@ from unflaw.datasets.layouts import categories, layout_of
 from unflaw.datasets.samples import (
     Dataset,
     DatasetError,
-    Found,
     Sample,
     Saturated,
     Tree,
@@ -42,57 +41,57 @@ _LAYOUTS = """Read are:
 
 
 def load_dataset(path: str | Path) -> Dataset:
-    """Read a data set, recognising its layout.
+    """Read a data set of any known layout.
 
-    Layouts: that of MVTec AD (a mask is `<name>_mask.*`, `<name>.*`, or a folder `<name>` of masks; without
-    ground_truth there are image labels only), those of other public benchmarks (`layouts`), a plain folder of
-    good images, or a table, for which see `table.read_table`. Names of folders are known whatever their case. Links
-    to folders are followed; hidden files and folders of the system are passed over (`unflaw.io.listing`).
+    Known are the layout of MVTec AD (a mask is `<name>_mask.*`, `<name>.*`, or a folder `<name>` of masks; ground_truth
+    is optional), those of other public benchmarks (`layouts`), a plain folder of good images, and tables (`table`). The
+    case of folder names does not matter. Links to folders are followed; hidden and system files are ignored
+    (`io.listing`).
 
-    Masks that are unreadable, empty, or of another size than their image are left out and reported; so are files that
-    were not used, masks that fit no image, and masks that may be inverted. The pixels of the images are not looked
-    at.
+    Masks that are unreadable, empty, or not of the size of their image are left out and reported. Unused files, masks
+    without an image, and masks that may be inverted are reported. The pixels of the images are not read.
 
     Raises:
-        DatasetError: Nothing there, no images, no known layout, several categories at once, or a benchmark without
-            the file that says how it is split or labelled.
+        DatasetError: The path does not exist, holds no images, no known layout or several categories, or lacks the file
+            that defines the split or the labels of a benchmark.
     """
     path = Path(path)
-    root = path if path.is_dir() else path.parent
-    known = layout_of(path) if path.is_dir() else None
-    tree = Tree(root)
+    tree = Tree(path if path.is_dir() else path.parent)
+    name = path.resolve().name
     if path.is_file():
         try:
-            name, layout, (train, validation, test, problems) = path.stem, "table", read_table(path)
+            name, layout, (train, validation, test) = path.stem, "table", read_table(path, tree)
         except TableError as error:
             raise DatasetError(f"{error}\n{_LAYOUTS}") from error
     elif not path.is_dir():
         raise DatasetError(f"{path}: there is no such folder or table; check the path")
-    elif known:
-        name, layout, (train, validation, test, problems) = path.resolve().name, known.name, known.read(tree)
+    elif known := layout_of(path):
+        layout, (train, validation, test) = known.name, known.read(tree)
     else:
-        name, layout, (train, validation, test, problems) = path.resolve().name, "folder", _folder(tree)
-    problems += tree.notes()
+        layout, train, validation, test = "folder", _folder(tree), [], []
+    tree.problems += tree.notes()
     if not train and not test:
-        raise DatasetError("\n".join([f"{path}: holds no images that can be used.", *problems, _LAYOUTS]))
-    test, mask_problems = check_masks(test, root)
+        raise DatasetError("\n".join([f"{path}: holds no images that can be used.", *tree.problems, _LAYOUTS]))
+    test = check_masks(test, tree)
     learned = [*train, *validation]
-    problems += mask_problems + check_names([*learned, *test], root) + check_copies(learned, test, root)
+    check_names([*learned, *test], tree)
+    check_copies(learned, test, tree)
     if not train:
-        problems.append("There are no images to train on: this can only be used to evaluate.")
+        tree.problems.append("There are no images to train on: this can only be used to evaluate.")
     if len({sample.label for sample in test}) == 1:
-        problems.append(f"All test images are {'defective' if test[0].label else 'good'}: AUROC needs both kinds.")
-    return Dataset(name, layout, tuple(train), tuple(validation), tuple(test), tuple(problems))
+        kind = "defective" if test[0].label else "good"
+        tree.problems.append(f"All test images are {kind}: AUROC needs both kinds.")
+    return Dataset(name, layout, tuple(train), tuple(validation), tuple(test), tuple(tree.problems))
 
 
 def load_categories(paths: Iterable[str | Path]) -> dict[str, Dataset]:
-    """Data sets by name; a folder of categories, of MVTec AD or another benchmark, stands for all of these.
+    """Read data sets by name; a folder of categories of a benchmark is expanded.
 
-    A name is that of the folder or table. Where several have the same, so many folders are put before it as tell them
-    apart, such as "nuts/good" and "bolts/good".
+    The name is that of the folder or table. Equal names are preceded by as many folders as distinguish them, such as
+    "nuts/good" and "bolts/good".
 
     Raises:
-        DatasetError: As `load_dataset`, or one is given twice.
+        DatasetError: See `load_dataset`; also if a data set is given twice.
     """
     given = [found for path in map(Path, paths) for found in categories(path) or [path]]
     ends = [(path.with_suffix("") if path.is_file() else path).resolve().parts for path in given]
@@ -107,7 +106,7 @@ def load_categories(paths: Iterable[str | Path]) -> dict[str, Dataset]:
     return datasets
 
 
-def _folder(tree: Tree) -> Found:
+def _folder(tree: Tree) -> list[Sample]:
     root = tree.root
     if several := categories(root):
         remedy = f"name one, as in {several[0]}, or train one detector for all with --multi-class"
@@ -119,5 +118,5 @@ def _folder(tree: Tree) -> Found:
         found = [f"{folder.name}/ with {count(within.count(folder.name), 'image')}" for folder in subfolders(root)]
         found.append(f"{count(len(beside), 'image')} beside {'it' if len(found) == 1 else 'them'}")
         raise DatasetError(f"{root}: this layout is not known: {', '.join(found)}.\n{_LAYOUTS}")
-    train = [Sample(path, 0) for path in images]
-    return train, [], [], tree.unused([root], images)
+    tree.report_unused([root], images)
+    return [Sample(path, 0) for path in images]

@@ -1,54 +1,55 @@
-"""Checks of a data set once it is listed: masks, and files that are there twice."""
+"""Checks of a listed data set: masks, names of masks, and duplicate files."""
 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from unflaw.datasets.samples import Sample, relative, sha256_if_readable, some
+from unflaw.datasets.samples import Sample, Tree, relative, sha256_if_readable
 from unflaw.errors import ImageError
 from unflaw.imaging.reading import image_size, read_mask
 from unflaw.io.words import count
 
-# A mask that marks more than this share of its image, or of the border of its image, may be inverted
+# A mask that covers more than this share of its image, or of the border of its image, may be inverted
 _AREA, _BORDER = 0.5, 0.9
 _MASK = r"(?:masks?|gts?|ground[-_ ]?truth)"
-_GONE = "There is no such mask"
+_MISSING = "There is no such mask"
 
 
-def check_masks(samples: list[Sample], root: Path) -> tuple[list[Sample], list[str]]:
-    """The samples without the masks that cannot be used, and what is wrong, a sentence each.
+def check_masks(samples: list[Sample], tree: Tree) -> list[Sample]:
+    """Return samples without unusable masks and masks of good images, and report those.
 
-    Masks of good images are left out, too. Masks that may be inverted are reported, and used as they are: per kind of
-    defect, where half of them or more mark more than half of the image or nearly all of its border.
+    Masks that may be inverted are reported and kept: kinds of defect of which half of the masks or more cover more than
+    half of the image or nearly all of its border.
     """
     wrong: dict[str, list[str]] = defaultdict(list)
     kinds: dict[str, list[tuple[Sample, bool]]] = defaultdict(list)
     any_masks = any(sample.mask for sample in samples if sample.label)
     checked = []
     for sample in samples:
-        reason, mask = _looked_at(sample, any_masks)
+        reason, mask = _read_sample_mask(sample, any_masks)
         if reason:
-            of = f"{relative(sample.mask, root)} of " if sample.mask and reason == _GONE else ""
-            wrong[reason].append(of + relative(sample.path, root))
+            of = f"{relative(sample.mask, tree.root)} of " if sample.mask and reason == _MISSING else ""
+            wrong[reason].append(of + relative(sample.path, tree.root))
         if sample.label and mask is not None and not reason:
             kinds[sample.defect].append((sample, _is_implausible(mask)))
         drop = reason or not sample.label
         checked.append(replace(sample, mask=None, regions=()) if drop else sample)
-    problems = [f"{reason}: {some(names)}." for reason, names in wrong.items()]
-    return checked, problems + _inverted(kinds, root)
+    for reason, names in wrong.items():
+        tree.report(reason, names)
+    _report_inverted(kinds, tree)
+    return checked
 
 
-def _looked_at(sample: Sample, any_masks: bool) -> tuple[str, np.ndarray | None]:
-    """Returns the fault of the mask of a sample, or "", and the mask, where it can be read."""
+def _read_sample_mask(sample: Sample, any_masks: bool) -> tuple[str, np.ndarray | None]:
+    """Return the fault of the mask of a sample, or "", and the mask if it can be read."""
     if not sample.mask:
         return ("Defective, but without a mask" if sample.label and any_masks else ""), None
     if not os.path.exists(sample.mask):  # noqa: PTH110 - Path.exists raises where a name is too long
-        return (_GONE if sample.label else ""), None
+        return (_MISSING if sample.label else ""), None
     reason = ""
     try:
         mask = read_mask(sample.mask)
@@ -71,24 +72,22 @@ def _is_implausible(mask: np.ndarray) -> bool:
     return bool(mask.mean() > _AREA or border.mean() > _BORDER)
 
 
-def _inverted(kinds: dict[str, list[tuple[Sample, bool]]], root: Path) -> list[str]:
+def _report_inverted(kinds: dict[str, list[tuple[Sample, bool]]], tree: Tree) -> None:
     named = []
     for kind, masks in kinds.items():
         odd = [sample.mask for sample, implausible in masks if implausible and sample.mask]
         if len(odd) > len(masks) / 2 or len(odd) >= max(2, len(masks) / 2):  # one of two may be large
-            named.append(f"{kind} ({len(odd)} of {count(len(masks), 'mask')}, such as {relative(odd[0], root)})")
-    if not named:
-        return []
-    return [
-        "Masks that mark more than half of the image or nearly all of its border, and so may be inverted: "
-        f"{', '.join(named[:3])}{', …' if len(named) > 3 else ''}. They are used as they are: 0 means good, all else "
-        "defective. If that is wrong, invert the files."
-    ]
+            named.append(f"{kind} ({len(odd)} of {count(len(masks), 'mask')}, such as {relative(odd[0], tree.root)})")
+    if named:
+        tree.problems.append(
+            "Masks that mark more than half of the image or nearly all of its border, and so may be inverted: "
+            f"{', '.join(named[:3])}{', …' if len(named) > 3 else ''}. They are used as they are: 0 means good, all "
+            "else defective. If that is wrong, invert the files."
+        )
 
 
-def check_names(samples: Iterable[Sample], root: Path) -> list[str]:
-    """A sentence on images that are called like masks of others beside them, or lie in a folder of masks; or none."""
-    samples = list(samples)
+def check_names(samples: list[Sample], tree: Tree) -> None:
+    """Report images that are named like masks of others beside them, or lie in a folder named like masks."""
     there = {(sample.path.parent, sample.path.stem.casefold()) for sample in samples}
     odd = []
     for sample in samples:
@@ -96,49 +95,34 @@ def check_names(samples: Iterable[Sample], root: Path) -> list[str]:
         if (like and (sample.path.parent, like[1]) in there) or (
             sample.label and re.fullmatch(_MASK, sample.defect, re.I)
         ):
-            odd.append(relative(sample.path, root))
-    if not odd:
-        return []
-    return [
-        f"Images that are called like masks, yet count as images: {some(odd)}. Masks belong in "
-        "ground_truth/<defect>, or in the column mask of a table."
-    ]
+            odd.append(sample.path)
+    rest = ". Masks belong in ground_truth/<defect>, or in the column mask of a table."
+    tree.report("Images that are named like masks, but used as images", odd, rest)
 
 
-def check_copies(train: list[Sample], test: list[Sample], root: Path) -> list[str]:
-    """Sentences on test images that are byte for byte the same as a training image, or good and defective at once.
+def check_copies(train: list[Sample], test: list[Sample], tree: Tree) -> None:
+    """Report test images with the same bytes as a training image, and files that are both good and defective.
 
     Only files of equal size are opened.
     """
     by_size: dict[int, list[tuple[Sample, bool]]] = defaultdict(list)
     for samples, for_test in ((train, False), (test, True)):
         for sample in samples:
-            by_size[_size(sample.path)].append((sample, for_test))
+            with suppress(OSError):  # removed since it was listed
+                by_size[sample.path.stat().st_size].append((sample, for_test))
     first: dict[str, tuple[Sample, bool]] = {}
-    same, torn = [], []
+    same, contradictory = [], []
     for alike in by_size.values():
         if len({(sample.label, for_test) for sample, for_test in alike}) == 1:
             continue
-        for sample, for_test in alike:  # those to train on come first
+        for sample, for_test in alike:  # training images come first
             if not (content := sha256_if_readable(sample.path)):
                 continue
             twin, twin_for_test = first.setdefault(content, (sample, for_test))
-            names = f"{relative(sample.path, root)} = {relative(twin.path, root)}"
+            names = f"{relative(sample.path, tree.root)} = {relative(twin.path, tree.root)}"
             if sample.label != twin.label:
-                torn.append(names)
+                contradictory.append(names)
             elif for_test and not twin_for_test:
                 same.append(names)
-    problems = []
-    if torn:
-        problems.append(f"The same file is both good and defective, and one of the two is wrong: {some(torn)}.")
-    if same:
-        problems.append(f"Test images that are also training images, which flatters the results: {some(same)}.")
-    return problems
-
-
-def _size(path: Path) -> int:
-    """Bytes; -1 of a file that has gone since it was listed."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+    tree.report("The same file is both good and defective, and one of the two is wrong", contradictory)
+    tree.report("Test images that are also training images, which flatters the results", same)

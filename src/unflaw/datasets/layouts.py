@@ -1,7 +1,6 @@
-"""Layouts: how images, labels and masks lie in the folders of public benchmarks, as their archives unpack.
+"""Layouts of public benchmarks on disk, as their archives unpack: recognition, and reading of samples.
 
-A layout is a recogniser, which looks at names only, and a reader, which gives paths. Names are known whatever their
-case. What a benchmark is, whose, and how many images it should have, `unflaw.datasets.public` knows.
+The case of names does not matter. Licences and published counts are in `unflaw.datasets.public`.
 """
 
 import csv
@@ -16,12 +15,11 @@ from pathlib import Path
 
 from unflaw.datasets.samples import (
     DatasetError,
-    Found,
     Sample,
     Saturated,
+    Splits,
     Tree,
     relative,
-    some,
     stem,
     subfolders,
 )
@@ -29,28 +27,28 @@ from unflaw.errors import ImageError
 from unflaw.imaging.reading import read, read_mask
 from unflaw.io.listing import is_image, list_images, walk
 
-TEST_EVERY = 5  # where a benchmark has no official split, one good image in so many is for testing
+TEST_EVERY = 5  # without an official split, one good image in five is for testing
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to lay out a data set."""
+    """Layout of a data set."""
 
     name: str
-    sketch: str  # the paths, for people
+    sketch: str  # the paths, for documentation
     fits: Callable[[Tree], bool]
-    read: Callable[[Tree], Found]
-    group: str = ""  # folders of one group beside each other are categories; "": such a data set stands alone
+    read: Callable[[Tree], Splits]
+    group: str = ""  # folders of one group are categories of one data set; "": it has none
 
 
 def layout_of(root: Path) -> Layout | None:
-    """The layout of a data set, or None: a folder of categories, of images, or of anything else."""
+    """Return the layout of a data set, or None, as for a folder of categories or of images."""
     tree = Tree(root)
     return next((layout for layout in LAYOUTS if layout.fits(tree)), None)
 
 
 def categories(root: Path) -> list[Path]:
-    """The data sets of one group in a folder that is none itself."""
+    """List the categories in a folder that is not itself a data set."""
     groups: dict[str, list[Path]] = defaultdict(list)
     if not layout_of(root):
         for folder in subfolders(root):
@@ -60,18 +58,12 @@ def categories(root: Path) -> list[Path]:
 
 
 def held_out(name: str) -> bool:
-    """Whether a good image of this name is for testing, by the SHA-256 of the name: no other file has a say in it."""
+    """Return True if a good image of this name is for testing, by the SHA-256 of the name alone."""
     return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % TEST_EVERY == 0
 
 
-def _paired(names: Iterable[str], masks: Mapping[str, Path], *forms: str) -> dict[str, Path]:
-    """The masks of images by the names of these; first those spelled alike, then, of the others, whatever the case.
-
-    Args:
-        names: Of the images, without suffix.
-        masks: By their names without suffix.
-        forms: What a mask may be called, such as "{}_mask".
-    """
+def _match_masks(names: Iterable[str], masks: Mapping[str, Path], *forms: str) -> dict[str, Path]:
+    """Match names of images and masks by forms such as "{}_mask": first with exact spelling, then ignoring case."""
     names = list(names)
     wanted = [(name, form.format(name)) for form in reversed(forms) for name in names]
     found = {name: masks[called] for name, called in wanted if called in masks}
@@ -89,77 +81,65 @@ def _is_mvtec(tree: Tree) -> bool:
     return _has("train/good")(tree) or (not tree.path("train").exists() and _has("test/good")(tree))
 
 
-def _mvtec(tree: Tree, good: str = "good") -> Found:
-    train, validation = (
-        [Sample(path, 0) for path in tree.images(tree.path(f"{part}/{good}"))] for part in ("train", "validation")
-    )
-    test, problems = _tested(tree, good)
-    used = [sample.path for sample in [*train, *validation, *test]]
-    problems += tree.unused([tree.path(part) for part in ("train", "validation", "test")], used)
+def _good(tree: Tree, folder: str) -> list[Sample]:
+    return [Sample(path, 0) for path in tree.images(tree.path(folder))]
+
+
+def _mvtec(tree: Tree, good: str = "good") -> Splits:
+    train, validation, test = _good(tree, f"train/{good}"), _good(tree, f"validation/{good}"), _test_samples(tree, good)
     parts = ("train", "validation", "test", "ground_truth")
-    others = [folder for folder in subfolders(tree.root) if folder.name.casefold() not in parts]
-    others = [folder for folder in others if folder not in _truths(tree) and _holds_images(folder)]
-    if others:
-        named = some([relative(folder, tree.root) for folder in others])
-        problems.append(f"Folders with images that were not used: {named}; used are {', '.join(parts)}.")
-    return train, validation, test, problems
+    tree.report_unused([tree.path(part) for part in parts[:3]], [*train, *validation, *test])
+    known = [folder for folder in subfolders(tree.root) if folder.name.casefold() in parts] + _mask_folders(tree)
+    others = [folder for folder in subfolders(tree.root) if folder not in known]
+    others = [folder for folder in others if any(is_image(entry.path) for entry in walk(os.fspath(folder)))]
+    tree.report("Folders with images that were not used", others, f"; used are {', '.join(parts)}.")
+    return train, validation, test
 
 
-def _holds_images(folder: Path) -> bool:
-    return any(is_image(entry.path) for entry in walk(os.fspath(folder)))
-
-
-def _truths(tree: Tree) -> list[Path]:
-    """The folder of masks, ground_truth; where there is none, those that are called in a similar way."""
+def _mask_folders(tree: Tree) -> list[Path]:
+    """List the folder of masks, ground_truth; without it, folders with similar names."""
     truth = tree.path("ground_truth")
     others = [folder for folder in subfolders(tree.root) if re.fullmatch(_MASK_FOLDERS, folder.name, re.I)]
     return [truth] if truth.is_dir() else others
 
 
-def _tested(tree: Tree, good: str) -> tuple[list[Sample], list[str]]:
-    """The images in test/<kind>, with their masks in ground_truth/<kind>: a file each, or a folder of regions."""
-    test, problems = [], []
+def _test_samples(tree: Tree, good: str) -> list[Sample]:
+    """Read the images in test/<kind>, with their masks in ground_truth/<kind>: files, or folders of regions."""
     tested, truth, fine = tree.path("test"), tree.path("ground_truth"), tree.path(f"test/{good}")
-    kinds = [
-        folder for folder in subfolders(tested) if folder == fine or folder.name.casefold() != good.casefold()
-    ]  # what differs from `good` by case only is reported by the tree
+    # the tree reports names that differ from `good` only by case
+    kinds = [folder for folder in subfolders(tested) if folder == fine or folder.name.casefold() != good.casefold()]
     folded = [folder.name.casefold() for folder in kinds]
-    if alike := [folder for folder in kinds if folded.count(folder.name.casefold()) > 1]:
-        names = some([relative(folder, tree.root) for folder in alike])
-        problems.append(f"Kinds of defect whose names differ by case only, and count as several: {names}.")
+    alike = [folder for folder in kinds if folded.count(folder.name.casefold()) > 1]
+    tree.report("Kinds of defect whose names differ by case only, and count as several", alike)
+    test = []
     for folder in kinds:
         images = tree.images(folder)
         if not images:
-            problems.append(f"{relative(folder, tree.root)} holds no images.")
+            tree.problems.append(f"{relative(folder, tree.root)} holds no images.")
         of_kind = truth / folder.name if folder in alike else tree.path(folder.name, truth)
         masks = {path.name: path for path in subfolders(of_kind)}
         masks |= {stem(path, of_kind): path for path in tree.images(of_kind)}
-        of = _paired((stem(path, folder) for path in images), masks, "{}_mask", "{}")
+        of = _match_masks((stem(path, folder) for path in images), masks, "{}_mask", "{}")
         label, kind = (0, "good") if folder == fine else (1, folder.name)
         test += [Sample(path, label, of.get(stem(path, folder)), kind) for path in images]
 
     def name(sample: Sample) -> str:
-        below = sample.path.relative_to(tested).with_suffix("").as_posix()
-        return f"{truth.name}/{below}_mask.* or {truth.name}/{below}.*"
+        below = f"{truth.name}/{stem(sample.path, tested)}"
+        return f"{below}_mask.* or {below}.*"
 
-    truths = _truths(tree)
-    files = [path for folder in truths for path in tree.images(folder)]
-    return test, problems + tree.unfitting(files, test, name) + tree.unread(truths)
+    truths = _mask_folders(tree)
+    tree.report_masks(truths, [path for folder in truths for path in tree.images(folder)], test, name)
+    return test
 
 
-def _loco(tree: Tree) -> Found:
-    """As MVTec AD; what a pixel of a mask is worth says which defect it is, and defects_config.json how that saturates.
-
-    Raises:
-        DatasetError: That file cannot be read.
-    """
-    train, validation, test, problems = _mvtec(tree)
+def _loco(tree: Tree) -> Splits:
+    """Read MVTec LOCO AD: the value of a mask gives the kind of defect, and defects_config.json its saturation."""
+    train, validation, test = _mvtec(tree)
     config = tree.path("defects_config.json", file=True)
     try:
-        defects = json.loads(config.read_text("utf-8"))
         kinds = {
             int(kind["pixel_value"]): (float(kind["saturation_threshold"]), bool(kind["relative_saturation"]))
-            for kind in defects
+            for kind in json.loads(config.read_text("utf-8"))
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DatasetError(f"{config}: cannot be read ({error!r}); unpack the archive again") from error
@@ -174,22 +154,19 @@ def _loco(tree: Tree) -> Found:
             if kind:
                 regions.append(Saturated(mask, *kind))
             else:
-                unknown.append(relative(mask, tree.root))
+                unknown.append(mask)
         whole.append(replace(sample, regions=tuple(regions)))
-    if unknown:
-        problems.append(f"Masks whose pixel value is not in {config.name}, left out of the regions: {some(unknown)}.")
-    return train, validation, whole, problems
+    tree.report(f"Masks whose pixel value is not in {config.name}, left out of the regions", unknown)
+    return train, validation, whole
 
 
-def _oct2017(tree: Tree) -> Found:
-    folder = tree.path("train/NORMAL")
-    train = [Sample(path, 0) for path in tree.images(folder)]
-    test, problems = _tested(tree, "NORMAL")
-    used = [sample.path for sample in [*train, *test]]
-    return train, [], test, problems + tree.unused([folder, tree.path("test")], used)
+def _oct2017(tree: Tree) -> Splits:
+    train, test = _good(tree, "train/NORMAL"), _test_samples(tree, "NORMAL")
+    tree.report_unused([tree.path("train/NORMAL"), tree.path("test")], [*train, *test])
+    return train, [], test
 
 
-# BMAD: each of its archives has ways of its own to lay out images and masks
+# BMAD: its archives have different layouts
 
 _BMAD = (  # {s} is a split, {S} capitalised, {l} a label
     ("{s}/{l}/img", "{s}/{l}/label"),
@@ -200,7 +177,7 @@ _BMAD = (  # {s} is a split, {S} capitalised, {l} a label
 
 
 def _bmad_folders(tree: Tree, split: str, label: str) -> tuple[Path, Path] | None:
-    """Where the images of a split and label lie, and where their masks would."""
+    """Return the folders of the images of a split and label and of their masks."""
     for images, masks in _BMAD:
         names = {"s": split, "S": split.title(), "l": label}
         if (folder := tree.path(images.format(**names))).is_dir():
@@ -209,93 +186,81 @@ def _bmad_folders(tree: Tree, split: str, label: str) -> tuple[Path, Path] | Non
 
 
 def _bmad_home(root: Path) -> Tree | None:
-    """The folder itself, or the only one in it, as in Brain_AD/BraTS2021_slice."""
+    """Return the folder itself, or the only one in it, as in Brain_AD/BraTS2021_slice."""
     inner = subfolders(root) if root.name.lower().endswith(("_ad", "-ad")) else []
     homes = [Tree(home) for home in ([root, *inner] if len(inner) == 1 else [root])]
     splits = ("train", "good"), ("test", "Ungood")
     return next((home for home in homes if all(_bmad_folders(home, *split) for split in splits)), None)
 
 
-def _bmad(tree: Tree) -> Found:
-    home = _bmad_home(tree.root) or tree
-    found: dict[tuple[str, str], list[Sample]] = {}
-    folders, truths = [], []
-    for split, label in (("train", "good"), ("test", "good"), ("test", "Ungood")):
+def _bmad(tree: Tree) -> Splits:
+    home = _bmad_home(tree.root)
+    assert home is not None
+    found: dict[str, list[Sample]] = {"train/good": [], "test/good": [], "test/Ungood": []}
+    folders, masks = [], []
+    truth = home.root
+    for part in found:
+        split, label = part.split("/")
         if (where := _bmad_folders(home, split, label)) is None:
-            found[split, label] = []
             continue
         folder, truth = where
-        images, masks = home.images(folder), home.images(truth) if split == "test" else []
-        of = _paired((stem(path, folder) for path in images), {stem(path, truth): path for path in masks}, "{}")
-        bad, kind = (1, label) if label == "Ungood" else (0, "good")
-        found[split, label] = [Sample(path, bad, of.get(stem(path, folder)), kind) for path in images]
         folders.append(folder)
-        truths += masks
-    train, test = found["train", "good"], found["test", "Ungood"] + found["test", "good"]
-    truth = (_bmad_folders(home, "test", "Ungood") or (home.root, home.root))[1]
-    problems = home.unfitting(truths, test, lambda s: f"{relative(truth, home.root)}/{s.path.stem}.*")
-    problems += home.unread([truth])
-    return train, [], test, problems + home.unused(folders, [s.path for s in train + test]) + home.notes()
+        images, truths = home.images(folder), home.images(truth) if split == "test" else []
+        of = _match_masks((stem(path, folder) for path in images), {stem(path, truth): path for path in truths}, "{}")
+        bad, kind = (1, label) if label == "Ungood" else (0, "good")
+        found[part] = [Sample(path, bad, of.get(stem(path, folder)), kind) for path in images]
+        masks += truths
+    train, test = found["train/good"], found["test/Ungood"] + found["test/good"]
+    home.report_masks([truth], masks, test, lambda sample: f"{relative(truth, home.root)}/{sample.path.stem}.*")
+    home.report_unused(folders, [*train, *test])
+    tree.problems += home.problems + home.notes()
+    return train, [], test
 
 
 # Others
 
 
-def _visa(tree: Tree) -> Found:
-    """The official split of one category, from the table beside it.
-
-    Raises:
-        DatasetError: The table is not there, cannot be read, or does not know the category.
-    """
+def _visa(tree: Tree) -> Splits:
+    """Read the official split of one category from the table beside it."""
     category = tree.root.absolute()
     table = Tree(category.parent).path("split_csv/1cls.csv", file=True)
     if not table.is_file():
         raise DatasetError(f"{table}: is missing, and it says which images train; copy it there from the archive")
+    train, test, missing, listed = [], [], [], {}
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["object"].casefold() == category.name.casefold()]
-        if not rows:
-            raise DatasetError(
-                f"{table}: lists no {category.name!r}; give the folder the name that it has in the archive"
-            )
-        train, test, missing = [], [], []
-        listed = {}
         for row in rows:
-            path, bad = _below(tree, row["image"]), row["label"] != "normal"
+            path, bad = _in_category(tree, row["image"]), row["label"] != "normal"
             if not path.is_file():
                 missing.append(row["image"])
             elif row["split"] == "test":
                 listed[path] = row["mask"]
-                mask = _below(tree, row["mask"]) if row["mask"] else None
+                mask = _in_category(tree, row["mask"]) if row["mask"] else None
                 mask = mask if mask and mask.is_file() else None
                 test.append(Sample(path, 1, mask, "anomaly") if bad else Sample(path, 0, mask))
             elif not bad:
                 train.append(Sample(path, 0))
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{table}: cannot be read ({error!r}); copy it again from the archive") from error
-    problems = [f"Listed in {table.name}, yet not there: {some(missing)}."] if missing else []
-    masks = tree.images(tree.path("Data/Masks"))
-    problems += tree.unfitting(
-        masks, test, lambda sample: listed[sample.path] or f"what {table.name} says, if anything"
-    )
-    problems += tree.unread([tree.path("Data/Masks")])
-    used = [sample.path for sample in [*train, *test]]
-    return train, [], test, problems + tree.unused([tree.path("Data/Images")], used)
+    if not rows:
+        raise DatasetError(f"{table}: lists no {category.name!r}; give the folder the name that it has in the archive")
+    tree.report(f"Listed in {table.name}, but missing", missing)
+    truth = tree.path("Data/Masks")
+    unlisted = f"what {table.name} says, if anything"
+    tree.report_masks([truth], tree.images(truth), test, lambda sample: listed[sample.path] or unlisted)
+    tree.report_unused([tree.path("Data/Images")], [*train, *test])
+    return train, [], test
 
 
-def _below(tree: Tree, path: str) -> Path:
-    """A path that begins with the name of the category, from its folder on."""
+def _in_category(tree: Tree, path: str) -> Path:
+    """Resolve a path of the table, which begins with the name of the category."""
     return tree.path("/".join(Path(path).parts[1:]), file=True)
 
 
-def _dagm(tree: Tree) -> Found:
-    """Train and Test hold both kinds; what Label/Labels.txt says is defective is so, and what has a mask.
-
-    Raises:
-        DatasetError: A Label folder is missing, or a line of Labels.txt makes no sense.
-    """
+def _dagm(tree: Tree) -> Splits:
+    """Read DAGM 2007: images of Train and Test are defective if Label/Labels.txt says so or they have a mask."""
     found: dict[str, list[Sample]] = {}
-    problems = []
     for part in ("Train", "Test"):
         folder, labels = tree.path(part), tree.path(f"{part}/Label")
         if not labels.is_dir():
@@ -303,7 +268,7 @@ def _dagm(tree: Tree) -> Found:
         table = tree.path("Labels.txt", labels, file=True)
         masks = {re.sub("_label$", "", path.stem, flags=re.I): path for path in tree.images(labels)}
         images = [path for path in tree.images(folder) if path.parent == folder]
-        of = _paired((path.stem for path in images), masks, "{}")
+        of = _match_masks((path.stem for path in images), masks, "{}")
         labelled = _dagm_defective(table)
         defective = {name.casefold() for name in [*of, *labelled]}
         found[part] = [
@@ -311,15 +276,15 @@ def _dagm(tree: Tree) -> Found:
             for path in images
         ]
         there = {path.stem.casefold() for path in images}
-        if alone := sorted(name for name in {*masks, *labelled} if name.casefold() not in there):
-            hint = "" if labelled.issuperset(alone) else " A mask is called <name>_label.*."
-            problems.append(f"Labelled in {relative(labels, tree.root)}, yet not there: {some(alone)}.{hint}")
-        problems += tree.unused([folder], [*images, *tree.images(labels), table])
-    return [sample for sample in found["Train"] if not sample.label], [], found["Test"], problems
+        alone = sorted(name for name in {*masks, *labelled} if name.casefold() not in there)
+        hint = "." if labelled.issuperset(alone) else ". A mask is called <name>_label.*."
+        tree.report(f"Labelled in {relative(labels, tree.root)}, but missing", alone, hint)
+        tree.report_unused([folder], [*images, *tree.images(labels), table])
+    return [sample for sample in found["Train"] if not sample.label], [], found["Test"]
 
 
 def _dagm_defective(table: Path) -> set[str]:
-    """The names of the defective images in Labels.txt: number, label, image, ..., parted by tabs."""
+    """Read the names of the defective images in Labels.txt: number, label, image, ..., separated by tabs."""
     try:
         rows = [line.split("\t") for line in table.read_text("latin-1").splitlines() if "\t" in line.strip()]
         return {Path(row[2]).stem for row in rows if int(row[1])} if rows else set()
@@ -334,50 +299,45 @@ def _is_kolektor(tree: Tree) -> bool:
     return any(name.stem.endswith("_gt") and is_image(name) for name in names)
 
 
-def _kolektor(tree: Tree) -> Found:
-    """Every image has a mask <name>_GT.png, black where it is good: only by opening all of them are labels known."""
-    found: dict[str, list[Sample]] = {}
+def _kolektor(tree: Tree) -> Splits:
+    """Read KolektorSDD2: every image has a mask <name>_GT.png, which is black if the image is good."""
+    found: dict[str, list[Sample]] = {"train": [], "test": []}
     lacking, used = [], []
-    for part in ("train", "test"):
+    for part, samples in found.items():
         images = {path.stem: path for path in tree.images(tree.path(part))}
         truths = {name: images.pop(name) for name in list(images) if name.casefold().endswith("_gt")}
-        of = _paired(images, truths, "{}_GT")
+        of = _match_masks(images, truths, "{}_GT")
         used += [*images.values(), *of.values()]
-        found[part] = []
         for name, path in images.items():
-            mask = of.get(name)
             try:
-                bad = read_mask(mask).any() if mask else None
-            except ImageError:
-                bad = None
-            if bad is None:
-                lacking.append(relative(path, tree.root))
+                bad = read_mask(of[name]).any()
+            except (KeyError, ImageError):
+                lacking.append(path)
             else:
-                found[part].append(Sample(path, 1, mask, "defect") if bad else Sample(path, 0))
-    problems = [f"Left out, for want of a mask (_GT) that can be read: {some(lacking)}."] if lacking else []
-    problems += tree.unused([tree.path(part) for part in ("train", "test")], used)
-    return [sample for sample in found["train"] if not sample.label], [], found["test"], problems
+                samples.append(Sample(path, 1, of[name], "defect") if bad else Sample(path, 0))
+    tree.report("Left out, because the mask (_GT) is missing or cannot be read", lacking)
+    tree.report_unused([tree.path(part) for part in found], used)
+    return [sample for sample in found["train"] if not sample.label], [], found["test"]
 
 
-def _magnetic_tile(tree: Tree) -> Found:
-    folders = [
-        tree.path("Imgs", folder) for folder in subfolders(tree.root) if folder.name.casefold().startswith("mt_")
-    ]
+def _magnetic_tile(tree: Tree) -> Splits:
+    kinds = [folder for folder in subfolders(tree.root) if folder.name.casefold().startswith("mt_")]
+    folders = [tree.path("Imgs", folder) for folder in kinds]
     train: list[Sample] = []
     test: list[Sample] = []
     masks: list[Path] = []
     for folder in folders:
         kind = folder.parent.name[len("MT_") :].lower()
-        images = tree.images(folder)
-        truths = {path.stem: path for path in images if path.suffix.lower() == ".png"}
-        images = [path for path in images if path.suffix.lower() in (".jpg", ".jpeg")]
-        of = _paired((path.stem for path in images), truths, "{}")
+        files = tree.images(folder)
+        truths = {path.stem: path for path in files if path.suffix.lower() == ".png"}
+        images = [path for path in files if path.suffix.lower() in (".jpg", ".jpeg")]
+        of = _match_masks((path.stem for path in images), truths, "{}")
         masks += of.values()
         for path in images:
             sample = Sample(path, 0) if kind == "free" else Sample(path, 1, of.get(path.stem), kind)
             (test if sample.label or held_out(path.name) else train).append(sample)
-    used = [sample.path for sample in [*train, *test]]
-    return train, [], test, tree.unused(folders, used + masks)
+    tree.report_unused(folders, [*train, *test, *masks])
+    return train, [], test
 
 
 _AITEX = {
@@ -387,29 +347,27 @@ _AITEX = {
 }
 
 
-def _aitex(tree: Tree) -> Found:
-    """Names are <number>_<code of the defect>_<code of the fabric>, masks <name>_mask.png."""
+def _aitex(tree: Tree) -> Splits:
+    """Read AITEX: images are <number>_<code of the defect>_<code of the fabric>, masks <name>_mask.png."""
     train: list[Sample] = []
     test: list[Sample] = []
     fine, broken, truth = (tree.path(name) for name in ("NODefect_images", "Defect_images", "Mask_images"))
     for path in tree.images(fine):
         (test if held_out(path.name) else train).append(Sample(path, 0))
     images, masks = tree.images(broken), {path.stem: path for path in tree.images(truth)}
-    of = _paired((path.stem for path in images), masks, "{}_mask")
+    of = _match_masks((path.stem for path in images), masks, "{}_mask")
     parts = {path: re.sub(r"_mask\d+$", "", path.stem, flags=re.I) for path in masks.values()}
-    several = [path for path in images if path.stem in parts.values()]
+    several = {path.stem: path for path in images if path.stem in parts.values()}
     for path in images:
         code = path.stem.split("_")[1] if path.stem.count("_") > 1 else ""
         test.append(Sample(path, 1, of.get(path.stem), _AITEX.get(code, code or "defect")))
-    problems = [] if truth.is_dir() else [f"{truth.name} is missing; unpack it beside Defect_images."]
-    if several:
-        names = some([relative(path, tree.root) for path in several])
-        problems.append(f"Several masks (_mask1, …) of one image; make one <name>_mask.png of them: {names}.")
-    known = {path.stem for path in several}
-    left = [path for path, name in parts.items() if name not in known]
-    problems += tree.unfitting(left, test, lambda sample: f"{truth.name}/{sample.path.stem}_mask.*")
-    problems += tree.unread([truth])
-    return train, [], test, problems + tree.unused([fine, broken], [sample.path for sample in [*train, *test]])
+    if not truth.is_dir():
+        tree.problems.append(f"{truth.name} is missing; unpack it beside Defect_images.")
+    tree.report("Several masks (_mask1, …) of one image; make one <name>_mask.png of them", several.values())
+    left = [path for path, name in parts.items() if name not in several]
+    tree.report_masks([truth], left, test, lambda sample: f"{truth.name}/{sample.path.stem}_mask.*")
+    tree.report_unused([fine, broken], [*train, *test])
+    return train, [], test
 
 
 def _has(*folders: str) -> Callable[[Tree], bool]:

@@ -1,6 +1,6 @@
-"""Public benchmarks: what they are, whose, under which licence, where to get them, and whether a copy is whole.
+"""Public benchmarks: licence, source, citation and published counts, and checks of local copies.
 
-Nothing is downloaded: most of these pages want a person to accept a licence.
+Nothing is downloaded, since most of the licences must be accepted by a person.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unflaw.datasets import load_dataset
-from unflaw.datasets.layouts import LAYOUTS, TEST_EVERY, categories, layout_of
+from unflaw.datasets.layouts import TEST_EVERY, categories, layout_of
 from unflaw.datasets.samples import Dataset, DatasetError, subfolders
 from unflaw.io.words import count
 
@@ -28,13 +28,13 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Counts:
-    """How many images a category has; None where it is not known for sure."""
+    """Numbers of images of a category; None if not known for sure."""
 
     train: int | None
-    good: int | None  # to test on
+    good: int | None  # good test images
     defective: int | None
     validation: int | None = 0
-    normal: int | None = None  # good ones in all, where the split is ours
+    normal: int | None = None  # all good images, if the split is ours
     masks: Masks = "all"
 
 
@@ -43,16 +43,16 @@ class Collection:
     """One benchmark."""
 
     name: str
-    layout: str  # of each category, see unflaw.datasets.layouts
+    layout: str  # of each category, a name in unflaw.datasets.layouts
     licence: str
     page: str
     citation: str
-    split: str  # what trains and what is tested on
-    counts: Mapping[str, tuple[Counts, ...]]  # by name of the folder, for each edition; "" if it has no categories
-    folders: Mapping[str, str] = field(default_factory=dict)  # patterns of names, where archives vary
+    split: str  # definition of training and test images
+    counts: Mapping[str, tuple[Counts, ...]]  # by folder name, for each edition; "" without categories
+    folders: Mapping[str, str] = field(default_factory=dict)  # patterns of folder names, if archives vary
 
     def category(self, folder: Path) -> str | None:
-        """The category that a data set is, by its layout and name; None if it is none of this collection."""
+        """Return the category of a data set, by its layout and folder name; None if it is not of this collection."""
         layout = layout_of(folder)
         if layout is None or layout.name != self.layout:
             return None
@@ -65,38 +65,38 @@ class Collection:
 
 @dataclass(frozen=True)
 class Copy:
-    """What there is of a collection in a folder."""
+    """Local copy of a collection."""
 
     collection: Collection
     folders: Mapping[str, Path]  # by category
-    strangers: tuple[Path, ...]  # data sets that are no category of it
-    whole: bool  # whether the folder stands for the collection, or for one category
+    strangers: tuple[Path, ...]  # data sets of other categories
+    whole: bool  # True if the folder is the collection, False for one category
 
     @property
     def missing(self) -> list[str]:
-        """The categories that should be there."""
+        """Categories that are missing."""
         return [name for name in self.collection.counts if name not in self.folders] if self.whole else []
 
 
 @dataclass
 class Check:
-    """The outcome of `check`."""
+    """Result of `check`."""
 
     copy: Copy
     found: dict[str, Counts]  # by category
-    masks: dict[str, int]  # that can be used, by category
-    wrong: list[str]  # what is missing or superfluous, a sentence each
-    notes: list[str]  # what the reader reports besides
+    masks: dict[str, int]  # usable masks, by category
+    wrong: list[str]  # sentences on missing and superfluous images
+    notes: list[str]  # other problems that the reader reports
 
     @property
     def known(self) -> bool:
-        """Whether there are counts to compare with."""
+        """True if there are published counts."""
         counts = (e for name in self.found for e in self.copy.collection.counts[name])
         return any(number is not None for e in counts for number in (e.train, e.good, e.defective, e.normal))
 
 
 def recognise(root: str | Path) -> Copy | None:
-    """The collection that a folder holds, or that it is a category of: the one that most data sets in it belong to."""
+    """Return the collection in a folder, or of a category: the one to which most of its data sets belong."""
     root = Path(root)
     alone = layout_of(root) is not None
     folders = [root] if alone else categories(root)
@@ -110,7 +110,7 @@ def recognise(root: str | Path) -> Copy | None:
 
 
 def find(roots: Iterable[str | Path]) -> Iterator[tuple[Path, Copy]]:
-    """The collections in these folders and in the folders right under them."""
+    """Iterate over collections in folders and in their direct subfolders."""
     for root in map(Path, roots):
         if copy := recognise(root):
             yield root, copy
@@ -119,10 +119,10 @@ def find(roots: Iterable[str | Path]) -> Iterator[tuple[Path, Copy]]:
 
 
 def check(root: str | Path) -> Check:
-    """Read a collection, or one category of it, and compare it with what was published.
+    """Read a collection, or one category of it, and compare it with the published counts.
 
     Raises:
-        DatasetError: No such folder, or nothing known in it.
+        DatasetError: The folder does not exist or holds no known collection.
     """
     root = Path(root)
     if not root.is_dir():
@@ -139,26 +139,21 @@ def check(root: str | Path) -> Check:
         except DatasetError as error:
             result.wrong.append(f"{shown}{error}")
             continue
-        result.found[name], result.masks[name] = counted(dataset)
-        result.wrong += [shown + text for text in _compare(dataset, copy.collection.counts[name])]
+        found, masks = result.found[name], result.masks[name] = counted(dataset)
+        editions = [_differences(found, masks, edition) for edition in copy.collection.counts[name]]
+        result.wrong += [shown + text for text in min(editions, key=len, default=[])]
         result.notes += [shown + text for text in dataset.problems]
     return result
 
 
 def counted(dataset: Dataset) -> tuple[Counts, int]:
-    """How many images a data set has, and how many masks."""
+    """Count the images of a data set and its masks."""
     defective = [sample for sample in dataset.test if sample.label]
     good = len(dataset.test) - len(defective)
     train, validation = len(dataset.train), len(dataset.validation)
     masks = sum(sample.mask is not None for sample in defective)
     kind: Masks = "none" if not masks else "all" if masks == len(defective) else "some"
     return Counts(train, good, len(defective), validation, train + validation + good, kind), masks
-
-
-def _compare(dataset: Dataset, editions: tuple[Counts, ...]) -> list[str]:
-    """What differs from the edition that is nearest."""
-    found, masks = counted(dataset)
-    return min((_differences(found, masks, edition) for edition in editions), key=len, default=[])
 
 
 def _differences(found: Counts, masks: int, published: Counts) -> list[str]:
@@ -177,29 +172,8 @@ def _differences(found: Counts, masks: int, published: Counts) -> list[str]:
     return wrong
 
 
-def describe(collection: Collection) -> str:
-    """The section on a collection in docs/datasets.md."""
-    layout = next(layout for layout in LAYOUTS if layout.name == collection.layout)
-    lines = [
-        f"### {collection.name}",
-        f"* **Licence:** {collection.licence}.",
-        f"* **Get it:** {collection.page}",
-        f"* **Cite:** {collection.citation}.",
-        f"* **Layout:** {'' if '' in collection.counts else 'in each category '}`{layout.sketch}`",
-        f"* **Split:** {collection.split}.",
-    ]
-    rows = [(name, edition) for name, editions in collection.counts.items() for edition in editions]
-    columns = [column for column in _COLUMNS if any(getattr(edition, column) for _, edition in rows)]
-    if columns:
-        lines += ["", f"| | {' | '.join(_COLUMNS[column] for column in columns)} |", "|---|" + "---|" * len(columns)]
-    for name, edition in rows if columns else ():
-        cells = (getattr(edition, column) for column in columns)
-        lines.append(f"| {name} | {' | '.join('–' if cell is None else str(cell) for cell in cells)} |")
-    return "\n".join(lines)
-
-
 def _rows(text: str, columns: str = "train good defective", masks: Masks = "all") -> dict[str, tuple[Counts, ...]]:
-    """Counts by category, from lines or semicolons: the name of a category, then a number for each column."""
+    """Parse counts by category from lines or semicolons: a name, then a number for each column."""
     counts: dict[str, tuple[Counts, ...]] = {}
     for row in re.split(r"[;\n]", text):
         name, *cells = row.split()
@@ -210,8 +184,8 @@ def _rows(text: str, columns: str = "train good defective", masks: Masks = "all"
 
 _NON_COMMERCIAL = "CC BY-NC-SA 4.0, not for commercial use"
 _OURS = (
-    f"Ours, for there is no official one: of the good images those are tested on whose name has a SHA-256 that "
-    f"{TEST_EVERY} divides, about a fifth, and the others train; so no added file moves another"
+    f"Defined here, since there is no official one: good images whose name has a SHA-256 divisible by {TEST_EVERY}, "
+    "about a fifth, are test images, and the others training images; so added files do not move others"
 )
 
 COLLECTIONS = (
@@ -235,7 +209,7 @@ COLLECTIONS = (
         "https://www.mvtec.com/company/research/datasets/mvtec-loco",
         "Bergmann et al., Beyond Dents and Scratches: Logical Constraints in Unsupervised Anomaly Detection and "
         "Localization, IJCV 130, 2022",
-        "Official; its validation images calibrate",
+        "Official; its validation images are used for calibration",
         _rows(
             """breakfast_box 351 62 102 173; juice_bottle 335 54 94 236; pushpins 372 69 138 172
             screw_bag 360 60 122 219""",
@@ -274,8 +248,8 @@ COLLECTIONS = (
         "https://data.mendeley.com/datasets/rscbjbr9sj",
         "Kermany et al., Identifying Medical Diagnoses and Treatable Diseases by Image-Based Deep Learning, Cell 172, "
         "2018",
-        "train/NORMAL trains, all of test is tested on; the defective training images and val, which only the copy "
-        "on Kaggle has, are left out. The first row counts that copy, the second is what the paper states",
+        "train/NORMAL for training, all of test for testing; the defective training images and val, which only the "
+        "copy on Kaggle has, are left out. The first row counts that copy, the second is from the paper",
         {"": (Counts(26315, 242, 726, masks="none"), Counts(51140, 250, 750, masks="none"))},
     ),
     Collection(
@@ -285,7 +259,7 @@ COLLECTIONS = (
         "https://www.vicos.si/resources/kolektorsdd2/",
         "Božič, Tabernik, Skočaj, Mixed supervision for surface-defect detection: from weakly to fully supervised "
         "learning, Computers in Industry 129, 2021",
-        "Official, without the 246 defective training images. Good is what has a black mask",
+        "Official, without the 246 defective training images. Images with a black mask are good",
         {"": (Counts(2085, 894, 110, masks="some"),)},
     ),
     Collection(
@@ -341,7 +315,7 @@ COLLECTIONS = (
         f"{_NON_COMMERCIAL} (as anomalib states it); the data sets it is made of have terms of their own",
         "https://github.com/DorisBao/BMAD",
         "Bao et al., BMAD: Benchmarks for Medical Anomaly Detection, CVPR Workshops 2024",
-        "Official; its validation images, good and defective ones to choose models by, are left out",
+        "Official; its validation images, good and defective ones for model selection, are left out",
         _rows("Brain 7500 640 3075; Liver 1542 833 660; RESC 4297 1041 764", masks="some")
         | _rows("OCT2017 26315 242 726; Chest 8000 781 16413; Camelyon16 5088 1000 997", masks="none"),
         {

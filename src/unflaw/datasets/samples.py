@@ -1,4 +1,4 @@
-"""What a data set is made of: samples, which carry paths, not pixels, and how they are listed from folders."""
+"""Samples of a data set, which hold paths, not pixels, and listing of its folders."""
 
 import hashlib
 import os
@@ -13,31 +13,31 @@ from unflaw.imaging.inputs import InMemory, Input
 from unflaw.imaging.reading import read_hashed
 from unflaw.io.listing import Entry, counted, is_image, is_passed_over, list_images, note, visible_files
 
-SHORT = 16  # digits of a SHA-256 that are enough to know an image again
+SHORT = 16  # digits of a SHA-256 that identify an image
 
 
 class DatasetError(ValueError):
-    """A data set that cannot be used. The message names the path, what was found there and what to do."""
+    """Error for an unusable data set; the message names the path, the fault and the remedy."""
 
 
 @dataclass(frozen=True)
 class Saturated:
-    """One region of a defect, and how much of it must be found for it to count as found whole (saturated PRO)."""
+    """One region of a defect, and the area of it that counts as complete detection (saturated PRO)."""
 
-    mask: Path  # an image of the same size, not 0 in the region
-    saturation: float  # pixels of the original image, or a share of the region's area
-    relative: bool  # whether it is a share
+    mask: Path  # an image of the same size, nonzero in the region
+    saturation: float  # pixels of the original image, or share of the region's area
+    relative: bool  # True if `saturation` is a share
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and what is known of it."""
+    """One image with its label and mask."""
 
     path: Path
     label: int  # 0 good, 1 defect
-    mask: Path | None = None  # an image of the same size, not 0 where the defect is; or a folder of such, one a region
+    mask: Path | None = None  # an image of the same size, nonzero at the defect; or a folder of one per region
     defect: str = "good"  # "good", or the kind of defect
-    regions: tuple[Saturated, ...] = ()  # where the data set says how they saturate
+    regions: tuple[Saturated, ...] = ()  # if the data set defines saturations
 
 
 @dataclass(frozen=True)
@@ -46,35 +46,36 @@ class Dataset:
 
     name: str
     layout: str  # "folder", "table", or the name of one of unflaw.datasets.layouts.LAYOUTS such as "mvtec"
-    train: tuple[Sample, ...]  # good ones only
-    validation: tuple[Sample, ...]  # good ones to calibrate with; where empty, some of `train` are held out for it
+    train: tuple[Sample, ...]  # good images only
+    validation: tuple[Sample, ...]  # good images for calibration; if empty, a part of `train` is held out
     test: tuple[Sample, ...]
-    problems: tuple[str, ...]  # what is wrong with the data, yet not enough to stop; a sentence each
+    problems: tuple[str, ...]  # sentences on faults that do not prevent use
 
 
-Found = tuple[list[Sample], list[Sample], list[Sample], list[str]]  # train, validation, test, problems
+Splits = tuple[list[Sample], list[Sample], list[Sample]]  # train, validation, test
 
 
 def digest(samples: Iterable[Sample | Input], contents: Mapping[Input, str] | None = None) -> str:
-    """SHA-256, in hex, of the names and contents of images: the same in any order, and wherever their folder lies.
+    """SHA-256, in hex, of the names and contents of images, independent of their order and of their folder.
 
-    `contents`: the `sha256` of each file, where it is known already.
+    `contents`: the `sha256` of each file, if known already.
     """
     return _digest((sample.path if isinstance(sample, Sample) else sample for sample in samples), contents)
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """SHA-256, in hex, of all that figures of a data set depend on: contents of images and masks, labels and order.
+    """SHA-256, in hex, of everything that results depend on: contents of images and masks, labels and order.
 
-    Raises:
-        OSError: A file that may not be read.
+    Raises OSError if a file cannot be read.
     """
     parts = (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test))
     lines = []
     for name, samples in parts:
         for sample in samples:
             regions = "".join(f" {r.mask.name} {r.saturation} {r.relative}" for r in sample.regions)
-            mask = _content(sample.mask) if sample.mask else ""
+            mask = ""
+            if sample.mask:
+                mask = _digest(list_images(sample.mask)) if sample.mask.is_dir() else sha256(sample.mask)
             lines.append(f"{name} {sample.label} {sha256(sample.path)} {mask}{regions}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -83,7 +84,8 @@ def sha256(path: Input) -> str:
     """SHA-256, in hex, of a file, or of the pixels of an array.
 
     Raises:
-        OSError: The file cannot be read; with its name. ImageError: The array is no image.
+        OSError: The file cannot be read; with its name.
+        ImageError: The array is not an image.
     """
     if isinstance(path, InMemory):
         return read_hashed(path)[1]
@@ -94,7 +96,7 @@ def sha256(path: Input) -> str:
 
 
 def sha256_if_readable(path: Input) -> str:
-    """As `sha256`; "" where the file cannot be read, which is said where it is needed as an image."""
+    """Like `sha256`; "" if the file cannot be read, which is reported when it is read as an image."""
     try:
         return sha256(path)
     except (OSError, ImageError):
@@ -137,9 +139,9 @@ def _ends(path: Path, size: int) -> bytes:
 
 
 def distinct(paths: Sequence[Input], contents: Mapping[Input, str]) -> tuple[list[Input], list[tuple[Input, Input]]]:
-    """The first file of each content, in order; and the others, each with that first one.
+    """Split files by content into the first of each, in order, and pairs of a duplicate and that first file.
 
-    `contents`: the `sha256` of each file, "" where it cannot be read: such files are all kept.
+    `contents`: the `sha256` of each file; unreadable files, with "", are all kept.
     """
     first: dict[str, Input] = {}
     for path in paths:
@@ -149,22 +151,19 @@ def distinct(paths: Sequence[Input], contents: Mapping[Input, str]) -> tuple[lis
 
 
 class Tree:
-    """The folders and files of one data set, found whatever the case of their names.
+    """Case-insensitive lookup of folders and files of a data set.
 
-    Of names that differ by case only, one is taken: that which is spelled as asked for, else the first.
-
-    Args:
-        root: The folder of the data set.
+    Of names that differ only by case, the exact match is used, else the first. `problems` collects sentences on faults.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self.problems = root, list[str]()
         self._names: dict[Path, dict[str, list[str]]] = {}
         self._passed_over: list[Entry] = []
-        self._taken: dict[Path, list[str]] = {}  # folders, and what else they could have been
+        self._alternatives: dict[Path, list[str]] = {}  # paths, and other names that differ only by case
 
     def names(self, folder: Path) -> dict[str, list[str]]:
-        """The names in a folder by what they are in lower case; none where it cannot be read."""
+        """Names in a folder by their lower case; empty if it cannot be read."""
         if folder not in self._names:
             found = self._names[folder] = {}
             with suppress(OSError):
@@ -173,9 +172,9 @@ class Tree:
         return self._names[folder]
 
     def path(self, path: str, folder: Path | None = None, file: bool = False) -> Path:
-        """A folder below the root or another folder, such as "train/good", as it is spelled on the disk.
+        """Resolve a path below the root or another folder, such as "train/good", to its spelling on disk.
 
-        Where there is none, the path that was asked for. `file`: the last name is that of a file.
+        A path that does not exist is returned as given. `file`: the last name is that of a file.
         """
         found = folder or self.root
         parts = path.split("/")
@@ -183,53 +182,53 @@ class Tree:
             is_there = Path.is_file if file and number == len(parts) else Path.is_dir
             names = [name for name in self.names(found).get(part.casefold(), []) if is_there(found / name)]
             chosen = part if part in names or not names else names[0]
-            self._taken[found / chosen] = [name for name in names if name != chosen]
+            self._alternatives[found / chosen] = [name for name in names if name != chosen]
             found /= chosen
         return found
 
     def images(self, folder: Path) -> list[Path]:
-        """All images under a folder, sorted; none where there is no such folder."""
+        """List all images under a folder, sorted; empty if it does not exist."""
         return list_images(folder, self._passed_over) if folder.is_dir() else []
 
-    def unused(self, folders: Iterable[Path], used: Iterable[Path]) -> list[str]:
-        """A sentence on the files in these folders that are not used, or none."""
-        known = set(used)
-        there = [path for folder in folders if folder.is_dir() for path in visible_files(folder, self._passed_over)]
-        files = [relative(path, self.root) for path in there if path not in known]
-        return [f"Files that were not used: {some(files)}."] if files else []
+    def report(self, fault: str, files: Iterable[Path | str], rest: str = ".") -> None:
+        """Add a problem with the names of some files, if there are any."""
+        names = [relative(file, self.root) if isinstance(file, Path) else file for file in files]
+        if names:
+            self.problems.append(f"{fault}: {some(names)}{rest}")
 
-    def unread(self, folders: Iterable[Path]) -> list[str]:
-        """A sentence on files in folders of masks that are of a kind that is not read, or none."""
-        there = [path for folder in folders if folder.is_dir() for path in visible_files(folder, self._passed_over)]
-        files = [relative(path, self.root) for path in there if not is_image(path)]
-        return [f"Files among the masks that are no images: {some(files)}. Save masks as PNG."] if files else []
+    def report_unused(self, folders: Iterable[Path], used: Iterable[Sample | Path]) -> None:
+        """Report the files in folders that are not used."""
+        known = {file.path if isinstance(file, Sample) else file for file in used}
+        self.report("Files that were not used", [path for path in self._files(folders) if path not in known])
 
-    def unfitting(self, masks: Iterable[Path], samples: Sequence[Sample], name: Callable[[Sample], str]) -> list[str]:
-        """A sentence on masks that fit no image, or none.
+    def report_masks(
+        self, folders: Iterable[Path], masks: Iterable[Path], samples: Sequence[Sample], name: Callable[[Sample], str]
+    ) -> None:
+        """Report masks that belong to no sample, and files in the folders of masks that are not images.
 
-        Args:
-            masks: All files that should be masks.
-            samples: The images to test on.
-            name: How the mask of an image would have to be called.
+        `name`: function that returns the expected name of the mask of a sample.
         """
         used = {sample.mask for sample in samples}
-        left = [path for path in masks if path not in used and used.isdisjoint(path.parents)]
-        if not left:
-            return []
-        text = f"Mask files that fit no image: {some([relative(path, self.root) for path in left])}."
-        if lacking := [sample for sample in samples if sample.label and not sample.mask]:
-            first = left[0].stem.casefold()
-            near = max(lacking, key=lambda s: (s.path.stem.casefold() in first) * len(s.path.stem))
-            text += f" The mask of {relative(near.path, self.root)} would be {name(near)}."
-        if not any(sample.mask for sample in samples if sample.label):
-            text += " So no image has a mask, and there are no pixel metrics."
-        return [text]
+        if left := [path for path in masks if path not in used and used.isdisjoint(path.parents)]:
+            rest = "."
+            if lacking := [sample for sample in samples if sample.label and not sample.mask]:
+                first = left[0].stem.casefold()
+                near = max(lacking, key=lambda s: (s.path.stem.casefold() in first) * len(s.path.stem))
+                rest += f" The mask of {relative(near.path, self.root)} would be {name(near)}."
+            if not any(sample.mask for sample in samples if sample.label):
+                rest += " So no image has a mask, and there are no pixel metrics."
+            self.report("Mask files that fit no image", left, rest)
+        others = [path for path in self._files(folders) if not is_image(path)]
+        self.report("Files among the masks that are no images", others, ". Save masks as PNG.")
+
+    def _files(self, folders: Iterable[Path]) -> list[Path]:
+        return [path for folder in folders if folder.is_dir() for path in visible_files(folder, self._passed_over)]
 
     def notes(self) -> list[str]:
-        """A sentence on folders that differ by case only, and one on what was passed over, where there are any."""
+        """Report folders that differ only by case, and ignored files."""
         same = [
             f"{relative(path, self.root)} is read, and not {' or '.join(names)}"
-            for path, names in self._taken.items()
+            for path, names in self._alternatives.items()
             if names
         ]
         doubles = [f"Folders whose names differ by case only: {'; '.join(same)}."] if same else []
@@ -238,33 +237,29 @@ class Tree:
 
 
 def images(folder: Path) -> list[Path]:
-    """All images under a folder, sorted; none where there is no such folder."""
+    """List all images under a folder, sorted; empty if it does not exist."""
     return Tree(folder).images(folder)
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, and links to folders, sorted, but for those passed over; none where there is none."""
+    """List the folders, and links to folders, in a folder, sorted, except ignored ones."""
     visible = folder.iterdir() if folder.is_dir() else ()
     return sorted(entry for entry in visible if entry.is_dir() and not is_passed_over(entry.name))
 
 
 def stem(path: Path, folder: Path) -> str:
-    """The path from the folder on, without suffix."""
+    """Path relative to a folder, without suffix."""
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def relative(path: Path, root: Path) -> str:
-    """The path from the root on, as messages name it."""
+    """Path relative to the root, for messages."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
-    """The first names and how many there are."""
+    """Format the first names and the number of all."""
     return f"{', '.join(names[:limit])}{', …' if len(names) > limit else ''} ({len(names)} in all)"
-
-
-def _content(mask: Path) -> str:
-    return _digest(list_images(mask)) if mask.is_dir() else sha256(mask)
 
 
 def _digest(files: Iterable[Input], contents: Mapping[Input, str] | None = None) -> str:

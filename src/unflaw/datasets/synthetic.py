@@ -1,4 +1,4 @@
-"""A small data set to try things on: real photographs of gravel with synthetic defects, made without a network."""
+"""Demo data set, made offline: photographs of gravel with synthetic defects."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,11 +11,11 @@ from scipy.ndimage import gaussian_filter, shift
 from unflaw.io.files import write_png, write_text
 
 N_TRAIN, N_VALIDATION, N_GOOD, N_PER_DEFECT = 80, 40, 20, 10
-_BEGUN = ".unfinished"  # stands in the folder until all of it is written
+_UNFINISHED = ".unfinished"  # exists until the data set is complete
 SIZE = 256  # side of the images, pixels
-_CUT = 128  # side of the pieces cut from the photograph, pixels
-# Parts of the photograph (rows, columns) that share no stone: pieces of one part overlap each other, so calibrating on
-# pieces of the training part would promise too much.
+_PIECE_SIDE = 128  # side of the pieces cut from the photograph, pixels
+# Disjoint parts of the photograph (rows, columns): pieces of one part overlap each other, so calibration on pieces of
+# the training part would be too optimistic.
 _PARTS = {
     "train": np.s_[:, :272],
     "validation": np.s_[:256, 272:],
@@ -26,7 +26,7 @@ README = """Gravel: a small data set for visual anomaly detection in the layout 
 
 The images are cut from a real photograph: those under train/ from its left half, those under validation/ and test/
 from the upper and the lower part of its right half, so that no stone is in two of them. THE DEFECTS ARE SYNTHETIC;
-ground_truth/ holds their masks. What a method reaches here says that it works, not how good it is.
+ground_truth/ holds their masks. Results show that a method works, not how good it is.
 
 Photographs, all from the package scikit-image and all CC0: `gravel` (CC0Textures), which every image shows; `brick`
 (CC0Textures) and `coffee` (Rachel Michetti), of which the foreign matter is cut.
@@ -37,20 +37,20 @@ Flaw = Callable[[np.random.Generator, np.ndarray], tuple[np.ndarray, np.ndarray]
 
 
 def make_demo_data(out: str | Path, seed: int = 0) -> Path:
-    """Write 80 good images to train on, 40 to calibrate with, 20 good and 50 defective ones to test on; about 13 MB.
+    """Write 80 good training images, 40 for calibration, and 20 good and 50 defective test images; about 13 MB.
 
     Args:
-        out: The folder to write; it must be empty, new, or left by an interrupted run.
-        seed: The same seed gives the same pixels (with the same versions of the libraries).
+        out: Output folder; new, empty, or left by an interrupted run.
+        seed: Random seed; it determines the pixels (with the same versions of the libraries).
 
     Returns:
-        The folder, which `load_dataset` reads. Images are (256, 256) RGB, masks 0 or 255.
+        The folder, for `load_dataset`. Images are (256, 256) RGB, masks 0 or 255.
 
     Raises:
-        FileExistsError: The folder holds something already.
+        FileExistsError: The folder is not empty.
     """
     out = Path(out)
-    begun = out / _BEGUN
+    begun = out / _UNFINISHED
     if out.exists() and not begun.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out}: the folder is not empty; name a new one")
     write_text(begun, "An interrupted run has left this folder; the same command writes all of it again.\n")
@@ -63,7 +63,7 @@ def make_demo_data(out: str | Path, seed: int = 0) -> Path:
         for i in range(N_PER_DEFECT):
             image = _piece(rng, gravel[_PARTS["test"]])
             changed, alpha = flaw(rng, image)
-            mask = alpha > 0.15  # of a soft edge, what an eye would still count
+            mask = alpha > 0.15  # the visible part of a soft edge
             _write(out / f"test/{kind}/{i:03d}.png", image + alpha[..., None] * (changed - image), rng)
             _write(out / f"ground_truth/{kind}/{i:03d}_mask.png", mask)
     write_text(out / "README.txt", README.format(seed=seed))
@@ -72,21 +72,21 @@ def make_demo_data(out: str | Path, seed: int = 0) -> Path:
 
 
 def is_whole(out: Path) -> bool:
-    """Whether `make_demo_data` has come to its end there."""
-    return (out / "train").is_dir() and not (out / _BEGUN).exists()
+    """Return True if the demo data in a folder are complete."""
+    return (out / "train").is_dir() and not (out / _UNFINISHED).exists()
 
 
 @cache
 def _photograph(name: str) -> np.ndarray:
-    """(H, W, 3) float64 in [0, 1]; only photographs that the wheel of scikit-image carries, which need no network."""
+    """Load a photograph from the wheel of scikit-image, (H, W, 3) float64 in [0, 1]."""
     from skimage import data
 
     photograph = getattr(data, name)() / 255
     return photograph if photograph.ndim == 3 else np.repeat(photograph[..., None], 3, axis=2)
 
 
-def _piece(rng: np.random.Generator, photograph: np.ndarray, side: int = _CUT) -> np.ndarray:
-    """A random square of a photograph at the size of the images, mirrored at times, in slightly varying light."""
+def _piece(rng: np.random.Generator, photograph: np.ndarray, side: int = _PIECE_SIDE) -> np.ndarray:
+    """Crop a random square and resize it to SIZE, with random mirroring and brightness."""
     y, x = (int(rng.integers(0, length - side + 1)) for length in photograph.shape[:2])
     square = Image.fromarray((photograph[y : y + side, x : x + side] * 255).astype(np.uint8))
     piece = np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / 255
@@ -95,13 +95,13 @@ def _piece(rng: np.random.Generator, photograph: np.ndarray, side: int = _CUT) -
 
 def _write(path: Path, image: np.ndarray, rng: np.random.Generator | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if rng is not None:  # the grain of a camera, over good and bad alike, so that it gives no flaw away
+    if rng is not None:  # the noise of a camera, on good and defective images alike
         image = image + rng.normal(0, 0.008, (SIZE, SIZE, 1))
     write_png(path, Image.fromarray((image * 255).round().clip(0, 255).astype(np.uint8)))
 
 
 def _blob(rng: np.random.Generator, radius: float, softness: float) -> np.ndarray:
-    """(SIZE, SIZE) in [0, 1]: an irregular patch wholly inside the image, its edge `softness` pixels wide."""
+    """Draw an irregular patch inside the image, (SIZE, SIZE) in [0, 1], with an edge `softness` pixels wide."""
     cy, cx = rng.uniform(1.3 * radius, SIZE - 1.3 * radius, 2)
     y, x = np.mgrid[:SIZE, :SIZE]
     turn, stretch = rng.uniform(0, np.pi), rng.uniform(1, 1.5)
@@ -113,7 +113,7 @@ def _blob(rng: np.random.Generator, radius: float, softness: float) -> np.ndarra
 
 
 def scratch(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A thin curve, bright or dark."""
+    """Draw a thin curve, bright or dark."""
     start, bend, end = rng.uniform(0.1, 0.9, (3, 2)) * SIZE
     while np.linalg.norm(start - end) < 0.3 * SIZE:
         end = rng.uniform(0.1, 0.9, 2) * SIZE
@@ -126,27 +126,27 @@ def scratch(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np
 
 
 def stain(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A wet or oily patch: darker, with less contrast."""
+    """Draw a wet or oily patch: darker, with less contrast."""
     return image * rng.uniform(0.35, 0.6), _blob(rng, rng.uniform(15, 45), 8)
 
 
 def missing(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """No stones: the bare ground between them."""
+    """Remove stones, so that the ground between them is bare."""
     ground = gaussian_filter(image, (9, 9, 0)) * rng.uniform(0.7, 0.95)
     sand = gaussian_filter(rng.normal(size=(SIZE, SIZE, 1)), (1.2, 1.2, 0))
     return ground + 0.02 * sand / sand.std(), _blob(rng, rng.uniform(14, 36), 5)
 
 
 def foreign(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A lump of something else, cut from another photograph, with its shadow."""
+    """Draw an object from another photograph, with its shadow."""
     alpha = _blob(rng, rng.uniform(10, 30), 2)
     matter = _piece(rng, _photograph(str(rng.choice(["brick", "coffee"]))))
     shadow = 0.6 * gaussian_filter(shift(alpha, (4, 3)), 2)
-    return matter * alpha[..., None], np.maximum(alpha, shadow)  # where there is shadow alone, black shines through
+    return matter * alpha[..., None], np.maximum(alpha, shadow)  # the shadow is black
 
 
 def colour(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Stones of another tint: rust, moss, or a bluish one."""
+    """Tint stones like rust, like moss, or bluish."""
     tints = [(1.15, 0.98, 0.8), (0.92, 1.06, 0.82), (0.86, 0.97, 1.12)]
     return image * rng.choice(tints), _blob(rng, rng.uniform(18, 45), 6)
 

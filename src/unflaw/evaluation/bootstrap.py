@@ -1,7 +1,7 @@
-"""How sure a figure is: bootstrap over test images, and differences between methods on the same images.
+"""Bootstrap over test images: confidence intervals, and differences between methods on the same images.
 
-Good and defective images are resampled apart, so every resample has both. Image AUROC is recomputed exactly, pixel
-AUROC and AUPRO from each image's counts at a few hundred thresholds.
+Good and defective images are resampled separately. Image AUROC is recomputed exactly, pixel AUROC and AUPRO from counts
+per image at a few hundred thresholds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.integrate import trapezoid
 
 from unflaw.evaluation.metrics import Array, Ranking, region_weights
 from unflaw.io.brief import brief
@@ -24,12 +25,12 @@ METRICS = ("image_auroc", "pixel_auroc", "aupro_30")
 @brief
 @dataclass(frozen=True, eq=False)
 class PixelTables:
-    """Counts of I images at T falling thresholds; rows of images without part in pixel metrics are 0.
+    """Counts of I images at T falling thresholds; rows of images without pixel metrics are 0.
 
     Attributes:
         clean: (I, T) defect-free pixels at or above each threshold; the last threshold lies below all values.
-        found: (I, T) the same of defect pixels.
-        overlap: (I, T) the same of defect pixels, each weighing 1 / area of its region.
+        found: (I, T) defect pixels at or above each threshold.
+        overlap: (I, T) the same, each pixel weighted with 1 / area of its region.
     """
 
     clean: Array
@@ -40,13 +41,13 @@ class PixelTables:
 @brief
 @dataclass(frozen=True, eq=False)
 class PerImage:
-    """What a method makes of the I test images of a data set.
+    """Results of a method on the I test images of a data set.
 
     Attributes:
-        names: Which images.
+        names: Names of the images.
         labels: (I,) 0 or 1.
         scores: (I,) image scores.
-        pixels: None where there are no masks.
+        pixels: Counts of pixels; None without masks.
     """
 
     names: list[str]
@@ -55,7 +56,7 @@ class PerImage:
     pixels: PixelTables | None
 
     def save(self, path: Path) -> None:
-        """Writes `.npz`, whole or not at all."""
+        """Write `.npz` atomically."""
         arrays = {"names": np.array(self.names), "labels": self.labels, "scores": self.scores}
         if self.pixels is not None:
             arrays |= {name: getattr(self.pixels, name) for name in ("clean", "found", "overlap")}
@@ -69,13 +70,13 @@ class PerImage:
 
     @classmethod
     def load(cls, path: Path) -> PerImage:
-        """Reads what `save` wrote. Raises OSError or ValueError where that is not possible."""
+        """Read a file of `save`. Raises OSError or ValueError if that is not possible."""
         with np.load(path, allow_pickle=False) as file:
             tables = PixelTables(file["clean"], file["found"], file["overlap"]) if "clean" in file else None
             return cls(file["names"].tolist(), file["labels"], file["scores"], tables)
 
     def values(self, metric: str, counts: Array) -> Array | None:
-        """A metric of METRICS for resamples (B, I), how often each image is drawn → (B,). None if undefined."""
+        """Compute a metric of METRICS for resamples (B, I), the counts of each image → (B,). None if undefined."""
         if metric == "image_auroc":
             return self._image_auroc(counts)
         if self.pixels is None:
@@ -98,21 +99,21 @@ class PerImage:
 
 
 class MapSpool:
-    """Maps and masks of images in a temporary file, until it is known at which thresholds to count."""
+    """Maps and masks in a temporary file, until the thresholds are known."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="unflaw-maps-")  # noqa: SIM115 - it lives as long as this does
+        self._file = tempfile.TemporaryFile(prefix="unflaw-maps-")  # noqa: SIM115 - closed with this object
         self._shapes: list[tuple[int, tuple[int, ...], bool]] = []
 
     def add(self, row: int, anomaly_map: Array, mask: Array | None) -> None:
-        """A map (H, W), NaN where it does not count, and bool mask of the image `row`."""
+        """Add a map (H, W), NaN outside the region of interest, and the bool mask of the image `row`."""
         self._file.write(np.ascontiguousarray(anomaly_map, np.float32).tobytes())
         if mask is not None:
             self._file.write(np.ascontiguousarray(mask, bool).tobytes())
         self._shapes.append((row, anomaly_map.shape, mask is not None))
 
     def tables(self, images: int, ranking: Ranking) -> PixelTables:
-        """Counts of all images at thresholds spread evenly over recall and over the logarithm of the FPR."""
+        """Count pixels at thresholds spread evenly over recall and over the logarithm of the FPR."""
         thresholds = _thresholds(ranking)
         clean, found, overlap = np.zeros((3, images, len(thresholds)), np.float32)
         self._file.seek(0)
@@ -128,7 +129,7 @@ class MapSpool:
 
 
 def resamples(labels: Array, draws: int = 1000, seed: int = 0) -> Array:
-    """How often each of I images is drawn: (draws, I), good and defective ones apart; equal for equal labels."""
+    """Draw resamples (draws, I): counts of each image, separately for good and defective ones; deterministic."""
     rng = np.random.default_rng(seed)
     counts = np.zeros((draws, len(labels)))
     for kind in (0, 1):
@@ -139,18 +140,15 @@ def resamples(labels: Array, draws: int = 1000, seed: int = 0) -> Array:
 
 
 def interval(values: Array, level: float = 0.95) -> tuple[float, float]:
-    """Bounds between which the share `level` of resampled values lies."""
+    """Bounds of the central share `level` of resampled values."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def resampled(runs: Sequence[PerImage], metric: str, draws: int = 1000) -> Array | None:
-    """The mean of a metric over runs (seeds) on the same images, for every resample: (draws,). None if undefined.
+    """Mean of a metric over runs (seeds) on the same images, for every resample: (draws,). None if undefined.
 
-    So the spread is that of the images, and no seed is taken for another image.
-
-    Raises:
-        ValueError: The runs are not of the same images.
+    The spread is that of the images: seeds do not count as further images. Raises ValueError for runs of other images.
     """
     if any((run.names, run.labels.tolist()) != (runs[0].names, runs[0].labels.tolist()) for run in runs):
         raise ValueError("runs of different images cannot be compared")
@@ -172,7 +170,7 @@ def _thresholds(ranking: Ranking) -> Array:
 
 
 def _at_or_above(values: Array, weights: Array | None, thresholds: Array) -> Array:
-    """How many values, or what weight of them, lie at or above each threshold."""
+    """Number, or weight, of the values at or above each threshold."""
     order = np.argsort(values)
     number = np.searchsorted(values[order], thresholds, "left")
     if weights is None:
@@ -186,4 +184,4 @@ def _area(x: Array, y: Array, limit: float) -> float:
     x, y = np.append(0, x), np.append(0, y)
     end, inside = np.interp(limit, x, y), x < limit
     x, y = np.append(x[inside], limit), np.append(y[inside], end)
-    return float(np.diff(x) @ (y[1:] + y[:-1]) / 2 / limit)
+    return float(trapezoid(y, x)) / limit

@@ -1,15 +1,16 @@
-"""A detector measured on a labelled set: metrics on raw scores, in bounded memory, and what a report shows."""
+"""Evaluation of a detector on a labelled set: metrics on raw scores, in bounded memory, and images for a report."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from unflaw.datasets import Dataset, Sample, load_dataset
+from unflaw.datasets import Dataset, load_dataset
 from unflaw.errors import TrainingError
 from unflaw.evaluation.accumulate import Measurement
 from unflaw.evaluation.results import Evaluation, Inspected
@@ -19,7 +20,7 @@ from unflaw.io.progress import Progress, silent
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
 
-SHOWN = 40  # images kept whole for the report
+SHOWN = 40  # images kept for the report
 
 
 def evaluate_all(
@@ -29,13 +30,9 @@ def evaluate_all(
     category: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Evaluation]:
-    """`evaluate` for several data sets by name.
+    """Apply `evaluate` to several data sets by name; errors of `category` are raised before any evaluation.
 
-    Args:
-        category: What all images show, for a detector of several; None: for each data set the one of its name.
-
-    Raises:
-        TrainingError, DetectorError: As `evaluate`; that a category is missing is noticed before any is measured.
+    `category`: category of all images, for a detector of several; None: for each data set the one of its name.
     """
     matched = {name: detector.match(name) if category is None else category for name in datasets}
     for chosen in matched.values():
@@ -56,19 +53,17 @@ def evaluate(
     spool: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Inspects the test part of a data set and measures.
-
-    For the metrics see `Measurement`. Training images never take part.
+    """Inspect the test images of a data set and compute metrics; see `Measurement`.
 
     Args:
-        dataset: What `load_dataset` gives, or what it takes.
-        category: What the images show, for a detector of several; None: the one that is called like the data set.
-        shown: Images kept whole for the report; None: SHOWN.
-        spool: Also gives what `statistics` needs of each image; maps are kept in a temporary file meanwhile.
+        dataset: A data set, or its path.
+        category: Category of the images, for a detector of several; None: the one named like the data set.
+        shown: Number of images kept for the report; None: SHOWN.
+        spool: Also return the data of each image for `bootstrap`; maps are kept in a temporary file meanwhile.
 
     Raises:
-        TrainingError: The data set has no test images, or none could be read. DetectorError: as for
-            `BasePredictor.select`.
+        TrainingError: The data set has no test images, or none could be read.
+        DetectorError: See `BasePredictor.select`.
     """
     dataset = load_dataset(dataset) if isinstance(dataset, str | Path) else dataset
     category = detector.match(dataset.name) if category is None else category
@@ -80,11 +75,16 @@ def evaluate(
     skipped: list[tuple[str, str]] = []
     gallery = _Gallery(SHOWN if shown is None else shown)
     started, cpu = time.perf_counter(), time.process_time()
-    for sample, result in _inspected(detector, dataset.test, category, skipped, progress):
-        doubt = result.regions[0].uncertainty if result.regions else None
-        facts = {"p_value": result.p_value, "verdict": result.verdict, "uncertainty": doubt}
-        mask = measured.add(sample, result.score, result.map, result.valid, result.counted, **facts)
-        gallery.add(Inspected(result, sample.label, sample.defect, mask))
+    outcomes = detector.inspect_many((sample.path for sample in dataset.test), category=category, on_error="yield")
+    for i, (sample, result) in enumerate(zip(dataset.test, outcomes, strict=True)):
+        if isinstance(result, Result):
+            uncertainty = result.regions[0].uncertainty if result.regions else None
+            facts = {"p_value": result.p_value, "verdict": result.verdict, "uncertainty": uncertainty}
+            mask = measured.add(sample, result.score, result.map, result.valid, result.counted, **facts)
+            gallery.add(Inspected(result, sample.label, sample.defect, mask))
+        else:
+            skipped.append((str(sample.path), str(result)))
+        progress("evaluating", i + 1, len(dataset.test), None)
     elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu
     rows = measured.rows
     if not rows:
@@ -93,51 +93,38 @@ def evaluate(
         )
     started_metrics = time.perf_counter()
     risks, curves = risk(rows, calibration)
+    verdicts = Counter((row["verdict"], bool(row["label"])) for row in rows)
     metrics: dict[str, Any] = {
         **measured.metrics(),
-        "false_alarms": sum(row["verdict"] == "defect" and not row["label"] for row in rows),
-        "missed": sum(row["verdict"] == "good" and bool(row["label"]) for row in rows),
-        "review_good": sum(row["verdict"] == "review" and not row["label"] for row in rows),
-        "review_defective": sum(row["verdict"] == "review" and bool(row["label"]) for row in rows),
+        "false_alarms": verdicts["defect", False],
+        "missed": verdicts["good", True],
+        "review_good": verdicts["review", False],
+        "review_defective": verdicts["review", True],
         "risk": risks,
         "skipped": skipped,
         "problems": [*dataset.problems, *measured.problems],
         "dataset": dataset.name,
+        **({"category": category} if category else {}),
+        "threshold": calibration.threshold,
+        "review_threshold": calibration.review_threshold,
+        "calibration": calibration.describe(),
+        "calibration_numbers": calibration.numbers(),
+        "timing": {
+            "seconds": round(elapsed, 2),
+            "seconds_per_image": round(elapsed / len(rows), 4),
+            "cpu_seconds_per_image": round(cpu / len(rows), 4),
+            "metric_seconds": 0.0,
+            "training": detector.record_.get("seconds"),
+        },
+        "config": detector.config.model_dump(mode="json"),
     }
-    if category:
-        metrics["category"] = category
-    metrics["threshold"], metrics["review_threshold"] = calibration.threshold, calibration.review_threshold
-    metrics["calibration"], metrics["calibration_numbers"] = calibration.describe(), calibration.numbers()
-    metrics["timing"] = {
-        "seconds": round(elapsed, 2),
-        "seconds_per_image": round(elapsed / len(rows), 4),
-        "cpu_seconds_per_image": round(cpu / len(rows), 4),
-        "metric_seconds": round(time.perf_counter() - started_metrics, 3),
-        "training": detector.record_.get("seconds"),
-    }
-    metrics["config"] = detector.config.model_dump(mode="json")
+    metrics["timing"]["metric_seconds"] = round(time.perf_counter() - started_metrics, 3)
     images = measured.per_image() if spool else None
     return Evaluation(metrics, rows, measured.curves() | curves, gallery.images(), skipped, images)
 
 
-def _inspected(
-    detector: BasePredictor,
-    samples: tuple[Sample, ...],
-    category: str | None,
-    skipped: list[tuple[str, str]],
-    progress: Progress,
-) -> Iterator[tuple[Sample, Result]]:
-    outcomes = detector.inspect_many((sample.path for sample in samples), category=category, on_error="yield")
-    for i, (sample, outcome) in enumerate(zip(samples, outcomes, strict=True)):
-        if isinstance(outcome, Result):
-            yield sample, outcome
-        else:
-            skipped.append((str(sample.path), str(outcome)))
-        progress("evaluating", i + 1, len(samples), None)
-
-
 class _Gallery:
-    """Keeps the images a report shows, in bounded memory: mistakes first, then the least certain of each kind."""
+    """Images for a report, in bounded memory: mistakes first, then the least certain of each kind."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -147,15 +134,14 @@ class _Gallery:
         wrong = item.result.verdict == ("good" if item.label else "defect")
         group = self.kept[wrong, item.defect]
         group.append(replace(item, result=replace(item.result, image=item.result.image.copy())))
-        # the worst mistakes and, of right verdicts, those nearest to being mistakes
+        # the worst mistakes, and the correct verdicts nearest to the threshold
         group.sort(key=lambda i: i.result.score if (i.label == 1) else -i.result.score)
         del group[self.size // 2 if wrong else self.size // 4 :]
 
     def images(self) -> list[Inspected]:
         mistakes = [i for (wrong, _), group in self.kept.items() if wrong for i in group]
         right = [group for (wrong, _), group in sorted(self.kept.items(), key=lambda g: g[0]) if not wrong]
-        longest = max((len(group) for group in right), default=0)
-        in_turn = [group[i] for i in range(longest) for group in right if i < len(group)]  # every kind is represented
+        in_turn = [i for row in zip_longest(*right) for i in row if i is not None]  # every kind is represented
         half = self.size // 2
         shown = mistakes[: max(half, self.size - len(in_turn))]
         return shown + in_turn[: self.size - len(shown)]

@@ -1,7 +1,7 @@
 """AUROC, AP, F1-max and AUPRO on raw scores: exact, without threshold grids, in bounded memory.
 
-Every metric here is a closed form over the distinct values of the positives and, for each, how many negatives lie above
-it and how many at or above it. Positives (defect pixels) are few, negatives only need a sort: that makes it fast.
+Every metric is a closed form over the distinct values of the positives and the numbers of negatives above, and at or
+above, each of them. Positives (defect pixels) are few, and negatives are only sorted.
 
 >>> r = ranking(negatives=np.array([0.1, 0.4, 0.4]), positives=np.array([0.4, 0.9]))
 >>> auroc(r), average_precision(r), f1_max(r)[0]
@@ -22,13 +22,13 @@ from unflaw.io.brief import brief
 from unflaw.io.words import count
 
 Array = NDArray[Any]
-SUMMARY = 64  # a full buffer of n values is summarised with its n / 64 highest exact
+SUMMARY = 64  # the n / 64 highest values of a full buffer of n stay exact in its summary
 
 
 @brief
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """How positives rank among negatives, for the T distinct values of the positives from the highest down."""
+    """Ranks of positives among negatives, for the T distinct values of the positives from the highest down."""
 
     thresholds: Array  # (T,) strictly decreasing
     tp: Array  # (T,) float64, weight of the positives >= threshold; the last entry is the weight of all
@@ -38,14 +38,14 @@ class Ranking:
 
     @property
     def defined(self) -> bool:
-        """Whether there are positives and negatives; without either, every metric is None."""
+        """True if there are positives and negatives; otherwise every metric is None."""
         return len(self.thresholds) > 0 and self.n_negatives > 0
 
 
 def ranking(negatives: ArrayLike, positives: ArrayLike, weights: ArrayLike | None = None) -> Ranking:
     """Rank scores (any shape, any real dtype; higher is more anomalous) of positives among those of negatives.
 
-    `weights`: one per positive, > 0; 1 by default. Raises ValueError on NaN or infinite scores and unequal shapes.
+    `weights`: one per positive, > 0; 1 by default. Raises ValueError on NaN or infinite scores and unequal lengths.
     """
     negatives, positives = np.sort(negatives, axis=None), np.ravel(positives)
     weights = np.ones(len(positives)) if weights is None else np.asarray(weights, np.float64).ravel()
@@ -60,10 +60,9 @@ def ranking(negatives: ArrayLike, positives: ArrayLike, weights: ArrayLike | Non
 def partial_auc(r: Ranking, limit: float) -> float | None:
     """Area under TPR over FPR from 0 to `limit` (in (0, 1]), divided by `limit`: in [0, 1]. None if undefined.
 
-    A positive counts from its FPR on; one tied with negatives ramps up linearly over their segment of the curve, which
-    is also how a limit inside a segment is interpolated. With region weights (`region_weights`) as weights, TPR is
-    the per-region overlap and this is the AUPRO of Bergmann et al., "The MVTec Anomaly Detection Dataset" (IJCV 2021).
-    Raises ValueError on another limit.
+    Ties of positives and negatives are linear segments of the curve, and a limit inside a segment is interpolated. With
+    `region_weights`, TPR is the per-region overlap and this is the AUPRO of Bergmann et al., "The MVTec Anomaly
+    Detection Dataset" (IJCV 2021). Raises ValueError on another limit.
     """
     if not 0 < limit <= 1:
         raise ValueError(f"limit must be in (0, 1], got {limit}")
@@ -88,7 +87,7 @@ def average_precision(r: Ranking) -> float | None:
 def f1_max(r: Ranking) -> tuple[float, float] | None:
     """Highest F1 over all thresholds and the highest threshold (score >= threshold) reaching it. None if undefined.
 
-    Between two positives a lower threshold only adds false positives, so only values of positives are candidates.
+    Only values of positives are candidates: in between, a lower threshold only adds false positives.
     """
     if not r.defined:
         return None
@@ -100,29 +99,29 @@ def f1_max(r: Ranking) -> tuple[float, float] | None:
 def roc_curve(r: Ranking, n: int | None = None) -> Array | None:
     """Vertices (FPR, TPR) of the ROC curve from (0, 0) to (1, 1), float64 (V, 2), for plots. None if undefined.
 
-    With region weights: the PRO curve. `n` keeps at most n vertices, evenly spread along the curve, ends included.
+    With `region_weights`, the PRO curve. `n`: maximum number of vertices, evenly spread along the curve.
     """
     if not r.defined:
         return None
-    # Every threshold: flat until fp_above, then up until fp.
+    # at every threshold, flat until fp_above, then up until fp
     fp = np.concatenate([[0], np.column_stack([r.fp_above, r.fp]).ravel(), [r.n_negatives]])
     tp = np.concatenate([[0], np.column_stack([np.append(0, r.tp[:-1]), r.tp]).ravel(), r.tp[-1:]])
     points = np.column_stack([fp / r.n_negatives, tp / r.tp[-1]])
-    return _thinned(points, points.sum(axis=1), n)
+    return _thin(points, points.sum(axis=1), n)
 
 
 def precision_recall_curve(r: Ranking, n: int | None = None) -> Array | None:
-    """Points (recall, precision), float64 (T, 2), recall rising; `n` keeps at most n of them. None if undefined."""
+    """Points (recall, precision), float64 (T, 2), recall rising; at most `n` of them. None if undefined."""
     if not r.defined:
         return None
     points = np.column_stack([r.tp / r.tp[-1], r.tp / (r.tp + r.fp)])
-    return _thinned(points, points[:, 0], n)
+    return _thin(points, points[:, 0], n)
 
 
 def image_ranking(scores: ArrayLike, labels: ArrayLike) -> Ranking:
     """Ranking of image scores (N,) with labels (N,), 0 or False for good and 1 or True for anomalous images.
 
-    Raises ValueError on unequal shapes, on other labels and on NaN or infinite scores.
+    Raises ValueError on unequal shapes, other labels, and NaN or infinite scores.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.shape != labels.shape or scores.ndim != 1:
@@ -133,15 +132,15 @@ def image_ranking(scores: ArrayLike, labels: ArrayLike) -> Ranking:
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float | None]:
-    """`image_auroc`, `image_ap` and `image_f1_max` of image scores; arguments and errors as in `image_ranking`."""
+    """`image_auroc`, `image_ap` and `image_f1_max` of image scores; see `image_ranking`."""
     return _classification_metrics("image", image_ranking(scores, labels))
 
 
 def region_weights(mask: Array, valid: Array | None = None) -> Array:
     """1 / (area of its 8-connected region) for each defect pixel of a bool mask (H, W): float64 (P,), row by row.
 
-    Weighting pixels so gives each region the weight 1. Pixels where the bool `valid` (H, W) is False are left out of
-    the result and of the areas, but still connect regions.
+    Each region has a total weight of 1. Pixels where the bool `valid` (H, W) is False are left out of the result and of
+    the areas, but still connect regions.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
@@ -154,13 +153,13 @@ def region_weights(mask: Array, valid: Array | None = None) -> Array:
 
 
 def saturated_weights(scores: Array, regions: Iterable[tuple[Array, float]], mask: Array) -> Array:
-    """Weights of defect pixels with which the per-region overlap is the saturated one, sPRO: float64 (P,), row by row.
+    """Weights of defect pixels that turn the per-region overlap into the saturated one, sPRO: float64 (P,), row by row.
 
-    sPRO of a region is min(found area / saturation, 1): of its pixels those with the highest scores count, each
-    1 / saturation, until the saturation is reached. Bergmann et al., "Beyond Dents and Scratches" (IJCV 2022).
+    sPRO of a region is min(found area / saturation, 1): its pixels with the highest scores weigh 1 / saturation each,
+    until the saturation is reached. Bergmann et al., "Beyond Dents and Scratches" (IJCV 2022).
 
-    `scores`: the anomaly map (H, W). `regions`: for each its bool mask (H, W) and saturation in pixels, > 0; one above
-    its area means all of it. `mask`: (H, W) bool, the union of the regions; the P pixels where it is True.
+    `scores`: the anomaly map (H, W). `regions`: bool mask (H, W) and saturation > 0 of each region, in pixels; at most
+    its area is used. `mask`: (H, W) bool, the union of the regions, with P pixels.
     """
     weights = np.zeros(mask.shape)
     for region, saturation in regions:
@@ -173,14 +172,14 @@ def saturated_weights(scores: Array, regions: Iterable[tuple[Array, float]], mas
 
 
 class OverlapAccumulator:
-    """AUPIMO: how much of each defective image is found at false-positive rates that use demands, 1e-5 to 1e-4.
+    """AUPIMO: recall of each defective image at low false-positive rates, from 1e-5 to 1e-4.
 
-    The area under an image's recall over the logarithm of the shared FPR (share of the pixels of good images at or
-    above the threshold) between `LOW` and `HIGH`, divided by the width: in [0, 1]. Bertoldo et al., "AUPIMO" (arXiv
-    2401.01984); their FPR is a mean over good images, the same where all have equally many pixels.
+    Area under the recall of an image over the logarithm of the FPR (share of the pixels of good images at or above the
+    threshold) between `LOW` and `HIGH`, divided by the width: in [0, 1]. Bertoldo et al., "AUPIMO" (arXiv 2401.01984);
+    their FPR is a mean over good images, which is equal if all have the same number of pixels.
 
-    Exact up to 2^22 pixels of good images, above for the highest 2^16 of them. Of a defective image at most `KEPT`
-    defect pixels are kept, evenly spread by rank.
+    Exact up to 2^22 pixels of good images, above for the highest 2^16. At most `KEPT` defect pixels of an image are
+    kept, evenly spread by rank.
     """
 
     LOW, HIGH, KEPT = 1e-5, 1e-4, 4096
@@ -189,7 +188,7 @@ class OverlapAccumulator:
         self._good, self._found = _Store(2**22, weighted=False), list[Array]()
 
     def update(self, anomaly_map: Array, mask: Array | None = None) -> None:
-        """Add one image: finite (H, W), and its bool mask, None for a good one. A mask without pixels is left out."""
+        """Add an image: finite (H, W), and its bool mask, None for a good one. An empty mask is ignored."""
         if mask is None:
             self._good.add(np.ravel(anomaly_map))
         elif mask.any():
@@ -200,7 +199,7 @@ class OverlapAccumulator:
     def per_image(self) -> Array | None:
         """AUPIMO of each defective image, float64 (D,), in the order of the updates.
 
-        None without defective images or with too few good pixels to tell `LOW` from 0.
+        None without defective images or with fewer good pixels than 1 / `LOW`.
         """
         if not self._found or self._good.total < 1 / self.LOW:
             return None
@@ -215,11 +214,11 @@ class OverlapAccumulator:
 class PixelAccumulator:
     """Pixel metrics over all images of a test set, image by image; maps may differ in size.
 
-    Exact up to `limit` defect-free and `limit` / 8 defect pixels. Each time one of these two buffers is full it is
-    summarised: its highest 1/64 stay exact and the others are grouped by rank, which suits any distribution of values
-    and leaves heavy ties exact. A summary moves a pixel's rank, counted from the highest, by at most 128 / buffer of
-    that rank (twice that for defect-free pixels), up or down alike; the metrics move far less. Memory does not grow
-    with the number of images: by default 350 MB in buffers that fill gradually, and 1.2 GB when they are summarised.
+    Exact up to `limit` defect-free and `limit` / 8 defect pixels. A full buffer is summarised: its highest 1/64 stay
+    exact and the others are grouped by rank, which suits any distribution and keeps ties exact. A summary moves the
+    rank of a pixel, counted from the highest, by at most 128 / buffer of that rank (twice that for defect-free pixels),
+    up or down alike; the metrics change far less. Memory does not grow with the number of images: by default 350 MB in
+    buffers that fill gradually, and 1.2 GB when they are summarised.
 
     >>> pixels = PixelAccumulator()
     >>> for anomaly_map, mask in results:
@@ -243,13 +242,12 @@ class PixelAccumulator:
     ) -> None:
         """Add one image.
 
-        `anomaly_map`: (H, W), higher is more anomalous; values are compared as float32, to which others are cast.
-        `mask`: (H, W) bool, True on defects; None for a good image. `valid`: (H, W) bool, the pixels that count; all
-        by default. `regions`: masks and saturations as for `saturated_weights`, instead of the connected regions of the
-        mask, all of it valid; AUPRO is then AU-sPRO. Raises ValueError on unequal shapes and on NaN or infinite values
-        where `valid`; nothing is added then.
+        `anomaly_map`: (H, W), cast to float32. `mask`: (H, W) bool, True on defects; None for a good image. `valid`:
+        (H, W) bool, the pixels that count; all by default. `regions`: masks and saturations as for `saturated_weights`,
+        instead of the connected regions of the mask, all of it valid; AUPRO is then AU-sPRO. Raises ValueError, without
+        adding anything, on unequal shapes and on NaN or infinite values where `valid`.
         """
-        with np.errstate(over="ignore"):  # found below, as infinite
+        with np.errstate(over="ignore"):  # checked below
             scores = np.asarray(anomaly_map, np.float32)
         mask = np.zeros(scores.shape, bool) if mask is None else np.asarray(mask, bool)
         valid = None if valid is None else np.asarray(valid, bool)
@@ -286,7 +284,7 @@ class PixelAccumulator:
         }
 
     def rankings(self) -> tuple[Ranking, Ranking]:
-        """The defect pixels among the defect-free ones, each pixel weighing 1 and each region weighing 1."""
+        """Rankings of defect pixels among defect-free ones: with weight 1 per pixel, and with weight 1 per region."""
         if self._rankings is None:
             thresholds, tp = _distinct(*_descending(*self._positives.content()))
             fp_above, fp = self._negatives.count(thresholds)
@@ -296,9 +294,9 @@ class PixelAccumulator:
 
 
 class _Store:
-    """Values with weights in bounded memory: a buffer of raw values and a summary of those it had to let go.
+    """Values with weights in bounded memory: a buffer of raw values and a summary of earlier ones.
 
-    The weights of a value are its count and, if `weighted`, one more.
+    A value has its count as weight and, if `weighted`, one more.
     """
 
     def __init__(self, limit: int, weighted: bool) -> None:
@@ -323,7 +321,7 @@ class _Store:
             self.size, done = self.size + n, done + n
 
     def content(self) -> tuple[Array, Array]:
-        """Values (N,) and weights (N, 1 or 2) of all that was added; raw values without weights come grouped."""
+        """Values (N,) and weights (N, 1 or 2) of everything added; raw values without weights are grouped."""
         values = self.values[: self.size]
         if self.weighted:
             weights = np.column_stack([np.ones(self.size), self.weights[: self.size]])
@@ -333,7 +331,7 @@ class _Store:
         return np.concatenate([values, self.summary[0]]), np.concatenate([weights, self.summary[1]])
 
     def count(self, thresholds: Array) -> tuple[Array, Array]:
-        """How many values lie above and how many at or above each threshold."""
+        """Numbers of values above and at or above each threshold."""
         raw = self.values[: self.size]
         raw.sort()
         above, at_or_above = _count(raw, thresholds)
@@ -344,7 +342,7 @@ class _Store:
 
 
 def _count(values: Array, thresholds: Array, counts: Array | None = None) -> tuple[Array, Array]:
-    """How many ascending values, each standing for `counts`, lie above and how many at or above each threshold."""
+    """Numbers of ascending values, each representing `counts`, above and at or above each threshold."""
     right, left = (np.searchsorted(values, thresholds, side) for side in ("right", "left"))
     if counts is None:
         return len(values) - right, len(values) - left
@@ -353,25 +351,25 @@ def _count(values: Array, thresholds: Array, counts: Array | None = None) -> tup
 
 
 def _descending(values: Array, weights: Array) -> tuple[Array, Array]:
-    """Values (N,) sorted from the highest down and their cumulative weights, from weights (N, W)."""
+    """Sort values (N,) from the highest down and accumulate their weights (N, W)."""
     order = np.argsort(values)[::-1]
     return values[order], np.cumsum(weights[order], axis=0, dtype=np.float64)
 
 
 def _distinct(values: Array, cumulative: Array) -> tuple[Array, Array]:
-    """Distinct ones of descending values (N,), and the cumulative weights (N, W) at the last of each."""
+    """Return the distinct ones of descending values (N,) and the cumulative weights (N, W) at the last of each."""
     last = np.ones(len(values), bool)
     np.not_equal(values[1:], values[:-1], out=last[:-1])
     return values[last], cumulative[last]
 
 
 def _grouped(values: Array, cumulative: Array, keep: int) -> tuple[Array, Array]:
-    """Summarise descending values (N,) with cumulative weights (N, W); returns fewer values and their weights.
+    """Summarise descending values (N,) with cumulative weights (N, W); return fewer values and their weights.
 
-    Equal values merge, and the first `keep` distinct ones stay alone. Below, each cumulative weight is cut at factors
-    of exp(1 / keep), and the values that end in the same cell become one of them, drawn by count so as to shift ranks
-    neither up nor down. Only the first of them can outweigh the cell: then it stays. So no rank moves by more than the
-    weight of two cells.
+    Equal values merge, and the first `keep` distinct ones stay separate. Below, cumulative weights are divided at
+    factors of exp(1 / keep), and the values that end in the same cell are represented by one of them, drawn by count so
+    that ranks shift neither up nor down. Only the first value can outweigh its cell; then it represents it. So no rank
+    moves by more than the weight of two cells.
     """
     values, cumulative = _distinct(values, cumulative)
     begins = np.zeros(len(values) + 1, bool)
@@ -384,14 +382,14 @@ def _grouped(values: Array, cumulative: Array, keep: int) -> tuple[Array, Array]
     last = np.append(first[1:], len(values)) - 1
     weights = np.diff(cumulative[last], axis=0, prepend=0)
     own = weights - (cumulative[last] - cumulative[first])
-    count, spread = cumulative[:, 0], np.arange(len(first)) * 0.6180339887 % 1  # golden ratio: evenly spread in [0, 1)
+    count, spread = cumulative[:, 0], np.arange(len(first)) * 0.6180339887 % 1  # golden ratio: evenly spread
     drawn = np.searchsorted(count, count[last] - (spread * weights[:, 0]).astype(count.dtype))
     stays = (own * keep > cumulative[first]).any(axis=1)
     return values[np.where(stays, first, drawn)], weights.astype(np.float64)
 
 
-def _thinned(points: Array, position: Array, n: int | None) -> Array:
-    """At most n >= 2 of the points (V, 2), nearest from above to n even steps of the rising position (V,)."""
+def _thin(points: Array, position: Array, n: int | None) -> Array:
+    """Keep at most n >= 2 of the points (V, 2), nearest from above to n even steps of the rising position (V,)."""
     if n is None or len(points) <= n:
         return points
     steps = np.linspace(position[0], position[-1], n)

@@ -1,4 +1,4 @@
-"""What review is worth: errors left against the share of images that people look at (risk and coverage)."""
+"""Risk-coverage curves: errors that remain against the share of images that people review."""
 
 from __future__ import annotations
 
@@ -6,53 +6,52 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.integrate import trapezoid
 
 from unflaw.calibration.thresholds import Calibration
 from unflaw.evaluation.metrics import Array
 
 
 def review_order(rows: Sequence[Mapping[str, Any]], calibration: Calibration, *, uncertainty: bool = False) -> Array:
-    """Rows of an evaluation in the order in which widening review takes them.
+    """Order of the rows of an evaluation, (N,), in which a growing review rate selects them.
 
-    By p-value alone, as the band of `Calibration.verdict` does: images below the threshold, highest score first;
-    then the others, lowest first. With uncertainty, first come the others whose first region it dominates, the most
-    uncertain first.
+    By p-value alone, as in `Calibration.verdict`: images below the threshold, highest score first; then the others,
+    lowest first. With uncertainty, images above the threshold whose first region is dominated by it come first, the
+    most uncertain of them first.
 
     Args:
-        rows: Each with "score" and, for `uncertainty`, "uncertainty": that of the first region, None without one.
-        calibration: Says the threshold, and from which uncertainty on a region is dominated.
+        rows: Each with "score" and, for `uncertainty`, "uncertainty": that of the first region, or None.
+        calibration: Defines the threshold and the uncertainty from which a region is dominated.
     """
     scores = np.array([row["score"] for row in rows], float)
     called = scores > calibration.threshold
-    doubts = np.zeros(len(rows))
+    dominated = np.zeros(len(rows))
     limit = calibration.uncertainty_threshold
     if uncertainty and limit is not None:
         found = np.array([row["uncertainty"] or 0.0 for row in rows])
-        doubts = np.where(called & (found > limit), found, 0.0)
-    return np.lexsort((np.where(called, scores, -scores), called, -doubts))
+        dominated = np.where(called & (found > limit), found, 0.0)
+    return np.lexsort((np.where(called, scores, -scores), called, -dominated))
 
 
 def errors_left(wrong: Array, order: Array) -> tuple[Array, Array]:
-    """The share sent to review, rising from 0 to 1, and the errors among the others, as a share of all images.
+    """Share of reviewed images, from 0 to 1, and errors among the others, as a share of all images.
 
-    Args:
-        wrong: (N,) bool, which verdicts would be wrong without review.
-        order: (N,) in which images are reviewed.
+    `wrong`: (N,) bool, True if the verdict without review is wrong. `order`: (N,) order of review.
     """
     n = len(wrong)
     return np.arange(n + 1) / n, (wrong.sum() - np.append(0, np.cumsum(wrong[order]))) / n
 
 
 def risk(rows: Sequence[Mapping[str, Any]], calibration: Calibration) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `errors_left` makes of an evaluation.
+    """Compute the risk-coverage curves of an evaluation.
 
     Args:
-        rows: As for `review_order`, with "label".
+        rows: See `review_order`; also with "label".
 
     Returns:
-        "error_rate" without review; "areas" under the curves "p_value", "uncertainty" (with it; left out where the
-        method has none), "ideal" (errors first) and "random"; "errors_left" of the first two when the shares "reviewed"
-        are. Then whole curves for plots, as shares of the errors: "risk" and, if there, "risk_uncertainty".
+        A record and curves for plots. Record: "error_rate" without review; "areas" under the curves "p_value",
+        "uncertainty" (if the method has it), "ideal" (errors first) and "random"; "errors_left" of the first two at the
+        shares "reviewed". Curves, as shares of the errors: "risk" and, if there, "risk_uncertainty".
     """
     scores, labels = (np.array([row[name] for row in rows], float) for name in ("score", "label"))
     wrong = (scores > calibration.threshold) != (labels == 1)
@@ -64,8 +63,8 @@ def risk(rows: Sequence[Mapping[str, Any]], calibration: Calibration) -> tuple[d
     record = {
         "error_rate": float(wrong.mean()),
         "areas": {
-            **{name: _area(*curve) for name, curve in found.items()},
-            "ideal": _area(*ideal),
+            **{name: float(trapezoid(left, share)) for name, (share, left) in found.items()},
+            "ideal": float(trapezoid(ideal[1], ideal[0])),
             "random": float(wrong.mean()) / 2,
         },
         "reviewed": shares.round(2).tolist(),
@@ -73,7 +72,3 @@ def risk(rows: Sequence[Mapping[str, Any]], calibration: Calibration) -> tuple[d
     }
     names = {"p_value": "risk", "uncertainty": "risk_uncertainty"}
     return record, {names[name]: (share, left / max(left[0], 1e-12)) for name, (share, left) in found.items()}
-
-
-def _area(x: Array, y: Array) -> float:
-    return float(np.diff(x) @ (y[1:] + y[:-1]) / 2)

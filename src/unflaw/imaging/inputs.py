@@ -1,4 +1,4 @@
-"""Kinds of images that users may give: paths, and images in memory. No torch."""
+"""Types of images that users may pass: paths, and images in memory. No torch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ TAKEN = (
 
 
 class Readable(Protocol):
-    """An object that reads the bytes of a file when it is asked to, such as an open file."""
+    """An object with a method `read` that returns the bytes of a file, such as an open file."""
 
     def read(self) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """An image that is no file. Two of the same name are the same.
+    """An image in memory. Two with the same name are equal.
 
     Attributes:
-        name: What messages and records call it.
-        source: The bytes of a file, a Pillow image or an array, as `images.read` takes them.
+        name: Name in messages and records.
+        source: The bytes of a file, a Pillow image or an array, see `reading.read`.
     """
 
     name: str
@@ -43,10 +43,10 @@ Input = Path | InMemory
 
 
 def check_kind(image: Any, name: str) -> None:
-    """Refuses what is no image of a kind that is taken.
+    """Check the type of an image.
 
     Raises:
-        TypeError: The message says what is taken instead.
+        TypeError: The type is not supported; the message names those that are.
     """
     if isinstance(image, str | Path | bytes | InMemory | Image.Image | np.ndarray) or hasattr(image, "read"):
         return
@@ -63,14 +63,14 @@ def check_kind(image: Any, name: str) -> None:
 
 
 def inputs(images: Any, called: str = "image") -> Iterator[Input]:
-    """Several images, each as a path or under a name such as "image 0".
+    """Iterate over images as paths or, in memory, under names such as "image 0".
 
     Args:
         images: An iterable of images, or an array (N, H, W, C).
-        called: What the names of images in memory begin with; their place, counted from 0, follows.
+        called: Prefix of the names of images in memory; their index follows.
 
     Raises:
-        TypeError: One image instead of several; or, when its turn comes, something that is no image.
+        TypeError: One image instead of several; during iteration, an object that is not an image.
     """
     one = isinstance(images, str | Path | bytes | Mapping | Image.Image) or hasattr(images, "read")
     if one or not isinstance(images, Iterable):

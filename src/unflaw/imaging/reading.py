@@ -1,4 +1,4 @@
-"""From an image's file, whatever it holds, to one kind of array; what cannot be used is refused in a sentence."""
+"""Reading of image files, in-memory images and masks to RGB and boolean arrays."""
 
 import hashlib
 import io
@@ -14,15 +14,22 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin
 from PIL import WebPImagePlugin as WebP
 
 from unflaw.errors import ImageError
-from unflaw.imaging import limits as containers
 from unflaw.imaging.inputs import InMemory, Readable, check_kind
-from unflaw.imaging.limits import AT_ONCE, SIDEWAYS, TRANSPARENT, check, visible
+from unflaw.imaging.limits import (
+    AT_ONCE,
+    SIDEWAYS,
+    TRANSPARENT,
+    check_blocks,
+    check_decoding,
+    check_size,
+    visible,
+)
 from unflaw.io.listing import list_images
 
-PIXEL, OVERHEAD = 16, 2**26  # bytes of a file: for a pixel at most, four floats, and for all else in it
+PIXEL, OVERHEAD = 16, 2**26  # largest file in bytes: per pixel (four floats), and for everything else
 
-# Content decides, not the suffix. The decoders are called directly rather than through PIL.Image.open: no other format
-# is ever parsed, and the limit on pixels is ours instead of a process-wide setting that at first only warns.
+# The content decides, not the suffix. Decoders are called directly rather than through PIL.Image.open: no other format
+# is ever parsed, and the limit on pixels is an argument instead of a process-wide setting that at first only warns.
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DECODERS: dict[bytes, Any] = {
     b"\x89PNG": PngImagePlugin.PngImageFile,
@@ -44,33 +51,35 @@ def read(
     """Read one image as RGB.
 
     Args:
-        source: A path, the bytes of a file or a stream of them, an image of Pillow, or an array (H, W) or
-            (H, W, 1 to 4 channels) of bool, uint8, uint16, or floats in [0, 1].
-        max_pixels: Refuse larger images before they are decoded.
-        name: What messages call the image; by default its path.
+        source: A path, the bytes of a file, an open file, a Pillow image, or an array (H, W) or (H, W, 1 to 4 channels)
+            of bool, uint8, uint16, or floats in [0, 1].
+        max_pixels: Maximum number of pixels; larger images are refused before they are decoded.
+        name: Name of the image in messages; by default its path.
 
     Returns:
-        (H, W, 3), contiguous: uint8, or float32 in [0, 1] for sources of more than 8 bits (of n bits, 2^n - 1 is 1)
-        and floats. Upright, as EXIF says; grey is repeated. What is transparent is put on black, since the colours
-        stored under it are arbitrary. Colour PNG of 16 bits comes in 8, as Pillow decodes it: TIFF keeps 16, and is
-        read as its header says (see `tiff.decode_tiff`). An array may come back as itself.
+        (H, W, 3), contiguous: uint8, or float32 in [0, 1] for floats and for more than 8 bits (n bits are divided
+        by 2^n - 1). Upright according to EXIF; grey is repeated. Transparent pixels are put on black, since the colours
+        stored under them are arbitrary. Pillow decodes 16-bit colour PNG to 8 bits; TIFF keeps 16 bits and is read as
+        its header says (see `tiff.decode_tiff`). An array may be returned unchanged.
 
     Raises:
-        ImageError: Missing, unreadable, empty, damaged, no image of a supported format, several frames or pages, too
-            large, transparent everywhere, or values outside the ranges above. TypeError: Anything else than these
-            sources.
+        ImageError: Missing, unreadable, empty or damaged file, unsupported format, several frames or pages, too many
+            pixels, transparent everywhere, or values outside the ranges above.
+        TypeError: The source has another type.
     """
     check_kind(source, name or name_of(source))
-    with _named(name or name_of(source)):
+    with _image_errors(name or name_of(source)):
         decoded = _decode(source, max_pixels)
         if isinstance(decoded, np.ndarray):
-            whole, seen = _rgb(decoded)
+            whole, seen = _to_rgb(decoded)
         else:
             width, height = decoded.size
             rows = max(1, AT_ONCE // max(width, 1))
-            parts = (_rgb(_pixels(decoded.crop((0, y, width, min(y + rows, height))))) for y in range(0, height, rows))
+            parts = (
+                _to_rgb(_to_array(decoded.crop((0, y, width, min(y + rows, height))))) for y in range(0, height, rows)
+            )
             whole, seen = first = next(parts)
-            if rows < height:  # a large image in strips: no second copy is ever held
+            if rows < height:  # in strips, without a second copy of a large image
                 whole = np.empty((height, width, 3), whole.dtype)
                 for y, (part, visible_part) in zip(range(0, height, rows), chain([first], parts), strict=True):
                     whole[y : y + rows] = part
@@ -80,9 +89,9 @@ def read(
         return whole
 
 
-def _rgb(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
-    """(H, W) or (H, W, 1 to 4) of any accepted type → what `read` returns, and whether anything of it is `visible`."""
-    pixels, seen = _unit(pixels), True
+def _to_rgb(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Convert (H, W) or (H, W, 1 to 4) of any accepted type to RGB as in `read`; also True if anything is `visible`."""
+    pixels, seen = _to_unit(pixels), True
     if pixels.shape[2] in (2, 4):
         pixels, alpha = pixels[..., :-1], pixels[..., -1:]
         seen = visible(alpha)
@@ -94,62 +103,61 @@ def _rgb(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def image_size(path: str | Path | InMemory) -> tuple[int, int]:
-    """(width, height) in pixels that `read` would return, from the header alone where the format allows."""
+    """Return (width, height) in pixels of the image that `read` returns, from the header alone if possible."""
     if isinstance(path, InMemory):
         return read(path).shape[1::-1]
-    with _named(str(path)):
-        data = _bytes(path)
-        if data[:4] in _TIFF:  # many kinds, two readers: decoding is the one sure way
+    with _image_errors(str(path)):
+        data = _read_bytes(path)
+        if data[:4] in _TIFF:  # two decoders read many kinds: only decoding is certain
             decoded = _decode(data, max_pixels=200_000_000)
             return decoded.size if isinstance(decoded, Image.Image) else decoded.shape[1::-1]
-        image = _open(data)
+        image = _open_image(data)
         return image.size[::-1] if image.getexif().get(_ORIENTATION) in SIDEWAYS else image.size
 
 
 def name_of(source: Any) -> str:
+    """Name of an image in messages: its path or its attribute `name`."""
     return str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "") or "the image")
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong with an image into an ImageError that names it."""
+def _image_errors(name: str) -> Iterator[None]:
+    """Turn any error about an image into an ImageError with its name."""
     try:
         yield
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
-    except FileNotFoundError as error:
-        raise ImageError(f"{name}: there is no such file; check the path") from error
-    except PermissionError as error:
-        raise ImageError(f"{name}: may not be read; allow this user to read it") from error
-    except MemoryError as error:
-        raise ImageError(f"{name}: needs more memory than there is; scale it down or cut it") from error
-    except OSError as error:
-        if error.errno is None:  # Pillow's, of what is in the file
-            raise ImageError(_damaged(name, error)) from error
-        raise ImageError(f"{name}: cannot be read ({error.strerror}); check the path") from error
-    except Exception as error:  # on damaged files decoders raise SyntaxError, ValueError, struct.error, zlib.error, …
-        raise ImageError(_damaged(name, error)) from error
+    except Exception as error:
+        raise ImageError(f"{name}: {_fault(error)}") from error
 
 
-def _damaged(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
-    return f"{name}: is damaged or of an unknown kind ({reason}); save it again as PNG"
+def _fault(error: Exception) -> str:
+    if isinstance(error, ImageError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file; check the path"
+    if isinstance(error, PermissionError):
+        return "may not be read; allow this user to read it"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is; scale it down or crop it"
+    if isinstance(error, OSError) and error.errno is not None:  # Pillow raises OSError without a number
+        return f"cannot be read ({error.strerror}); check the path"
+    reason = " ".join(str(error).split())[:200]  # SyntaxError, ValueError, struct.error, zlib.error, … of decoders
+    return f"is damaged or of an unknown kind ({reason}); save it again as PNG"
 
 
-def read_file(path: str | Path, max_pixels: int = 200_000_000) -> bytes:
-    """The bytes of an image's file; of what is none, and of what cannot be of so many pixels, nothing is read.
-
-    Raises:
-        ImageError: A folder, a pipe or a device, too large, empty or no image. OSError: Not readable.
-    """
-    status, most = Path(path).stat(), OVERHEAD + PIXEL * max_pixels
+def _read_bytes(source: str | Path | bytes | Readable, max_pixels: int = 200_000_000) -> bytes:
+    """Read the bytes of an image; the type, size and first bytes of a file are checked before the rest is read."""
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, str | Path):
+        return source.read()
+    status, most = Path(source).stat(), OVERHEAD + PIXEL * max_pixels
     if stat.S_ISDIR(status.st_mode):
         raise ImageError("is a folder; name one image in it")
-    if not stat.S_ISREG(status.st_mode):  # one could wait for it, or read it, for ever
+    if not stat.S_ISREG(status.st_mode):  # reading could block, or never end
         raise ImageError("is a pipe or a device, not a file; name an image's file")
     if status.st_size > most:
-        raise ImageError(f"has {status.st_size:,} bytes, over the limit of {most:,}; save it again or cut it")
-    with Path(path).open("rb") as file:
+        raise ImageError(f"has {status.st_size:,} bytes, over the limit of {most:,}; save it again or crop it")
+    with Path(source).open("rb") as file:
         head = file.read(64)
         _decoder(head)
         return head + file.read(most)
@@ -162,19 +170,13 @@ def read_hashed(path: str | Path | InMemory) -> tuple[bytes | InMemory, str]:
         ImageError: As `read`.
     """
     if not isinstance(path, InMemory):
-        with _named(str(path)):
-            data = read_file(path)
+        with _image_errors(str(path)):
+            data = _read_bytes(path)
             return data, hashlib.sha256(data).hexdigest()
     if isinstance(path.source, bytes):
         return path, hashlib.sha256(path.source).hexdigest()
     pixels = read(path)
     return path, hashlib.sha256(f"{pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()).hexdigest()
-
-
-def _bytes(source: str | Path | bytes | Readable, max_pixels: int = 200_000_000) -> bytes:
-    if isinstance(source, bytes):
-        return source
-    return read_file(source, max_pixels) if isinstance(source, str | Path) else source.read()
 
 
 def _decoder(data: bytes) -> Any:
@@ -186,44 +188,39 @@ def _decoder(data: bytes) -> Any:
     raise ImageError("is not an image of a kind that is read; save it as PNG, JPEG, BMP, TIFF, WebP or GIF")
 
 
-def _open(data: bytes) -> Image.Image:
-    """An image of which only the header has been read."""
+def _open_image(data: bytes) -> Image.Image:
+    """Open an image; only its header is read."""
     decoder = _decoder(data)
-    _refuse(containers.crowded(data))
+    check_blocks(data)
     return decoder(io.BytesIO(data))
 
 
-def _refuse(fault: str) -> None:
-    if fault:
-        raise ImageError(fault)
-
-
 def _decode(source: Any, max_pixels: int) -> np.ndarray | Image.Image:
-    """An array (H, W) or (H, W, channels), or an image of Pillow; upright, in the depth of the source."""
+    """Decode to an array (H, W) or (H, W, channels) or to a Pillow image, upright, in the depth of the source."""
     source = source.source if isinstance(source, InMemory) else source
     if isinstance(source, np.ndarray):
         return source
     data, given = b"", isinstance(source, Image.Image)
     if not given:
-        data = _bytes(source, max_pixels)
+        data = _read_bytes(source, max_pixels)
         if data[:4] in _TIFF:
             from unflaw.imaging.tiff import decode_tiff
 
-            _refuse(containers.crowded(data))
+            check_blocks(data)
             if (decoded := decode_tiff(data, max_pixels)) is not None:
                 return decoded
-        source = _open(data)
-    check(source.size, getattr(source, "is_animated", False), max_pixels)  # n_frames would look at all of them
-    _refuse(containers.slow(data, source.size))
+        source = _open_image(data)
+    check_size(source.size, getattr(source, "is_animated", False), max_pixels)  # n_frames would read all frames
+    check_decoding(data, source.size)
     if given:
         return ImageOps.exif_transpose(source)
     ImageOps.exif_transpose(source, in_place=True)
     return source
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    """(H, W) or (H, W, channels), in the depth of the source."""
-    if image.mode.startswith("I"):  # "I;16", or "I": so Pillow called 16-bit grey before version 11
+def _to_array(image: Image.Image) -> np.ndarray:
+    """Convert a Pillow image to (H, W) or (H, W, channels), in the depth of the source."""
+    if image.mode.startswith("I"):  # "I;16", or "I" for 16-bit grey before Pillow 11
         wide = np.asarray(image)
         if wide.min() < 0 or wide.max() > 65535:
             raise ImageError("holds whole numbers outside 0 to 65535; save it in 8 or 16 bits without sign")
@@ -239,8 +236,8 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.array(image)  # a copy: asarray would be read-only
 
 
-def _unit(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 1 to 4) of any accepted type → (H, W, 1 to 4) uint8, or float32 in [0, 1]."""
+def _to_unit(pixels: np.ndarray) -> np.ndarray:
+    """Convert (H, W) or (H, W, 1 to 4) of any accepted type to (H, W, 1 to 4) uint8, or float32 in [0, 1]."""
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or not pixels.size:
@@ -255,18 +252,16 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
         return pixels / np.float32(65535)
     if not np.issubdtype(pixels.dtype, np.floating):
         raise ImageError(f"holds {pixels.dtype}; give uint8, uint16, or floats from 0 to 1")
-    if not (pixels.min() >= 0 and pixels.max() <= 1):  # so written, it refuses NaN too
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # written so that NaN is refused too
         raise ImageError("holds numbers that are not finite or outside 0 to 1; divide by the largest possible value")
     return pixels.astype(np.float32, copy=False)
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """Read a mask as (H, W) bool: True where any channel is not 0; in JPEG, which blurs, where it is over half.
+    """Read a mask as (H, W) bool: True where any channel is not 0, or above 127 in JPEG, which blurs.
 
-    A folder stands for the union of the masks in it.
-
-    Raises:
-        ImageError: As `read`, or a folder without images or with images of several sizes.
+    For a folder, return the union of its masks. Raises ImageError, see `read`; also if a folder has no images, or
+    images of several sizes.
     """
     if Path(path).is_dir():
         masks = [read_mask(file) for file in list_images(path)]

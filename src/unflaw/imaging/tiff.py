@@ -1,4 +1,4 @@
-"""TIFF files whose header Pillow follows only in part: depth, sign, byte order, zero as white, extra channels."""
+"""Decoding of TIFF files of kinds that Pillow reads only in part: depth, sign, byte order, zero as white, channels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from PIL import ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
 from unflaw.errors import ImageError
-from unflaw.imaging.limits import AT_ONCE, SIDEWAYS, TRANSPARENT, check, paged, visible
+from unflaw.imaging.limits import AT_ONCE, SIDEWAYS, TRANSPARENT, check_size, has_pages, visible
 
-SAMPLES = 16  # of a pixel at most
-SPARE = 2**22  # pixels by which strips and tiles may be larger than the image
+SAMPLES = 16  # channels at most
+SPARE = 2**22  # pixels that strips and tiles may have more than the image
 _ORIENTATION, _PHOTOMETRIC = 0x0112, 0x0106
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE = range(4)
 _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, 5: 4, 6: 3, 8: 3}  # CMYK, YCbCr, CIELAB
@@ -36,45 +36,46 @@ def decode_tiff(data: bytes, max_pixels: int) -> np.ndarray | None:
     TIFF 6.0 excludes them from display. Channels that the header calls unspecified are left out.
 
     Args:
-        data: The file.
-        max_pixels: Largest number of pixels, as for `images.read`.
+        data: Content of the file.
+        max_pixels: Maximum number of pixels, see `reading.read`.
 
     Returns:
         (H, W, 1 to 4 channels) uint8, uint16, or floats with black at 0 and white at 1, upright; the last of 2 or 4
         channels is alpha. None for a file that Pillow decodes as its header says.
 
     Raises:
-        ImageError: A header that leaves open what the values mean, a kind that is not read, or as `images.read`.
+        ImageError: The header leaves the meaning of values open, the kind is not read, or see `reading.read`.
     """
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page: Any = tiff.pages[0]
-        check((page.imagewidth, page.imagelength), paged(data), max_pixels)
-        if fault := _unexplained(page):
-            raise ImageError(fault)
+        check_size((page.imagewidth, page.imagelength), has_pages(data), max_pixels)
+        _check_meaning(page)
         if page.photometric == _PALETTE and page.samplesperpixel == 1 and page.colormap.max() < 256:
-            # colours of 8 bits instead of 16: Pillow would show black, libtiff reads them so
-            return page.colormap.T.astype(np.uint8)[_by_pillow(data)]
+            # colours of 8 bits instead of 16, which libtiff reads and Pillow shows as black
+            return page.colormap.T.astype(np.uint8)[_decode_with_pillow(data)]
         if _is_plain(page, data):
             return None
-        if fault := _swollen(page, data, max_pixels) or _unreadable(page) or _undecodable(page):
-            raise ImageError(fault)
-        return _converted(_stored(page, data), page)
+        _check_memory(page, data, max_pixels)
+        _check_kind(page)
+        _check_decoder(page)
+        return _scaled_pixels(_stored_pixels(page, data), page)
 
 
-def _unexplained(page: Any) -> str:
-    """Say what the header leaves open about the meaning of values; empty if nothing."""
+def _check_meaning(page: Any) -> None:
+    """Raise ImageError if the header leaves the meaning of values open."""
     if _PHOTOMETRIC not in page.tags and page.compression not in _JPEG:
-        return "does not say whether 0 is black or white (no PhotometricInterpretation); save it again as PNG"
+        raise ImageError(
+            "does not say whether 0 is black or white (no PhotometricInterpretation); save it again as PNG"
+        )
     samples = page.samplesperpixel
     colours = _COLOURS.get(page.photometric, samples)
     if samples - colours > len(page.extrasamples):
-        return (
+        raise ImageError(
             f"has {samples} channels, and its header does not say what is in those after the first {colours} "
             "(no ExtraSamples): alpha or something else; save it without them, or with ExtraSamples"
         )
-    return ""
 
 
 def _is_plain(page: Any, data: bytes) -> bool:
@@ -84,9 +85,9 @@ def _is_plain(page: Any, data: bytes) -> bool:
     if page.sampleformat != _UNSIGNED or not (deep or bits in (1, 2, 4, 8)):
         return False
     if page.planarconfig == 2 and page.extrasamples and (page.compression == 1 or page.samplesperpixel == 2):
-        return False  # Pillow reads the planes of the former as one, and no alpha of the latter
+        return False  # Pillow reads such planes as one, or loses their alpha
     if page.fillorder != 1 and bits == 8 and (page.planarconfig == 2 or page.photometric == _WHITE_IS_ZERO):
-        return False  # which Pillow overlooks in planes, and knows not where zero is white
+        return False  # Pillow ignores FillOrder in planes, and does not support it where zero is white
     try:
         TiffImageFile(io.BytesIO(data))
     except (OSError, SyntaxError, ValueError):
@@ -94,89 +95,86 @@ def _is_plain(page: Any, data: bytes) -> bool:
     return True
 
 
-def _swollen(page: Any, data: bytes, max_pixels: int) -> str:
-    """A TIFF page whose strips or tiles hold more than the image has, or that says so.
-
-    Args:
-        page: Of tifffile.
-        data: The file.
-        max_pixels: As for `images.read`.
-    """
+def _check_memory(page: Any, data: bytes, max_pixels: int) -> None:
+    """Raise ImageError for a page of tifffile whose channels, strips or tiles hold far more than the image shows."""
     samples, pixels = page.samplesperpixel, page.imagewidth * page.imagelength
     bits = max(page.bitspersample) if isinstance(page.bitspersample, tuple) else page.bitspersample
     if max(page.imagedepth, page.tiledepth) > 1:
-        return f"is {page.imagedepth} images deep; save the one that counts as an image of its own"
+        raise ImageError(f"is {page.imagedepth} images deep; save the one to inspect as a separate image")
     if samples > SAMPLES or samples * bits * pixels > 128 * max_pixels:
-        return f"has {samples} channels of {bits} bits; save it as RGB or grey in 8 or 16 bits"
+        raise ImageError(f"has {samples} channels of {bits} bits; save it as RGB or grey in 8 or 16 bits")
     if prod(page.chunks) > (pixels + SPARE) * samples or len(page.dataoffsets) > pixels * samples + 1:
-        return "is cut into strips or tiles that do not go with its size; save it again"
+        raise ImageError("is cut into strips or tiles that do not go with its size; save it again")
     if page.compression in (_DEFLATE, _OLD_DEFLATE):
         most = prod(page.chunks) * ceil(bits / 8) + 1
         for start, length in zip(page.dataoffsets, page.databytecounts, strict=False):
             inflate = zlib.decompressobj()
             if len(inflate.decompress(data[start : start + length], most)) >= most:
-                return "holds strips or tiles that are more than its size once decompressed; save it again"
-    return ""
+                raise ImageError("holds strips or tiles that are more than its size once decompressed; save it again")
 
 
-def _unreadable(page: Any) -> str:
-    """Say why the kind of image is not read; empty if it is."""
+def _check_kind(page: Any) -> None:
+    """Raise ImageError for a kind of image that is not read."""
     kind, bits, samples = page.sampleformat, page.bitspersample, page.samplesperpixel
     if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
-        return f"is a {bits}-bit {_name(page.photometric)} TIFF; save it as RGB or grey in 8 or 16 bits"
+        raise ImageError(f"is a {bits}-bit {_name(page.photometric)} TIFF; save it as RGB or grey in 8 or 16 bits")
     if samples < _COLOURS[page.photometric]:
-        return f"has {samples} of the 3 channels of colour; save it as RGB or grey"
+        raise ImageError(f"has {samples} of the 3 channels of colour; save it as RGB or grey")
     if bits not in _KNOWN.get(kind, ()):
-        return f"holds {_TYPES.get(kind, 'complex')} numbers of {bits} bits; save it in 8 or 16 bits"
+        raise ImageError(f"holds {_TYPES.get(kind, 'complex')} numbers of {bits} bits; save it in 8 or 16 bits")
     if page.photometric == _WHITE_IS_ZERO and _ASSOCIATED in page.extrasamples:
-        return "has 0 as white and values multiplied by alpha, which do not go together; save it without alpha"
+        raise ImageError(
+            "has 0 as white and values multiplied by alpha, which do not go together; save it without alpha"
+        )
     if page.photometric == _WHITE_IS_ZERO and kind != _FLOAT and bits > 16:
-        return f"has 0 as white, and which of its {bits}-bit numbers is black is not known; save it in 16 bits"
-    return ""
+        raise ImageError(
+            f"has 0 as white, and which of its {bits}-bit numbers is black is not known; save it in 16 bits"
+        )
 
 
-def _undecodable(page: Any) -> str:
-    """Say why the values of the page cannot be unpacked; empty if they can."""
+def _check_decoder(page: Any) -> None:
+    """Raise ImageError if neither tifffile nor Pillow can decompress the page."""
     bits = page.bitspersample
     if len(page.dataoffsets) < prod(page.chunked) or not all(page.dataoffsets) or not all(page.databytecounts):
-        return "lacks some of its strips or tiles; save it again"
+        raise ImageError("lacks some of its strips or tiles; save it again")
     if page.fillorder != 1:
-        return "holds the bits of each byte in reverse order (FillOrder 2); save it again without"
+        raise ImageError("holds the bits of each byte in reverse order (FillOrder 2); save it again without")
     if bits % 8 and (page.is_tiled or page.predictor != 1):
-        return f"holds {bits} bits per value in tiles or with a predictor; save it in 16 bits"
-    if not (_is_unpacked(page) or _is_left_to_pillow(page)):
+        raise ImageError(f"holds {bits} bits per value in tiles or with a predictor; save it in 16 bits")
+    if not (_is_decoded_by_tifffile(page) or _is_decoded_by_pillow(page)):
         predictor = "" if page.predictor == 1 else f" with predictor {_name(page.predictor)}"
         how = f"{_name(page.compression)}{predictor}"
-        return f"is compressed by {how}, which is not read in {bits} bits; save it with Deflate or uncompressed"
-    return ""
+        raise ImageError(
+            f"is compressed by {how}, which is not read in {bits} bits; save it with Deflate or uncompressed"
+        )
 
 
 def _name(value: Any) -> str:
     return getattr(value, "name", str(value))
 
 
-def _is_unpacked(page: Any) -> bool:
-    """Return True if tifffile decompresses the page; without imagecodecs it knows few compressions."""
+def _is_decoded_by_tifffile(page: Any) -> bool:
+    """Return True if tifffile decompresses the page; without imagecodecs it supports few compressions."""
     more = find_spec("imagecodecs") is not None and page.bitspersample % 8 == 0
     known = (1, _DEFLATE, _PACKBITS, _OLD_DEFLATE, *((_LZW,) if more else ()))
     return page.compression in known and page.predictor in (1, 2, *((3,) if more else ()))
 
 
-def _is_left_to_pillow(page: Any) -> bool:
-    """Return True if Pillow decompresses the page right; it swaps the bytes of big-endian signed and float numbers."""
+def _is_decoded_by_pillow(page: Any) -> bool:
+    """Return True if Pillow decompresses the page correctly; it swaps bytes of big-endian signed and float numbers."""
     kind, little = (page.sampleformat, page.bitspersample), page.parent.byteorder == "<"
     known = kind == (_UNSIGNED, 16) or (little and kind in ((_SIGNED, 16), (_SIGNED, 32), (_FLOAT, 32)))
     return known and page.samplesperpixel == 1 and page.tags[_PHOTOMETRIC].dtype == 3
 
 
-def _stored(page: Any, data: bytes) -> np.ndarray:
+def _stored_pixels(page: Any, data: bytes) -> np.ndarray:
     """Decompress the page to (H, W, channels) with the numbers as stored, upright."""
-    if not _is_unpacked(page):
-        place = page.tags[_PHOTOMETRIC].valueoffset  # called black, zero is a kind that Pillow knows in all depths
+    if not _is_decoded_by_tifffile(page):
+        place = page.tags[_PHOTOMETRIC].valueoffset  # Pillow supports all depths where zero is black
         black = _BLACK_IS_ZERO.to_bytes(2, "little" if page.parent.byteorder == "<" else "big")
-        return _by_pillow(data[:place] + black + data[place + 2 :])[..., None]
+        return _decode_with_pillow(data[:place] + black + data[place + 2 :])[..., None]
     height, width, samples = page.imagelength, page.imagewidth, page.samplesperpixel
-    pixels = _unpacked(page, data) if page.bitspersample % 8 else page.asarray()
+    pixels = _unpack_bits(page, data) if page.bitspersample % 8 else page.asarray()
     if page.planarconfig == 2:
         pixels = np.moveaxis(pixels.reshape(samples, height, width), 0, -1)
     pixels = pixels.reshape(height, width, samples)
@@ -186,14 +184,14 @@ def _stored(page: Any, data: bytes) -> np.ndarray:
     return pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
-def _by_pillow(data: bytes) -> np.ndarray:
+def _decode_with_pillow(data: bytes) -> np.ndarray:
     """Decode a file with Pillow to (H, W), upright, without a palette."""
     image = TiffImageFile(io.BytesIO(data))
     ImageOps.exif_transpose(image, in_place=True)
     return np.asarray(image)
 
 
-def _unpacked(page: Any, data: bytes) -> np.ndarray:
+def _unpack_bits(page: Any, data: bytes) -> np.ndarray:
     """Unpack numbers of up to 15 bits, stored without gaps within a row, to (planes × H, numbers of a row) uint16."""
     import tifffile
 
@@ -213,13 +211,13 @@ def _unpacked(page: Any, data: bytes) -> np.ndarray:
         strip = strip[: rows * stride].reshape(rows, stride)  # fails where it is cut off
         for y in range(0, rows, step := max(1, AT_ONCE // count)):
             wide = np.pad(strip[y : y + step], ((0, 0), (0, 2))).astype(np.uint32)
-            three = wide[:, first] << 16 | wide[:, first + 1] << 8 | wide[:, first + 2]  # bytes from where each begins
+            three = wide[:, first] << 16 | wide[:, first + 1] << 8 | wide[:, first + 2]  # three bytes from each start
             found[row + y : row + min(y + step, rows)] = three >> shift & 2**bits - 1
         row += rows
     return found
 
 
-def _converted(pixels: np.ndarray, page: Any) -> np.ndarray:
+def _scaled_pixels(pixels: np.ndarray, page: Any) -> np.ndarray:
     """Convert the numbers of the file to what `decode_tiff` returns."""
     bits, colours, extra = page.bitspersample, _COLOURS[page.photometric], list(page.extrasamples)
     if pixels.dtype.kind == "i" and pixels.min() < 0:

@@ -1,8 +1,7 @@
-"""Where an image lies on canvases: resized, cut into windows, its region of interest. Geometry only; no pixels.
+"""Geometry of resizing, tiling and regions of interest; no pixels.
 
-Without tiles an image has one canvas, and one window on it that shows all. With tiles the canvas is as large as the
-image needs and windows of the detector's size cover it, overlapping. All else follows from that, so no other code
-knows whether there are tiles.
+Without tiles, one window shows the whole canvas. With tiles, the canvas is as large as the image needs, and overlapping
+windows of the detector's size cover it. Other code need not distinguish the two cases.
 """
 
 from __future__ import annotations
@@ -21,28 +20,26 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from unflaw.io.brief import brief
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are outside
-ROI_SIDE = 1024  # a mask travels in the detector file at no larger side
-MAP_PIXELS = 2**22  # of a map at most: above, it is kept at a fraction of the canvas
+ROI_SIDE = 1024  # largest side of a mask in the detector file
+MAP_PIXELS = 2**22  # largest map; larger canvases have maps at a fraction of their resolution
 _PNG = "data:image/png;base64,"
 
 
 @brief
 class Preparation(BaseModel):
-    """How images are brought to the canvas of a detector.
+    """Options for resizing images to the canvas of a detector.
 
-    `stretch` fills the canvas and gives up the aspect ratio; `pad` keeps it, centres the image and repeats its edges.
-    With `tile` the aspect ratio is kept too, and an image smaller than a tile is padded at the right and below.
+    `stretch` fills the canvas and changes the aspect ratio; `pad` keeps it, centres the image and repeats its edges.
+    `tile` keeps the aspect ratio too, and pads an image smaller than a tile at the right and below.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     size: int = Field(256, ge=32, le=4096, description="side of the square canvas, pixels")
     fit: Literal["stretch", "pad"] = "stretch"
     tile: int | None = Field(
-        None, ge=8, description="side of the squares of an image that the canvas shows, its pixels; None: all of it"
+        None, ge=8, description="side of the square tiles that an image is cut into, its pixels; None: no tiles"
     )
-    overlap: float = Field(
-        0.25, ge=0, le=0.75, description="share of a tile that it shares with the next one, at least"
-    )
+    overlap: float = Field(0.25, ge=0, le=0.75, description="least overlap of adjacent tiles, share of their side")
     roi: str | tuple[float, float, float, float] | None = Field(
         None,
         description="region of interest: x0, y0, x1, y1, in pixels or, up to 1, in shares of the sides; or a mask file",
@@ -57,10 +54,7 @@ class Preparation(BaseModel):
             try:
                 x0, y0, x1, y1 = roi = tuple(map(float, roi.split(",")))
             except ValueError:
-                if roi.startswith(_PNG):
-                    _check_mask(roi)
-                    return roi
-                return _packed(roi)
+                return _checked_mask(roi) if roi.startswith(_PNG) else _encoded_mask(roi)
         x0, y0, x1, y1 = roi
         if not (0 <= x0 < x1 < inf and 0 <= y0 < y1 < inf):
             raise ValueError("a region of interest needs finite numbers with 0 ≤ x0 < x1 and 0 ≤ y0 < y1")
@@ -68,12 +62,12 @@ class Preparation(BaseModel):
 
     @property
     def covers(self) -> bool:
-        """Whether every image fills all of its canvas."""
+        """True if every image fills its canvas."""
         return self.fit == "stretch" and self.tile is None and not isinstance(self.roi, str)
 
 
-def _packed(path: str) -> str:
-    """A mask file as text that can stand in a configuration: a PNG of one bit, where any white of a box counts."""
+def _encoded_mask(path: str) -> str:
+    """Encode a mask file as text for a configuration: a 1-bit PNG; when shrunk, a pixel is the maximum of its box."""
     from unflaw.imaging.reading import read_mask
 
     mask = read_mask(path)
@@ -89,29 +83,30 @@ def _packed(path: str) -> str:
 
 
 @lru_cache(8)
-def _unpacked(roi: str) -> Image.Image:
+def _decoded_mask(roi: str) -> Image.Image:
     image = PngImageFile(io.BytesIO(base64.b64decode(roi.removeprefix(_PNG))))
     if max(image.size) > ROI_SIDE:
         raise ValueError(f"a region of interest of {image.width} × {image.height} pixels is too large")
     return image.convert("L")
 
 
-def _check_mask(roi: str) -> None:
-    """Raises: ValueError: What should be a packed mask is damaged, too large, or marks nothing."""
+def _checked_mask(roi: str) -> str:
+    """Return an encoded mask. Raises ValueError if it is damaged, too large or empty."""
     try:
-        marked = _unpacked(roi).getbbox()
+        marked = _decoded_mask(roi).getbbox()
     except Exception as error:  # whatever decoders raise
         raise ValueError(f"the mask of the region of interest is damaged ({error})") from error
     if marked is None:
         raise ValueError("the mask of the region of interest marks nothing")
+    return roi
 
 
 class Window(NamedTuple):
-    """What a network sees of an image at once.
+    """The part of an image that a network processes at once.
 
     Attributes:
-        layout: Of the image.
-        number: Of the window, from 0.
+        layout: Geometry of the image.
+        number: Index of the window.
     """
 
     layout: TilingGeometry
@@ -119,7 +114,7 @@ class Window(NamedTuple):
 
     @property
     def place(self) -> tuple[int, int]:
-        """Its left upper corner on the canvas of the image."""
+        """Top left corner (x, y) on the canvas of the image."""
         return self.layout.places[self.number]
 
     @property
@@ -130,17 +125,10 @@ class Window(NamedTuple):
         return max(x0 - x, 0), max(y0 - y, 0), min(x1 - x, size), min(y1 - y, size)
 
     def cells(self, grid: int) -> np.ndarray:
-        """(grid, grid) bool: the cells of a grid over the window that touch what counts of the image."""
-        size = self.layout.preparation.size
-        if isinstance(self.layout.preparation.roi, str):
-            x, y = self.place
-            counts = np.zeros((size, size), bool)
-            x0, y0, x1, y1 = self.box
-            counts[y0:y1, x0:x1] = self.layout.region((x + x0, y + y0, x + x1, y + y1), (x1 - x0, y1 - y0))
-        else:
-            counts = np.zeros((size, size), bool)
-            x0, y0, x1, y1 = self.box
-            counts[y0:y1, x0:x1] = True
+        """Cells of a grid over the window that overlap the image or its region of interest, (grid, grid) bool."""
+        size, (x, y), (x0, y0, x1, y1) = self.layout.preparation.size, self.place, self.box
+        counts = np.zeros((size, size), bool)
+        counts[y0:y1, x0:x1] = self.layout.region((x + x0, y + y0, x + x1, y + y1), (x1 - x0, y1 - y0))
         sums = np.pad(counts.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
         start = np.arange(grid) * size // grid
         end = -(-np.arange(1, grid + 1) * size // grid)
@@ -149,25 +137,24 @@ class Window(NamedTuple):
 
 
 class TilingGeometry:
-    """How an image of a size lies on its canvas, and the map that shows it.
+    """Position of an image on its canvas, of the windows over it, and of the map.
 
     Args:
-        width, height: Of the image, pixels.
-        preparation: Of the detector.
+        width, height: Size of the image, pixels.
+        preparation: Preparation of the detector.
 
     Attributes:
-        crop: The region of interest, or the box around it, in pixels of the image.
+        crop: The region of interest, or its bounding box, in pixels of the image.
         filled: The part of the canvas that `crop` fills.
         canvas: Width and height of the canvas: the detector's size, or with tiles as large as the image needs.
-        places: Left upper corners of the windows on the canvas. Together the windows show all that counts.
-        step: Pixels of the canvas to a side of a pixel of the map: 1, but for images whose map would be larger than
-            MAP_PIXELS.
+        places: Top left corners of the windows on the canvas. Together they cover the region of interest.
+        step: Pixels of the canvas per pixel of the map and axis: 1 unless the map would exceed MAP_PIXELS.
     """
 
     def __init__(self, width: int, height: int, preparation: Preparation) -> None:
         self.original_size, self.preparation = (width, height), preparation
         size = preparation.size
-        self.crop = _cropped(width, height, preparation.roi)
+        self.crop = _crop(width, height, preparation.roi)
         x0, y0, x1, y1 = self.crop
         w, h = x1 - x0, y1 - y0
         self.step = 1
@@ -186,38 +173,35 @@ class TilingGeometry:
             wide, high = (max(size, -(-side // self.step) * self.step) for side in (across, down))
             self.canvas = wide, high
         self.filled: Box = (left, top, left + across, top + down)
-        self.columns, self.rows = (_spread(side, size, preparation.overlap, self.step) for side in self.canvas)
+        self.columns, self.rows = (_window_starts(side, size, preparation.overlap, self.step) for side in self.canvas)
         self.places = [(x, y) for y in self.rows for x in self.columns]
         if isinstance(preparation.roi, str) and len(self.places) > 1:
-            every, self.places = self.places, []
-            for place in every:
-                self.places = [*self.places, place]
-                if not Window(self, len(self.places) - 1).cells(32).any():
-                    self.places.pop()
+            used = [Window(self, number).cells(32).any() for number in range(len(self.places))]
+            self.places = [place for place, use in zip(self.places, used, strict=True) if use]
 
     def __len__(self) -> int:
-        """The number of windows."""
+        """Number of windows."""
         return len(self.places)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(h, w) of the map."""
+        """Shape (h, w) of the map."""
         return self.canvas[1] // self.step, self.canvas[0] // self.step
 
     @property
     def box(self) -> Box:
-        """The part of the map that the image, or its region of interest, fills."""
+        """The part of the map that the image, or the box around its region of interest, fills."""
         x0, y0, x1, y1 = self.filled
         return x0 // self.step, y0 // self.step, -(-x1 // self.step), -(-y1 // self.step)
 
     def inside(self, values: np.ndarray) -> np.ndarray:
-        """The values of a map (h, w) that count, (n,)."""
+        """Values of a map (h, w) inside the region of interest, (n,)."""
         x0, y0, x1, y1 = self.box
         return values[y0:y1, x0:x1].ravel() if self.counted is None else values[self.counted]
 
     @cached_property
     def counted(self) -> np.ndarray | None:
-        """(h, w) bool, what counts of the map; None where that is all of `box`."""
+        """Region of interest on the map, (h, w) bool; None if that is all of `box`."""
         if not isinstance(self.preparation.roi, str):
             return None
         counts = np.zeros(self.shape, bool)
@@ -226,21 +210,21 @@ class TilingGeometry:
         return counts
 
     def region(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """What counts of a box of the canvas, by nearest pixel of the mask: (h, w) bool of the size (w, h)."""
-        assert isinstance(self.preparation.roi, str)
+        """Region of interest in a box of the canvas, (h, w) bool of the `size` (w, h), by nearest neighbour."""
         return self.region_of(self.source(box), size)
 
     def region_of(self, source: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
-        """The same, of a box in pixels of the image."""
-        assert isinstance(self.preparation.roi, str)
-        mask = _unpacked(self.preparation.roi)
+        """Region of interest in a box of the image, (h, w) bool of the `size` (w, h), by nearest neighbour."""
+        if not isinstance(self.preparation.roi, str):
+            return np.ones(size[::-1], bool)
+        mask = _decoded_mask(self.preparation.roi)
         scale = (mask.width / self.original_size[0], mask.height / self.original_size[1]) * 2
         sides = (mask.width, mask.height) * 2
         x0, y0, x1, y1 = (min(max(edge * by, 0), side) for edge, by, side in zip(source, scale, sides, strict=True))
         return np.asarray(mask.resize(size, Image.Resampling.NEAREST, (x0, y0, x1, y1)), bool)
 
     def source(self, box: Box) -> tuple[float, float, float, float]:
-        """A box of the canvas in pixels of the image."""
+        """Convert a box of the canvas to pixels of the image."""
         (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, self.crop
         across, down = (x1 - x0) / (right - left), (y1 - y0) / (bottom - top)
         return (
@@ -251,9 +235,9 @@ class TilingGeometry:
         )
 
     def to_original(self, box: Box) -> Box:
-        """A box on the map as a box in the image, rounded outward and clipped to the region of interest's box.
+        """Convert a box of the map to pixels of the image, rounded outward and clipped to `crop`.
 
-        A box that lies wholly in the padding comes back without area.
+        A box wholly in the padding has no area in the result.
         """
         (left, top, right, bottom), (x0, y0, x1, y1), step = self.filled, self.crop, self.step
         left_edge, right_edge = _rescale(box[0] * step - left, box[2] * step - left, x1 - x0, right - left)
@@ -261,28 +245,28 @@ class TilingGeometry:
         return x0 + left_edge, y0 + top_edge, x0 + right_edge, y0 + bottom_edge
 
     def points_to_original(self, points: np.ndarray) -> np.ndarray:
-        """Points (..., 2), x and y on the map, as points in the image; float64, clipped to the region's box."""
+        """Convert points (..., 2), x and y on the map, to the image: float64, clipped to `crop`."""
         (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, np.array(self.crop)
         scale = np.array([x1 - x0, y1 - y0]) / (right - left, bottom - top)
         return ((points * self.step - (left, top)) * scale + (x0, y0)).clip((x0, y0), (x1, y1))
 
     def area_to_original(self, area: float) -> float:
-        """An area in pixels of the map as an area in pixels of the image."""
+        """Convert an area in pixels of the map to pixels of the image."""
         (left, top, right, bottom), (x0, y0, x1, y1) = self.filled, self.crop
         return area * self.step**2 * ((x1 - x0) * (y1 - y0)) / ((right - left) * (bottom - top))
 
 
 @lru_cache(256)
 def layout(width: int, height: int, preparation: Preparation) -> TilingGeometry:
-    """The `TilingGeometry` of an image; images of one size share it."""
+    """Return the `TilingGeometry` of an image; images of one size share it."""
     return TilingGeometry(width, height, preparation)
 
 
-def _cropped(width: int, height: int, roi: Any) -> Box:
+def _crop(width: int, height: int, roi: Any) -> Box:
     if roi is None:
         return 0, 0, width, height
     if isinstance(roi, str):
-        mask = np.asarray(_unpacked(roi), bool)
+        mask = np.asarray(_decoded_mask(roi), bool)
         (y0, y1), (x0, x1) = (np.flatnonzero(mask.any(axis))[[0, -1]] + (0, 1) for axis in (1, 0))
         roi = x0 / mask.shape[1], y0 / mask.shape[0], x1 / mask.shape[1], y1 / mask.shape[0]
     if max(roi) <= 1:
@@ -296,8 +280,8 @@ def _cropped(width: int, height: int, roi: Any) -> Box:
     return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
-def _spread(side: int, size: int, overlap: float, step: int) -> list[int]:
-    """Starts of windows that cover a side, evenly, the first and last at its ends; multiples of `step`."""
+def _window_starts(side: int, size: int, overlap: float, step: int) -> list[int]:
+    """Starts of evenly spaced windows that cover a side, multiples of `step`."""
     if side <= size:
         return [0]
     stride = max(step, int(size * (1 - overlap)) // step * step)

@@ -1,14 +1,15 @@
-"""What is said of many images together: parts of several images, and discoveries in a batch."""
+"""Joint results of many images: parts with several images, and discoveries in a batch."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from unflaw.calibration import conformal
 from unflaw.calibration.thresholds import Calibration
@@ -18,35 +19,34 @@ from unflaw.io.words import count
 from unflaw.postprocessing.results import Result, Verdict
 
 SEVERITY: tuple[Verdict, ...] = ("good", "review", "defect")
-ROUNDING = 1e-12  # by which a p-value that equals a rate may differ from it
+ROUNDING = 1e-12  # tolerance for a p-value that equals a rate
 
 
-class Sink(Protocol):
-    """Sees every outcome of `prediction.predict`, in order, and has a last word."""
+class Sink(ABC):
+    """Consumer of all outcomes of `predict.predict`, in order."""
 
-    def add(self, path: Path, outcome: Result | ImageError) -> None: ...
+    @abstractmethod
+    def add(self, path: Path, outcome: Result | ImageError) -> None:
+        """Add the outcome of the next image."""
 
+    def amend(self, file: Path) -> None:  # noqa: B027 - most sinks change nothing
+        """Change the complete file of lines before it is renamed."""
+
+    @abstractmethod
     def close(self) -> str:
-        """Writes what it has to write and says, in one sentence, what came of it."""
-
-
-@runtime_checkable
-class Amending(Protocol):
-    """A sink that has something to add to the lines of all images, before the file with them takes its name."""
-
-    def amend(self, file: Path) -> None: ...
+        """Write the output and describe it in a sentence."""
 
 
 def part_of(path: Path, rule: str) -> str:
-    """The part that an image shows.
+    """Return the name of the part that an image shows.
 
     Args:
-        path: Of the image.
-        rule: "folder": images of a part share a folder. Else a regular expression that is searched in the path: what
-            its first group matches or, if it has none, the whole, is the part.
+        path: Path of the image.
+        rule: "folder": images of a part share a folder. Otherwise a regular expression that is searched in the path;
+            the part is its first group or, without groups, the whole match.
 
     Raises:
-        ValueError: It is no regular expression, does not match, or finds nothing.
+        ValueError: The rule is not a regular expression, does not match, or matches an empty string.
     """
     if rule == "folder":
         return path.parent.as_posix()
@@ -63,34 +63,33 @@ def part_of(path: Path, rule: str) -> str:
 
 
 class _Image(NamedTuple):
-    """One image of a part, and the decision on it where it could be read."""
+    """One image of a part, with p-value and verdict if it could be read."""
 
     path: Path
     p_value: float | None = None
     verdict: Verdict | None = None
 
 
-class Parts:
-    """Several images of one part: a combined p-value and a verdict for each part, in a file of JSON lines.
+class Parts(Sink):
+    """Combined p-value and verdict for parts with several images each, as JSON lines.
 
-    A part is defective where its combined p-value is at most the calibration's rate, and for review up to the rate of
-    review. Its verdict is never more severe than the worst one of its images. A part that would be good is for review
-    where an image could not be read.
+    A part is defective if its combined p-value is at most the calibrated rate, and for review up to the review rate.
+    Its verdict is never more severe than the worst one of its images. A good part becomes "review" if an image could
+    not be read.
 
-    A combined p-value has a smallest value (`conformal.combination_factor`), which grows with the number of images in
-    most combinations. Where it lies above the rate, no observation could make the part defective: then it has no
-    verdict (None). Its line gives the "reason", and under "missing" how many more good calibration images there have to
-    be.
+    The combined p-value has a smallest value (`conformal.combination_factor`), which usually grows with the number of
+    images. If it exceeds the rate, the part can never be defective; its verdict is then None, with "reason" and
+    "missing", the number of further good calibration images that are needed.
 
     Args:
-        file: To be written.
-        paths: All images that will come.
-        rule: Of `part_of`.
-        calibration: Of the detector.
-        method: Of `conformal.combine`.
+        file: Output file.
+        paths: All images that will be added.
+        rule: See `part_of`.
+        calibration: Calibration of the detector.
+        method: See `conformal.combine`.
 
     Raises:
-        ValueError: As `part_of`, of any path.
+        ValueError: See `part_of`, for any path.
     """
 
     def __init__(
@@ -117,14 +116,14 @@ class Parts:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(self.file, lambda file: file.write_text(text, "utf-8", "backslashreplace"))
         counts = Counter(line["verdict"] for line in lines)
-        told = (
+        summary = (
             f"{self.file}: of {count(len(lines), 'part')} {counts['good']} good, {counts['review']} for review, "
             f"{counts['defect']} defective"
         )
         if not counts[None]:
-            return told
+            return summary
         most = max((line for line in lines if "missing" in line), key=lambda line: line["missing"])
-        return f"{told}, {counts[None]} without a verdict: {most['reason']}"
+        return f"{summary}, {counts[None]} without a verdict: {most['reason']}"
 
     def _line(self, part: str, found: list[_Image]) -> dict[str, Any]:
         known = [image.p_value for image in found if image.p_value is not None]
@@ -151,14 +150,14 @@ class Parts:
         return line | {"verdict": verdict}
 
     def _unreachable(self, k: int) -> dict[str, Any]:
-        """Says why k images together can have no verdict; empty where they can."""
+        """Return why k images together can have no verdict; empty if they can."""
         calibration = self.calibration
         n, asked, factor = len(calibration.scores), calibration.asked_rate, conformal.combination_factor(k, self.method)
         least = min(1.0, factor * calibration.smallest_p_value)
         if least <= calibration.rate + ROUNDING:
             return {}
         need = conformal.needed(asked, k, self.method)
-        if calibration.estimated and factor < conformal.REACH:  # while a tail serves, which reaches further
+        if calibration.estimated and factor < conformal.REACH:  # with a tail, which reaches further
             need = math.ceil(factor / (conformal.REACH * asked) - ROUNDING) - 1
         reason = (
             f"with {count(n, 'good calibration image')} the p-value of {count(k, 'image')} together cannot be below "
@@ -168,8 +167,8 @@ class Parts:
         return {"missing": need - n, "reason": reason}
 
 
-class Unread:
-    """Why images could not be read, in `reasons`."""
+class Unread(Sink):
+    """Reasons why images could not be read, in `reasons`."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -182,19 +181,14 @@ class Unread:
         return f"{count(len(self.reasons), 'image')} could not be read"
 
 
-class Discoveries:
-    """Adds "discovery" to every line of a results file that has a p-value: see `conformal.discoveries`.
+class Discoveries(Sink):
+    """Adds "discovery" to every line of a results file that has a p-value, at a false discovery rate in (0, 1).
 
-    Args:
-        rate: The false discovery rate.
-        calibration: Of the detector.
-
-    Raises:
-        ValueError: The rate is not between 0 and 1.
+    See `conformal.discoveries`; raises its ValueError for another rate.
     """
 
     def __init__(self, rate: float, calibration: Calibration) -> None:
-        conformal.discoveries([], rate)  # refuses a wrong rate before the work
+        conformal.discoveries([], rate)  # checks the rate early
         self.rate, self.calibration = rate, calibration
         self._p_values: list[float] = []
 
@@ -217,15 +211,15 @@ class Discoveries:
     def close(self) -> str:
         found, m = sum(conformal.discoveries(self._p_values, self.rate)), len(self._p_values)
         about = "about " if self.calibration.out_of_fold else ""
-        told = (
+        summary = (
             f"{count(found, 'discovery', 'discoveries')} among {count(m, 'image')} at a false discovery rate of "
             f"{about}{self.rate:.2%}"
         )
         n, smallest = len(self.calibration.scores), self.calibration.smallest
         least = conformal.least_discoveries(m, smallest, self.rate)
         if least <= m or not m:
-            return told if least == 1 else f"{told}; with this calibration there are none, or at least {least}"
+            return summary if least == 1 else f"{summary}; with this calibration there are none, or at least {least}"
         return (
-            f"{told}; there can be none, whatever the images show: with {count(n, 'good calibration image')} no "
+            f"{summary}; none are possible: with {count(n, 'good calibration image')} no "
             f"p-value is below {smallest:.4g}; {conformal.needed(self.rate) - n} more would allow some"
         )

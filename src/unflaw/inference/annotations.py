@@ -1,4 +1,4 @@
-"""Regions for the tools that people label with: COCO and LabelMe."""
+"""Export of regions for labelling tools: COCO and LabelMe."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unflaw.errors import ImageError
+from unflaw.inference.aggregation import Sink
 from unflaw.io.files import write_atomically
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
@@ -16,12 +17,8 @@ from unflaw.postprocessing.results import Result
 LABEL = "anomaly"
 
 
-class Coco:
-    """One file of object detection annotations: a category, a box and a polygon per region, its peak as "score".
-
-    Args:
-        file: To be written; names of images in it are as they were given.
-    """
+class Coco(Sink):
+    """COCO object detection annotations: a category, a box and a polygon per region, with its peak as "score"."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -61,12 +58,8 @@ class Coco:
         return f"{self.file}: {count(len(self.annotations), 'region')} on {count(len(self.images), 'image')} (COCO)"
 
 
-class LabelMe:
-    """One file per image: a polygon for each region, with its peak as the description, and the verdict as a flag.
-
-    Args:
-        folder: To be made; files are named like those of `predict --images`.
-    """
+class LabelMe(Sink):
+    """LabelMe files, one per image: a polygon per region, with its peak as description, and the verdict as flags."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,7 +83,7 @@ class LabelMe:
             for region in outcome.regions
         ]
         written = {
-            "version": "5.0.0",  # of the format
+            "version": "5.0.0",  # of the LabelMe format
             "flags": {name: name == outcome.verdict for name in ("good", "review", "defect")},
             "shapes": shapes,
             "imagePath": os.path.relpath(path, self.folder),
@@ -107,5 +100,5 @@ class LabelMe:
 
 
 def numbered(number: int, path: Path) -> str:
-    """A file name, without suffix, of what belongs to an image; whole names can be too long."""
+    """File name, without suffix, for output that belongs to an image; the name is shortened."""
     return f"{number:05d}_{path.stem.encode(errors='replace')[:100].decode(errors='ignore')}"

@@ -1,4 +1,4 @@
-"""What every detector offers, trained or exported: from files to results. NumPy only; what computes is a subclass."""
+"""Base class of trained and exported detectors: from files to results. NumPy only."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from unflaw.postprocessing.stitching import TileStitcher
 @brief
 @dataclass(frozen=True)
 class Outputs:
-    """What is computed of N windows, before any decision.
+    """Outputs for N windows, before any decision.
 
     Attributes:
-        maps: Anomaly maps (N, size, size) float32, raw.
-        scores: Image scores (N,), raw.
-        layers: The method's own images by name, as in `Result.layers`, with N in front.
+        maps: Raw anomaly maps (N, size, size) float32.
+        scores: Raw image scores (N,).
+        layers: Images of the method by name, as in `Result.layers`, with N in front.
     """
 
     maps: np.ndarray
@@ -43,16 +43,16 @@ class Outputs:
 
     @classmethod
     def of(cls, found: dict[str, np.ndarray]) -> Outputs:
-        """From "map", "score" and layers, each by its name."""
+        """Create outputs from "map", "score" and layers by name."""
         return cls(found.pop("map"), found.pop("score"), found)
 
 
 class BasePredictor(ABC):
-    """A fitted detector: subclasses say what it is calibrated with and compute. Threads may share it.
+    """A fitted detector. Subclasses provide calibrations and `compute`. Threads may share it.
 
     Attributes:
-        config: How it was made; `config.preparation` is how images enter.
-        record_: How it was trained.
+        config: Its configuration; `config.preparation` defines the preparation of images.
+        record_: Its training record.
     """
 
     config: Config
@@ -61,22 +61,22 @@ class BasePredictor(ABC):
     @property
     @abstractmethod
     def calibrations(self) -> Mapping[str, Calibration]:
-        """By category; "" is the category of a detector that has no others; empty before it has learned."""
+        """Calibrations by category; "" is the only category of most detectors; empty before `fit`."""
 
     @property
     def references(self) -> Mapping[str, Reference]:
-        """By category, the good images that tell drift; without those of a detector that remembers none."""
+        """References for drift detection by category; empty if the detector has none."""
         return {}
 
     @abstractmethod
     def compute(self, images: Sequence[ModelInput], category: str) -> Outputs:
-        """What it finds in windows, of images of a category that it has. Threads may call it at the same time."""
+        """Compute the outputs for windows of images of one category. Must be thread-safe."""
 
     def category(self, wanted: str | None = None) -> str:
-        """The name in `calibrations` that is meant; None will do where there is one only.
+        """Return a key of `calibrations`; None is enough if there is only one.
 
         Raises:
-            DetectorError: Not fitted, or a category is missing or not known.
+            DetectorError: The detector is not fitted, or the category is missing or unknown.
         """
         names = list(self.calibrations)
         if not names:
@@ -92,30 +92,32 @@ class BasePredictor(ABC):
         return wanted
 
     def select(self, category: str | None = None) -> Calibration:
-        """The calibration of a category: threshold, p-values, heat-map scale.
+        """Return the calibration of a category: threshold, p-values, heat-map scale.
 
         Raises:
-            DetectorError: As `category`.
+            DetectorError: See `category`.
         """
         return self.calibrations[self.category(category)]
 
     def match(self, dataset: str) -> str | None:
-        """The category to `select` for a data set of this name: the one called so, where there are several."""
+        """Return the category to `select` for a data set of this name: the equal name, if there are several."""
         return dataset if len(self.calibrations) > 1 else None
 
     def inspect(self, image: ImageLike, *, category: str | None = None) -> Result:
-        """Inspects one image.
+        """Inspect one image.
 
         Args:
-            image: A path, or whatever else `images.read` takes, such as a NumPy array (H, W) or (H, W, 1 to 4
-                channels) of uint8, uint16, or floats from 0 to 1.
-            category: Of what it shows, for a detector of several categories.
+            image: A path or any other source of `reading.read`, such as a NumPy array (H, W) or (H, W, 1 to 4 channels)
+                of uint8, uint16, or floats from 0 to 1.
+            category: Category of the image, for a detector of several.
 
         Raises:
-            ImageError: The image cannot be read. TypeError: It is none. DetectorError: as for `select`.
+            ImageError: The image cannot be read.
+            TypeError: The object is not an image.
+            DetectorError: See `select`.
         """
         path = str(image) if isinstance(image, str | Path) else None
-        found = next(self._inspected([(path, load_windows(read(image), self.config.preparation))], category, 8))
+        found = next(self._inspect_prepared([(path, load_windows(read(image), self.config.preparation))], category, 8))
         assert isinstance(found, Result)
         return found
 
@@ -147,30 +149,31 @@ class BasePredictor(ABC):
         batch: int = 8,
         on_error: Literal["raise", "skip", "yield"] = "raise",
     ) -> Iterator[Result | ImageError]:
-        """Inspects images in order, reading ahead in threads.
+        """Inspect images in order, reading ahead in threads.
 
         Args:
-            images: Each as `inspect` takes it; an array (N, H, W, C) is N images.
-            category: Of what they show, for a detector of several categories.
-            batch: Images, or windows of images in tiles, that are computed together.
-            on_error: What becomes of an image that cannot be read. "raise": its error is raised once the results before
-                it have been taken. "skip": it is left out, with a warning. "yield": its error takes the place of the
-                result, so that there are as many as images.
+            images: Each as for `inspect`; an array (N, H, W, C) is N images.
+            category: Category of the images, for a detector of several.
+            batch: Number of images, or of windows of images in tiles, that are computed together.
+            on_error: Handling of images that cannot be read. "raise": the error is raised after the results before it.
+                "skip": the image is skipped with a warning. "yield": the error is yielded instead of a result.
 
         Yields:
-            A `Result` for each image; with "yield", the `ImageError` of one that cannot be read.
+            A `Result` for each image, or, with "yield", an `ImageError`.
 
         Raises:
-            ImageError: With "raise", as said. TypeError: Something that is no image, or not several.
-            DetectorError: As for `select`, with the first image. ValueError: Another `on_error`.
+            ImageError: An image cannot be read, with "raise".
+            TypeError: An object is not an image, or `images` is a single one.
+            DetectorError: See `select`; raised with the first image.
+            ValueError: `on_error` has another value.
         """
         if on_error not in ("raise", "skip", "yield"):
             raise ValueError(f"on_error={on_error!r} is not known; give raise, skip or yield")
         named = ((str(image), image) for image in inputs(images))
-        return self._handled(self.inspect_named(named, category=category, batch=batch), on_error)
+        return self._apply_on_error(self.inspect_named(named, category=category, batch=batch), on_error)
 
     @staticmethod
-    def _handled(outcomes: Iterator[Result | ImageError], on_error: str) -> Iterator[Result | ImageError]:
+    def _apply_on_error(outcomes: Iterator[Result | ImageError], on_error: str) -> Iterator[Result | ImageError]:
         for outcome in outcomes:
             if isinstance(outcome, Result) or on_error == "yield":
                 yield outcome
@@ -186,10 +189,10 @@ class BasePredictor(ABC):
         category: str | None = None,
         batch: int = 8,
     ) -> Iterator[Result | ImageError]:
-        """As `inspect_many` with "yield", of images with names; that of a file is the `path` of its result.
+        """Like `inspect_many` with "yield", for images with names; the name of a file is the `path` of its result.
 
-        An image is a path, the bytes of a file, what reads them when a thread that reads ahead asks for it, one in
-        memory, or why there is none.
+        An image is a path, the bytes of a file, an open file or similar that is read in another thread, an image in
+        memory, or an `ImageError`, which is passed on.
         """
         self.select(category)
 
@@ -203,42 +206,36 @@ class BasePredictor(ABC):
                 source, self.config.preparation, name
             )
 
-        # images in tiles wait whole, and may be large
+        # images in tiles are kept whole while they wait, and may be large
         tiled = self.config.preparation.tile is not None
-        yield from self._inspected(ahead(load, images, 1, 1) if tiled else ahead(load, images), category, batch)
+        yield from self._inspect_prepared(ahead(load, images, 1, 1) if tiled else ahead(load, images), category, batch)
 
-    def _inspected(
+    def _inspect_prepared(
         self,
         images: Iterable[tuple[str | None, PreparedImage | ImageError]],
         category: str | None,
         batch: int,
     ) -> Iterator[Result | ImageError]:
-        """Images in order; windows of several are computed together, and no more are held than a batch."""
+        """Inspect prepared images in order, in batches of windows; no more windows than a batch are held."""
         name = self.category(category)
-        waiting: deque[tuple[str | None, PreparedImage | ImageError, TileStitcher | None]] = deque()
+        waiting: deque[tuple[TileStitcher, np.ndarray, str | None] | ImageError] = deque()
 
         def stream() -> Iterator[tuple[TileStitcher, ModelInput]]:
             for path, image in images:
                 if isinstance(image, ImageError):
-                    waiting.append((path, image, None))
+                    waiting.append(image)
                     continue
                 stitcher: TileStitcher | None = None
                 for window in image.windows:
                     if stitcher is None:
                         stitcher = TileStitcher(window.layout)
-                        waiting.append((path, image, stitcher))
+                        waiting.append((stitcher, image.described, path))
                     yield stitcher, window
 
         def finished() -> Iterator[Result | ImageError]:
-            while waiting:
-                path, image, stitcher = waiting[0]
-                if stitcher is not None and not stitcher.complete:
-                    return
-                waiting.popleft()
-                if isinstance(image, ImageError):
-                    yield image
-                elif stitcher is not None:
-                    yield self._concluded(stitcher, image.described, path, name)
+            while waiting and (isinstance(waiting[0], ImageError) or waiting[0][0].complete):
+                found = waiting.popleft()
+                yield found if isinstance(found, ImageError) else self._result(*found, name)
 
         for group in batched(stream(), batch):
             outputs = self.compute([window for _, window in group], name)
@@ -248,15 +245,15 @@ class BasePredictor(ABC):
             yield from finished()
         yield from finished()
 
-    def _concluded(self, stitcher: TileStitcher, described: np.ndarray, path: str | None, category: str) -> Result:
-        """From what was found in all windows of an image to decisions."""
+    def _result(self, stitcher: TileStitcher, described: np.ndarray, path: str | None, category: str) -> Result:
+        """Turn the stitched outputs of an image into a result."""
         calibration, reference = self.calibrations[category], self.references.get(category)
         score, layers = stitcher.result()
-        anomaly_map, image, laid = layers.pop("map"), layers.pop("image"), stitcher.layout
+        anomaly_map, image, geometry = layers.pop("map"), layers.pop("image"), stitcher.layout
         regions = find_regions(
             anomaly_map,
             calibration.pixel_threshold,
-            laid,
+            geometry,
             minimum_area=calibration.minimum_area,
             uncertainty=layers.get("uncertainty"),
         )
@@ -267,13 +264,13 @@ class BasePredictor(ABC):
             map=anomaly_map,
             regions=regions,
             image=image,
-            valid=laid.box,
+            valid=geometry.box,
             layers=layers,
             path=path,
             drift=None if reference is None else reference.p_value(described),
             described=described,
-            counted=laid.counted,
-            size=laid.original_size,
-            crop=laid.crop,
+            counted=geometry.counted,
+            size=geometry.original_size,
+            crop=geometry.crop,
             p_estimated=calibration.estimated_p_value(score),
         )

@@ -1,4 +1,4 @@
-"""Inspecting many files: `results.jsonl`, one line per image, and panels where asked."""
+"""Inspection of many files: `results.jsonl` with one line per image, and optional panels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL.Image import Image
 
 from unflaw.calibration.drift import RATE, Drift, check_rate
-from unflaw.inference.aggregation import Amending, Sink
+from unflaw.inference.aggregation import Sink
 from unflaw.inference.annotations import numbered
 from unflaw.inference.base import BasePredictor
 from unflaw.io.files import growing, write_png, write_text
@@ -22,7 +22,7 @@ from unflaw.postprocessing.results import Result, Scale
 
 
 class Predicted(NamedTuple):
-    """How many were "good", "defect" and "error", and what all together say of drift; None where that is unknown."""
+    """Numbers of images by verdict and "error", and drift of all images together; None without a reference."""
 
     counts: Counter[str]
     drift: Drift | None
@@ -39,22 +39,21 @@ def predict(
     sinks: Sequence[Sink] = (),
     progress: Progress = silent,
 ) -> Predicted:
-    """Inspects files in order and writes a line for each to `out/results.jsonl.part`, which is renamed in the end.
+    """Inspect files in order and write a line for each to `out/results.jsonl.part`, which is renamed at the end.
 
-    So an interruption loses no line, and `out/results.jsonl` is of this time or, whole, of an earlier one.
-
-    A line holds path, score, p_value, verdict, drift and regions, or path and error. `out/drift.json` says whether all
-    images together differ from those learned from (`drift.Reference.test`). With `draw`, also
-    `out/images/<number>_<name>.png`.
+    A line holds path, score, p_value, verdict, drift and regions, or path and error. Lines survive an interruption, and
+    `out/results.jsonl` is always complete. `out/drift.json` reports whether all images together differ from the
+    training images (`drift.Reference.test`).
 
     Args:
-        draw: Draws a result with the detector's fixed scale, such as `report.panel`: image, heat map and the method's
-            own maps.
+        draw: Function that draws a result with the scale of the detector, such as `report.panel`, to
+            `out/images/<number>_<name>.png`.
         drift_rate: False-alarm rate of the drift alarm.
-        sinks: See every outcome, after its line is written. The caller closes them.
+        sinks: Receive every outcome after its line is written. The caller closes them.
 
     Raises:
-        DetectorError: As `BasePredictor.select`. ValueError: As `drift.Reference.test`.
+        DetectorError: See `BasePredictor.select`.
+        ValueError: See `drift.Reference.test`.
     """
     scale = detector.select(category).scale
     reference = detector.references.get(detector.category(category))
@@ -64,8 +63,7 @@ def predict(
     folder = out / PANELS
     if draw is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    amend = [sink.amend for sink in sinks if isinstance(sink, Amending)]
-    with growing(out / "results.jsonl", amend) as file:
+    with growing(out / "results.jsonl", [sink.amend for sink in sinks]) as file:
         for i, outcome in enumerate(detector.inspect_many(paths, category=category, on_error="yield")):
             if isinstance(outcome, Result):
                 counts[outcome.verdict] += 1

@@ -1,4 +1,4 @@
-"""Short representations of objects that hold arrays or long lists. No torch."""
+"""Short representations of objects with arrays or long lists. No torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 from unflaw.io.words import count
 
 C = TypeVar("C", bound=type)
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class _Short(reprlib.Repr):
-    """Arrays and tensors by shape and type, numbers to six digits, the first four of many, and how many of objects."""
+    """Show arrays and tensors by shape and dtype, floats to six digits, and sequences of objects by length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,32 +31,28 @@ class _Short(reprlib.Repr):
         return f"<{count(len(value), 'byte')}>"
 
     def repr_tuple(self, value: tuple[Any, ...], level: int) -> str:
-        return super().repr_tuple(value, level) if _plain(value) else f"<{len(value)} × {type(value[0]).__name__}>"
+        return super().repr_tuple(value, level) if _is_plain(value) else f"<{len(value)} × {type(value[0]).__name__}>"
 
     def repr_list(self, value: list[Any], level: int) -> str:
-        return super().repr_list(value, level) if _plain(value) else f"<{len(value)} × {type(value[0]).__name__}>"
+        return super().repr_list(value, level) if _is_plain(value) else f"<{len(value)} × {type(value[0]).__name__}>"
+
+
+def _is_plain(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, bool | int | float | str | None) for value in values)
 
 
 _SHORT = _Short()
 
 
 def brief(cls: C) -> C:
-    """Gives a dataclass, NamedTuple or pydantic model a short representation, without `field(repr=False)`."""
-    for name in ("__repr__", "__str__"):
-        setattr(cls, name, _represented)
+    """Give a dataclass, NamedTuple or pydantic model a short representation."""
+    cls.__repr__ = cls.__str__ = _represent  # type: ignore[assignment]
     return cls
 
 
-def _represented(self: Any) -> str:
-    return f"{type(self).__name__}({', '.join(f'{name}={_SHORT.repr(value)}' for name, value in _fields(self))})"
-
-
-def _fields(self: Any) -> Iterable[tuple[str, Any]]:
+def _represent(self: Any) -> str:
     if dataclasses.is_dataclass(self):
-        return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self) if field.repr)
-    names = type(self).model_fields if hasattr(type(self), "model_fields") else self._fields  # pydantic, or NamedTuple
-    return ((name, getattr(self, name)) for name in names)
-
-
-def _plain(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, _PLAIN) for value in values)
+        names: Iterable[str] = [field.name for field in dataclasses.fields(self) if field.repr]
+    else:
+        names = type(self).model_fields if hasattr(type(self), "model_fields") else self._fields  # pydantic, NamedTuple
+    return f"{type(self).__name__}({', '.join(f'{name}={_SHORT.repr(getattr(self, name))}' for name in names)})"

@@ -1,30 +1,26 @@
-"""The detector file format: what a file says of itself, without loading it. No torch."""
+"""Metadata of detector files, trained or exported, read without loading the model. No torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from unflaw.errors import DetectorError
 
-if TYPE_CHECKING:
-    pass
+FORMAT = 3  # version of the metadata; raised when an older unflaw can no longer read them
+Kind = Literal["safetensors", "onnx", "openvino"]
+_NAMES = {"safetensors": ".safetensors", "onnx": ".onnx", "openvino": "OpenVINO .xml"}
 
 
-FORMAT = 3  # newest of the metadata in a detector file; raised when an older unflaw could no longer read it
+def kind_of(path: str | Path) -> Kind:
+    """Detect the format of a detector file from its first bytes, else from its suffix.
 
-
-def kind_of(path: str | Path) -> Literal["safetensors", "onnx", "openvino"]:
-    """What kind of detector file it is: by what it begins with, else by its suffix.
-
-    Raises:
-        DetectorError: There is no such file, it cannot be read, or it is the half of a detector that has no name of its
-            own.
+    Raises DetectorError if there is no such file, or it cannot be read or holds the weights of an OpenVINO file.
     """
     path = Path(path)
     if path.is_dir():
@@ -48,11 +44,7 @@ def kind_of(path: str | Path) -> Literal["safetensors", "onnx", "openvino"]:
 
 
 def weights_of(path: Path) -> Path:
-    """The second file of a detector exported to OpenVINO.
-
-    Raises:
-        DetectorError: It is missing.
-    """
+    """Return the path of the weights of a detector exported to OpenVINO. Raises DetectorError if they are missing."""
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise DetectorError(f"{weights}: is missing; it belongs to {path.name} and must lie beside it")
@@ -60,17 +52,14 @@ def weights_of(path: Path) -> Path:
 
 
 def read_weights(path: Path, digest: str | None) -> bytes:
-    """What is in the second file of a detector exported to OpenVINO.
+    """Read the weights of a detector exported to OpenVINO. Raises DetectorError if they are missing or do not fit.
 
-    Two files cannot be replaced in one step. Where a crash came between the steps, the first still is the old one, and
-    the old weights lie beside the new ones (`before`): so the pair is the old one until the first file is replaced.
+    Two files cannot be replaced in one step. After a crash between the steps, the first file is still the old one, and
+    the old weights lie beside the new ones (`before`).
 
     Args:
         path: The first file.
-        digest: SHA-256 of the second, in hex, as the first says.
-
-    Raises:
-        DetectorError: It is missing, or not the one that belongs to it.
+        digest: SHA-256 of the weights, in hex, from the first file.
     """
     weights = weights_of(path)
     for file in (weights, before(weights)):
@@ -80,29 +69,24 @@ def read_weights(path: Path, digest: str | None) -> bytes:
 
 
 def before(weights: Path) -> Path:
-    """Where the old weights are kept until a new export is whole."""
+    """Path of the old weights until a new export is complete."""
     return weights.with_name(f"{weights.name}.before")
 
 
 def read_metadata(path: str | Path, data: bytes | None = None) -> dict[str, Any]:
-    """Configuration, calibration and training record of a detector file, trained or exported, without loading it.
+    """Read configuration, calibration and training record of a detector file, without loading the model.
 
-    Args:
-        path: Of the file.
-        data: What is in it, where that is known already.
-
-    Raises:
-        DetectorError: See `Detector.load` and `ExportedDetector`.
+    `data`: content of the file, if already read. Raises DetectorError, see `Detector.load` and `ExportedDetector`.
     """
     kind = kind_of(path)
     try:
-        metadata = json.loads(_READERS[kind](Path(path), data) or "null")
+        metadata = json.loads(_embedded_json(kind, Path(path), data) or "null")
     except (SafetensorError, OSError, ValueError, SyntaxError, RecursionError) as error:
         raise DetectorError(
-            f"{path}: not a readable {_CALLED[kind]} file ({error}); copy it again, or make it anew"
+            f"{path}: not a readable {_NAMES[kind]} file ({error}); copy it again, or make it anew"
         ) from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("format"), int):
-        raise DetectorError(f"{path}: a {_CALLED[kind]} file, but not a detector of unflaw")
+        raise DetectorError(f"{path}: a {_NAMES[kind]} file, but not a detector of unflaw")
     if metadata["format"] > FORMAT:
         raise DetectorError(f"{path}: made by a newer unflaw; update with pip install --upgrade unflaw")
     try:
@@ -114,7 +98,7 @@ def read_metadata(path: str | Path, data: bytes | None = None) -> dict[str, Any]
     return metadata
 
 
-class _Calibrated(BaseModel):
+class _CalibrationRecord(BaseModel):
     category: str = ""
     kept: int
     images: list[str] = []
@@ -122,7 +106,7 @@ class _Calibrated(BaseModel):
 
 class _Record(BaseModel):
     seen: list[str] = []
-    calibrations: list[_Calibrated] = []
+    calibrations: list[_CalibrationRecord] = []
 
 
 class _Exported(BaseModel):
@@ -133,32 +117,23 @@ class _Exported(BaseModel):
 
 
 class _Metadata(BaseModel):
-    """What is used of metadata beside the configuration and calibrations, which have models of their own."""
+    """Metadata that are used, except configuration and calibrations, which have models of their own."""
 
     config: dict[str, Any]
     record: _Record = _Record()
     exported: _Exported | None = None
 
 
-def _from_safetensors(path: Path, data: bytes | None) -> str | None:
-    with safe_open(path, "np") as file:
-        return (file.metadata() or {}).get("unflaw")
+def _embedded_json(kind: Kind, path: Path, data: bytes | None) -> str | None:
+    if kind == "safetensors":
+        with safe_open(path, "np") as file:
+            return (file.metadata() or {}).get("unflaw")
+    data = path.read_bytes() if data is None else data
+    if kind == "onnx":
+        from unflaw.io.onnx_metadata import read_properties
 
-
-def _from_onnx(path: Path, data: bytes | None) -> str | None:
-    from unflaw.io.onnx_metadata import read_properties
-
-    return read_properties(path.read_bytes() if data is None else data).get("unflaw")
-
-
-def _from_openvino(path: Path, data: bytes | None) -> str | None:
+        return read_properties(data).get("unflaw")
     from xml.etree import ElementTree  # expat expands no external entities and limits internal ones
 
-    entry = ElementTree.fromstring(path.read_bytes() if data is None else data).find("rt_info/unflaw")
+    entry = ElementTree.fromstring(data).find("rt_info/unflaw")
     return None if entry is None else entry.get("value")
-
-
-_READERS = {"safetensors": _from_safetensors, "onnx": _from_onnx, "openvino": _from_openvino}
-
-
-_CALLED = {"safetensors": ".safetensors", "onnx": ".onnx", "openvino": "OpenVINO .xml"}

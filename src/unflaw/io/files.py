@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what a detector file says of itself. No torch."""
+"""Atomic writing of files, locks between processes, and temporary files. No torch."""
 
 from __future__ import annotations
 
@@ -29,70 +29,67 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # a system or a disk that knows none
-_SOMEBODY = "another process"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # a system or a file system without locks
+_UNKNOWN = "another process"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes to a temporary name beside `path`, flushes it to disk and renames: no half file ever stands in `path`.
+    """Write to a temporary name beside `path`, flush it to disk and rename it, so that `path` is never incomplete.
 
-    A file that is replaced keeps its rights; a new one has those that the umask leaves. Where `path` is a symbolic
-    link, it stays one, and the file that it points to is replaced. What a killed process leaves, `.<name>.part`, is
-    hidden and goes with the next writing of the same name. A pipe or a device, such as /dev/stdout, is written as it
-    is.
+    A replaced file keeps its permissions. A symbolic link stays, and its target is replaced. A killed process leaves
+    the hidden `.<name>.part`, which the next write removes. A pipe or a device is written directly.
 
     Raises:
-        WriteError: It cannot be written, and what stood in `path` is as it was.
+        WriteError: The file cannot be written; `path` is unchanged.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         write(path)
         return
     target = target_of(path)
-    with _telling(path, target), _beside(target) as temporary:
+    with _write_errors(path, target), _temporary_name(target) as temporary:
         mode = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
-        temporary.chmod(mode)  # some libraries replace the file that they were told to write by one of other rights
+        temporary.chmod(mode)  # some libraries replace the file that they write, with other permissions
         _rename(temporary, target)
 
 
 def write_png(path: Path, image: Image, drawn: bool = False) -> None:
-    """Writes an image of Pillow, whole or not at all.
-
-    Args:
-        path: Of the file.
-        image: The image.
-        drawn: It shows what unflaw makes of other images: the file says so, and `outputs` knows that it is no input.
-    """
+    """Write a Pillow image atomically; `drawn` marks it as drawn by unflaw, so that it is never taken for an input."""
     from PIL.PngImagePlugin import PngInfo
 
-    said = PngInfo()
+    metadata = PngInfo()
     if drawn:
-        said.add_text("Software", "unflaw")
-    write_atomically(path, lambda file: image.save(file, "PNG", pnginfo=said))
+        metadata.add_text("Software", "unflaw")
+    write_atomically(path, lambda file: image.save(file, "PNG", pnginfo=metadata))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically, and create missing folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
 
 
 @contextmanager
 def growing(path: Path, amend: Iterable[Callable[[Path], object]] = ()) -> Iterator[TextIO]:
-    """Lines that can be read as they come, in `<path>.part`, which takes its name, on disk, at the end of the block.
+    """Open `<path>.part`, which can be read while it grows and is renamed to `path` at the end of the block.
 
-    Where that is not reached, what was written stays under the first name, and what stood in `path` is as it was.
-    Rights and links are as for `write_atomically`. Names of files that are no UTF-8 are written with backslashes. One
-    at a time writes a file; where `holding` knows no locks, the first name is another one for each, and the last to end
-    wins.
+    If the block fails, the lines stay under the first name and `path` is unchanged. Surrogates are written with
+    backslashes. Without locks (see `holding`), each writer has its own temporary name and the last one wins.
 
     Args:
-        path: Of the file when it is whole.
-        amend: Are called with the whole file before it takes its name.
+        path: Name of the complete file.
+        amend: Functions that are called with the file before it is renamed.
 
     Raises:
-        InUseError: Another process or thread writes it. WriteError: It cannot be written.
+        InUseError: Another process or thread writes the file.
+        WriteError: The file cannot be written.
     """
     target = target_of(path)
-    with _telling(path, target), holding(path) as held:
+    with _write_errors(path, target), holding(path) as held:
         partial = target.with_name(f"{target.name}.part" if held else f"{target.name}.{token_hex(4)}.part")
-        partial.unlink(missing_ok=True)  # of an earlier time, perhaps with other rights
+        partial.unlink(missing_ok=True)  # left by an earlier run, perhaps with other permissions
         with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            _take_rights(partial, target)
+            _copy_permissions(partial, target)
             yield file
         for change in amend:
             change(partial)
@@ -101,31 +98,31 @@ def growing(path: Path, amend: Iterable[Callable[[Path], object]] = ()) -> Itera
 
 @contextmanager
 def holding(path: Path, lock: Path | None = None) -> Iterator[bool]:
-    """Keeps all others, processes and threads, from holding a file or folder meanwhile; they are told who has it.
+    """Lock a file or folder against other processes and threads.
 
-    The operating system keeps the lock and drops it with the process, however that ends. Its file is hidden, lies in
-    the folder or beside the file, says who holds it (but on Windows), and goes at the end.
+    The system releases the lock when the process ends. The lock file is hidden, lies in the folder or beside the file,
+    names the holder (except on Windows), and is removed at the end.
 
     Args:
-        path: Of the file, there or not, or of the folder.
-        lock: A file to use for that, which stays.
+        path: The file, which need not exist, or the folder.
+        lock: Lock file to use instead; it is not removed.
 
     Yields:
-        Whether it is held. Some network shares know no such locks: there nobody is kept out.
+        True if the lock is held; False on file systems without locks, such as some network shares.
 
     Raises:
-        InUseError: Another has it. WriteError: The lock's file cannot be written.
+        InUseError: Another process or thread holds the lock; the message names it.
+        WriteError: The lock file cannot be written.
     """
     target = target_of(path)
-    beside = target / ".unflaw.lock" if target.is_dir() else target.with_name(f".{_short(target.name)}.lock")
-    used = lock or beside
+    beside = target / ".unflaw.lock" if target.is_dir() else target.with_name(f".{_short_name(target.name)}.lock")
+    used, held = lock or beside, True
     with ExitStack() as stack:
         try:
-            stack.enter_context(_held(used, lock is None))
-            held = True
+            stack.enter_context(_lock(used, lock is None))
         except BlockingIOError:
             advice = "wait until it has ended, or name another output"
-            raise InUseError(path, OSError(f"in use by {_holder(used)}"), advice) from None
+            raise InUseError(path, OSError(f"in use by {_wait_for_holder(used)}"), advice) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise WriteError(path, error) from error
@@ -134,8 +131,8 @@ def holding(path: Path, lock: Path | None = None) -> Iterator[bool]:
 
 
 @contextmanager
-def _held(lock: Path, goes: bool) -> Iterator[None]:
-    """Raises: BlockingIOError: Another has it. OSError: As `_locked`."""
+def _lock(lock: Path, goes: bool) -> Iterator[None]:
+    """Hold a lock file. Raises BlockingIOError if another holds it; OSError, see `_lock_file`."""
     if fcntl is None:
         from filelock import FileLock, Timeout
 
@@ -149,32 +146,28 @@ def _held(lock: Path, goes: bool) -> Iterator[None]:
         finally:
             other.release()
             if goes:
-                with suppress(OSError):  # another has it already
+                with suppress(OSError):  # another process holds it already
                     lock.unlink()
         return
-    handle = _locked(lock)
+    handle = _lock_file(lock)
     try:
-        with suppress(OSError):  # on a full disk it is held without saying by whom
+        with suppress(OSError):  # on a full disk the lock does not name its holder
             os.write(handle, json.dumps(claim()).encode())
         yield
     finally:
-        if goes and _is_called(handle, lock):
+        if goes and _has_name(handle, lock):
             with suppress(OSError):
                 lock.unlink()
         os.close(handle)
 
 
 def target_of(path: Path) -> Path:
-    """The file that is written under this name: where it is a symbolic link, what that points to, there or not."""
+    """Resolve a symbolic link to the file that is written, which need not exist."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder where there is none. Fails before the work, not after it, where nothing can be written in it.
-
-    Raises:
-        WriteError: So it is.
-    """
+    """Create a folder if it does not exist. Raises WriteError if it cannot be created or is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -183,40 +176,38 @@ def make_folder(folder: Path) -> None:
 
 
 def scratch(size: int, advice: str) -> IO[bytes]:
-    """A file without a name, which goes when its process does, however that ends, with room for `size` bytes.
+    """Open an unnamed temporary file with space for `size` bytes; it disappears with its process.
 
-    Raises:
-        WriteError: There is no such room where the system keeps temporary files; `advice` says what to do.
+    Raises WriteError, with `advice`, if the disk for temporary files has too little space.
     """
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - whoever asks for it closes it
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     try:
-        if hasattr(os, "posix_fallocate"):  # else a full disk would end a process that writes into a memory map
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill a process that writes to a memory map
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        file.close()
         if error.errno != errno.EOPNOTSUPP:
+            file.close()
             raise WriteError(Path(tempfile.gettempdir()), error, advice) from error
-        return scratch(0, advice)
     return file
 
 
 def _rename(temporary: Path, path: Path) -> None:
-    """Flushes a file to disk and gives it its name; that, too, is on disk when this returns."""
+    """Flush a file to disk, rename it, and flush the renaming."""
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
-    _take_rights(temporary, path)
+    _copy_permissions(temporary, path)
     temporary.replace(path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            with suppress(OSError):  # some network shares cannot
+            with suppress(OSError):  # not supported by some network shares
                 os.fsync(folder)
         finally:
             os.close(folder)
 
 
-def _take_rights(temporary: Path, path: Path) -> None:
-    """Gives a file the rights and, as far as it is allowed, group and owner of the one that it will replace, if any."""
+def _copy_permissions(temporary: Path, path: Path) -> None:
+    """Copy permissions and, if allowed, group and owner of an existing file to the one that will replace it."""
     with suppress(FileNotFoundError):
         known, own = path.stat(), temporary.stat()
         if (own.st_uid, own.st_gid) != (known.st_uid, known.st_gid):
@@ -227,19 +218,19 @@ def _take_rights(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A name for a temporary file, the same every time: so no more than one can be left of each file.
+def _temporary_name(path: Path) -> Iterator[Path]:
+    """Create a temporary file with a fixed name, so that at most one can be left behind per file.
 
-    It is locked while it is in use. Whoever comes then, and systems that know no such locks, take a random name.
+    If it is locked by another writer, or locks are not supported, the name is random.
     """
-    temporary, handle = path.with_name(f".{_short(path.name)}.part"), None
+    temporary, handle = path.with_name(f".{_short_name(path.name)}.part"), None
     try:
-        handle = _locked(temporary)
+        handle = _lock_file(temporary)
     except OSError:
         temporary = temporary.with_name(f"{temporary.name}.{token_hex(4)}")
         temporary.touch(exist_ok=False)
     try:
-        _take_rights(temporary, path)
+        _copy_permissions(temporary, path)
         yield temporary
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -249,11 +240,10 @@ def _beside(path: Path) -> Iterator[Path]:
             os.close(handle)
 
 
-def _locked(file: Path) -> int:
-    """Makes a file and locks it, until its handle is closed or the process has ended. What was left of it goes first.
+def _lock_file(file: Path) -> int:
+    """Create a file, or replace one that was left behind, and lock it until its handle is closed.
 
-    Raises:
-        BlockingIOError: Another process or thread has it. OSError: It cannot be made, or locks are not known here.
+    Raises BlockingIOError if another process or thread holds the lock, and OSError if locks are not supported.
     """
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -262,15 +252,15 @@ def _locked(file: Path) -> int:
             handle, made = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         except FileExistsError:
             try:
-                handle, made = _opened(file), False
-            except FileNotFoundError:  # it has just gone
+                handle, made = _open_existing(file), False
+            except FileNotFoundError:  # it has just been removed
                 continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_called(handle, file):
+            if _has_name(handle, file):
                 if made:
                     return handle
-                file.unlink()  # left by a process that was killed, perhaps with other rights
+                file.unlink()  # left by a killed process, perhaps with other permissions
         except OSError as error:
             if made and error.errno in _NO_LOCKS:
                 file.unlink(missing_ok=True)
@@ -280,55 +270,53 @@ def _locked(file: Path) -> int:
 
 
 def claim() -> dict[str, Any]:
-    """The content of a lock file: number and host of this process, and the time."""
+    """Content of a lock file: number and host of this process, and the time."""
     since = datetime.now().astimezone().isoformat(" ", "seconds")
     return {"process": os.getpid(), "host": platform.node(), "since": since}
 
 
 def held_by(claimed: bytes) -> str:
-    """The holder of a lock, from the content of its file: a `claim`, or nothing yet."""
+    """Describe the holder of a lock from the content of its file, which may still be empty."""
     try:
         holder = json.loads(claimed)
         return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
     except (ValueError, KeyError, TypeError):
-        return _SOMEBODY
+        return _UNKNOWN
 
 
-def _holder(lock: Path) -> str:
-    said = _SOMEBODY
+def _wait_for_holder(lock: Path) -> str:
     for _ in range(20):
         with suppress(OSError):
-            said = held_by(lock.read_bytes())
-        if said != _SOMEBODY:
-            break
-        time.sleep(0.01)  # it has just been made
-    return said
+            if (holder := held_by(lock.read_bytes())) != _UNKNOWN:
+                return holder
+        time.sleep(0.01)  # the file has just been created
+    return _UNKNOWN
 
 
-def _opened(file: Path) -> int:
+def _open_existing(file: Path) -> int:
     try:
         return os.open(file, os.O_RDWR | os.O_NOFOLLOW)
-    except PermissionError:  # of another user: it can be locked on a disk, but not on all network shares
+    except PermissionError:  # another user's file: not all network shares can lock it
         return os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
 
 
-def _is_called(handle: int, file: Path) -> bool:
-    """True if an open file still has this name."""
+def _has_name(handle: int, file: Path) -> bool:
+    """Return True if an open file still has this name."""
     try:
         return os.path.samestat(os.fstat(handle), file.stat())
     except FileNotFoundError:
         return False
 
 
-def _short(name: str) -> str:
-    """A name with room for an ending; of names as long as file systems allow, a digest."""
+def _short_name(name: str) -> str:
+    """Leave space for a suffix: names as long as file systems allow are replaced by a digest."""
     encoded = os.fsencode(name)
     return name if len(encoded) <= 200 else hashlib.sha256(encoded).hexdigest()
 
 
 @contextmanager
-def _telling(path: Path, target: Path) -> Iterator[None]:
-    """Says of errors in writing a file which one it is, by the name it was given, and what to do."""
+def _write_errors(path: Path, target: Path) -> Iterator[None]:
+    """Turn errors in writing a file into a WriteError with the name that the user gave."""
     try:
         yield
     except WriteError:
@@ -336,25 +324,20 @@ def _telling(path: Path, target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         known = getattr(error, "filename", None)
         if known is not None and Path(known).parent.absolute() != target.parent.absolute():
-            raise  # of another file, which is read meanwhile
+            raise  # about another file that the block reads
         raise WriteError(path, error) from error
 
 
 def check_name(path: Path) -> None:
-    """Refuses to write a trained detector under a name by which it would be taken for something else.
-
-    Raises:
-        DetectorError: The suffix is not `.safetensors`.
-    """
+    """Check the file name of a trained detector. Raises DetectorError if the suffix is not `.safetensors`."""
     if path.suffix != ".safetensors":
         raise DetectorError(f"{path}: a trained detector is a .safetensors file; name it {path.stem}.safetensors")
 
 
 def steps_of(checkpoint: Path) -> tuple[int, str] | None:
-    """The number of training steps in a checkpoint, and the same for messages; None where there is no checkpoint.
+    """Number of training steps in a checkpoint, as a number and for messages; None without a checkpoint.
 
-    Raises:
-        TrainingError: It is damaged.
+    Raises TrainingError if the checkpoint is damaged.
     """
     if not checkpoint.is_file():
         return None
@@ -368,10 +351,5 @@ def steps_of(checkpoint: Path) -> tuple[int, str] | None:
 
 
 def damaged_checkpoint(path: Path, error: Exception) -> TrainingError:
+    """Error for a checkpoint that cannot be read."""
     return TrainingError(f"{path}: the checkpoint is damaged ({error}); delete it and train again")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write_text(text, "utf-8"))

@@ -1,6 +1,6 @@
-"""Listing files below a folder: which names are passed over, and how links to folders are followed.
+"""Listing of files below a folder: ignored names, and links to folders.
 
-The same rule holds for data sets, `unflaw predict`, `unflaw watch` and, on the file systems of fsspec, for Ray.
+Data sets, `unflaw predict`, `unflaw watch` and, on fsspec file systems, Ray follow the same rules.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from unflaw.io.words import count
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
-# What Windows, macOS, Linux and NAS devices make by themselves: recycle bins, snapshots, thumbnails. In lower case.
-# What begins with a dot is passed over anyway: .Trash-1000, .thumbnails, .@__thumb, ._001.png of AppleDouble.
+# Files and folders that Windows, macOS, Linux and NAS devices create: recycle bins, snapshots, thumbnails. In lower
+# case. Names that begin with a dot are ignored anyway: .Trash-1000, .thumbnails, .@__thumb, ._001.png of AppleDouble.
 _SYSTEM = frozenset(
     {
         *("#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "__macosx"),
@@ -34,10 +34,10 @@ class Entry(NamedTuple):
     """A file or folder in a folder.
 
     Attributes:
-        path: With the path of the folder that was listed before its name.
+        path: Path of the listed folder, joined with the name.
         folder: True for a folder, and for a link to one.
         link: True for a symbolic link; on Windows also for a junction.
-        info: What fsspec says of it; None elsewhere.
+        info: Entry of fsspec; None on the local file system.
     """
 
     path: str
@@ -51,37 +51,26 @@ Written = Callable[[str, Sequence[Entry]], Iterable[str]]
 
 
 def is_passed_over(name: str) -> bool:
-    """True for the name, without its folder, of a hidden file or folder, and of one that systems make by themselves."""
+    """Return True for the name, without folder, of a hidden file or folder or of one that systems create."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def is_image(path: str | Path) -> bool:
-    """True where the suffix is that of an image."""
+    """Return True if the suffix is that of an image."""
     return os.path.splitext(path)[1].lower() in SUFFIXES  # noqa: PTH122 - a URL is no Path
 
 
 def scan(folder: str) -> Iterator[Entry]:
-    """The files and folders in a folder of this machine; none where it cannot be read. Dead links are left out."""
+    """Iterate over a local folder, without dead links; empty if it cannot be read."""
     with suppress(PermissionError, FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
-            if link := _is_link(entry):
-                is_folder, is_file = os.path.isdir(entry.path), os.path.isfile(entry.path)  # noqa: PTH112, PTH113
-            else:
-                is_folder, is_file = entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False)
+            status = entry.stat(follow_symlinks=False) if os.name == "nt" else None
+            link = entry.is_symlink() or bool(getattr(status, "st_reparse_tag", 0))  # a junction
+            # os.path returns False for links in a loop, where DirEntry raises
+            is_folder = os.path.isdir(entry.path) if link else entry.is_dir(follow_symlinks=False)  # noqa: PTH112
+            is_file = os.path.isfile(entry.path) if link else entry.is_file(follow_symlinks=False)  # noqa: PTH113
             if is_folder or is_file:
                 yield Entry(entry.path, is_folder, link)
-
-
-def _is_link(entry: os.DirEntry[str]) -> bool:
-    """True for symbolic links and, on Windows, for junctions."""
-    return entry.is_symlink() or (
-        os.name == "nt" and bool(getattr(entry.stat(follow_symlinks=False), "st_reparse_tag", 0))
-    )
-
-
-def _written(folder: str, entries: Sequence[Entry]) -> Iterable[str]:
-    """Folders within a folder of this machine that `unflaw watch` has sorted images into."""
-    return map(str, sorted_into(Path(folder)))
 
 
 def walk(
@@ -90,21 +79,21 @@ def walk(
     identify: Callable[[str], str] = os.path.realpath,
     passed_over: list[Entry] | None = None,
     skip: Callable[[str], bool] = is_passed_over,
-    written: Written = _written,
+    written: Written = lambda folder, _: map(str, sorted_into(Path(folder))),
 ) -> Iterator[Entry]:
-    """The files below a folder, at any depth, in the order of their paths; those behind links to folders come last.
+    """Iterate over the files below a folder in the order of their paths; those behind links to folders come last.
 
-    Links to folders are followed. Each folder is listed once, however many links lead to it, and by its own path where
-    it lies below the root itself; so loops end.
+    Each folder is listed once, however many links lead to it, and by its own path if it lies below the root; so loops
+    of links end.
 
     Args:
         root: The folder, which may have any name, and may be a link.
-        scan: Lists one folder.
-        identify: Gives the path at which the root, or what a link leads to, really lies.
-        passed_over: Gets the entries whose names are passed over.
-        skip: True for these names.
-        written: Gives the paths below a folder, of which it gets the entries, that earlier runs of unflaw have written;
-            they are left out.
+        scan: Function that lists one folder.
+        identify: Function that resolves the root and links to real paths.
+        passed_over: List to which ignored entries are appended.
+        skip: Function that returns True for ignored names.
+        written: Function of a folder and its entries that returns paths below it which earlier runs of unflaw have
+            written; they are left out.
     """
     outputs: set[str] = set()
 
@@ -139,16 +128,9 @@ def walk(
 
 
 def visible_files(folder: str | Path, passed_over: list[Entry] | None = None) -> list[Path]:
-    """All files under a folder, sorted, but for those that `is_passed_over` says are hidden or the system's.
+    """List all files under a folder, sorted, except ignored ones; see `walk`.
 
-    Links to folders are followed, see `walk`.
-
-    Args:
-        folder: The folder.
-        passed_over: Gets the files and folders that are passed over.
-
-    Raises:
-        ImageError: There is no such folder.
+    Raises ImageError if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -158,7 +140,7 @@ def visible_files(folder: str | Path, passed_over: list[Entry] | None = None) ->
 
 
 def list_images(folder: str | Path, passed_over: list[Entry] | None = None) -> list[Path]:
-    """The `visible_files` under a folder whose suffix is that of an image, but for images that unflaw itself drew."""
+    """List the `visible_files` under a folder that are images, except those that unflaw itself drew."""
     return [f for f in visible_files(folder, passed_over) if is_image(f) and not drawn(f)]
 
 
@@ -168,16 +150,7 @@ def counted(
     identify: Callable[[str], str] = os.path.realpath,
     counts: Callable[[str], bool] = is_image,
 ) -> dict[str, int]:
-    """Counts the images in folders that were passed over, and in each folder with hidden images.
-
-    Args:
-        passed_over: As `walk` gives them.
-        scan, identify: As for `walk`.
-        counts: True for the paths of files that are counted.
-
-    Returns:
-        By the path of the folder, only those with images.
-    """
+    """Count the images, or the files for which `counts` is true, among ignored entries, by the path of their folder."""
     numbers: dict[str, int] = {}
     for entry in {entry.path: entry for entry in passed_over}.values():
         inside = walk(entry.path, scan, identify, skip=lambda _: False) if entry.folder else [entry]
@@ -188,12 +161,7 @@ def counted(
 
 
 def note(numbers: Mapping[str, int], noun: str = "image") -> list[str]:
-    """A sentence on what was passed over, or none where that is nothing.
-
-    Args:
-        numbers: How many, by the name of the folder.
-        noun: Of what is counted.
-    """
+    """Describe ignored files in a sentence, from their numbers by folder; empty if there are none."""
     if not numbers:
         return []
     places = ", ".join(f"{place} ({number})" for place, number in sorted(numbers.items())[:3])

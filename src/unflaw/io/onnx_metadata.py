@@ -1,16 +1,16 @@
-"""What an ONNX file says of itself, and whether it may be run: read by its wire format alone, so that nothing is run.
+"""Metadata and safety checks of ONNX files, read from the wire format alone.
 
-Refused is what an exported detector never has: tensors in other files, whose paths could point anywhere, operators that
-are not ONNX's own, and functions. Field numbers are those of onnx.proto.
+Exported detectors never have tensors in other files, whose paths could point anywhere, operators outside of ONNX, or
+functions; such files are refused. Field numbers are those of onnx.proto.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-DEEPEST = 32  # messages inside of each other; an exported detector has 6
+DEEPEST = 32  # nested messages; an exported detector has 6
 
-# The messages that are looked into: {field: message}.
+# Nested messages that are read: {field: message}
 _INSIDE: dict[str, dict[int, str]] = {
     "model": {7: "graph", 14: "entry"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
@@ -26,18 +26,13 @@ _REFUSED: dict[tuple[str, int], str] = {
 
 
 def read_properties(data: bytes) -> dict[str, str]:
-    """`metadata_props` of an ONNX model.
-
-    Raises:
-        ValueError: Not an ONNX model, or one that may not be run.
-    """
+    """Read `metadata_props` of an ONNX model. Raises ValueError for other data, and for a model that is refused."""
     properties: dict[str, str] = {}
     graphs = 0
     for message, field, value in _walk(memoryview(data), "model", 0):
-        if (message, field) in _REFUSED:
-            raise ValueError(f"holds {_REFUSED[message, field]}, which no exported detector has")
-        if (message, field) == ("tensor", 14) and value != 0:
-            raise ValueError("holds tensors in other files, which no exported detector has")
+        if (message, field) in _REFUSED or ((message, field) == ("tensor", 14) and value != 0):
+            what = _REFUSED.get((message, field), "tensors in other files")
+            raise ValueError(f"holds {what}, which no exported detector has")
         if (message, field) == ("node", 7) and isinstance(value, memoryview) and bytes(value) not in (b"", b"ai.onnx"):
             raise ValueError(f"holds operators of {bytes(value).decode(errors='replace')}, not ONNX's own")
         if (message, field) == ("model", 14) and isinstance(value, memoryview):
@@ -50,7 +45,7 @@ def read_properties(data: bytes) -> dict[str, str]:
 
 
 def _walk(data: memoryview, message: str, depth: int) -> Iterator[tuple[str, int, int | memoryview]]:
-    """Every field of a message and of those inside it."""
+    """Iterate over the fields of a message and of its nested messages."""
     if depth > DEEPEST:
         raise ValueError("is nested too deep")
     inside = _INSIDE.get(message, {})
@@ -61,21 +56,20 @@ def _walk(data: memoryview, message: str, depth: int) -> Iterator[tuple[str, int
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of each field of a message: a number, or the bytes of what has a length."""
+    """Iterate over (field number, value) of a message; a value is a number or bytes."""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
-        wire, value = key & 7, 0
+        wire = key & 7
+        if wire not in (0, 1, 2, 5):
+            raise ValueError("is damaged, or no ONNX model")
         if wire == 0:
             value, place = _varint(data, place)
             yield key >> 3, value
             continue
+        size = 8 if wire == 1 else 4
         if wire == 2:
             size, place = _varint(data, place)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise ValueError("is damaged, or no ONNX model")
         if place + size > len(data):
             raise ValueError("ends too early")
         place += size

@@ -1,4 +1,4 @@
-"""Work that flows: progress, batches, and reading ahead in threads. No torch."""
+"""Progress callbacks, batches, and reading ahead in threads. No torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Progress = Callable[[str, int, int, float | None], None]  # stage, done, total, 
 
 
 def silent(stage: str, done: int, total: int, loss: float | None = None) -> None:
-    """Progress that nobody watches."""
+    """No-op progress callback."""
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 2, depth: int = 8) -> Iterator[R]:
-    """`map` in threads that stays at most `depth` items ahead of the consumer, in order."""
+    """Like `map`, in order, in threads that are at most `depth` items ahead of the consumer."""
     with ThreadPoolExecutor(workers) as pool:
         iterator = iter(items)
         waiting = [pool.submit(function, item) for item in islice(iterator, depth)]
@@ -26,13 +26,13 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 2, dept
                 result = waiting.pop(0).result()
                 waiting += [pool.submit(function, item) for item in islice(iterator, 1)]
                 yield result
-        finally:  # after Ctrl-C nobody wants the rest
+        finally:  # after Ctrl-C
             for future in waiting:
                 future.cancel()
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter."""
+    """Iterate over lists of `size` items; the last one may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

@@ -1,16 +1,13 @@
-"""What an inspection returns: plain data without torch, the same from a trained detector and an exported one."""
+"""Results of an inspection: plain data without torch, equal for trained and exported detectors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from unflaw.io.brief import brief
-
-if TYPE_CHECKING:
-    pass
 
 Verdict = Literal["good", "review", "defect"]
 
@@ -25,7 +22,7 @@ class Region:
         area: Pixels of the original image.
         peak: Largest map value inside.
         uncertainty: Mean of the uncertainty map inside; None where the method does not estimate one.
-        contour: Corners (x, y) of the polygon around it, in pixels of the original image.
+        contour: Corners (x, y) of its outline, in pixels of the original image.
     """
 
     box: tuple[int, int, int, int]
@@ -35,7 +32,7 @@ class Region:
     contour: tuple[tuple[float, float], ...] = ()
 
     def to_json(self, contour: bool = False) -> dict[str, Any]:
-        """What is known, as JSON; the contour where it is asked for."""
+        """Return the region as JSON, with its contour on request."""
         found: dict[str, Any] = {"box": list(self.box), "area": self.area, "peak": self.peak}
         if self.uncertainty is not None:
             found["uncertainty"] = self.uncertainty
@@ -45,31 +42,31 @@ class Region:
 @brief
 @dataclass(frozen=True)
 class Result:
-    """The inspection of one image. All maps are (h, w) float32 on the prepared canvas (see `Preparation`).
+    """Result for one image. All maps are (h, w) float32 on the canvas (see `Preparation`).
 
-    h and w are the size of the canvas; of an image in tiles what it needs, up to `layout.MAP_PIXELS` in all.
+    With tiles, h and w depend on the image, up to `tiling.MAP_PIXELS` in all.
 
     Attributes:
-        score: Image score, raw and unbounded; comparable between images of one detector only.
+        score: Raw image score, unbounded; comparable only between images of one detector.
         p_value: Share of held-out good images that score at least as high, in (0, 1]: `(1 + #{s_i >= s}) / (n + 1)`.
-        verdict: "defect" where the score exceeds the threshold calibrated for the stated false-alarm rate; "review"
-            where the evidence is ambiguous (see `Calibration.verdict`); else "good".
+        verdict: "defect" if the score exceeds the threshold calibrated for the stated false-alarm rate; "review" if the
+            result is ambiguous (see `Calibration.verdict`); else "good".
         map: Anomaly map, raw values.
         regions: Areas above the pixel threshold, largest peak first.
-        image: (h, w, 3) uint8, the image as the detector saw it.
-        valid: `(x0, y0, x1, y1)`, the part of the canvas which the image covers; the rest is padding.
-        layers: The method's own images by name. Maps in [0, 1] such as "mean", "uncertainty" and "mask" (URA-Net's
-            U, V and M_final); "restored" is (h, w, 3) uint8. Empty where the method has none.
-        path: Where the image came from, if from a file.
-        drift: p-value, in (0, 1], of the image as a whole being like those learned from (see `drift.Reference`);
-            small where camera, light, focus or product have changed. None where the detector remembers none.
-        described: What `drift.describe` says of the image, (D,).
-        counted: (h, w) bool, what counts of the map; None where that is all of `valid`.
-        size: (width, height) of the original image; (0, 0) where it is not known, and there are no regions.
-        crop: `(x0, y0, x1, y1)`, what `valid` shows of the original image, in its pixels: all of it, or the region of
-            interest.
-        p_estimated: Where the calibration has a tail: an estimate of the share of good images that score higher,
-            which goes below what `p_value` can reach.
+        image: (h, w, 3) uint8, the prepared image.
+        valid: `(x0, y0, x1, y1)`, the part of the canvas that the image fills; the rest is padding.
+        layers: Images of the method by name: maps in [0, 1] such as "mean", "uncertainty" and "mask" (URA-Net's U, V
+            and M_final); "restored" is (h, w, 3) uint8.
+        path: Path of the image, if it is a file.
+        drift: p-value, in (0, 1], of the whole image resembling the training images (see `drift.Reference`); small if
+            camera, light, focus or product have changed. None if the detector has no reference.
+        described: `statistics.describe` of the image, (D,).
+        counted: Region of interest on the map, (h, w) bool; None: all of `valid`.
+        size: (width, height) of the original image; (0, 0) if unknown, and there are no regions then.
+        crop: `(x0, y0, x1, y1)`, the part of the original image that `valid` shows, in its pixels: all of it, or the
+            region of interest.
+        p_estimated: Estimated share of good images that score higher, below the smallest `p_value`; None if the
+            calibration has no tail.
     """
 
     score: float
@@ -90,11 +87,11 @@ class Result:
 
     @property
     def uncertainty(self) -> np.ndarray | None:
-        """The uncertainty map V, or None where the method does not estimate one."""
+        """The uncertainty map V, or None if the method does not estimate one."""
         return self.layers.get("uncertainty")
 
     def to_json(self, contours: bool = False) -> dict[str, Any]:
-        """One line of `results.jsonl`: numbers only, no maps; contours of regions where they are asked for."""
+        """Return a line of `results.jsonl`: numbers, no maps, with contours of regions on request."""
         estimated = {} if self.p_estimated is None else {"p_estimated": self.p_estimated}
         return {
             "path": self.path,
@@ -109,15 +106,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Scale:
-    """The fixed colour scale of every heat map of a detector, set once from held-out good images.
+    """Colour scale of all heat maps of a detector, from held-out good images.
 
-    `low` (the median value on good images) is shown as 0 and `threshold` (the pixel threshold) as 0.5, so that a good
-    part never glows, whatever its neighbours look like.
+    `low` (the median value on good images) is shown as 0 and `threshold` (the pixel threshold) as 0.5, so that good
+    images stay dark.
     """
 
     low: float
     threshold: float
 
     def __call__(self, anomaly_map: np.ndarray) -> np.ndarray:
-        """Brings raw map values to [0, 1] for display."""
+        """Scale raw map values to [0, 1] for display."""
         return np.clip(0.5 * (anomaly_map - self.low) / max(self.threshold - self.low, 1e-12), 0, 1)

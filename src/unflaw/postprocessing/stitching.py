@@ -1,4 +1,4 @@
-"""From what was found in windows to what is shown of an image: maps blended without seams. NumPy only."""
+"""Seamless blending of the maps of windows into those of an image. NumPy only."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from unflaw.imaging.tiling import TilingGeometry
 
 
 def weights(starts: list[int], size: int, step: int = 1) -> np.ndarray:
-    """The weight of each of several windows along one side, (K, n): they sum to 1 everywhere.
-
-    A raised cosine over each window, divided by the sum of those that overlap; where there is one window only, it
-    counts in full.
+    """Weights of windows along one side, (K, n), which sum to 1: raised cosines, normalized where they overlap.
 
     Args:
-        starts: Of the windows, ascending, on the canvas; multiples of `step`.
-        size: Of each window, a multiple of `step`.
-        step: Pixels of the canvas to one of the n places.
+        starts: Starts of the windows on the canvas, ascending multiples of `step`.
+        size: Size of a window, a multiple of `step`.
+        step: Pixels of the canvas per value.
     """
     rise = np.sin(np.pi * (np.arange(0, size, step) + step / 2) / size) ** 2
     placed = np.zeros((len(starts), (starts[-1] + size) // step))
@@ -28,11 +25,7 @@ def weights(starts: list[int], size: int, step: int = 1) -> np.ndarray:
 
 
 class TileStitcher:
-    """Gathers what was found in the windows of one image, window by window.
-
-    Args:
-        layout: Of the image. Its `shape` is that of all that comes out.
-    """
+    """Accumulator of the maps of the windows of one image; `layout` is its geometry."""
 
     def __init__(self, layout: TilingGeometry) -> None:
         size = layout.preparation.size
@@ -43,14 +36,15 @@ class TileStitcher:
 
     @property
     def complete(self) -> bool:
+        """True when all windows have been added."""
         return len(self.scores) == len(self.layout)
 
     def add(self, score: float, found: Mapping[str, np.ndarray]) -> None:
-        """The next window, in the order of `TilingGeometry.places`.
+        """Add the next window, in the order of `TilingGeometry.places`.
 
         Args:
-            score: Its image score.
-            found: Maps (size, size) or images (size, size, 3) by name; uint8 stays so, "mask" stays 0 and 1.
+            score: Image score of the window.
+            found: Maps (size, size) or images (size, size, 3) by name; uint8 stays uint8, "mask" stays 0 and 1.
         """
         layout, size = self.layout, self.layout.preparation.size
         (x, y), step = layout.places[len(self.scores)], layout.step
@@ -67,9 +61,9 @@ class TileStitcher:
         self.scores.append(score)
 
     def result(self) -> tuple[float, dict[str, np.ndarray]]:
-        """The score of the image, which is that of its highest window, and everything blended, by name.
+        """Return the highest score of the windows and the blended maps by name.
 
-        In the map, what does not count has its lowest value.
+        Outside a region of interest, the map "map" has its lowest value.
         """
         found = {}
         for name, values in self._blended.items():
