@@ -403,7 +403,7 @@ def test_what_is_no_image_is_named_and_not_logged(client, data, named):
 
 
 def test_forms_without_an_image_or_in_pieces(client, bad):
-    assert "image" in complaint(client.post("/inspect", files={"image": bad}), 422)
+    assert "image" in complaint(client.post("/inspect", files={"photo": bad}), 422)
     assert "detector" in complaint(client.post("/inspect", files={"image": bad}, data={"detector": "x" * 201}), 422)
     broken = client.post("/inspect", content=b"--x", headers={"content-type": "multipart/form-data"})
     assert complaint(broken, 400)

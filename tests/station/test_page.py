@@ -20,6 +20,7 @@ from playwright.sync_api import expect, sync_playwright
 from tests.conftest import textured
 
 import unflaw
+from unflaw.station import service
 from unflaw.station.app import create_app
 from unflaw.station.detectors import load_all
 from unflaw.station.log import Filter, Log
@@ -446,8 +447,8 @@ def test_a_busy_station_is_waited_for(site, visit, bad, monkeypatch):
             raise Busy
 
     with monkeypatch.context() as patched:
-        whole = __import__("unflaw.station.app", fromlist=["Slot"]).Slot
-        patched.setattr("unflaw.station.app.Slot", lambda station: full(station) or whole(station))
+        whole = service.Slot
+        patched.setattr(service, "Slot", lambda station: full(station) or whole(station))
         page.set_input_files("#files", [bad])
         expect(page.locator("#verdict")).to_contain_text("busy")
         expect(page.locator("#verdict")).to_have_class("defect")

@@ -62,7 +62,7 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, scale: Scale, opacity: f
     return (image * (1 - alpha) + heat_map(anomaly_map, scale) * alpha).round().astype(np.uint8)
 
 
-def veil(anomaly_map: np.ndarray, scale: Scale, opacity: float = 0.75) -> np.ndarray:
+def heat_overlay(anomaly_map: np.ndarray, scale: Scale, opacity: float = 0.75) -> np.ndarray:
     """What `overlay` lays over an image, as (H, W, 4) uint8: colours and their opacity."""
     alpha = (255 * _opacity(anomaly_map, scale, opacity)).round().astype(np.uint8)
     return np.concatenate([heat_map(anomaly_map, scale), alpha], axis=-1)
