@@ -106,14 +106,14 @@ def templates() -> Environment:
 
     loader, strict = PackageLoader("unflaw", "report"), StrictUndefined
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict)
-    environment.filters["number"] = _number
+    environment.filters |= {"number": _number, "label": label, "outcome": _outcome}
     return environment
 
 
 def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
     """Return the variables of the template for one category."""
     metrics, curves = evaluation.metrics, evaluation.curves
-    rows = [row | {"outcome": _outcome(row["label"], row["verdict"])} for row in evaluation.rows]
+    rows = [row | {"outcome": _outcome(row["verdict"], row["label"])} for row in evaluation.rows]
     per_defect = (metrics.get("per_defect") or {}).values()
     return {
         "name": name,
@@ -123,16 +123,10 @@ def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
         "scores": _histogram(rows, metrics.get("threshold"), metrics.get("review_threshold")) if rows else None,
         "curves": [(_points(*curves[name], about[-1]), *about) for name, about in _CURVES.items() if name in curves],
         "cards": [
-            {
-                "result": inspected.result,
-                "name": label(inspected.result),
-                "defect": inspected.defect,
-                "outcome": _outcome(inspected.label, inspected.result.verdict),
-                "images": {
-                    caption: _data_uri(pixels)
-                    for caption, pixels in views(inspected.result, scale, inspected.mask).items()
-                },
-            }
+            (
+                inspected,
+                {name: _data_uri(pixels) for name, pixels in views(inspected.result, scale, inspected.mask).items()},
+            )
             for inspected in evaluation.shown
         ],
         "scale": scale,
@@ -142,12 +136,12 @@ def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
     }
 
 
-def _outcome(label: int, verdict: str) -> str:
+def _outcome(verdict: str, defective: int) -> str:
     """Compare a verdict with the label: "correct", "review", "missed" or "false alarm"."""
     if verdict == "review":
         return verdict
-    mistake = "missed" if label else "false alarm"
-    return "correct" if (verdict == "defect") == bool(label) else mistake
+    mistake = "missed" if defective else "false alarm"
+    return "correct" if (verdict == "defect") == bool(defective) else mistake
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -93,13 +93,9 @@ class Served:
             detector=self.name,
             detector_digest=digest,
             category=category,
-            score=line["score"],
-            p_value=line["p_value"],
-            p_estimated=line.get("p_estimated"),
             threshold=detector.calibrations[category].threshold,
-            verdict=line["verdict"],
-            regions=line["regions"],
             sampled=random.random() < sample,
+            **{key: line.get(key) for key in ("score", "p_value", "p_estimated", "verdict", "regions")},
         )
         return entry, result
 

@@ -12,30 +12,10 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Connection,
-    DateTime,
-    Dialect,
-    Double,
-    Engine,
-    Index,
-    Integer,
-    Select,
-    String,
-    UniqueConstraint,
-    create_engine,
-    delete,
-    event,
-    func,
-    make_url,
-    select,
-    text,
-)
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.types import TypeDecorator
@@ -48,8 +28,8 @@ _ORPHAN = 3600.0  # seconds after which an image without a record is a leftover 
 _LOCK = 0x756E666C  # advisory lock of PostgreSQL, held during migrations
 
 # SQL text, since a partial index only serves queries with literally the same condition
-_WAITING = text("decision IS NULL AND (verdict <> 'good' OR sampled)")
-_DECIDED = text("decision IS NOT NULL")
+_WAITING = sa.text("decision IS NULL AND (verdict <> 'good' OR sampled)")
+_DECIDED = sa.text("decision IS NOT NULL")
 
 
 class LogError(ValueError):
@@ -59,13 +39,13 @@ class LogError(ValueError):
 class _UTC(TypeDecorator[datetime]):
     """Times with their time zone, which SQLite would drop."""
 
-    impl = DateTime(timezone=True)
+    impl = sa.DateTime(timezone=True)
     cache_ok = True
 
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         return value and value.astimezone(timezone.utc)
 
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         return value and (value.astimezone(timezone.utc) if value.tzinfo else value.replace(tzinfo=timezone.utc))
 
 
@@ -86,36 +66,38 @@ class Entry(Base):
 
     __tablename__ = "inspections"
     __table_args__ = (
-        UniqueConstraint("source", "digest", name="uq_inspections_source"),
-        Index("ix_inspections_waiting", "id", sqlite_where=_WAITING, postgresql_where=_WAITING),
-        Index(
+        sa.UniqueConstraint("source", "digest", name="uq_inspections_source"),
+        sa.Index("ix_inspections_waiting", "id", sqlite_where=_WAITING, postgresql_where=_WAITING),
+        sa.Index(
             "ix_inspections_decided",
-            *("detector", "category", "decision"),
+            "detector",
+            "category",
+            "decision",
             sqlite_where=_DECIDED,
             postgresql_where=_DECIDED,
         ),
         {"sqlite_autoincrement": True},
     )
 
-    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    id: Mapped[int] = mapped_column(sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True)
     time: Mapped[datetime] = mapped_column(_UTC, index=True)
     name: Mapped[str]
-    digest: Mapped[str] = mapped_column(String(64), index=True)
-    size: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(sa.String(64), index=True)
+    size: Mapped[int] = mapped_column(sa.BigInteger)
     width: Mapped[int]
     height: Mapped[int]
     source: Mapped[str | None]
     detector: Mapped[str]
-    detector_digest: Mapped[str] = mapped_column(String(64))
+    detector_digest: Mapped[str] = mapped_column(sa.String(64))
     category: Mapped[str]
-    score: Mapped[float] = mapped_column(Double)
-    p_value: Mapped[float] = mapped_column(Double)
-    p_estimated: Mapped[float | None] = mapped_column(Double)
-    threshold: Mapped[float] = mapped_column(Double)
-    verdict: Mapped[str] = mapped_column(String(16), index=True)
-    regions: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    score: Mapped[float] = mapped_column(sa.Double)
+    p_value: Mapped[float] = mapped_column(sa.Double)
+    p_estimated: Mapped[float | None] = mapped_column(sa.Double)
+    threshold: Mapped[float] = mapped_column(sa.Double)
+    verdict: Mapped[str] = mapped_column(sa.String(16), index=True)
+    regions: Mapped[list[dict[str, Any]]] = mapped_column(sa.JSON)
     sampled: Mapped[bool]
-    decision: Mapped[str | None] = mapped_column(String(16))
+    decision: Mapped[str | None] = mapped_column(sa.String(16))
     decided_by: Mapped[str | None]
     decided_at: Mapped[datetime | None] = mapped_column(_UTC)
 
@@ -148,7 +130,7 @@ class Filter:
     decision: str | None = None
     sampled: bool | None = None
 
-    def apply(self, query: Select[Any]) -> Select[Any]:
+    def apply(self, query: sa.Select[Any]) -> sa.Select[Any]:
         """Add the conditions to a query for entries."""
         columns = ("verdict", "detector", "category", "decision", "sampled")
         query = query.where(*(getattr(Entry, c) == getattr(self, c) for c in columns if getattr(self, c) is not None))
@@ -218,29 +200,23 @@ class Log:
     def of_source(self, source: str, digest: str) -> Entry | None:
         """Return the inspection of a watched file with this content."""
         with self._session() as session:
-            return session.scalar(select(Entry).where(Entry.source == source, Entry.digest == digest))
+            return session.scalar(sa.select(Entry).where(Entry.source == source, Entry.digest == digest))
 
     def find(self, wanted: Filter, *, before: int | None = None, limit: int = 50) -> Sequence[Entry]:
         """Return a page of inspections, newest first, with ids below `before`."""
-        query = wanted.apply(select(Entry)).order_by(Entry.id.desc()).limit(limit)
+        query = wanted.apply(sa.select(Entry)).order_by(Entry.id.desc()).limit(limit)
         with self._session() as session:
             return session.scalars(query if before is None else query.where(Entry.id < before)).all()
 
     def count(self, wanted: Filter) -> int:
         with self._session() as session:
-            return session.scalar(wanted.apply(select(func.count(Entry.id)))) or 0
+            return session.scalar(wanted.apply(sa.select(sa.func.count(Entry.id)))) or 0
 
     def stream(self, wanted: Filter, batch: int = 5000) -> Iterator[Sequence[Entry]]:
         """Yield all inspections, oldest first, in batches, so that memory does not grow with the log."""
-        last = 0
+        query = wanted.apply(sa.select(Entry)).order_by(Entry.id).execution_options(yield_per=batch)
         with self._session() as session:
-            while True:
-                query = wanted.apply(select(Entry)).where(Entry.id > last).order_by(Entry.id).limit(batch)
-                if not (found := session.scalars(query).all()):
-                    return
-                yield found
-                last = found[-1].id
-                session.expunge_all()
+            yield from session.scalars(query).partitions()
 
     def decide(self, number: int, decision: str | None, by: str) -> Entry | None:
         """Record a decision; None withdraws an earlier one. Return None if there is no such inspection."""
@@ -274,25 +250,25 @@ class Log:
         kept, gone = [], []  # (last record, bytes, time of change, path)
         # the pattern also finds the hidden parts of files that a killed process was writing
         for files in batched(() if self.images is None else self.images.glob("[0-9a-f][0-9a-f]/*"), 500):
-            query = select(Entry.digest, func.max(Entry.id)).group_by(Entry.digest)
+            query = sa.select(Entry.digest, sa.func.max(Entry.id)).group_by(Entry.digest)
             with self.engine.connect() as connection:
                 found = connection.execute(query.where(Entry.digest.in_([file.name for file in files])))
                 newest = {digest: last for digest, last in found}
             for path in files:
-                try:
+                with suppress(FileNotFoundError):
                     status = path.stat()
-                except FileNotFoundError:
-                    continue
-                if path.name in newest:
-                    kept.append((newest[path.name], status.st_size, status.st_mtime, path))
-                elif time.time() - status.st_mtime > _ORPHAN:
-                    gone.append((0, status.st_size, status.st_mtime, path))
-        total = sum(size for _, size, *_ in kept)
-        for item in sorted(kept):
-            if image_bytes is None or total <= image_bytes:
-                break
-            gone.append(item)
-            total -= item[1]
+                    file = newest.get(path.name, 0), status.st_size, status.st_mtime, path
+                    if path.name in newest:
+                        kept.append(file)
+                    elif time.time() - status.st_mtime > _ORPHAN:
+                        gone.append(file)
+        if image_bytes is not None:
+            excess = sum(size for _, size, *_ in kept) - image_bytes
+            for file in sorted(kept):
+                if excess <= 0:
+                    break
+                gone.append(file)
+                excess -= file[1]
         removed = []
         for _, size, changed, path in gone:
             with suppress(FileNotFoundError):
@@ -305,18 +281,18 @@ class Log:
         """Remove records older than `age`; return their number."""
         now = datetime.now(timezone.utc)
         cutoff = now - age
-        young = select(func.min(Entry.id)).where(Entry.time >= cutoff, Entry.time <= now)
-        old = select(func.max(Entry.id)).where(Entry.time < cutoff)
+        young = sa.select(sa.func.min(Entry.id)).where(Entry.time >= cutoff, Entry.time <= now)
+        old = sa.select(sa.func.max(Entry.id)).where(Entry.time < cutoff)
         with self.engine.connect().execution_options(immediate=True) as connection, connection.begin():
             if (first := connection.scalar(young)) is not None:
                 old = old.where(Entry.id < first)
             last = connection.scalar(old)
-            return 0 if last is None else connection.execute(delete(Entry).where(Entry.id <= last)).rowcount
+            return 0 if last is None else connection.execute(sa.delete(Entry).where(Entry.id <= last)).rowcount
 
     def ping(self) -> None:
         """Query the database; SQLAlchemyError if it does not answer."""
         with self.engine.connect() as connection:
-            connection.execute(select(1))
+            connection.execute(sa.select(1))
 
     def close(self) -> None:
         self.engine.dispose()
@@ -343,15 +319,15 @@ def legible(name: str) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
 
 
-def _engine(url: str) -> Engine:
+def _engine(url: str) -> sa.Engine:
     try:
-        parsed = make_url(url)
+        parsed = sa.make_url(url)
     except ArgumentError as error:
         raise LogError(f"{url}: not a database URL such as sqlite:///log.db or postgresql://host/name") from error
     kind = parsed.get_backend_name()
     if kind == "postgresql":
         try:
-            return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+            return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
         except ImportError as error:
             raise ImportError("PostgreSQL needs psycopg; install it with: pip install 'unflaw[postgres]'") from error
     if kind != "sqlite":
@@ -363,30 +339,30 @@ def _engine(url: str) -> Engine:
     if not parsed.database.startswith("file:"):
         with suppress(OSError):  # SQLite will report it
             file.touch(exist_ok=False)  # with the rights of the umask; SQLite would not let a group write
-    engine = create_engine(parsed, connect_args={"timeout": BUSY})
+    engine = sa.create_engine(parsed, connect_args={"timeout": BUSY})
 
-    @event.listens_for(engine, "connect")
+    @sa.event.listens_for(engine, "connect")
     def _connect(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # else the driver begins transactions late, and ends them for CREATE TABLE
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # commits survive a power failure
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
         immediate = connection.get_execution_options().get("immediate")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
     return engine
 
 
-def _migrate(engine: Engine) -> None:
+def _migrate(engine: sa.Engine) -> None:
     """Migrate the tables in one transaction; other processes wait."""
     config = Config()
     config.set_main_option("script_location", "unflaw.station:migrations")
     config.set_main_option("path_separator", "os")
     with engine.connect().execution_options(immediate=True) as connection, connection.begin():
         if engine.dialect.name == "postgresql":
-            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
         config.attributes["connection"] = connection
         try:
             command.upgrade(config, "head")
