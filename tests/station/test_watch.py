@@ -393,7 +393,7 @@ def test_a_name_as_long_as_names_may_be_is_filed_however_often_it_comes(place, p
 
 
 def test_nothing_is_removed_that_is_not_filed(place, good):
-    """Whatever stands where an image should go."""
+    """The target may hold a folder, or files with other content."""
     (place.out / "good/a.png").mkdir(parents=True)
     (place.folder / "a.png").write_bytes(good)
     assert place.watcher().look() == 0 and place.filed() == [f"good/a-{sha256(good)[:16]}.png"]

@@ -76,10 +76,10 @@ async def _station(request: Request) -> Station:
 
 Serving = Annotated[Station, Depends(_station)]
 Id = Annotated[schemas.Number, Path(description="Number of an inspection.")]
-inspections = APIRouter(tags=["inspections"])
-images = APIRouter(tags=["images"], responses=_problems(404, 422, 429, 503))
-state = APIRouter(tags=["station"])
-public = APIRouter()
+inspection_routes = APIRouter(tags=["inspections"])
+image_routes = APIRouter(tags=["images"], responses=_problems(404, 422, 429, 503))
+state_routes = APIRouter(tags=["station"])
+public_routes = APIRouter()
 
 
 def create_app(
@@ -138,9 +138,9 @@ def create_app(
     app.state.station = station
     # documents that a token is needed; `Guard` checks it
     bearer = [Depends(HTTPBearer(auto_error=False, description="The station's token."))] if token else []
-    for router in (inspections, images, state):
+    for router in (inspection_routes, image_routes, state_routes):
         app.include_router(router, dependencies=bearer, responses=_problems(401) if token else {})
-    app.include_router(public)
+    app.include_router(public_routes)
     app.mount("/page", _PAGE)
     first = root_path[1:].partition("/")[0]
     if first and first in {"page", "openapi.json", *(path.split("/")[1] for path in app.openapi()["paths"])}:
@@ -148,7 +148,7 @@ def create_app(
     return app
 
 
-@inspections.post(
+@inspection_routes.post(
     "/inspect",
     response_model=schemas.Inspection,
     responses=_problems(400, 404, 413, 422, 429, 503),
@@ -166,7 +166,7 @@ async def inspect(request: Request, station: Serving, options: Annotated[schemas
     return await station.within_limits(work)
 
 
-@inspections.get("/inspections", response_model=schemas.History, responses=_problems(422, 503))
+@inspection_routes.get("/inspections", response_model=schemas.History, responses=_problems(422, 503))
 async def history(station: Serving, query: Annotated[schemas.HistoryQuery, Query()]) -> dict[str, Any]:
     """List inspections, newest first."""
     wanted = Filter(**query.model_dump(exclude={"before", "limit"}))
@@ -174,13 +174,13 @@ async def history(station: Serving, query: Annotated[schemas.HistoryQuery, Query
     return {"items": found, "next": found[-1].id if len(found) == query.limit else None}
 
 
-@inspections.get("/inspections/{id}", response_model=schemas.Inspection, responses=_problems(404, 422, 503))
+@inspection_routes.get("/inspections/{id}", response_model=schemas.Inspection, responses=_problems(404, 422, 503))
 async def inspection(station: Serving, id: Id) -> Entry:
     """Get one inspection."""
     return await station.entry(id)
 
 
-@inspections.put(
+@inspection_routes.put(
     "/inspections/{id}/review", response_model=schemas.Inspection, responses=_problems(400, 404, 413, 422, 503)
 )
 async def review(station: Serving, id: Id, review: schemas.Review) -> Entry:
@@ -188,14 +188,14 @@ async def review(station: Serving, id: Id, review: schemas.Review) -> Entry:
     return await station.decide(id, review.decision, legible(review.by))
 
 
-@images.get("/inspections/{id}/images", response_model=schemas.Images)
-async def list_images(station: Serving, id: Id) -> dict[str, Any]:
+@image_routes.get("/inspections/{id}/images", response_model=schemas.Images)
+async def images(station: Serving, id: Id) -> dict[str, Any]:
     """List the images of an inspection. A kept image may be inspected again for this."""
     _, result, _ = await station.within_limits(lambda slot: station.result(slot, id))
     return {"images": names(result), "contours": [region.contour for region in result.regions]}
 
 
-@images.get(
+@image_routes.get(
     "/inspections/{id}/images/{image}",
     response_class=Response,
     responses={200: {"content": {"image/png": {"schema": _FILE}}}},
@@ -210,11 +210,11 @@ async def image(station: Serving, id: Id, image: Annotated[str, Path(max_length=
     return Response(png, media_type="image/png")
 
 
-@state.get("/station", responses=_problems(503))
-async def station_state(station: Serving) -> schemas.StationState:
+@state_routes.get("/station", responses=_problems(503))
+async def state(station: Serving) -> schemas.StationState:
     """Describe the detectors and the limits of the station."""
     return schemas.StationState(
-        detectors=[await station.read(partial(_state, served)) for served in station.detectors.values()],
+        detectors=[await station.read(partial(_detector_state, served)) for served in station.detectors.values()],
         keeps_images=station.log.images is not None,
         waiting=await station.read(lambda log: log.count(Filter(waiting=True))),
         sample=station.limits.sample,
@@ -223,7 +223,7 @@ async def station_state(station: Serving) -> schemas.StationState:
     )
 
 
-@state.post("/detectors/{name}/calibrate", responses=_problems(400, 404, 409, 413, 422, 503))
+@state_routes.post("/detectors/{name}/calibrate", responses=_problems(400, 404, 409, 413, 422, 503))
 async def calibrate(
     station: Serving, name: Annotated[str, Path(max_length=200)], options: schemas.Recalibration
 ) -> schemas.RecalibrationDone:
@@ -236,7 +236,7 @@ async def calibrate(
         raise HTTPException(409, str(error)) from error
 
 
-@state.get(
+@state_routes.get(
     "/metrics",
     response_class=Response,
     responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
@@ -246,7 +246,7 @@ async def metrics(station: Serving) -> Response:
     return Response(station.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-@public.get("/health", tags=["station"], responses=_problems(503))
+@public_routes.get("/health", tags=["station"], responses=_problems(503))
 async def health(station: Serving) -> schemas.Health:
     """Check that the station answers and that its log can be read. Needs no token."""
     await station.read(lambda log: log.ping())
@@ -256,7 +256,7 @@ async def health(station: Serving) -> schemas.Health:
 _PAGE = StaticFiles(packages=[("unflaw.station", "page")])
 
 
-@public.get("/", include_in_schema=False)
+@public_routes.get("/", include_in_schema=False)
 async def index() -> FileResponse:
     return FileResponse(_PAGE.lookup_path("index.html")[0], headers={"cache-control": "no-cache"})
 
@@ -281,7 +281,7 @@ async def _read_image(request: Request, options: schemas.Options, limit: int) ->
     return data, options
 
 
-def _state(served: Served, log: Log) -> schemas.DetectorState:
+def _detector_state(served: Served, log: Log) -> schemas.DetectorState:
     def decided(category: str, decision: str, sampled: bool | None = None) -> int:
         return log.count(Filter(detector=served.name, category=category, decision=decision, sampled=sampled))
 

@@ -51,8 +51,8 @@ class _File:
 class Watcher:
     """Inspect the images that arrive in a folder, and file them by verdict.
 
-    The log knows an image by path and content, and an image is filed after it is logged. So neither a restart, a crash
-    nor a second watcher leads to a second inspection.
+    Path and content identify an image in the log, and it is filed after it is logged. So neither a restart, a crash nor
+    a second watcher leads to a second inspection.
 
     Args:
         folder: Folder where images arrive, also in subfolders.
