@@ -76,17 +76,14 @@ def write_report(
     named = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
     scales = scale if isinstance(scale, Mapping) else dict.fromkeys(named, scale)
     sections = [_section(name, found, scales[name]) for name, found in named.items()]
-    page = (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            title=title,
-            summary=_summary([row for section in sections for row in section["rows"]]),
-            notes=notes,
-            meanings={name: _METRICS[name] for name in defined(section["metrics"] for section in sections)},
-            sections=sections,
-            mean=mean_metrics(named),
-        )
+    template = templates().get_template("report.html.j2")
+    page = template.render(
+        title=title,
+        summary=_summary([row for section in sections for row in section["rows"]]),
+        notes=notes,
+        meanings={name: _METRICS[name] for name in defined(section["metrics"] for section in sections)},
+        sections=sections,
+        mean=mean_metrics(named),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # file names may not be valid UTF-8
@@ -106,7 +103,7 @@ def templates() -> Environment:
 
     loader, strict = PackageLoader("unflaw", "report"), StrictUndefined
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict)
-    environment.filters |= {"number": _number, "label": label, "outcome": _outcome}
+    environment.filters |= {"number": _number, "data_uri": _data_uri, "label": label, "outcome": _outcome}
     return environment
 
 
@@ -122,15 +119,9 @@ def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
         "defect_columns": list(dict.fromkeys(column for values in per_defect for column in values)),
         "scores": _histogram(rows, metrics.get("threshold"), metrics.get("review_threshold")) if rows else None,
         "curves": [(_points(*curves[name], about[-1]), *about) for name, about in _CURVES.items() if name in curves],
-        "cards": [
-            (
-                inspected,
-                {name: _data_uri(pixels) for name, pixels in views(inspected.result, scale, inspected.mask).items()},
-            )
-            for inspected in evaluation.shown
-        ],
+        "cards": [(shown, views(shown.result, scale, shown.mask)) for shown in evaluation.shown],
         "scale": scale,
-        "colour_bar": _data_uri(heat_map(np.linspace(scale.low, 2 * scale.threshold - scale.low, 256)[None], scale)),
+        "colour_bar": heat_map(np.linspace(scale.low, 2 * scale.threshold - scale.low, 256)[None], scale),
         "rows": rows,
         "skipped": evaluation.skipped,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ from unflaw.station.detectors import Served
 from unflaw.station.forms import read_form
 from unflaw.station.guard import Guard
 from unflaw.station.log import Entry, Filter, Log, legible
-from unflaw.station.service import Busy, Missing, Overdue, Slot, Station, names
+from unflaw.station.service import Slot, Station, names
 
 _PROBLEMS = {
     400: "The body cannot be parsed.",
@@ -306,13 +306,8 @@ async def _retain(log: Log, days: float | None, image_bytes: int | None, every: 
         await asyncio.sleep(every)
 
 
-def _answer(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"detail": detail}, status, headers)
-
-
-def _with_message(status: int, headers: dict[str, str] | None = None) -> Callable[[Request, Exception], JSONResponse]:
-    """Create a handler that answers with an exception's message."""
-    return lambda _, error: _answer(status, str(error), headers)
+def _answer(status: int, detail: str) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status)
 
 
 def _invalid(_: Request, error: Exception) -> JSONResponse:
@@ -327,15 +322,11 @@ def _log_failure(_: Request, error: Exception) -> JSONResponse:
     return _answer(503, f"the log cannot be written or read ({reason}), so nothing was done; fix it and try again")
 
 
-_WAIT = {"Retry-After": "1"}
 _HANDLERS: dict[Any, Any] = {
-    Busy: lambda _, error: _answer(429, "the station is busy; try again in a second", _WAIT),
     ClientDisconnect: lambda _, error: _answer(400, "the image did not arrive completely"),  # the client is gone
-    DetectorError: _with_message(404),
+    DetectorError: lambda _, error: _answer(404, str(error)),
     Exception: lambda _, error: _answer(500, "the station failed; see its output for the reason"),
-    ImageError: _with_message(422),
-    Missing: _with_message(404),
-    Overdue: _with_message(503, _WAIT),
+    ImageError: lambda _, error: _answer(422, str(error)),
     RequestValidationError: _invalid,
     SQLAlchemyError: _log_failure,
     ValidationError: _invalid,

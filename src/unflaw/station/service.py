@@ -1,4 +1,4 @@
-"""The station apart from HTTP: it inspects in threads, logs before it answers, and draws results."""
+"""Work of the station: inspection in threads, the log entry before the answer, and drawings of results."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageChops
+from starlette.exceptions import HTTPException
 
 from unflaw.imaging.reading import read
 from unflaw.postprocessing.results import Result
@@ -25,16 +26,18 @@ RECENT = 64 * 2**20  # bytes of results that are kept in memory to be drawn
 SHOWN = 1600  # maximum longer side of an image that is sent, pixels
 
 
-class Busy(Exception):
+class Busy(HTTPException):
     """The maximum number of requests is in progress."""
 
+    def __init__(self) -> None:
+        super().__init__(429, "the station is busy; try again in a second", {"Retry-After": "1"})
 
-class Missing(LookupError):
-    """There is no such detector, inspection or image. The message gives the reason."""
 
+class Missing(HTTPException):
+    """There is no such detector, inspection or image."""
 
-class Overdue(Exception):
-    """A request took longer than the limit."""
+    def __init__(self, detail: str) -> None:
+        super().__init__(404, detail)
 
 
 @dataclass(frozen=True)
@@ -112,15 +115,17 @@ class Station:
         """Do the work of a request in a slot, within the time limit.
 
         Raises:
-            Busy: No slot is free. Overdue: It took too long.
+            Busy: No slot is free. HTTPException: 503, after the time limit.
         """
         slot, seconds = Slot(self), self.limits.seconds
         try:
             return await asyncio.wait_for(work(slot), seconds)
         except asyncio.TimeoutError as error:
-            raise Overdue(
+            raise HTTPException(
+                503,
                 f"the request took longer than {seconds:g} second{'s' * (seconds != 1)} and was aborted; nothing is "
-                "logged unless it appears in the history"
+                "logged unless it appears in the history",
+                {"Retry-After": "1"},
             ) from error
         finally:
             slot.leave()
