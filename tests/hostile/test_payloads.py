@@ -36,7 +36,7 @@ class Payload:
 
 
 def as_archive(path, pickled: bytes) -> None:
-    """What torch.save writes, with a pickle of our own."""
+    """Archive as written by torch.save, with a pickle of our own."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", "3\n")
@@ -145,7 +145,7 @@ def test_tensors_that_lie_about_their_place_are_refused(material, tmp_path):
 
 
 def test_category_names_are_no_paths(material, tmp_path):
-    """Whatever the categories are called, all that `predict` writes lies in its folder."""
+    """All files of `predict` lie in its folder, for any names of categories."""
     path, out = tmp_path / "in/x.safetensors", tmp_path / "in/out"
     path.parent.mkdir()
     detector = Detector.load(material.model)

@@ -220,7 +220,7 @@ def test_a_lone_surrogate_in_a_name_is_kept_as_text(client, good):
 
 
 def test_a_body_that_does_not_come_is_given_up(material, good, tmp_path):
-    """Whole or not at all: what trickles in is ended after the seconds that the station has for a request."""
+    """A body that arrives too slowly is aborted after the time limit of a request."""
     log = Log(f"sqlite:///{tmp_path / 'log.db'}", None)
     station = Station(load_all([str(material.model)]), log, Limits(seconds=0.5, concurrency=1))
     sent = []

@@ -95,14 +95,17 @@ def test_the_log_is_pruned(store):
         (["serve", "MODEL", "--host", "0.0.0.0"], "--token-file"),
         (["serve", "MODEL", "--host", "192.168.1.7"], "--token-file"),
         (["serve", "MODEL", "--token-file", "nowhere"], "nowhere"),
-        (["serve", "MODEL", "--token-file", "short"], "16 or more letters"),
+        (["serve", "MODEL", "--token-file", "short"], "16 or more ASCII letters"),
         (["serve", "MODEL", "--tls-key", "key.pem"], "--tls-certificate"),
         (["serve", "MODEL", "--cors", "line.example"], "https://line.example"),
         (["serve", "MODEL", "--cors", "https://line.example/page"], "https://line.example:8080"),
         (["serve", "MODEL", "--store", "short"], "names a folder"),
         (["serve", "MODEL", "--root-path", "line3"], "give one such as /line3"),
         (["serve", "MODEL", "--root-path", "/station"], "choose another prefix"),
-        (["log", "export", "--store", "STORE", "--out", "log.csv", "--verdict", "bad"], "good, review, defect"),
+        (
+            ["log", "export", "--store", "STORE", "--out", "log.csv", "--verdict", "bad"],
+            "good, review, defect",
+        ),
         (["serve", "nowhere.safetensors"], "nowhere.safetensors"),
         (["serve", "MODEL", "MODEL"], "two detectors"),
         (["watch", "nowhere", "--model", "MODEL", "--out", "out"], "nowhere"),
@@ -164,7 +167,7 @@ def test_a_folder_is_watched_until_nothing_is_left(saved, parts, tmp_path):
     assert "square-000.png: defect, score" in done.stdout and "broken.png" in done.stderr
     assert "\\x1b[2Jescape.png: defect" in done.stdout and "not \\udcff UTF-8.png: defect" in done.stdout
     first, *_, last = done.stdout.splitlines()
-    assert f"{camera}: watched every 0.01 s until no image is waited for, with {saved}; images are moved to" in first
+    assert f"{camera}: watched every 0.01 s until no image waits, with {saved}; images are moved to" in first
     assert "10 images inspected (" in last and last.endswith("1 file unreadable, 1 file passed over")
     assert "IMG_1.HEIC is passed over" in done.stderr and [path.name for path in camera.iterdir()] == ["IMG_1.HEIC"]
     assert len(list((tmp_path / "sorted").rglob("*.png"))) == 11

@@ -1,4 +1,4 @@
-"""What a kill -9 in the middle of work leaves: nothing acknowledged is lost, nothing is inspected twice."""
+"""State after a kill -9 at work: nothing acknowledged is lost, nothing is inspected twice."""
 
 import io
 import os

@@ -340,5 +340,5 @@ def test_a_table_of_an_unknown_kind_is_refused(log, tmp_path):
 
 def test_a_file_that_is_no_database_is_said(tmp_path):
     (tmp_path / "log.db").write_text("no database " * 100)
-    with pytest.raises(LogError, match=r"log.db: is no log of unflaw, or damaged"):
+    with pytest.raises(LogError, match=r"log.db: is not a log of unflaw, or damaged"):
         Log(f"sqlite:///{tmp_path / 'log.db'}")

@@ -20,6 +20,7 @@ from playwright.sync_api import expect, sync_playwright
 from tests.conftest import textured
 
 import unflaw
+from unflaw.station import service
 from unflaw.station.app import create_app
 from unflaw.station.detectors import load_all
 from unflaw.station.log import Filter, Log
@@ -184,7 +185,7 @@ def choose(page, *files: dict) -> None:
 
 
 def shown(page, selector: str) -> np.ndarray:
-    """What the screen shows there, (H, W, 3)."""
+    """Screenshot of an element, (H, W, 3)."""
     return np.asarray(Image.open(io.BytesIO(page.locator(selector).screenshot())).convert("RGB")).astype(float)
 
 
@@ -323,9 +324,9 @@ def test_a_person_decides_with_keys(site, visit, bad):
     page.keyboard.press("d")
     expect(page.locator("#verdict")).to_contain_text(names[1])
     page.keyboard.press("ArrowLeft")
-    expect(page.locator("#decided")).to_contain_text("Good, says Ada")
+    expect(page.locator("#decided")).to_contain_text("Good, decided by Ada")
     page.keyboard.press("u")
-    expect(page.locator("#decided")).to_contain_text("Nobody")
+    expect(page.locator("#decided")).to_contain_text("No decision")
     page.get_by_role("button", name="Good G").click()
     expect(page.locator("#verdict")).to_contain_text(names[1])
     page.get_by_role("button", name="Defect D").click()
@@ -344,7 +345,7 @@ def test_decisions_become_a_new_threshold(site, visit, bad):
     page.get_by_role("button", name="Detectors").click()
     card = page.locator(".card")
     expect(card.locator(".big")).to_have_text(f"{before:.4g}".replace("-", "−"))
-    card.get_by_role("button", name="Set the threshold anew").click()
+    card.get_by_role("button", name="Recalibrate").click()
     expect(card.locator(".wrong")).to_contain_text("decide some first")
     page.get_by_role("button", name="Review").click()
     page.get_by_label("Your name").fill("Ada")
@@ -354,10 +355,10 @@ def test_decisions_become_a_new_threshold(site, visit, bad):
     expect(page.locator("#idle")).to_be_visible()
     page.get_by_role("button", name="Detectors").click()
     expect(card).to_contain_text("9 good, of which 9 drawn at random")
-    expect(card.get_by_label("only those drawn at random")).to_be_checked()
-    card.get_by_label("Also count").uncheck()
-    card.get_by_role("button", name="Set the threshold anew").click()
-    expect(card.locator(".done")).to_contain_text("by 9 good images and 0 defective images")
+    expect(card.get_by_label("only good images drawn at random")).to_be_checked()
+    card.get_by_label("Also use").uncheck()
+    card.get_by_role("button", name="Recalibrate").click()
+    expect(card.locator(".done")).to_contain_text("with 9 good images and 0 defective images")
     page.evaluate("document.activeElement.blur()")
     page.get_by_role("button", name="Detectors").click()  # asks anew, and what was said stays
     expect(card).to_contain_text("9 good images outside of training")
@@ -446,8 +447,8 @@ def test_a_busy_station_is_waited_for(site, visit, bad, monkeypatch):
             raise Busy
 
     with monkeypatch.context() as patched:
-        whole = __import__("unflaw.station.app", fromlist=["Slot"]).Slot
-        patched.setattr("unflaw.station.app.Slot", lambda station: full(station) or whole(station))
+        whole = service.Slot
+        patched.setattr(service, "Slot", lambda station: full(station) or whole(station))
         page.set_input_files("#files", [bad])
         expect(page.locator("#verdict")).to_contain_text("busy")
         expect(page.locator("#verdict")).to_have_class("defect")
@@ -476,7 +477,7 @@ def test_the_token_is_asked_for_and_remembered(site, visit, bad):
     page.keyboard.press("Enter")
     expect(page.locator("#wrong")).to_be_visible()
     page.locator("#token").fill(TOKEN)
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Continue").click()
     expect(page.locator("#login")).to_be_hidden()
     choose(page, bad)
     expect(page.locator("#verdict")).to_have_class("defect")
@@ -506,7 +507,7 @@ def test_a_station_may_be_published_under_a_path(site, visit, publish, bad, pref
     page.get_by_role("button", name="History").click()
     expect(page.locator("#rows tr")).to_have_count(1)
     page.get_by_role("button", name="Detectors").click()
-    page.locator(".card").get_by_role("button", name="Set the threshold anew").click()
+    page.locator(".card").get_by_role("button", name="Recalibrate").click()
     expect(page.locator(".card .wrong")).to_contain_text("decide some first")
     station.stop()
     page.get_by_role("button", name="History").click()

@@ -278,7 +278,7 @@ def test_first_is_said_what_is_watched_and_last_what_was_done(place, served, goo
     place.watcher().run(threading.Event(), every=0.01, once=True)
     first, *lines, last = place.said
     assert first == (
-        f"{place.folder}: watched every 0.01 s until no image is waited for, with {served.path}; images are moved to "
+        f"{place.folder}: watched every 0.01 s until no image waits, with {served.path}; images are moved to "
         f"good, defect, review and error in {place.out}"
     )
     assert len(lines) == 6
@@ -393,7 +393,7 @@ def test_a_name_as_long_as_names_may_be_is_filed_however_often_it_comes(place, p
 
 
 def test_nothing_is_removed_that_is_not_filed(place, good):
-    """Whatever stands where an image should go."""
+    """The target may hold a folder, or files with other content."""
     (place.out / "good/a.png").mkdir(parents=True)
     (place.folder / "a.png").write_bytes(good)
     assert place.watcher().look() == 0 and place.filed() == [f"good/a-{sha256(good)[:16]}.png"]
@@ -404,7 +404,7 @@ def test_nothing_is_removed_that_is_not_filed(place, good):
     (place.out / f"good/a-{sha256(good)}.png").write_bytes(b"this, too")
     (place.folder / "a.png").write_bytes(good)
     assert place.watcher().look() == 1 and (place.folder / "a.png").read_bytes() == good
-    assert "the names that it could have there are taken; rename it" in place.said[-1]
+    assert "all possible names are taken in the target folder; rename it" in place.said[-1]
 
 
 def test_an_image_is_not_removed_for_a_link_to_itself(place, good):

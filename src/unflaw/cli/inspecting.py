@@ -33,13 +33,13 @@ from unflaw.cli.common import (
 def evaluate(
     model: ModelFile,
     data: Several,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics there.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML report there.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for the metrics.")] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML file for a report.")] = None,
     category: Category = None,
 ) -> None:
-    """Measure a detector on labelled test images; of several data sets, each and the mean.
+    """Evaluate a detector on labelled test images. For several data sets, report each and the mean.
 
-    A detector of several categories takes each data set for the one that is called like it.
+    A detector with several categories uses for each data set the category of the same name.
 
     Example:  unflaw evaluate screw.safetensors --data mvtec_ad/screw --json screw.json --report screw.html
     """
@@ -55,8 +55,9 @@ def run_evaluation(
     notes: Sequence[str] = (),
 ) -> None:
     with errors():
-        for path in filter(None, (json_file, report)):
-            writable(path)
+        for path in (json_file, report):
+            if path:
+                writable(path)
         from unflaw.datasets import load_categories
         from unflaw.evaluation.evaluate import evaluate_all
         from unflaw.evaluation.results import mean_metrics
@@ -67,11 +68,11 @@ def run_evaluation(
         datasets = load_categories(data)
         report_dataset_problems(datasets)
         if category is not None and len(datasets) > 1:
-            raise ValueError("--category goes with one data set; several are taken for the categories they are called")
+            raise ValueError("--category goes with one data set; with several, each uses the category of its name")
         with progress_bars() as progress:
             found = evaluate_all(detector, datasets, category=category, progress=progress)
         report_problems(f"skipped {reason}" for evaluation in found.values() for _, reason in evaluation.skipped)
-        for name, evaluation in found.items():  # what only measuring shows
+        for name, evaluation in found.items():
             report_problems(text for text in evaluation.metrics["problems"] if text not in datasets[name].problems)
         metrics = {name: evaluation.metrics for name, evaluation in found.items()}
         mean = mean_metrics(found)
@@ -91,28 +92,31 @@ def predict(
     context: typer.Context,
     model: ModelFile,
     inputs: Annotated[list[Path] | None, typer.Argument(help="Images and folders of images.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and images.")] = None,
-    images: Annotated[bool, typer.Option("--images", help="Also write a panel for each image.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and panels.")] = None,
+    images: Annotated[bool, typer.Option("--images", help="Write a panel for each image.")] = False,
     drift_rate: Annotated[float, typer.Option(help="False-alarm rate of the drift alarm.")] = 0.01,
     category: Category = None,
     group_by: Annotated[
         str | None,
-        typer.Option(help="Images of one part: 'folder', or a regular expression whose group names it. → parts.jsonl"),
+        typer.Option(
+            help="Grouping of images into parts (parts.jsonl): 'folder', or a regular expression with a group."
+        ),
     ] = None,
     combine: Annotated[
-        str, typer.Option(help="How their p-values are combined: bonferroni, harmonic, geometric or mean.")
+        str, typer.Option(help="Combination of the p-values of a part: bonferroni, harmonic, geometric or mean.")
     ] = "bonferroni",
     fdr: Annotated[
-        float | None,
-        typer.Option(help="Mark discoveries in the whole batch at this false discovery rate, such as 0.1."),
+        float | None, typer.Option(help="False discovery rate for discoveries in the whole batch, such as 0.1.")
     ] = None,
-    coco: Annotated[Path | None, typer.Option(help="Write regions there, as COCO annotations.")] = None,
-    labelme: Annotated[bool, typer.Option("--labelme", help="Write regions to OUT/labelme, a file per image.")] = False,
+    coco: Annotated[Path | None, typer.Option(help="JSON file for the regions as COCO annotations.")] = None,
+    labelme: Annotated[
+        bool, typer.Option("--labelme", help="Write the regions to OUT/labelme, one file per image.")
+    ] = False,
     exit_code: Annotated[
         bool,
         typer.Option(
             "--exit-code",
-            help="Exit code: 4 if any is defective, else 3 if any could not be read, else 5 if any is for review.",
+            help="Exit code by result: 4 if any is defective, else 3 if any is unreadable, else 5 if any for review.",
         ),
     ] = False,
     engine: scaling.Engine = None,
@@ -125,12 +129,13 @@ def predict(
     column: scaling.Column = None,
     retry: scaling.Retry = False,
 ) -> None:
-    """Inspect images: one line of results.jsonl each, in the order given. Exit code 3 if some could not be read.
+    """Inspect images and write one line each to results.jsonl, in order. Exit code 3 if some are unreadable.
 
-    All of them together are tested for drift: a moved camera, other light, lost focus, another product (drift.json).
+    The batch as a whole is tested for drift, such as a moved camera, other light, lost focus or another product
+    (drift.json).
 
-    With --engine ray, millions of images from folders, Parquet or tar shards, by several workers, into partitions of
-    Parquet; the same command goes on after an interruption.
+    With --engine ray, several workers inspect images from folders, Parquet or tar shards and write Parquet partitions.
+    The same command continues after an interruption.
 
     Example:  unflaw predict parts.safetensors parts/new 0001.png --out results --images
 
@@ -208,7 +213,9 @@ def predict(
                     sinks=[*sinks, unread := Unread()],
                     progress=watched,
                 )
-            closed = [sink.close() for sink in sinks]  # all is written before the first word, which may find no reader
+            closed = [
+                sink.close() for sink in sinks
+            ]  # finish all files before printing: the reader of stdout may be gone
             cleared = earlier.clear()
         report_problems(f"skipped {reason}" for reason in unread.reasons)
         summary = f"{counts['good']} good, {counts['review']} for review, {counts['defect']} defective"
@@ -228,7 +235,7 @@ def predict(
 
 @app.command()
 def info(model: ModelFile) -> None:
-    """Say what a detector is, how it was trained and calibrated.
+    """Show the configuration, training and calibration of a detector.
 
     Example:  unflaw info parts.safetensors
     """
@@ -255,14 +262,14 @@ def figures(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the figures (.png).")],
     image: Annotated[
-        list[Path] | None, typer.Option(help="A test image to show, such as scratch/003.png; may be repeated.")
+        list[Path] | None, typer.Option(help="Test image to show, such as scratch/003.png; may be repeated.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many test images to choose where none are named.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of that choice and of artificial anomalies.")] = 0,
-    width: Annotated[int, typer.Option(min=600, max=10000, help="Of the figures at most, pixels.")] = 1400,
+    count: Annotated[int, typer.Option(min=1, help="Number of test images to choose if none are named.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the choice and of synthetic anomalies.")] = 0,
+    width: Annotated[int, typer.Option(min=600, max=10000, help="Maximum width of the figures in pixels.")] = 1400,
     category: Category = None,
 ) -> None:
-    """Draw how a detector works: what its method makes of test images step by step, and what it is trained on.
+    """Draw the steps of a detector's method on test images, and examples of its training data.
 
     Example:  unflaw figures parts.safetensors --data parts --out figures --image scratch/003.png
     """

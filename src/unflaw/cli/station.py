@@ -1,4 +1,4 @@
-"""Commands of the inspection station: serve, watch, and its log."""
+"""Commands of the inspection station: serve, watch and log."""
 
 from __future__ import annotations
 
@@ -23,52 +23,51 @@ Store = Annotated[Path, typer.Option(help="Folder of the log and of kept images.
 Database = Annotated[
     str | None,
     typer.Option(
-        envvar="UNFLAW_DATABASE",
-        help="URL of the log's database; by default STORE/log.db, in SQLite.",
-        show_envvar=True,
+        envvar="UNFLAW_DATABASE", help="URL of the log's database; default: SQLite in STORE/log.db.", show_envvar=True
     ),
 ]
 Keep = Annotated[
     bool, typer.Option("--keep/--no-keep", help="Keep the images in STORE/images, for review and calibration.")
 ]
 Sample = Annotated[float, typer.Option(min=0, max=1, help="Share of images drawn at random for review.")]
-Since = Annotated[datetime | None, typer.Option(help="First moment, UTC.")]
-Until = Annotated[datetime | None, typer.Option(help="First moment that is too late, UTC.")]
-_DAYS = 365_000  # a date before them can still be written
+Days = typer.Option(min=0, max=365_000, help="Maximum age of records in days; older ones are removed.")
+Gigabytes = typer.Option(min=0, max=1e9, help="Maximum size of all images in GB; the oldest are removed.")
 
 
 @app.command()
 def serve(
     models: Annotated[list[str], typer.Argument(help="Detector files, or NAME=FILE.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; all but loopback need a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any address except loopback requires a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port to listen on.")] = 8000,
     store: Store = Path("station"),
     database: Database = None,
     keep: Keep = True,
     token_file: Annotated[
-        Path | None, typer.Option(help="File with the token; UNFLAW_TOKEN in the environment does as well.")
+        Path | None, typer.Option(help="File with the token; the environment variable UNFLAW_TOKEN also sets it.")
     ] = None,
     sample: Sample = 0.05,
-    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Of an image's file.")] = 32,
-    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Of an image.")] = 50,
-    seconds: Annotated[float, typer.Option(min=0.001, help="After which a request is given up.")] = 30,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Maximum size of an image file in MB.")] = 32,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Maximum number of megapixels of an image.")] = 50,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Time limit of a request in seconds.")] = 30,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Requests worked on or waiting; further ones get 429 and come back.")
+        int, typer.Option(min=1, help="Maximum number of requests in progress or waiting; more are refused with 429.")
     ] = 16,
-    cors: Annotated[list[str] | None, typer.Option(help="Another site whose pages may ask; may be repeated.")] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Another site whose pages may use the station; may be repeated.")
+    ] = None,
     root_path: Annotated[
         str, typer.Option(help="Path under which a reverse proxy publishes the station, such as /line3.")
     ] = "",
-    retain_days: Annotated[float | None, typer.Option(min=0, max=_DAYS, help="Records older than this go.")] = None,
-    retain_gigabytes: Annotated[
-        float | None, typer.Option(min=0, max=1e9, help="The oldest images go until the rest takes no more.")
-    ] = None,
+    retain_days: Annotated[float | None, Days] = None,
+    retain_gigabytes: Annotated[float | None, Gigabytes] = None,
     tls_certificate: Annotated[
-        Path | None, typer.Option(help="PEM file; browsers give a camera to https only.")
+        Path | None, typer.Option(help="PEM file of the certificate; browsers allow the camera over https only.")
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
 ) -> None:
-    """Serve detectors over HTTP, with a page, a log, a review queue and metrics.
+    """Serve detectors over HTTP, with a web page, a log, a review queue and metrics.
 
     Example:  unflaw serve parts.safetensors --port 8000  then open http://127.0.0.1:8000
     """
@@ -84,19 +83,13 @@ def serve(
 
         token = _token(token_file)
         if token is None and not is_loopback(host):
-            raise ValueError(
-                f"on {host} others can reach the station: give it a token with --token-file or UNFLAW_TOKEN"
-            )
+            raise ValueError(f"{host} can be reached by others: set a token with --token-file or UNFLAW_TOKEN")
         if (tls_certificate is None) != (tls_key is None):
             raise ValueError("--tls-certificate and --tls-key go together: give both, or neither")
         for origin in cors or ():
-            parts = urlsplit(origin)
-            if (
-                parts.scheme not in ("http", "https")
-                or not parts.netloc
-                or origin != f"{parts.scheme}://{parts.netloc}"
-            ):
-                raise ValueError(f"--cors {origin}: name a site as browsers do, such as https://line.example:8080")
+            scheme, site, *_ = urlsplit(origin)
+            if scheme not in ("http", "https") or not site or origin != f"{scheme}://{site}":
+                raise ValueError(f"--cors {origin}: is not an origin such as https://line.example:8080")
         limits = Limits(round(max_megabytes * 1e6), round(max_megapixels * 1e6), seconds, concurrency, sample)
         station = Station(load_all(models), _log(store, database, keep), limits)
         served = create_app(
@@ -115,39 +108,39 @@ def serve(
         scheme = "https" if tls_certificate else "http"
         address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{root_path}"
         typer.echo(f"{', '.join(station.detectors)} on {address}")
-        server = uvicorn.Server(
-            uvicorn.Config(
-                served,
-                log_level="warning",
-                server_header=False,
-                timeout_graceful_shutdown=round(seconds) + 1,
-                ssl_certfile=tls_certificate,
-                ssl_keyfile=tls_key,
-            )
+        config = uvicorn.Config(
+            served,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=round(seconds) + 1,
+            ssl_certfile=tls_certificate,
+            ssl_keyfile=tls_key,
         )
-        with listening, suppress(KeyboardInterrupt):  # which uvicorn sends again once it has shut down
-            server.run(sockets=[listening])
+        with listening, suppress(KeyboardInterrupt):  # uvicorn raises it again after the shutdown
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 @app.command()
 def watch(
-    folder: Annotated[Path, typer.Argument(help="Where a camera drops images.")],
-    model: Annotated[Path, typer.Option(help="A detector file.")],
-    out: Annotated[Path, typer.Option(help="Gets the folders good, defect, review and error.")],
+    folder: Annotated[Path, typer.Argument(help="Folder where a camera writes images.")],
+    model: Annotated[Path, typer.Option(help="Detector file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the folders good, defect, review and error.")],
     store: Store = Path("station"),
     database: Database = None,
     keep: Keep = True,
-    copy: Annotated[bool, typer.Option("--copy", help="Leave the images where they are.")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the images instead of moving them.")] = False,
     category: Category = None,
     sample: Sample = 0.05,
     every: Annotated[
-        float, typer.Option("--poll-interval", min=0.01, help="Seconds from one look at the folder to the next.")
+        float, typer.Option("--poll-interval", min=0.01, help="Seconds between two looks at the folder.")
     ] = 1,
-    settle: Annotated[float, typer.Option(min=0, help="Seconds for which a file must not change.")] = 2,
+    settle: Annotated[
+        float, typer.Option(min=0, help="Seconds for which a file must not change before it is read.")
+    ] = 2,
     patience: Annotated[
-        float, typer.Option(min=0, help="Seconds after which a file that cannot be read is an error.")
+        float, typer.Option(min=0, help="Seconds after which a file that cannot be read is filed as an error.")
     ] = 60,
-    once: Annotated[bool, typer.Option("--once", help="End when no file is waited for.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Process the existing files, then exit.")] = False,
 ) -> None:
     """Inspect images as they arrive in a folder, once each, and move or copy them by verdict.
 
@@ -162,15 +155,14 @@ def watch(
         def report(line: str) -> None:
             try:
                 typer.echo(said(line), err=line.startswith("note: "))
-            except BrokenPipeError as error:  # nobody reads any more: what has begun is finished
+            except BrokenPipeError as error:  # finish the current image, then stop
                 gone.append(error)
                 stop.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        served = Served(model.stem, model)
         watcher = Watcher(
-            served,
+            Served(model.stem, model),
             _log(store, database, keep),
             folder,
             out,
@@ -187,7 +179,7 @@ def watch(
 
 
 log_app = typer.Typer(
-    help="The log of the station: as a table, and what is removed from it.",
+    help="Export the log of the station, or remove old records and images.",
     epilog="Example:  unflaw log export --out inspections.parquet  then  unflaw log prune --days 90",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -200,13 +192,15 @@ def export_log(
     out: Annotated[Path, typer.Option(help="File to write, .csv or .parquet.")],
     store: Store = Path("station"),
     database: Database = None,
-    since: Since = None,
-    until: Until = None,
-    verdict: Annotated[str | None, typer.Option(help="Only good, defect or review.")] = None,
-    detector: Annotated[str | None, typer.Option(help="Only of this detector.")] = None,
-    decided: Annotated[bool | None, typer.Option("--decided/--undecided", help="By a person.")] = None,
+    since: Annotated[datetime | None, typer.Option(help="Earliest time, UTC.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Time before which inspections were logged, UTC.")] = None,
+    verdict: Annotated[str | None, typer.Option(help="Only this verdict: good, defect or review.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Only inspections by this detector.")] = None,
+    decided: Annotated[
+        bool | None, typer.Option("--decided/--undecided", help="Only inspections with or without a decision.")
+    ] = None,
 ) -> None:
-    """Write inspections as a table, a row each, oldest first.
+    """Write inspections as a table, one row each, oldest first.
 
     Example:  unflaw log export --out today.csv --since 2026-11-25
     """
@@ -217,7 +211,7 @@ def export_log(
         from unflaw.station.log import Filter
 
         if verdict not in (None, *get_args(Verdict)):
-            raise ValueError(f"--verdict {verdict}: there are {', '.join(get_args(Verdict))}")
+            raise ValueError(f"--verdict {verdict}: choose one of {', '.join(get_args(Verdict))}")
         writable(out)
         since, until = (moment and moment.replace(tzinfo=moment.tzinfo or timezone.utc) for moment in (since, until))
         wanted = Filter(verdict=verdict, detector=detector, since=since, until=until, decided=decided)
@@ -229,18 +223,16 @@ def export_log(
 def prune_log(
     store: Store = Path("station"),
     database: Database = None,
-    days: Annotated[float | None, typer.Option(min=0, max=_DAYS, help="Records older than this go.")] = None,
-    gigabytes: Annotated[
-        float | None, typer.Option(min=0, max=1e9, help="The oldest images go until the rest takes no more.")
-    ] = None,
+    days: Annotated[float | None, Days] = None,
+    gigabytes: Annotated[float | None, Gigabytes] = None,
 ) -> None:
-    """Remove old records and images, once. `unflaw serve --retain-days 90` does so every hour.
+    """Remove old records and images once. `unflaw serve --retain-days 90` does so every hour.
 
     Example:  unflaw log prune --days 90 --gigabytes 20
     """
     with errors():
         if days is None and gigabytes is None:
-            raise ValueError("say what may stay: --days or --gigabytes")
+            raise ValueError("give --days, --gigabytes or both")
         done = _existing(store, database).prune(days=days, image_bytes=_bytes(gigabytes))
         records, images = count(done.records, "record"), count(done.images, "image")
         typer.echo(f"removed {records} and {images} ({done.bytes / 1e6:.1f} MB)")
@@ -256,7 +248,7 @@ def _log(store: Path, database: str | None, keep: bool) -> Log:
 
 def _existing(store: Path, database: str | None) -> Log:
     if database is None and not (store / "log.db").is_file():
-        raise ValueError(f"{store / 'log.db'}: there is no such log; name its folder with --store")
+        raise ValueError(f"{store / 'log.db'}: there is no such log; give its folder with --store")
     return _log(store, database, keep=True)
 
 
@@ -267,5 +259,5 @@ def _bytes(gigabytes: float | None) -> int | None:
 def _token(file: Path | None) -> str | None:
     token = file.read_text("utf-8").strip() if file else os.environ.get("UNFLAW_TOKEN")
     if token is not None and (len(token) < 16 or not (token.isascii() and token.isprintable()) or " " in token):
-        raise ValueError("a token needs 16 or more letters of ASCII and no spaces; `openssl rand -hex 32` makes one")
+        raise ValueError("a token needs 16 or more ASCII letters and no spaces; create one with `openssl rand -hex 32`")
     return token

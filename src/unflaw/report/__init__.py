@@ -1,4 +1,4 @@
-"""What people look at: heat maps on one fixed scale, captioned panels, and the report of an evaluation as one page."""
+"""Heat maps on a fixed scale, captioned panels, and the report of an evaluation as one page."""
 
 from unflaw.report.html import write_report
 from unflaw.report.panels import heat_map, outline, overlay, panel, views

@@ -1,4 +1,4 @@
-"""Sheets of figures of a method at work, drawn from `Method.visualize` and `Method.visualize_training`."""
+"""Figures of the steps of a method (`visualize`) and of its training data (`visualize_training`)."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from unflaw.methods.visualization import Stage
 from unflaw.postprocessing.results import Scale
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
 
-EXERCISES = 4  # good images that training is shown on
+EXERCISES = 4  # number of good images in figures about training
 _IMAGE, _HEAT_MAP = "Image", "Heat map"
-_DRAWN = "Drawn: features as the display decoder draws them, for people only; it takes no part in scoring."
+_DRAWN = "Drawn: features decoded by the display decoder, for illustration only; it has no influence on scores."
 _HEAT = "Heat map: blue up to the pixel threshold, the number in the middle, warm above it. Green: the true defect."
 
 
 class _Line(NamedTuple):
-    """A row before it is drawn."""
+    """Row of a figure."""
 
     name: list[str]  # lines of text
     stages: dict[str, Stage]  # by heading
-    valid: Box  # the part of the canvas to show
+    valid: Box  # part of the canvas to show
 
 
 @torch.inference_mode()
@@ -55,105 +55,101 @@ def write_figures(
     width: int = 1400,
     progress: Progress = silent,
 ) -> list[Path]:
-    """Draws how a detector works on test images, and what it is trained on, as PNG files.
+    """Draw the steps of a detector on test images, and examples of its training data, as PNG files.
 
     The same detector, data and seed give the same bytes.
 
     Args:
-        detector: Fitted, of any method; the method decides which figures there are.
-        dataset: Its test part is shown. Good images of it (where there are none, those to train on) stand for those
-            that training alters.
-        out: Folder to write to; files of the same names are replaced.
-        category: What the images show, for a detector of several; None: the one that is called like the data set.
-        images: Test images to show, by path or by the end of it, such as scratch/003.png; empty: chosen at random.
-        count: How many are chosen: kinds of defects in turn, about a quarter of them good.
-        seed: Of that choice and of artificial anomalies.
-        width: Of the figures at most, pixels.
+        detector: Fitted detector of any method; the method determines the figures.
+        dataset: Data set whose test images are shown. Its good test images, or else its training images, serve as
+            examples in figures about training.
+        out: Folder for the files; files of the same name are replaced.
+        category: Category of the images, for a detector with several; None: that with the name of the data set.
+        images: Test images to show, as paths or ends of paths such as scratch/003.png; empty: random choice.
+        count: Number of images to choose: the kinds of defects in turn, and about a quarter good ones.
+        seed: Random seed of the choice and of synthetic anomalies.
+        width: Maximum width of the figures, pixels.
 
     Returns:
         The files, in the order of drawing.
 
     Raises:
-        DatasetError: No test images, or an image of `images` that is not among them.
-        ImageError: An image or mask that is needed cannot be read. DetectorError: as for `Detector.select`.
+        DatasetError: There are no test images, or an image of `images` is not one of them.
+        ImageError: An image or mask cannot be read. DetectorError: As `Detector.select`.
         InUseError: Another run writes to `out`.
     """
     category = detector.match(dataset.name) if category is None else category
     scale = detector.select(category).scale
-    samples = [_named(dataset, image) for image in images] or _chosen(dataset, count, seed)
+    samples = [_find(dataset, image) for image in images] or _choose(dataset, count, seed)
     make_folder(out)
     with holding(out):
         lines: dict[str, list[_Line]] = defaultdict(list)
         for i, sample in enumerate(samples):
-            for figure, found in _inspected(detector, sample, scale, category).items():
+            for figure, found in _inspection_lines(detector, sample, scale, category).items():
                 lines[figure] += found
             progress("figures", i + 1, len(samples) + 1, None)
         good = [s for s in dataset.test if not s.label] or list(dataset.train)
         if good:
-            lines |= _exercises(detector, _drawn_from(good, EXERCISES, seed), seed, category)
-        written = []
+            lines |= _training_lines(detector, _shuffled(good, seed)[:EXERCISES], seed, category)
         for figure, found in lines.items():
-            written.append(out / f"{figure}.png")
             drawn = _draw(found, scale, detector.config.preparation.size, width)
-            write_png(written[-1], drawn, drawn=True)
+            write_png(out / f"{figure}.png", drawn, drawn=True)
         progress("figures", len(samples) + 1, len(samples) + 1, None)
-    return written
+    return [out / f"{figure}.png" for figure in lines]
 
 
-def _named(dataset: Dataset, image: Path) -> Sample:
-    """The test image of this path, or the one whose path ends so."""
+def _find(dataset: Dataset, image: Path) -> Sample:
+    """Return the test image with this path, or the one whose path ends with it."""
     exact = [s for s in dataset.test if s.path.resolve() == image.resolve()]
     found = exact or [s for s in dataset.test if s.path.parts[-len(image.parts) :] == image.parts]
     if len(found) != 1:
         fault = "is not among" if not found else f"is the name of {len(found)} of"
-        example = _example(dataset)
+        example = "/".join(_test_images(dataset)[-1].path.parts[-2:])
         raise DatasetError(f"{image}: {fault} the test images of {dataset.name}; name one as in {example}")
     return found[0]
 
 
-def _example(dataset: Dataset) -> str:
+def _test_images(dataset: Dataset) -> Sequence[Sample]:
     if not dataset.test:
         raise DatasetError(f"{dataset.name}: there are no test images to show; give data that has some, as test/good")
-    return "/".join(dataset.test[-1].path.parts[-2:])
+    return dataset.test
 
 
-def _chosen(dataset: Dataset, count: int, seed: int) -> list[Sample]:
-    """Defective images, their kinds in turn, then good ones: about a quarter, and all where there are no others."""
-    _example(dataset)
-    kinds: dict[str, list[Sample]] = defaultdict(list)
-    for sample in dataset.test:
-        kinds[sample.defect if sample.label else ""].append(sample)
-    good, *groups = ([s for s in _drawn_from(kinds[kind], count, seed)] for kind in sorted({*kinds, ""}))
+def _choose(dataset: Dataset, count: int, seed: int) -> list[Sample]:
+    """Choose defective images, the kinds in turn, then good ones: about a quarter, or more if defects are few."""
+    kinds: dict[str, list[Sample]] = {"": []}
+    for sample in _test_images(dataset):
+        kinds.setdefault(sample.defect if sample.label else "", []).append(sample)
+    good, *groups = (_shuffled(kinds[kind], seed) for kind in sorted(kinds))
     turns = [sample for turn in zip_longest(*groups) for sample in turn if sample is not None]
     wanted = min(len(good), max(count > 1, round(count / 4)))
     bad = turns[: count - wanted]
     return bad + good[: count - len(bad)]
 
 
-def _drawn_from(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
-    order = np.random.default_rng(seed).permutation(len(samples))[:count]
-    return [samples[i] for i in order]
+def _shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    return [samples[i] for i in np.random.default_rng(seed).permutation(len(samples))]
 
 
-def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str | None) -> dict[str, list[_Line]]:
-    """The rows of one test image, by figure: the image, the method's stages, the heat map."""
+def _inspection_lines(detector: Detector, sample: Sample, scale: Scale, category: str | None) -> dict[str, list[_Line]]:
+    """Return the rows of one test image, by figure: the image, the method's stages, the heat map."""
     network, preparation = detector.network_of(category), detector.config.preparation
     result = detector.inspect(sample.path, category=category)
     truth = np.zeros(result.map.shape, bool)
     if sample.label and sample.mask is not None:
         truth = prepare_mask(read_mask(sample.mask), preparation)
     heat = overlay(result.image, result.map, scale)
-    seen = list(windows(read(sample.path), preparation))
-    shown = max(seen, key=lambda window: float(result.map[_on_map(window)].max()))  # of tiles the most anomalous
+    # of tiles, the most anomalous one
+    shown = max(windows(read(sample.path), preparation), key=lambda window: float(result.map[_on_map(window)].max()))
     here = _on_map(shown)
-    first = {_IMAGE: _pixels(outline(result.image, truth)[here])}
-    last = {_HEAT_MAP: _pixels(outline(heat, truth)[here])}
+    first = {_IMAGE: _as_stage(outline(result.image, truth)[here])}
+    last = {_HEAT_MAP: _as_stage(outline(heat, truth)[here])}
     name = [*label(result).split("/"), f"verdict {result.verdict}", f"p {result.p_value:.2g}"]
     features, image = network.embed(stack([shown])), result.image[here]
     inspection = network(features, Context(cells([shown.window], network.features.grid)))
     return {
         figure: [
-            _Line([*name, *filter(None, [line])], first | _shown(detector, stages, image) | last, shown.box)
+            _Line([*name, line] if line else name, first | _drawable(detector, stages, image) | last, shown.box)
             for line, stages in rows
         ]
         for figure, rows in network.visualize(features, inspection).items()
@@ -161,76 +157,77 @@ def _inspected(detector: Detector, sample: Sample, scale: Scale, category: str |
 
 
 def _on_map(window: ModelInput) -> tuple[slice, slice]:
-    """Where a window lies on the map of its image."""
+    """Return the part of an image's map that a window covers."""
     (x, y), step, size = window.window.place, window.layout.step, window.layout.preparation.size
     return slice(y // step, (y + size) // step), slice(x // step, (x + size) // step)
 
 
-def _exercises(
+def _training_lines(
     detector: Detector, samples: Sequence[Sample], seed: int, category: str | None
 ) -> dict[str, list[_Line]]:
-    """The rows of figures about training."""
+    """Return the rows of the figures about training."""
     network, preparation = detector.network_of(category), detector.config.preparation
     textures = None
     if network.uses_textures:
         textures = torch.from_numpy(np.stack(texture_images(detector.config.training.textures, preparation)))
-    seen = [list(windows(read(sample.path), preparation)) for sample in samples]
-    images = stack([shown[len(shown) // 2] for shown in seen])
+    tiles = [list(windows(read(sample.path), preparation)) for sample in samples]
+    images = stack([of_image[len(of_image) // 2] for of_image in tiles])
     whole = (0, 0, preparation.size, preparation.size)
     return {
-        figure: [_Line([name], _shown(detector, stages), whole) for name, stages in rows]
+        figure: [_Line([name], _drawable(detector, stages), whole) for name, stages in rows]
         for figure, rows in network.visualize_training(images, textures, Generator().manual_seed(seed)).items()
     }
 
 
-def _shown(detector: Detector, stages: dict[str, Stage], image: np.ndarray | None = None) -> dict[str, Stage]:
-    """Stages ready to be drawn: features decoded, or left out where there is no decoder; covers as parts of image."""
-
-    def ready(stage: Stage) -> Stage:
+def _drawable(detector: Detector, stages: dict[str, Stage], image: np.ndarray | None = None) -> dict[str, Stage]:
+    """Decode features, or leave them out if there is no decoder, and convert covers to parts of the image."""
+    drawable = {}
+    for heading, stage in stages.items():
         if stage.kind == "cover" and image is not None:
-            return _pixels(image)._replace(seen=stage.values)
-        if stage.kind == "features" and detector.display is not None:
-            return stage._replace(values=detector.display(stage.values[None].float())[0])
-        return stage
+            drawable[heading] = _as_stage(image)._replace(seen=stage.values)
+        elif stage.kind != "features":
+            drawable[heading] = stage
+        elif detector.display is not None:
+            drawable[heading] = stage._replace(values=detector.display(stage.values[None].float())[0])
+    return drawable
 
-    left_out = () if detector.display is not None else ("features",)
-    return {heading: ready(stage) for heading, stage in stages.items() if stage.kind not in left_out}
 
-
-def _pixels(image: np.ndarray) -> Stage:
-    """An image (h, w, 3) uint8."""
+def _as_stage(image: np.ndarray) -> Stage:
+    """Convert an image (h, w, 3) uint8."""
     return Stage("image", torch.from_numpy(image).permute(2, 0, 1) / 255)
 
 
 def _draw(lines: Sequence[_Line], scale: Scale, size: int, width: int) -> Image.Image:
-    """One figure: all rows, and one colour scale for each column."""
+    """Draw one figure: all rows, with one colour scale for each column."""
     columns: list[Column] = []
     tiles: list[dict[str, np.ndarray]] = [{} for _ in lines]
-    kinds = set()
+    notes: list[str] = []
     for heading in dict.fromkeys(heading for line in lines for heading in line.stages):
-        found = [(i, line.stages[heading]) for i, line in enumerate(lines) if heading in line.stages]
-        values = [_canvas(stage.values, size, stage.kind, lines[i].valid) for i, stage in found]
-        limit = max(float(v.max()) if s.limit is None else s.limit for v, (_, s) in zip(values, found, strict=True))
-        for shown, (i, stage) in zip(values, found, strict=True):
-            pixels = _coloured(shown, stage.kind, limit)
+        rows = [i for i, line in enumerate(lines) if heading in line.stages]
+        stages = [lines[i].stages[heading] for i in rows]
+        values = [_on_canvas(s.values, size, s.kind, lines[i].valid) for i, s in zip(rows, stages, strict=True)]
+        limit = max(float(v.max()) if s.limit is None else s.limit for v, s in zip(values, stages, strict=True))
+        for i, stage, shown in zip(rows, stages, values, strict=True):
+            tiles[i][heading] = _coloured(shown, stage.kind, limit)
             if stage.seen is not None:
-                pixels[_canvas(stage.seen, size, "mask", lines[i].valid)[..., 0] == 0] = COVER
-            tiles[i][heading] = pixels
-        kinds.add(found[0][1].kind)
-        columns.append(_column(heading, found[0][1].kind, limit, scale))
-    notes = [_DRAWN] * ("features" in kinds) + [_HEAT] * (columns[-1].heading == _HEAT_MAP)
+                tiles[i][heading][_on_canvas(stage.seen, size, "mask", lines[i].valid)[..., 0] == 0] = COVER
+        if stages[0].kind == "features" and not notes:
+            notes.append(_DRAWN)
+        columns.append(_column(heading, stages[0].kind, limit, scale))
+    if columns[-1].heading == _HEAT_MAP:
+        notes.append(_HEAT)
     return sheet(columns, [(line.name, shown) for line, shown in zip(lines, tiles, strict=True)], notes, width)
 
 
-def _canvas(values: Tensor, size: int, kind: str, valid: Box) -> np.ndarray:
-    """(C, h, w) at the size of the canvas, masks by nearest neighbour; the part that the image covers, (h, w, C)."""
+def _on_canvas(values: Tensor, size: int, kind: str, valid: Box) -> np.ndarray:
+    """Resize (C, H, W) to the canvas, masks by nearest neighbour, and crop it to the valid part, (h, w, C)."""
     mode = "nearest" if kind == "mask" else "bilinear"
     x0, y0, x1, y1 = valid
     return F.interpolate(values[None].float(), (size, size), mode=mode)[0, :, y0:y1, x0:x1].permute(1, 2, 0).numpy()
 
 
 def _coloured(values: np.ndarray, kind: str, limit: float) -> np.ndarray:
-    """(h, w, C) → (h, w, 3) uint8."""
+    """Colour values (h, w, C) as (h, w, 3) uint8."""
     if kind == "map":
         return colour_map(values[..., 0], limit)
     if kind in ("mask", "share"):
@@ -239,7 +236,7 @@ def _coloured(values: np.ndarray, kind: str, limit: float) -> np.ndarray:
 
 
 def _column(heading: str, kind: str, limit: float, scale: Scale) -> Column:
-    """A column and its colour bar."""
+    """Create a column with its colour bar."""
     if heading == _HEAT_MAP:
         bar = heat_map(np.linspace(scale.low, 2 * scale.threshold - scale.low, 256)[None], scale)
         return Column(heading, bar, {0.0: f"{scale.low:.2g}", 0.5: f"{scale.threshold:.2g}"})

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that needs nothing beside itself, neither hosts nor files."""
+"""Report of an evaluation as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from unflaw.evaluation.results import Evaluation, Inspected, defined, mean_metrics
+from unflaw.evaluation.results import Evaluation, defined, mean_metrics
 from unflaw.io.files import write_atomically
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Scale
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _METRICS = {
-    "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one"),
+    "image_auroc": ("Image AUROC", "probability that a defective image scores above a good one"),
     "image_ap": ("Image AP", "average precision over images"),
-    "image_f1_max": ("Image F1 max", "best F1 of all thresholds; chosen on these images, so an upper bound"),
-    "pixel_auroc": ("Pixel AUROC", "chance that a defective pixel scores above a good one"),
+    "image_f1_max": ("Image F1 max", "best F1 over all thresholds; chosen on these images, so an upper bound"),
+    "pixel_auroc": ("Pixel AUROC", "probability that a defective pixel scores above a good one"),
     "pixel_ap": ("Pixel AP", "average precision over pixels"),
-    "pixel_f1_max": ("Pixel F1 max", "best F1 of all pixel thresholds, likewise an upper bound"),
-    "aupro_30": ("AUPRO 30%", "share found of each defect, averaged while up to 30% of good pixels are marked"),
-    "aupro_05": ("AUPRO 5%", "the same up to 5%, which is closer to use in practice"),
-    "aupimo": ("AUPIMO", "share found of each image's defects while 1 to 10 of 100,000 good pixels are marked"),
-    "spro_05": ("sPRO 5%", "as AUPRO 5%, but of each defect only as much need be found as its kind asks for"),
+    "pixel_f1_max": ("Pixel F1 max", "best F1 over all pixel thresholds, also an upper bound"),
+    "aupro_30": ("AUPRO 30%", "share of each defect found, averaged over false-positive rates up to 30%"),
+    "aupro_05": ("AUPRO 5%", "the same up to 5%, which is closer to practice"),
+    "aupimo": ("AUPIMO", "share of each image's defects found while 1 to 10 of 100,000 good pixels are marked"),
+    "spro_05": ("sPRO 5%", "as AUPRO 5%, but each defect is found fully once a minimum area of its kind is found"),
 }
-# Of verdicts and regions, at the detector's own thresholds.
+# metrics at the detector's own thresholds
 _DECISIONS = {
-    "region_recall": ("Region recall", "share of the true defect areas that a predicted region touches"),
+    "region_recall": ("Region recall", "share of the true defect areas that a predicted region overlaps"),
     "false_regions": ("False regions", "per good image"),
-    "good_with_regions": ("Good with regions", "share of good images that show any region"),
-    "review_good": ("Good for review", "good images that went to review"),
-    "review_defective": ("Defects for review", "defective images that went to review"),
+    "good_with_regions": ("Good with regions", "share of good images with any region"),
+    "review_good": ("Good for review", "number of good images sent to review"),
+    "review_defective": ("Defects for review", "number of defective images sent to review"),
 }
-# name -> title, x axis, y axis, end of the x axis. PRO is only of interest where few good pixels are marked.
+# name -> title, x axis, y axis, end of the x axis; PRO matters at low false-positive rates only
 _CURVES = {
     "roc": ("ROC, images", "false-alarm rate", "detection rate", 1.0),
     "pr": ("Precision and recall, images", "recall", "precision", 1.0),
@@ -59,26 +59,25 @@ def write_report(
     scale: Scale | Mapping[str, Scale],
     notes: Sequence[str] = (),
 ) -> None:
-    """Writes an evaluation as one self-contained HTML page; a page of that name is replaced in one step.
+    """Write an evaluation as one self-contained HTML page, atomically.
 
     Args:
-        evaluation: What was measured. Besides the metrics, `threshold`, `per_defect`, `config` and `timing` of
-            `evaluation.metrics` are shown where present. Images appear in the order of `evaluation.shown`. Several,
-            by category, stand below a table of their metrics and the means of these.
-        path: The file to write; missing folders are made.
+        evaluation: One evaluation, or several by category, shown below a table of their metrics and means. Besides the
+            metrics, `threshold`, `per_defect`, `config` and `timing` of `evaluation.metrics` are shown if present.
+        path: File to write; missing folders are created.
         title: Heading, such as "URA-Net on screw".
-        scale: The detector's fixed scale, for all heat maps; or those of the categories.
-        notes: Sentences to put under the summary, such as "Synthetic defects on real textures".
+        scale: Fixed scale of the detector for all heat maps, or those of the categories.
+        notes: Sentences below the summary, such as "Synthetic defects on real textures".
 
     Raises:
         ImportError: Jinja2 is not installed.
         OSError: The file cannot be written.
     """
-    environment = templates()
     named = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
     scales = scale if isinstance(scale, Mapping) else dict.fromkeys(named, scale)
     sections = [_section(name, found, scales[name]) for name, found in named.items()]
-    page = environment.get_template("report.html.j2").render(
+    template = templates().get_template("report.html.j2")
+    page = template.render(
         title=title,
         summary=_summary([row for section in sections for row in section["rows"]]),
         notes=notes,
@@ -87,12 +86,12 @@ def write_report(
         mean=mean_metrics(named),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # names of files may be no UTF-8
+    # file names may not be valid UTF-8
     write_atomically(path, lambda file: file.write_text(page, "utf-8", "backslashreplace"))
 
 
 def templates() -> Environment:
-    """The templates of this folder.
+    """Return the environment with the templates of this folder.
 
     Raises:
         ImportError: Jinja2 is not installed.
@@ -102,18 +101,16 @@ def templates() -> Environment:
     except ImportError as error:
         raise ImportError("the report needs Jinja2; install it with: pip install 'unflaw[report]'") from error
 
-    loader = PackageLoader("unflaw", "report")
-    environment = Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters["number"] = _number
+    loader, strict = PackageLoader("unflaw", "report"), StrictUndefined
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict)
+    environment.filters |= {"number": _number, "data_uri": _data_uri, "label": label, "outcome": _outcome}
     return environment
 
 
 def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
-    """All that the page shows of one category."""
+    """Return the variables of the template for one category."""
     metrics, curves = evaluation.metrics, evaluation.curves
-    rows = [row | {"outcome": _outcome(row["label"], row["verdict"])} for row in evaluation.rows]
+    rows = [row | {"outcome": _outcome(row["verdict"], row["label"])} for row in evaluation.rows]
     per_defect = (metrics.get("per_defect") or {}).values()
     return {
         "name": name,
@@ -122,24 +119,24 @@ def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
         "defect_columns": list(dict.fromkeys(column for values in per_defect for column in values)),
         "scores": _histogram(rows, metrics.get("threshold"), metrics.get("review_threshold")) if rows else None,
         "curves": [(_points(*curves[name], about[-1]), *about) for name, about in _CURVES.items() if name in curves],
-        "cards": [_card(inspected, scale) for inspected in evaluation.shown],
+        "cards": [(shown, views(shown.result, scale, shown.mask)) for shown in evaluation.shown],
         "scale": scale,
-        "colour_bar": _data_uri(heat_map(np.linspace(scale.low, 2 * scale.threshold - scale.low, 256)[None], scale)),
+        "colour_bar": heat_map(np.linspace(scale.low, 2 * scale.threshold - scale.low, 256)[None], scale),
         "rows": rows,
         "skipped": evaluation.skipped,
     }
 
 
-def _outcome(label: int, verdict: str) -> str:
-    """What a verdict was worth: "correct", "review", "missed" or "false alarm"."""
+def _outcome(verdict: str, defective: int) -> str:
+    """Compare a verdict with the label: "correct", "review", "missed" or "false alarm"."""
     if verdict == "review":
         return verdict
-    mistake = "missed" if label else "false alarm"
-    return "correct" if (verdict == "defect") == bool(label) else mistake
+    mistake = "missed" if defective else "false alarm"
+    return "correct" if (verdict == "defect") == bool(defective) else mistake
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many images, false alarms and missed defects, in one sentence."""
+    """Return the numbers of images, false alarms and missed defects as a sentence."""
     clauses, kinds = [], {"good": ("false alarm", "raised a false alarm"), "defective": ("missed", "passed as good")}
     for kind, (mistake, happened) in kinds.items():
         outcomes = [row["outcome"] for row in rows if bool(row["label"]) == (kind == "defective")]
@@ -153,31 +150,20 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"At the calibrated threshold, {' and '.join(clauses)}.{reviewed}"
 
 
-def _card(inspected: Inspected, scale: Scale) -> dict[str, Any]:
-    images = views(inspected.result, scale, inspected.mask)
-    return {
-        "result": inspected.result,
-        "name": label(inspected.result),
-        "defect": inspected.defect,
-        "outcome": _outcome(inspected.label, inspected.result.verdict),
-        "images": {caption: _data_uri(pixels) for caption, pixels in images.items()},
-    }
-
-
 def _data_uri(pixels: np.ndarray, side: int = 384) -> str:
-    """An image for `src`, at most `side` pixels long, so that a report of 40 images stays at a few megabytes."""
+    """Encode an image as a data URI of at most `side` pixels, so that a report of 40 images takes a few megabytes."""
     image, data = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((side, side))
-    image.save(data, "JPEG", quality=90, subsampling=0)  # coarser colour would let outlines bleed
+    image.save(data, "JPEG", quality=90, subsampling=0)  # subsampled colour would blur outlines
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def _histogram(
     rows: Sequence[Mapping[str, Any]], threshold: float | None, review: float | None = None, bins: int = 48
 ) -> dict[str, Any]:
-    """Counts of good and defective scores between common edges. The threshold is one: no bar stands on both sides.
+    """Count good and defective scores between common edges; the threshold is an edge, so that no bar crosses it.
 
-    "lines" are thresholds by what they are called, the one of review where it lies among the scores.
+    "lines" are the thresholds by name; that of review only if it lies between the edges.
     """
     scores, defective = np.array([(row["score"], bool(row["label"])) for row in rows], float).T
     origin = scores.min() if threshold is None else threshold
@@ -192,7 +178,7 @@ def _histogram(
 
 
 def _points(x: np.ndarray, y: np.ndarray, end: float) -> str:
-    """A curve for SVG, in the unit square, y downward, cut at x = `end` and no denser than the eye can tell."""
+    """Format a curve for SVG in the unit square, y downward, cut at x = `end`, without indistinguishable points."""
     shown = x <= end
     x, y = np.append(x[shown], min(end, x.max())), np.append(y[shown], np.interp(end, x, y))
     points = np.round(np.column_stack([x / end, 1 - y]), 3)
@@ -201,7 +187,7 @@ def _points(x: np.ndarray, y: np.ndarray, end: float) -> str:
 
 
 def _number(value: Any, form: str = ".3f") -> str:
-    """A value for a table: "–" for None and NaN, floats in the given form."""
+    """Format a value for a table: "–" for None and NaN, floats with the given format."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return format(value, form) if isinstance(value, float) else str(value)

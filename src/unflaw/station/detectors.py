@@ -1,4 +1,4 @@
-"""The detectors that a station serves, and what becomes of an inspection: a line of the log."""
+"""Detectors of a station: inspection with a log entry, and recalibration with people's decisions."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import random
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import unflaw
-from unflaw.calibration.thresholds import Calibration
 from unflaw.datasets.samples import SHORT
 from unflaw.datasets.samples import sha256 as file_digest
 from unflaw.errors import DetectorError, TrainingError
@@ -21,35 +19,14 @@ from unflaw.inference.base import BasePredictor
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
 from unflaw.station.log import Entry, Filter, Log, legible, sha256
-
-
-@dataclass(frozen=True)
-class Recalibrated:
-    """What came of decisions.
-
-    Attributes:
-        before, after: Calibrations.
-        good, defects: Images that took part.
-        seen: Good ones left out because the detector has learned from them.
-        counted: Good ones left out because their scores are among those that were kept.
-        lost: Decided ones whose images are not kept.
-    """
-
-    before: Calibration
-    after: Calibration
-    good: int
-    defects: int
-    seen: int
-    counted: int
-    lost: int
+from unflaw.station.schemas import CalibrationState, RecalibrationDone
 
 
 class Served:
-    """A detector under a name.
+    """Detector with a name.
 
     Attributes:
-        worker: Where it inspects: two threads of its own, so that one reads images while the other computes, and no
-            detector waits for another.
+        worker: Two threads for inspections: one reads an image while the other computes.
 
     Raises:
         DetectorError: As `unflaw.load`.
@@ -58,8 +35,8 @@ class Served:
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
         self.worker = ThreadPoolExecutor(2, thread_name_prefix=f"inspect-{name}")
-        self._changing = threading.Lock()
-        # one name for both, so that other threads see them change in one step
+        self._recalibrating = threading.Lock()
+        # one attribute for both, so that other threads see them change in one step
         self._loaded: tuple[BasePredictor, str] = unflaw.load(str(path)), file_digest(path)
 
     @property
@@ -68,15 +45,15 @@ class Served:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of its file, in hex: which detector judges."""
+        """SHA-256 of the detector file, in hex."""
         return self._loaded[1]
 
     @property
     def fixed(self) -> str | None:
-        """Why it cannot be calibrated anew; None: it can."""
+        """Reason why the detector cannot be recalibrated; None if it can."""
         if hasattr(self.detector, "calibrate"):
             return None
-        return f"{self.path.name} is an exported detector: calibrate the one it was made from, and export that again"
+        return f"{self.path.name} is an exported detector: calibrate the original and export it again"
 
     def inspect(
         self,
@@ -88,14 +65,14 @@ class Served:
         source: str | None = None,
         sample: float = 0.0,
     ) -> tuple[Entry, Result]:
-        """Inspects an image; the line for the log, and the maps.
+        """Inspect an image; return the entry for the log, and the result with its maps.
 
         Args:
-            data: The image's file.
-            name: What it is called.
-            max_pixels: As for `images.read`.
+            data: The image file.
+            name: Name of the image.
+            max_pixels: As in `imaging.reading.read`.
             source: As in `Entry`.
-            sample: Share of images that are drawn at random for review.
+            sample: Share of images drawn at random for review, in [0, 1].
 
         Raises:
             ImageError, DetectorError: As `BasePredictor.inspect`.
@@ -116,13 +93,9 @@ class Served:
             detector=self.name,
             detector_digest=digest,
             category=category,
-            score=line["score"],
-            p_value=line["p_value"],
-            p_estimated=line.get("p_estimated"),
             threshold=detector.calibrations[category].threshold,
-            verdict=line["verdict"],
-            regions=line["regions"],
             sampled=random.random() < sample,
+            **{key: line.get(key) for key in ("score", "p_value", "p_estimated", "verdict", "regions")},
         )
         return entry, result
 
@@ -135,74 +108,75 @@ class Served:
         sampled: bool = False,
         rate: float | None = None,
         miss_rate: float | None = None,
-    ) -> Recalibrated:
-        """Sets thresholds by what people decided, and replaces the detector's file in one step.
+    ) -> RecalibrationDone:
+        """Recalibrate with the decisions of the log, and replace the detector file atomically.
 
-        It works on a second copy, so that inspections go on meanwhile, with the old thresholds.
+        A second copy of the detector is calibrated. Inspections go on meanwhile, with the old thresholds.
 
         Args:
-            keep, rate, miss_rate: As for `Detector.calibrate`; decided defects count where there is a `miss_rate`.
-            sampled: Only good images drawn at random for review. Those that a person saw because of their verdict
-                are not like images to come, and raise the threshold.
+            keep, rate, miss_rate: As in `Detector.calibrate`; decided defects are used only with a `miss_rate`.
+            sampled: Use only good images drawn at random for review. Those reviewed because of their verdict are not
+                representative of future images, and raise the threshold.
 
         Raises:
-            TrainingError: An exported detector, a file that is not the one served, no images of good parts.
-            ValueError, OSError: As for `Detector.calibrate` and `Detector.save`. Nothing has changed then.
+            TrainingError: The detector is exported, its file has changed, or there are no images of good parts.
+            ValueError, OSError: As `Detector.calibrate` and `Detector.save`. Nothing has changed then.
         """
-        with self._changing:
-            return self._recalibrate(log, category, keep, sampled, rate, miss_rate)
+        with self._recalibrating:
+            if self.fixed:
+                raise TrainingError(self.fixed)
+            if log.images is None:
+                raise TrainingError("recalibration needs images, and this station keeps none; start it with --keep")
+            if file_digest(self.path) != self.digest:
+                raise TrainingError(f"{self.path.name} has changed since the station loaded it; restart the station")
+            from unflaw.calibration.recalibrate import counted  # imports torch
 
-    def _recalibrate(
-        self, log: Log, category: str, keep: bool, sampled: bool, rate: float | None, miss_rate: float | None
-    ) -> Recalibrated:
-        if self.fixed:
-            raise TrainingError(self.fixed)
-        if log.images is None:
-            raise TrainingError("calibrating needs images, and this station keeps none; start it with --keep")
-        if file_digest(self.path) != self.digest:
-            raise TrainingError(f"{self.path.name} has changed since the station loaded it; restart the station")
-        from unflaw.calibration.recalibrate import counted  # which needs torch
-
-        fresh: Any = unflaw.load(str(self.path))
-        learned, known = set(fresh.record_.get("seen", [])), counted(fresh.record_, category) if keep else set()
-        chosen = self._decided(log, category)
-        good = [e.digest for e in chosen if e.decision == "good" and (e.sampled or not sampled)]
-        defects = [e.digest for e in chosen if e.decision == "defect"] if miss_rate is not None else []
-        unseen = [digest for digest in good if digest[:SHORT] not in learned]
-        new = [digest for digest in unseen if digest[:SHORT] not in known]
-        paths = [[path for digest in part if (path := log.image(digest))] for part in (new, defects)]
-        left = {
-            "seen": len(good) - len(unseen),
-            "counted": len(unseen) - len(new),
-            "lost": len(new) + len(defects) - sum(map(len, paths)),
-        }
-        if not paths[0]:
-            why = "drawn at random and " * sampled + "decided to be good"
-            already = count(left["counted"], "that counts already", "that count already")
-            raise TrainingError(
-                f"there are no images of {self.name} that were {why}, but for {left['seen']} that it has learned "
-                f"from, {already} and {left['lost']} not kept; decide some first"
+            fresh: Any = unflaw.load(str(self.path))
+            learned, known = set(fresh.record_.get("seen", [])), counted(fresh.record_, category) if keep else set()
+            decided = self._decided(log, category)
+            good = [e.digest for e in decided if e.decision == "good" and (e.sampled or not sampled)]
+            defects = [e.digest for e in decided if e.decision == "defect"] if miss_rate is not None else []
+            unseen = [digest for digest in good if digest[:SHORT] not in learned]
+            new = [digest for digest in unseen if digest[:SHORT] not in known]
+            good_paths, defect_paths = ([p for digest in part if (p := log.image(digest))] for part in (new, defects))
+            seen, already = len(good) - len(unseen), len(unseen) - len(new)
+            lost = len(new) + len(defects) - len(good_paths) - len(defect_paths)
+            if not good_paths:
+                why = "drawn at random and " * sampled + "decided to be good"
+                raise TrainingError(
+                    f"there are no images of {self.name} that were {why}, except {seen} used in training, "
+                    f"{count(already, 'that counts already', 'that count already')} and {lost} not kept; decide some "
+                    "first"
+                )
+            after = fresh.calibrate(
+                good_paths, defect_paths, rate=rate, miss_rate=miss_rate, category=category or None, keep=keep
             )
-        after = fresh.calibrate(
-            paths[0], paths[1], rate=rate, miss_rate=miss_rate, category=category or None, keep=keep
+            fresh.save(self.path)
+            before = self.detector.calibrations[category]
+            self._loaded = fresh, file_digest(self.path)
+        return RecalibrationDone(
+            before=CalibrationState.of(before),
+            after=CalibrationState.of(after),
+            good=len(good_paths),
+            defects=len(defect_paths),
+            seen=seen,
+            counted=already,
+            lost=lost,
+            digest=self.digest,
         )
-        fresh.save(self.path)
-        before = self.detector.calibrations[category]
-        self._loaded = fresh, file_digest(self.path)
-        return Recalibrated(before, after, len(paths[0]), len(paths[1]), **left)
 
     def _decided(self, log: Log, category: str) -> Sequence[Entry]:
-        """The last decision on each image of a category."""
+        """Return the entry with the last decision on each image of a category."""
         wanted = Filter(detector=self.name, category=category, decided=True)
         found = [entry for batch in log.stream(wanted) for entry in batch]
         return list({e.digest: e for e in sorted(found, key=lambda e: (e.decided_at, e.id))}.values())
 
 
 def load_all(models: Sequence[str]) -> dict[str, Served]:
-    """Detectors by name: that of their file without its suffix, or what stands before `=` in NAME=FILE.
+    """Load detectors, given as FILE or NAME=FILE, and return them by name; the default name is the stem of the file.
 
     Raises:
-        DetectorError: As `unflaw.load`, or two of one name.
+        DetectorError: As `unflaw.load`, or two detectors have one name.
     """
     served: dict[str, Served] = {}
     for model in models:

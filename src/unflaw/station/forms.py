@@ -1,4 +1,4 @@
-"""Forms with a file, as different clients write them."""
+"""Multipart forms with a file, also from clients that percent-encode its name."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 _QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
+# RFC 5987: filename*=charset'language'percent-encoded. No codec but the two of the RFC is given data of a client.
 _EXTENDED = re.compile(rb";\s*filename\*\s*=\s*([^;\s]*)", re.IGNORECASE)
-_CHARSETS = ("utf-8", "iso-8859-1")  # those that RFC 5987 names: no other codec is given what a client sends
+_VALUE = re.compile(rb"(utf-8|iso-8859-1)'[^']*'([^']*)", re.IGNORECASE)
 
 
 @asynccontextmanager
 async def read_form(request: Request, *, max_files: int, max_fields: int) -> AsyncIterator[FormData]:
-    """Reads a form of the type multipart/form-data; its files are closed at the end of the block.
+    """Read a multipart/form-data body; its files are closed at the end of the block.
 
     Raises:
-        HTTPException: 400, if it cannot be parsed or holds more than so many files or other fields.
+        HTTPException: 400, if it cannot be parsed or has more than `max_files` files or `max_fields` other fields.
     """
     try:
         async with aclosing(request.stream()) as body:
-            parser = _Parser(request.headers, body, max_files=max_files, max_fields=max_fields)
-            form = await parser.parse()
+            form = await _Parser(request.headers, body, max_files=max_files, max_fields=max_fields).parse()
     except MultiPartException as error:
         raise HTTPException(400, error.message) from error
     try:
@@ -38,25 +38,17 @@ async def read_form(request: Request, *, max_files: int, max_fields: int) -> Asy
 
 
 class _Parser(MultiPartParser):
-    """Also takes names of files as RFC 5987 writes them, `filename*=UTF-8''%C3%A4.png`; they replace `filename`."""
+    """Parser that also reads file names in the notation of RFC 5987. Such a name takes precedence over `filename`."""
 
     def on_headers_finished(self) -> None:
         part = self._current_part
         extended = _EXTENDED.search(_QUOTED.sub(b"", part.content_disposition or b""))
         if extended and b"filename" not in parse_options_header(part.content_disposition)[1]:
-            part.content_disposition = (part.content_disposition or b"") + b'; filename=""'  # it is a file
+            part.content_disposition = (part.content_disposition or b"") + b'; filename=""'  # makes it a file
         super().on_headers_finished()
-        if extended and part.file is not None and (name := _decoded(extended[1])) is not None:
-            part.file.filename = name
-
-
-def _decoded(value: bytes) -> str | None:
-    """The text of `charset'language'percent-encoded`; None if it cannot be decoded."""
-    charset, *rest = value.split(b"'")
-    name = charset.decode("ascii", "replace").lower()
-    if len(rest) != 2 or name not in _CHARSETS:
-        return None
-    try:
-        return unquote_to_bytes(rest[1]).decode(name)
-    except UnicodeDecodeError:
-        return None
+        value = extended and _VALUE.fullmatch(extended[1])
+        if value and part.file is not None:
+            try:
+                part.file.filename = unquote_to_bytes(value[2]).decode(value[1].decode())
+            except UnicodeDecodeError:
+                return  # an invalid name does not count

@@ -1,4 +1,4 @@
-"""What Prometheus sees of a station."""
+"""Metrics of a station for Prometheus."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Metrics:
     """Counters of one station.
 
     Args:
-        working: Returns the number of requests worked on or waiting for it.
-        detectors: Those served, by name; read whenever metrics are asked for.
+        working: Function that returns the number of requests in progress or waiting.
+        detectors: Detectors by name; their thresholds are read whenever metrics are requested.
 
     Attributes:
-        seconds: How long inspections take in their thread, by detector.
+        seconds: Durations of inspections in their thread, by detector.
         answers: HTTP answers by method, path and status.
     """
 
@@ -32,7 +32,7 @@ class Metrics:
         self._inspections = Counter(
             "unflaw_inspections", "Inspections logged.", ("detector", "category", "verdict"), registry=self.registry
         )
-        # of good images like those that calibrated, a tenth lies below 0.1: a growing share there is drift
+        # a tenth of the p-values of representative good images is below 0.1: a growing share indicates drift
         self._p_values = Histogram(
             "unflaw_p_value",
             "P-values of inspections.",
@@ -55,14 +55,14 @@ class Metrics:
         self._p_values.labels(entry.detector, entry.category).observe(entry.p_value)
 
     def collect(self) -> Iterable[Metric]:
-        """What is read off when asked, not counted."""
-        yield GaugeMetricFamily("unflaw_working", "Requests worked on or waiting for it.", self._working())
-        thresholds = GaugeMetricFamily("unflaw_threshold", "Score above which.", labels=("detector", "category"))
+        """Yield the metrics whose value is read on request."""
+        yield GaugeMetricFamily("unflaw_working", "Requests in progress or waiting.", self._working())
+        thresholds = GaugeMetricFamily("unflaw_threshold", "Threshold of scores.", labels=("detector", "category"))
         for served in self._detectors.values():
             for category, calibration in served.detector.calibrations.items():
                 thresholds.add_metric((served.name, category), calibration.threshold)
         yield thresholds
 
     def render(self) -> bytes:
-        """In Prometheus's text format."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)

@@ -1,11 +1,14 @@
-"""What goes over HTTP, as the OpenAPI document shows it."""
+"""Requests and answers over HTTP, as the OpenAPI document shows them."""
 
 from __future__ import annotations
 
 from datetime import datetime, timezone
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from unflaw.calibration.thresholds import Calibration
 
 Verdict = Literal["good", "defect", "review"]
 Decision = Literal["good", "defect"]
@@ -13,35 +16,58 @@ Number = Annotated[int, Field(ge=1, le=2**63 - 1)]
 _DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
 
-def _written(moment: object) -> object:
-    if isinstance(moment, str) and "-" not in moment:  # would be taken for seconds since 1970
+def _no_timestamp(moment: object) -> object:
+    if isinstance(moment, str) and "-" not in moment:  # Pydantic would read it as seconds since 1970
         raise ValueError("is not a time such as 2026-11-25T06:12:00Z")
     return moment
 
 
-def _in_range(moment: datetime) -> datetime:
+def _utc(moment: datetime) -> datetime:
     try:
         return moment.astimezone(timezone.utc)
     except OverflowError as error:
         raise ValueError("lies outside the years 1 to 9999 in UTC") from error
 
 
-Moment = Annotated[AwareDatetime, BeforeValidator(_written), AfterValidator(_in_range)]
+Moment = Annotated[AwareDatetime, BeforeValidator(_no_timestamp), AfterValidator(_utc)]
 
 
 def _example(**fields: Any) -> ConfigDict:
     return ConfigDict(from_attributes=True, json_schema_extra={"examples": [fields]})
 
 
+class Options(BaseModel):
+    """Options of an inspection."""
+
+    detector: str | None = Field(None, max_length=200, description="Detector; needed if there are several.")
+    category: str | None = Field(None, max_length=200, description="Category; needed if the detector has several.")
+    name: str | None = Field(None, max_length=200, description="Name of the image; by default that of the file.")
+
+
+class HistoryQuery(BaseModel):
+    """Conditions for inspections, and a page of them."""
+
+    verdict: Verdict | None = None
+    detector: str | None = Field(None, max_length=200)
+    category: str | None = Field(None, max_length=200)
+    since: Moment | None = Field(None, description="Earliest time, with a time zone.")
+    until: Moment | None = Field(None, description="Time, with a time zone, before which they were logged.")
+    text: str | None = Field(None, max_length=200, description="Part of the image's name.")
+    waiting: bool = Field(False, description="Only those without a decision that are not good or drawn at random.")
+    decided: bool | None = Field(None, description="Only those with a decision, or only those without.")
+    before: Number | None = Field(None, description="`next` of the previous page.")
+    limit: int = Field(50, ge=1, le=200)
+
+
 class Problem(BaseModel):
-    """What every answer of 400 and above holds."""
+    """Body of every answer with a status of 400 or more."""
 
     model_config = _example(detail="detector screw has no category 'nut'; name none")
-    detail: str = Field(description="What is wrong and what to do about it, for people.")
+    detail: str = Field(description="Problem and remedy, for people.")
 
 
 class Region(BaseModel):
-    """An area above the detector's pixel threshold; detectors may tell more of it."""
+    """Area above the detector's pixel threshold. Detectors may add fields."""
 
     model_config = ConfigDict(extra="allow")
     box: tuple[int, int, int, int] = Field(description="x0, y0, x1, y1 in pixels of the image; x1, y1 exclusive.")
@@ -75,44 +101,44 @@ _INSPECTION: dict[str, Any] = {
 
 
 class Inspection(BaseModel):
-    """One inspection, as the log has it."""
+    """Inspection, as in the log."""
 
     model_config = _example(**_INSPECTION)
     id: int
-    time: datetime = Field(description="When it was logged, UTC.")
+    time: datetime = Field(description="Time of logging, UTC.")
     name: str
-    digest: str = Field(description="SHA-256 of the image's file, in hex.")
-    size: int = Field(description="Bytes of the image's file.")
-    width: int = Field(description="Of the image, upright, pixels.")
-    height: int
-    source: str | None = Field(None, description="The path of a watched file; null for what came over HTTP.")
+    digest: str = Field(description="SHA-256 of the image file, in hex.")
+    size: int = Field(description="Size of the image file, bytes.")
+    width: int = Field(description="Width of the upright image, pixels.")
+    height: int = Field(description="Height of the upright image, pixels.")
+    source: str | None = Field(None, description="Path of a watched file; null for images sent over HTTP.")
     detector: str
-    detector_digest: str = Field(description="SHA-256 of the detector's file, in hex.")
-    category: str = Field(description="Empty for a detector that has no categories.")
-    score: float = Field(description="Raw; comparable between images of one detector and category only.")
+    detector_digest: str = Field(description="SHA-256 of the detector file, in hex.")
+    category: str = Field(description="Category of the detector; empty if it has none.")
+    score: float = Field(description="Raw anomaly score; comparable only between images of one detector and category.")
     p_value: float = Field(description="Share of good images that score at least as high, in (0, 1].")
     p_estimated: float | None = Field(
-        None, description="Where the calibration has a tail: an estimate that goes below what p_value can reach."
+        None, description="Estimate that can be smaller than any p_value; only with an extrapolated tail."
     )
-    threshold: float = Field(description="What the score was compared with.")
+    threshold: float = Field(description="Score above which an image is a defect.")
     verdict: Verdict
     regions: list[Region] = Field(description="Largest peak first.")
-    sampled: bool = Field(description="Whether it was drawn at random for review, whatever its verdict.")
-    decision: Decision | None = Field(None, description="What a person decided.")
+    sampled: bool = Field(description="True if drawn at random for review, whatever the verdict.")
+    decision: Decision | None = Field(None, description="Decision of a person.")
     decided_by: str | None = None
     decided_at: datetime | None = None
 
 
 class History(BaseModel):
-    """Inspections, newest first."""
+    """Page of inspections, newest first."""
 
     model_config = _example(items=[_INSPECTION], next=4711)
     items: list[Inspection]
-    next: int | None = Field(None, description="`before` of the next page; null at the end.")
+    next: int | None = Field(None, description="Value of `before` for the next page; null at the end.")
 
 
 class Images(BaseModel):
-    """What can be shown of an inspection."""
+    """Images and contours of an inspection."""
 
     model_config = _example(
         images=["image", "heat", "overlay", "mean", "uncertainty", "mask", "restored"],
@@ -121,36 +147,40 @@ class Images(BaseModel):
     images: list[str] = Field(description="Names for `/inspections/{id}/images/{name}`.")
     contours: list[list[Annotated[list[float], Field(min_length=2, max_length=2)]]] = Field(
         description="Corners (x, y) of the polygon around each region, in pixels of the image. They are not logged: "
-        "after a new calibration there may be other regions than in the log."
+        "after a recalibration the regions may differ from those in the log."
     )
 
 
 class Review(BaseModel):
-    """A person's decision."""
+    """Decision of a person."""
 
     model_config = _example(decision="good", by="A. Lovelace") | ConfigDict(extra="forbid")
-    decision: Decision | None = Field(description="null takes an earlier decision back.")
-    by: str = Field(min_length=1, max_length=100, description="Who decides.")
+    decision: Decision | None = Field(description="Decision; null withdraws an earlier one.")
+    by: str = Field(min_length=1, max_length=100, description="Name of the person.")
 
 
 class CalibrationState(BaseModel):
-    """The calibration of a category."""
+    """Calibration of a category."""
 
     threshold: float
     false_alarm_rate: float
-    described: str = Field(description="What it promises, in a sentence.")
+    described: str = Field(description="Guarantee, in a sentence.")
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> CalibrationState:
+        return cls(threshold=calibration.threshold, false_alarm_rate=calibration.rate, described=calibration.describe())
 
 
 class Category(CalibrationState):
-    """The calibration of a category, and the decisions that could renew it."""
+    """Calibration of a category, and the decisions available to recalibrate it."""
 
     decided_good: int
-    decided_good_sampled: int = Field(description="Of those, drawn at random for review.")
+    decided_good_sampled: int = Field(description="Good ones that were drawn at random for review.")
     decided_defect: int
 
 
 class DetectorState(BaseModel):
-    """A detector that is served."""
+    """Detector of the station."""
 
     model_config = _example(
         name="screw",
@@ -168,59 +198,56 @@ class DetectorState(BaseModel):
         },
     )
     name: str
-    digest: str = Field(description="SHA-256 of its file, in hex.")
-    fixed: str | None = Field(None, description="Why it cannot be calibrated anew; null: it can.")
-    categories: dict[str, Category] = Field(description="By name; the name is empty where there is one only.")
+    digest: str = Field(description="SHA-256 of the detector file, in hex.")
+    fixed: str | None = Field(None, description="Reason why it cannot be recalibrated; null if it can.")
+    categories: dict[str, Category] = Field(description="Categories by name; the name is empty if there is only one.")
 
 
 class StationState(BaseModel):
-    """What this station serves, and within which limits."""
+    """Detectors and limits of the station."""
 
     detectors: list[DetectorState]
     keeps_images: bool
-    waiting: int = Field(description="Inspections that a person should decide.")
+    waiting: int = Field(description="Number of inspections that wait for a decision.")
     sample: float = Field(description="Share of images drawn at random for review.")
     max_bytes: int
     max_pixels: int
 
 
 class Recalibration(BaseModel):
-    """How decisions become a new threshold."""
+    """Options of a recalibration."""
 
     model_config = _example(category="", keep=True, sampled=True) | ConfigDict(extra="forbid")
-    category: str = Field("", max_length=200, description="Of a detector of several.")
-    keep: bool = Field(True, description="Also count the images that calibrated it before.")
+    category: str = Field("", max_length=200, description="Category, for a detector with several.")
+    keep: bool = Field(True, description="Also use the scores of the previous calibration.")
     sampled: bool = Field(
         False,
-        description="Of good images, only those drawn at random. Those that a person saw because of their verdict "
-        "are not like images to come, and raise the threshold.",
+        description="Use only good images drawn at random. Those reviewed because of their verdict are not "
+        "representative and raise the threshold.",
     )
-    rate: float | None = Field(
-        None, ge=1e-6, le=0.5, description="False-alarm rate asked for; null: the detector's own."
-    )
+    rate: float | None = Field(None, ge=1e-6, le=0.5, description="False-alarm rate; null: that of the detector.")
     miss_rate: float | None = Field(
-        None,
-        ge=1e-6,
-        le=0.5,
-        description="Share of defects that may be missed; decided defects then set the threshold.",
+        None, ge=1e-6, le=0.5, description="Miss rate; if given, images decided to be defects set the threshold."
     )
 
 
 class RecalibrationDone(BaseModel):
-    """What came of it."""
+    """Result of a recalibration."""
 
     before: CalibrationState
     after: CalibrationState
-    good: int = Field(description="Good images that took part.")
-    defects: int = Field(description="Defects that took part.")
-    seen: int = Field(description="Good images left out because the detector has learned from them.")
-    counted: int = Field(description="Good images left out because their scores are among those that were kept.")
-    lost: int = Field(description="Decided images that are no longer kept.")
-    digest: str = Field(description="SHA-256 of the detector's new file, in hex.")
+    good: int = Field(description="Number of good images used.")
+    defects: int = Field(description="Number of defects used.")
+    seen: int = Field(description="Number of good images left out because the detector was trained on them.")
+    counted: int = Field(
+        description="Number of good images left out because their scores are already among the kept ones."
+    )
+    lost: int = Field(description="Number of images left out because they are no longer kept.")
+    digest: str = Field(description="SHA-256 of the new detector file, in hex.")
 
 
 class Health(BaseModel):
-    """Whether the station answers and its log can be read."""
+    """State of the station."""
 
     model_config = _example(status="ok", version="0.1.0")
     status: Literal["ok"]

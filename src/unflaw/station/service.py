@@ -1,47 +1,55 @@
-"""What the station does, apart from HTTP: inspects in threads, logs before it answers, and draws what was found."""
+"""Work of the station: inspection in threads, the log entry before the answer, and drawings of results."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
+from starlette.exceptions import HTTPException
 
 from unflaw.imaging.reading import read
 from unflaw.postprocessing.results import Result
-from unflaw.report.panels import colour_map, grey_map, heat_map, veil
-from unflaw.station.detectors import Recalibrated, Served
-from unflaw.station.log import Entry, Filter, Log
+from unflaw.report.panels import colour_map, grey_map, heat_map, heat_overlay
+from unflaw.station.detectors import Served
+from unflaw.station.log import Entry, Log
 from unflaw.station.metrics import Metrics
 
 T = TypeVar("T")
 RECENT = 64 * 2**20  # bytes of results that are kept in memory to be drawn
-SHOWN = 1600  # pixels of the longer side of an image that is shown, at most
+SHOWN = 1600  # maximum longer side of an image that is sent, pixels
 
 
-class Busy(Exception):
-    """As many requests are being worked on as the station takes at once."""
+class Busy(HTTPException):
+    """The maximum number of requests is in progress."""
+
+    def __init__(self) -> None:
+        super().__init__(429, "the station is busy; try again in a second", {"Retry-After": "1"})
 
 
-class Missing(LookupError):
-    """There is no such detector, inspection or image. The message says why."""
+class Missing(HTTPException):
+    """There is no such detector, inspection or image."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(404, detail)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the station takes.
+    """Limits of the station.
 
     Attributes:
-        bytes, pixels: Of an image.
-        seconds: From a request's first byte to its answer.
-        concurrency: Requests that are worked on or wait for it; further ones are told to come back.
-        sample: Share of images that are drawn at random for review.
+        bytes: Maximum size of an image file.
+        pixels: Maximum number of pixels of an image.
+        seconds: Maximum time from the first byte of a request to its answer.
+        concurrency: Maximum number of requests in progress or waiting; more are refused.
+        sample: Share of images drawn at random for review, in [0, 1].
     """
 
     bytes: int = 32_000_000
@@ -52,7 +60,7 @@ class Limits:
 
 
 class Slot:
-    """The place of one request among those worked on. Free when the request ends and no thread computes for it."""
+    """Place of one request among `Limits.concurrency`. It is free again when the request and its thread have ended."""
 
     def __init__(self, station: Station) -> None:
         if station.working >= station.limits.concurrency:
@@ -62,13 +70,15 @@ class Slot:
         self._running: Future | None = None
 
     async def compute(self, pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+        """Run a function in a thread of a pool."""
         self._running = future = pool.submit(function)
         return await asyncio.wrap_future(future)
 
     def leave(self) -> None:
+        """Free the slot, now or when its thread ends: a thread cannot be stopped."""
         if self._running is None or self._running.done():
             self._free()
-        else:  # given up, but a thread cannot be stopped: as long as it computes it counts
+        else:
             loop = asyncio.get_running_loop()
             self._running.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free))
 
@@ -77,22 +87,22 @@ class Slot:
 
 
 class Station:
-    """Detectors, their log, and threads to work in. Its methods run in one event loop."""
+    """Detectors, their log and the threads that work for them. The methods run in one event loop."""
 
     def __init__(self, detectors: Mapping[str, Served], log: Log, limits: Limits) -> None:
         self.detectors, self.log, self.limits = detectors, log, limits
         self.metrics = Metrics(lambda: self.working, detectors)
         self.working = 0
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="log")  # writers of SQLite wait for each other anyway
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="log")  # SQLite has one writer at a time anyway
         self._reader = ThreadPoolExecutor(2, thread_name_prefix="read")
         self._recent: OrderedDict[int, tuple[Result, bytes]] = OrderedDict()
         self._recent_bytes = 0
 
     def detector(self, name: str | None) -> Served:
-        """None will do where there is one only.
+        """Return a detector by name; None is enough if there is only one.
 
         Raises:
-            Missing: Not known, or None where there are several.
+            Missing: The name is unknown, or None although there are several detectors.
         """
         if not name and len(self.detectors) == 1:
             return next(iter(self.detectors.values()))
@@ -101,8 +111,27 @@ class Station:
         fault = f"there is no detector {name}" if name else "there are several detectors"
         raise Missing(f"{fault}; name one of {', '.join(self.detectors)}")
 
+    async def within_limits(self, work: Callable[[Slot], Awaitable[T]]) -> T:
+        """Do the work of a request in a slot, within the time limit.
+
+        Raises:
+            Busy: No slot is free. HTTPException: 503, after the time limit.
+        """
+        slot, seconds = Slot(self), self.limits.seconds
+        try:
+            return await asyncio.wait_for(work(slot), seconds)
+        except asyncio.TimeoutError as error:
+            raise HTTPException(
+                503,
+                f"the request took longer than {seconds:g} second{'s' * (seconds != 1)} and was aborted; nothing is "
+                "logged unless it appears in the history",
+                {"Retry-After": "1"},
+            ) from error
+        finally:
+            slot.leave()
+
     async def inspect(self, slot: Slot, data: bytes, *, name: str, detector: str | None, category: str | None) -> Entry:
-        """Inspects an image. When this returns the inspection is in the log, on disk.
+        """Inspect an image and log the result; on return it is on disk.
 
         Raises:
             Missing: As `detector`. ImageError, DetectorError: As `Served.inspect`. SQLAlchemyError: Not logged.
@@ -122,35 +151,32 @@ class Station:
         return entry
 
     async def read(self, function: Callable[[Log], T]) -> T:
-        """Asks the log."""
+        """Read from the log in a thread."""
         return await asyncio.wrap_future(self._reader.submit(function, self.log))
 
     async def entry(self, number: int) -> Entry:
-        """An inspection. Raises Missing."""
-        return self._known(number, await self.read(lambda log: log.get(number)))
+        """Return an inspection. Raises Missing."""
+        return _existing(number, await self.read(lambda log: log.get(number)))
 
     async def decide(self, number: int, decision: str | None, by: str) -> Entry:
-        """See `Log.decide`. Raises Missing."""
-        deciding = self._writer.submit(self.log.decide, number, decision, by)
-        return self._known(number, await asyncio.wrap_future(deciding))
+        """Record a decision, as `Log.decide`. Raises Missing."""
+        future = self._writer.submit(self.log.decide, number, decision, by)
+        return _existing(number, await asyncio.wrap_future(future))
 
-    async def recalibrate(self, served: Served, category: str, **options: bool | float | None) -> Recalibrated:
-        """See `Served.recalibrate`."""
-        # for minutes perhaps, so not in a thread that others wait for
-        return await asyncio.to_thread(served.recalibrate, self.log, category, **options)  # type: ignore[arg-type]
+    async def result(self, slot: Slot, number: int) -> tuple[Entry, Result, bytes]:
+        """Return an inspection, its result and its image file.
 
-    async def shown(self, slot: Slot, number: int) -> tuple[Entry, Result, bytes]:
-        """What an inspection found. Where memory has lost it, a kept image is inspected again, without a record.
+        If the result is no longer in memory, the kept image is inspected again, without a record.
 
         Raises:
-            Missing: No such inspection, or its image is gone.
+            Missing: There is no such inspection, or its image is not kept.
         """
         entry = await self.entry(number)
         if number in self._recent:
             self._recent.move_to_end(number)
             return entry, *self._recent[number]
         path = self.log.image(entry.digest)
-        gone = Missing(f"the image of inspection {number} is not kept, so there is nothing to show of it any more")
+        gone = Missing(f"the image of inspection {number} is not kept, so it cannot be shown")
         if path is None:
             raise gone
         served = self.detector(entry.detector)
@@ -158,7 +184,7 @@ class Station:
         def work() -> tuple[Result, bytes]:
             try:
                 data = path.read_bytes()
-            except FileNotFoundError:  # retention was faster
+            except FileNotFoundError:  # removed by retention meanwhile
                 raise gone from None
             _, result = served.inspect(data, name=entry.name, category=entry.category, max_pixels=self.limits.pixels)
             return result, data
@@ -168,46 +194,39 @@ class Station:
         return entry, result, data
 
     async def draw(self, slot: Slot, number: int, image: str) -> bytes:
-        """One of `names`, as PNG.
+        """Draw one of the images of `names`, as PNG.
 
         Raises:
-            Missing: As `shown`, or the method has no such image.
+            Missing: As `result`, or the method has no such image.
         """
-        entry, result, data = await self.shown(slot, number)
+        entry, result, data = await self.result(slot, number)
         if image not in names(result):
             raise Missing(f"inspection {number} has no image {image}; it has {', '.join(names(result))}")
         scale = self.detector(entry.detector).detector.select(entry.category).scale
 
         def work() -> bytes:
             if image == "image":
-                return _png(_fitting(read(data)))
-            if image in ("heat", "overlay"):
-                return _png(_placed((heat_map if image == "heat" else veil)(result.map, scale), result))
-            layer = result.layers[image]
-            if image == "uncertainty":  # a deviation of values in [0, 1] is at most one half
-                return _png(_placed(colour_map(layer, 0.5), result))
-            return _png(_placed(layer if layer.ndim == 3 else grey_map(layer), result))
+                drawn = _original(data)
+            elif image == "heat":
+                drawn = _placed(heat_map(result.map, scale), result)
+            elif image == "overlay":
+                drawn = _placed(heat_overlay(result.map, scale), result)
+            elif image == "uncertainty":  # the standard deviation of values in [0, 1] is 0.5 at most
+                drawn = _placed(colour_map(result.layers[image], 0.5), result)
+            else:
+                layer = result.layers[image]
+                drawn = _placed(layer if layer.ndim == 3 else grey_map(layer), result)
+            file = io.BytesIO()
+            drawn.save(file, "PNG", compress_level=1)
+            return file.getvalue()
 
         return await slot.compute(self._reader, work)
 
-    async def prune(self, days: float | None, image_bytes: int | None) -> None:
-        """See `Log.prune`."""
-        await asyncio.to_thread(self.log.prune, days=days, image_bytes=image_bytes)  # nobody waits for it
-
-    async def waiting(self) -> int:
-        """Inspections that a person should decide."""
-        return await self.read(lambda log: log.count(Filter(waiting=True)))
-
     def close(self) -> None:
-        """Ends the threads; what they have begun is finished first."""
+        """Finish what the threads have begun, then end them."""
         for pool in (*(served.worker for served in self.detectors.values()), self._writer, self._reader):
             pool.shutdown()
         self.log.close()
-
-    def _known(self, number: int, entry: Entry | None) -> Entry:
-        if entry is None:
-            raise Missing(f"there is no inspection {number} in the log")
-        return entry
 
     def _remember(self, number: int, result: Result, data: bytes) -> None:
         if number in self._recent:
@@ -219,22 +238,28 @@ class Station:
 
 
 def names(result: Result) -> list[str]:
-    """The images that there are of a result."""
+    """Return the names of the images of a result."""
     return ["image", "heat", "overlay", *result.layers]
 
 
+def _existing(number: int, entry: Entry | None) -> Entry:
+    if entry is None:
+        raise Missing(f"there is no inspection {number} in the log")
+    return entry
+
+
 def _bytes(result: Result, data: bytes) -> int:
-    arrays = (result.map, result.image, *result.layers.values())
-    return len(data) + sum(array.nbytes for array in arrays)
+    return len(data) + sum(array.nbytes for array in (result.map, result.image, *result.layers.values()))
 
 
 def _placed(drawn: np.ndarray, result: Result) -> Image.Image:
-    """An image of the map's shape as it lies over the original one: transparent where that does not count."""
+    """Place a drawn map (H, W, 3 or 4) on the original image; what is outside the region of interest is transparent."""
     x0, y0, x1, y1 = result.valid
+    image = Image.fromarray(drawn)
     if result.counted is not None:
-        opacity = drawn[..., 3] if drawn.shape[2] == 4 else np.full(drawn.shape[:2], 255, np.uint8)
-        drawn = np.dstack([drawn[..., :3], np.where(result.counted, opacity, 0).astype(np.uint8)])
-    image = Image.fromarray(drawn[y0:y1, x0:x1])
+        image = image.convert("RGBA")
+        image.putalpha(ImageChops.multiply(image.getchannel("A"), Image.fromarray(result.counted).convert("L")))
+    image = image.crop((x0, y0, x1, y1))
     if result.crop == (0, 0, *result.size):
         return image
     shrink = min(1, SHOWN / max(result.size))
@@ -245,15 +270,11 @@ def _placed(drawn: np.ndarray, result: Result) -> Image.Image:
     return whole
 
 
-def _fitting(pixels: np.ndarray) -> Image.Image:
+def _original(data: bytes) -> Image.Image:
+    """Decode an image, at most `SHOWN` pixels long."""
+    pixels = read(data)
     if pixels.dtype != np.uint8:
         pixels = (pixels * 255).round().astype(np.uint8)
     image = Image.fromarray(pixels)
     image.thumbnail((SHOWN, SHOWN))
     return image
-
-
-def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG", compress_level=1)
-    return data.getvalue()

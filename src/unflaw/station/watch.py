@@ -1,4 +1,4 @@
-"""Watching a folder: images are inspected as a camera drops them, once each, and filed by verdict."""
+"""Watching a folder: each image that arrives is inspected once and filed by verdict."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,50 +24,50 @@ from unflaw.station.detectors import Served
 from unflaw.station.log import Log, legible, sha256
 
 Mark = tuple[int, int]  # bytes and time of change, ns
-_NAMED = 5  # files that a line of several names; the others are counted
+_NAMED = 5  # maximum number of files named in one line
 _VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv"})
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What is known of an image before it is filed."""
+class _Inspected:
+    """Outcome for an image, before it is filed."""
 
     digest: str
     verdict: str  # or "error"
-    fault: str = ""  # why it could not be read
-    before: str = ""  # when and by which detector, if it was inspected before
+    fault: str = ""  # reason why it could not be read
+    before: str = ""  # time and detector of an earlier inspection
 
 
 @dataclass
-class _Seen:
-    """A file as it was last seen."""
+class _File:
+    """State of a file at the last look."""
 
     mark: Mark
     since: float  # monotonic seconds; unchanged from then on
     done: bool = False
-    found: _Found | None = None
+    inspected: _Inspected | None = None
 
 
 class Watcher:
-    """A folder that is looked at again and again.
+    """Inspect the images that arrive in a folder, and file them by verdict.
 
-    An image is inspected once: the log knows it by path and content. It is filed after it is logged, and that is done
-    again after a crash, to the same end. So neither a restart nor a second watcher inspects it twice.
+    Path and content identify an image in the log, and it is filed after it is logged. So neither a restart, a crash nor
+    a second watcher leads to a second inspection.
 
     Args:
-        folder: Where images arrive, also in folders within.
-        out: Gets `good`, `defect`, `review` and `error`, with the folders within; may lie in `folder`, not hold it.
-        copy: Leaves the images where they are.
-        category: Of what they show, for a detector of several.
-        settle: Seconds for which size and time of a file must not change before it is read.
-        patience: Seconds after which a file that still cannot be read will not be finished any more: an error.
-        sample: Share of images that are drawn at random for review.
-        max_pixels: As for `images.read`.
-        report: Gets a line for what is watched, for each image and each file passed over, and for the sum of it.
+        folder: Folder where images arrive, also in subfolders.
+        out: Folder for `good`, `defect`, `review` and `error`, with the same subfolders; may lie in `folder`.
+        copy: Copy the images instead of moving them.
+        category: Category of the images, for a detector with several.
+        settle: Time in seconds for which size and time of a file must not change before it is read.
+        patience: Time in seconds after which a file that cannot be read is filed as an error.
+        sample: Share of images drawn at random for review, in [0, 1].
+        max_pixels: As in `imaging.reading.read`.
+        report: Called with each line of output: first what is watched, then images and skipped files, last the sums.
 
     Raises:
         DetectorError: As `BasePredictor.category`. ImageError: There is no such folder. ValueError: `out` is or holds
-            the folder, or cannot be made.
+            the folder, or cannot be created.
     """
 
     def __init__(
@@ -102,135 +103,133 @@ class Watcher:
         note_sorted(folder, out)
         self._served, self._log, self._report = served, log, report
         self._folder, self._out = folder.absolute(), out.absolute()
-        self._filed = out.resolve()  # by whatever way it is named, what lies there has been inspected
+        self._resolved_out = out.resolve()
         self._copy, self._settle, self._patience = copy, settle, patience
         self._sample, self._max_pixels = sample, max_pixels
-        self._seen: dict[Path, _Seen] = {}
-        self._faults: dict[Path, str] = {}
+        self._files: dict[Path, _File] = {}
+        self._faults: dict[Path, str] = {}  # reported faults of files, and of the folder
         self._counts: Counter[str] = Counter()  # images by verdict, "error", "before"; files "passed" over
-        self._passed_over: set[str] = set()  # folders of which that was said
+        self._reported_folders: set[str] = set()  # skipped folders
 
     def run(self, stop: threading.Event, *, every: float = 1.0, once: bool = False) -> None:
-        """Looks until told to stop, or, with `once`, until no image is waited for. What has begun is finished.
+        """Look at the folder every `every` seconds until `stop` is set, or, with `once`, until no image waits.
 
-        It reports first what is watched, and last what was done.
+        Work in progress is finished.
 
         Raises:
-            OSError: With `once`, where the folder is away, or files still cannot be filed or logged after `patience`.
+            OSError: With `once`, the folder is away, or files cannot be filed or logged after `patience`.
         """
         category = f", category {self._category}" if self._category else ""
         self._report(
-            f"{self._folder}: watched every {every:g} s{' until no image is waited for' * once}, with "
+            f"{self._folder}: watched every {every:g} s{' until no image waits' * once}, with "
             f"{self._served.path}{category}; images are {'copied' if self._copy else 'moved'} to good, defect, review "
             f"and error in {self._out}"
         )
         try:
-            self._run(stop, every, once)
+            while not stop.is_set():
+                waiting = self.look(stop)
+                if once and self._finished(waiting):
+                    break
+                stop.wait(every)
         finally:
-            self._pass_over([path for path, seen in self._seen.items() if not (seen.done or is_image(path))])
+            self._report_unread([path for path, file in self._files.items() if not (file.done or is_image(path))])
             self._report(self._summary())
 
-    def _run(self, stop: threading.Event, every: float, once: bool) -> None:
-        while not stop.is_set():
-            waiting = self.look(stop)
-            if once and not waiting:
-                if self._folder in self._faults:
-                    raise OSError(f"{self._faults[self._folder]}; the same command goes on")
-                return
-            faulty = (path for path, seen in self._seen.items() if not seen.done and path in self._faults)
-            stuck = [path for path in faulty if self._age(path) >= self._patience]
-            if once and len(stuck) == waiting:
-                several = f"{count(waiting, 'image')} wait, this one first, and they stay where they are"
-                stay = several if waiting > 1 else "it stays where it is"
-                raise OSError(f"{stuck[0]}: {self._faults[stuck[0]]}; {stay}: mend that, the same command goes on")
-            stop.wait(every)
-
-    def _age(self, path: Path) -> float:
-        """Seconds that a file has been waited for since it is complete."""
-        return time.monotonic() - self._seen[path].since - self._settle
+    def _finished(self, waiting: int) -> bool:
+        """Return True if no image waits; OSError if all that wait have faults for longer than `patience`."""
+        if not waiting and self._folder in self._faults:
+            raise OSError(f"{self._faults[self._folder]}; the same command goes on")
+        latest = time.monotonic() - self._settle - self._patience
+        faulty = [path for path, file in self._files.items() if not file.done and path in self._faults]
+        stuck = [path for path in faulty if self._files[path].since <= latest]
+        if waiting and len(stuck) == waiting:
+            several = f"{count(waiting, 'image')} wait, this is the first, and they stay where they are"
+            stay = several if waiting > 1 else "it stays where it is"
+            raise OSError(f"{stuck[0]}: {self._faults[stuck[0]]}; {stay}: mend that, the same command goes on")
+        return not waiting
 
     def look(self, stop: threading.Event | None = None) -> int:
-        """Inspects and files what is complete; returns how many images are still waited for."""
-        seen: dict[Path, _Seen] = {}
-        passed, copied, waiting = list[Path](), list[Path](), 0
+        """Inspect and file the complete images; return the number of images that still wait."""
+        files: dict[Path, _File] = {}
+        unread, copied, waiting = list[Path](), list[Path](), 0
         for path, mark in self._marked():
-            known, readable = self._seen.get(path), is_image(path)
-            # a file that is passed over is named once, however often it changes
-            if known is None or (known.mark != mark and (readable or not known.done)):
-                known = _Seen(mark, time.monotonic())
-            seen[path] = known
+            file, readable = self._files.get(path), is_image(path)
+            # a file that is not read is reported once, however often it changes
+            if file is None or (file.mark != mark and (readable or not file.done)):
+                file = _File(mark, time.monotonic())
+            files[path] = file
             stopped = stop is not None and stop.is_set()
-            if not known.done and not stopped and time.monotonic() - known.since >= self._settle:
+            if not file.done and not stopped and time.monotonic() - file.since >= self._settle:
                 if not readable:
-                    passed.append(path)
-                known.done = not readable or self._take(path, known, copied)
-            waiting += readable and not known.done
-        if self._folder in self._faults:  # what was seen in it is remembered until it is back
+                    unread.append(path)
+                file.done = not readable or self._process(path, file, copied)
+            waiting += readable and not file.done
+        if self._folder in self._faults:  # keep the state of the files until the folder is back
             return 0
-        self._seen = seen
-        self._pass_over(passed)
+        self._files = files
+        self._report_unread(unread)
         if copied:
             were = "was" if len(copied) == 1 else "were"
-            self._report(f"{self._folder}: {self._named(copied)} {were} inspected before, with copies in {self._out}")
-        self._faults = {path: fault for path, fault in self._faults.items() if path in seen or path == self._folder}
+            self._report(f"{self._folder}: {self._list(copied)} {were} inspected before, with copies in {self._out}")
+        self._faults = {path: fault for path, fault in self._faults.items() if path in files or path == self._folder}
         return waiting
 
     def _marked(self) -> Iterator[tuple[Path, Mark]]:
+        """Yield the files of the folder, except those filed in it, with their marks. Report skipped folders once."""
+        skipped: list[Entry] = []
         try:
-            passed_over: list[Entry] = []
-            files = visible_files(self._folder, passed_over)
+            files = visible_files(self._folder, skipped)
             self._faults.pop(self._folder, None)
-        except (ImageError, OSError) as error:  # a share that is away for a while
-            self._complain(self._folder, str(error))
+        except (ImageError, OSError) as error:  # a network share that is away for a while
+            self._report_fault(self._folder, str(error))
             return
-        self._say_passed_over(passed_over)
-        for path in files:
-            if not path.resolve().is_relative_to(self._filed):
-                try:
-                    yield path, _mark(path)
-                except FileNotFoundError:
-                    continue
-
-    def _say_passed_over(self, passed_over: list[Entry]) -> None:
-        """Once for each folder, which is not looked into again."""
-        numbers = counted(entry for entry in passed_over if entry.path not in self._passed_over)
-        new = {place: number for place, number in numbers.items() if place not in self._passed_over}
-        self._passed_over |= new.keys()
+        new = counted(entry for entry in skipped if entry.path not in self._reported_folders)
+        new = {place: number for place, number in new.items() if place not in self._reported_folders}
+        self._reported_folders |= new.keys()
         for text in note(new):
             self._report(f"note: {text}")
+        for path in files:
+            if not path.resolve().is_relative_to(self._resolved_out):
+                with suppress(FileNotFoundError):
+                    yield path, _mark(path)
 
-    def _take(self, path: Path, known: _Seen, copied: list[Path]) -> bool:
-        """Inspects and files one image; False if it must be looked at again.
+    def _process(self, path: Path, file: _File, copied: list[Path]) -> bool:
+        """Inspect and file one image; return False if it must be looked at again.
 
         Args:
-            copied: Gets the image if it was inspected and copied before, so that nothing is done.
+            copied: The image is appended if it was inspected and copied before, so that there is nothing to do.
         """
         try:
             data = path.read_bytes()
-            if (own := is_drawn(data)) or _mark(path) != known.mark:
-                return own  # what an earlier `unflaw predict` has left here stays
+            if (own := is_drawn(data)) or _mark(path) != file.mark:
+                return own  # panels of an earlier `unflaw predict` stay
             digest = sha256(data)
-            if known.found is None or known.found.digest != digest:  # else only filing is left to do
-                known.found = self._find(path, data, digest, known)
-            if known.found is None:
+            if file.inspected is None or file.inspected.digest != digest:
+                file.inspected = self._inspect(path, data, digest, file)
+            if file.inspected is None:
                 return False
-            target, there = self._target(path, known.found)
-            if not self._file(path, known.mark, data, None if there else target):
+            target, there = self._target(path, file.inspected)
+            if _mark(path) != file.mark:  # a new image under the same name
                 return False
-            self._tell(path, known.found, target, there, copied)
+            if not there:
+                self._file(path, file.mark, data, target)
+            if not self._copy:
+                path.unlink(missing_ok=True)
+            self._report_filed(path, file.inspected, target, there, copied)
             return True
         except (OSError, SQLAlchemyError) as error:
             if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
                 return True
-            self._complain(path, str(getattr(error, "orig", None) or error))
+            self._report_fault(path, str(getattr(error, "orig", None) or error))
             return False
 
-    def _find(self, path: Path, data: bytes, digest: str, known: _Seen) -> _Found | None:
-        """Inspects an image unless the log knows it; None if it must be looked at again."""
+    def _inspect(self, path: Path, data: bytes, digest: str, file: _File) -> _Inspected | None:
+        """Inspect an image unless it is in the log; return None if it must be looked at again."""
         source = legible(str(path))
         if (logged := self._log.of_source(source, digest)) is not None:
             self._counts["before"] += 1
-            return _Found(digest, logged.verdict, before=f"{logged.time:%Y-%m-%d %H:%M} UTC by {logged.detector}")
+            before = f"{logged.time:%Y-%m-%d %H:%M} UTC by {logged.detector}"
+            return _Inspected(digest, logged.verdict, before=before)
         name = path.relative_to(self._folder).as_posix()
         try:
             entry, _ = self._served.inspect(
@@ -242,22 +241,22 @@ class Watcher:
                 sample=self._sample,
             )
         except ImageError as error:
-            if time.monotonic() - known.since < self._patience:  # perhaps it is still being written
+            if time.monotonic() - file.since < self._patience:  # it may still be being written
                 return None
             self._counts["error"] += 1
-            return _Found(digest, "error", fault=str(error).removeprefix(f"{name}: "))
+            return _Inspected(digest, "error", fault=str(error).removeprefix(f"{name}: "))
         if self._log.add(entry, data) is None:  # another watcher was faster
             return None
         self._counts[entry.verdict] += 1
         self._report(f"{name}: {entry.verdict}, score {entry.score:.4g}, p {entry.p_value:.3g}")
-        return _Found(digest, entry.verdict)
+        return _Inspected(digest, entry.verdict)
 
-    def _target(self, path: Path, found: _Found) -> tuple[Path, bool]:
-        """Where an image is filed, and whether its content is there already."""
-        plain = self._out / found.verdict / path.relative_to(self._folder)
+    def _target(self, path: Path, inspected: _Inspected) -> tuple[Path, bool]:
+        """Return the path for an image, and True if its content is there already."""
+        plain = self._out / inspected.verdict / path.relative_to(self._folder)
         plain.parent.mkdir(parents=True, exist_ok=True)
         longest = _longest_name(plain.parent)
-        for added in ("", f"-{found.digest[:16]}", f"-{found.digest}"):
+        for added in ("", f"-{inspected.digest[:16]}", f"-{inspected.digest}"):
             stem, suffix = plain.stem, added + plain.suffix
             if not added and len(os.fsencode(plain.name)) > longest:
                 continue
@@ -266,39 +265,40 @@ class Watcher:
             target = plain.with_name(stem + suffix)
             if not os.path.lexists(target):
                 return target, False
-            # a link there may lead to the image itself
-            if target.is_file() and not target.is_symlink() and sha256(target.read_bytes()) == found.digest:
+            # a link may lead to the image itself
+            if target.is_file() and not target.is_symlink() and sha256(target.read_bytes()) == inspected.digest:
                 return target, True
-        raise FileExistsError(errno.EEXIST, "the names that it could have there are taken; rename it", str(target))
+        raise FileExistsError(errno.EEXIST, "all possible names are taken in the target folder; rename it", str(target))
 
-    def _file(self, path: Path, mark: Mark, data: bytes, target: Path | None) -> bool:
-        """Moves or copies an image; done once or twice, the outcome is the same. None: it is there already."""
-        if _mark(path) != mark:  # a new image under the old name: its turn comes
-            return False
-        # a link may be relative, so that it would lead nowhere from another folder
-        if target is not None and (self._copy or path.is_symlink() or not _renamed(path, target)):
-            write_atomically(target, lambda file: file.write_bytes(data))
-            os.utime(target, ns=(mark[1], mark[1]))
-        if not self._copy:
-            path.unlink(missing_ok=True)
-        return True
+    def _file(self, path: Path, mark: Mark, data: bytes, target: Path) -> None:
+        """Move an image, or copy it where it cannot be renamed; repeating it has the same outcome."""
+        # a link is not moved: a relative one would be broken in another folder
+        if not (self._copy or path.is_symlink()):
+            try:
+                path.rename(target)
+                return
+            except OSError as error:
+                if error.errno != errno.EXDEV:  # another file system
+                    raise
+        write_atomically(target, lambda file: file.write_bytes(data))
+        os.utime(target, ns=(mark[1], mark[1]))
 
-    def _tell(self, path: Path, found: _Found, target: Path, there: bool, copied: list[Path]) -> None:
-        """Reports where an image went, but for one that has just been inspected and keeps its name."""
+    def _report_filed(self, path: Path, inspected: _Inspected, target: Path, there: bool, copied: list[Path]) -> None:
+        """Report the target of an image, unless it was inspected just now and keeps its name."""
         name = path.relative_to(self._folder).as_posix()
         where = f"{'copied' if self._copy else 'moved'} to {target}"
-        if found.fault:
-            self._complain(path, f"{found.fault}; {where}")
-        elif found.before and there and self._copy:
+        if inspected.fault:
+            self._report_fault(path, f"{inspected.fault}; {where}")
+        elif inspected.before and there and self._copy:
             copied.append(path)
-        elif found.before:
+        elif inspected.before:
             where = f"removed here, since it is in {target} already" if there else where
-            self._report(f"{name}: {found.verdict}, inspected before, {found.before}; {where}")
+            self._report(f"{name}: {inspected.verdict}, inspected before, {inspected.before}; {where}")
         elif target.name != path.name:
             self._report(f"{name}: {where}, since it cannot keep its name there")
 
-    def _pass_over(self, paths: Sequence[Path]) -> None:
-        """Names files that are not images of a kind that is read, a line for each kind."""
+    def _report_unread(self, paths: Sequence[Path]) -> None:
+        """Report files that are not images of a supported kind, one line for each kind."""
         self._counts["passed"] += len(paths)
         for suffix, group in groupby(sorted(paths, key=_suffix), _suffix):
             found = list(group)
@@ -306,11 +306,11 @@ class Watcher:
             kind = f"{suffix} files" if suffix else "files without a suffix"
             what = "the frames to inspect" if suffix in _VIDEOS else "images"
             self._report(
-                f"note: {self._folder}: {self._named(found)} {stay} there, since {kind} are not read; save {what} as "
+                f"note: {self._folder}: {self._list(found)} {stay} there, since {kind} are not read; save {what} as "
                 "PNG, JPEG, BMP, TIFF, WebP or GIF"
             )
 
-    def _named(self, paths: Sequence[Path]) -> str:
+    def _list(self, paths: Sequence[Path]) -> str:
         names = [path.relative_to(self._folder).as_posix() for path in paths]
         if len(names) > _NAMED:
             names[_NAMED:] = [count(len(names) - _NAMED, "other")]
@@ -318,7 +318,7 @@ class Watcher:
 
     def _summary(self) -> str:
         good, defect, review = (self._counts[verdict] for verdict in ("good", "defect", "review"))
-        waiting = sum(is_image(path) and not seen.done for path, seen in self._seen.items())
+        waiting = sum(is_image(path) and not file.done for path, file in self._files.items())
         parts = [
             f"{count(good + defect + review, 'image')} inspected ({good} good, {defect} defect, {review} for review)",
             f"{count(self._counts['before'], 'image')} inspected before",
@@ -328,7 +328,7 @@ class Watcher:
         ]
         return f"{self._folder}: {', '.join(parts)}"
 
-    def _complain(self, path: Path, fault: str) -> None:
+    def _report_fault(self, path: Path, fault: str) -> None:
         if self._faults.get(path) != fault:
             self._faults[path] = fault
             self._report(f"note: {path}: {fault}")
@@ -339,7 +339,7 @@ def _suffix(path: Path) -> str:
 
 
 def _longest_name(folder: Path) -> int:
-    """Bytes that a name in a folder may have."""
+    """Return the maximum length of a name in a folder, bytes."""
     try:
         return os.pathconf(folder, "PC_NAME_MAX")
     except (AttributeError, ValueError, OSError):  # Windows, and some network shares
@@ -349,14 +349,3 @@ def _longest_name(folder: Path) -> int:
 def _mark(path: Path) -> Mark:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _renamed(path: Path, target: Path) -> bool:
-    """Moves within one file system; False where they lie in two."""
-    try:
-        path.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        return False
-    return True

@@ -1,4 +1,4 @@
-// The page of the station. It asks the same API as everyone else, and nothing else.
+// Page of the station. It uses the public HTTP API only.
 
 const $ = (id) => document.getElementById(id);
 const WORDS = { good: "Good", defect: "Defect", review: "Review", busy: "Inspecting …", error: "Not inspected" };
@@ -10,9 +10,9 @@ const PATHS = {
   busy: "M24 12v12l7 6",
   error: "M24 5a19 19 0 1 0 0 38a19 19 0 0 0 0-38M24 15v11M24 33v.5",
 };
-const LEGENDS = { heat: ["good", "far above the threshold"], uncertainty: ["sure", "unsure"] };
-const BLENDS = { heat: 50, restored: 100 }; // to begin with
-const ENOUGH = 8; // images drawn at random that are worth more than all that people saw
+const LEGENDS = { heat: ["good", "far above the threshold"], uncertainty: ["low", "high"] };
+const BLENDS = { heat: 50, restored: 100 }; // initial values
+const ENOUGH = 8; // images drawn at random from which on only these are used for calibration
 const LAYERS = { image: "Image", heat: "Heat map", mean: "Mean", uncertainty: "Uncertainty", mask: "Mask", restored: "Restored" };
 
 const stored = (name, fallback) => localStorage.getItem(`unflaw.${name}`) ?? fallback;
@@ -20,29 +20,29 @@ const store = (name, value) => localStorage.setItem(`unflaw.${name}`, value);
 
 const state = {
   view: "inspect",
-  lists: { inspect: [], review: [], history: [] }, // what ← and → go through: items of {name, entry, verdict, error}
+  lists: { inspect: [], review: [], history: [] }, // lists for ← and →, of items {name, entry, verdict, error}
   index: { inspect: -1, review: -1, history: -1 },
   station: null,
   layer: stored("layer", "heat"),
   images: [],
   contours: [],
-  chosen: null, // the region that is pointed at
-  next: null, // of the history, its next page
-  open: false, // in the history: one inspection instead of the list
+  chosen: null, // index of the selected region
+  next: null, // next page of the history
+  open: false, // history shows one inspection instead of the list
 };
 
-// Elements without a template language; text never becomes markup.
+// Creates an element. Text never becomes markup.
 function el(tag, attributes = {}, ...children) {
-  const made = /^(svg|path|polygon|rect|g)$/.test(tag)
+  const element = /^(svg|path|polygon|rect|g)$/.test(tag)
     ? document.createElementNS("http://www.w3.org/2000/svg", tag)
     : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value != null) made.setAttribute(name, value);
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  made.append(...children.filter((child) => child != null));
-  return made;
+  element.append(...children.filter((child) => child != null));
+  return element;
 }
 
 const number = (value, digits = 4) => Number(value.toPrecision(digits)).toString().replace("-", "−");
@@ -51,7 +51,7 @@ const moment = (time) => new Date(time).toLocaleString([], { dateStyle: "short",
 const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 const bytes = (count) => (count < 1e6 ? `${Math.ceil(count / 1e3)} kB` : `${number(count / 1e6, 3)} MB`);
 
-// Asking the station
+// Requests
 
 class Problem extends Error {
   constructor(message, status, wait = 1) {
@@ -60,12 +60,12 @@ class Problem extends Error {
   }
 }
 
-const TOKEN = `unflaw.token${location.pathname}`; // of this station: others may share the host, each under its own path
+const TOKEN = `unflaw.token${location.pathname}`; // of this station: others may be published under other paths of the host
 let token = sessionStorage.getItem(TOKEN);
 let login = null;
 
-// Addresses are relative to the page: a proxy may publish the station under any path.
-async function ask(path, options = {}) {
+// Sends a request. Paths are relative to the page: a proxy may publish the station under any path.
+async function request(path, options = {}) {
   const used = token;
   const headers = new Headers(options.headers);
   if (used) headers.set("Authorization", `Bearer ${used}`);
@@ -75,20 +75,20 @@ async function ask(path, options = {}) {
   } catch {
     answer = null;
   }
-  if (!answer || answer.status === 502 || answer.status === 504) { // a proxy says of a station that is gone
+  if (!answer || answer.status === 502 || answer.status === 504) { // from a proxy without its station
     lost();
     throw new Problem("The station does not answer.", 0);
   }
   if (answer.status === 401) {
     if (token === used) await needToken(Boolean(used));
-    return ask(path, options);
+    return request(path, options);
   }
   if (answer.ok) return answer;
-  const told = await answer.json().catch(() => ({}));
-  throw new Problem(told.detail ?? `The station answered ${answer.status}.`, answer.status, Number(answer.headers.get("retry-after")) || 1);
+  const { detail } = await answer.json().catch(() => ({}));
+  throw new Problem(detail ?? `The station answered ${answer.status}.`, answer.status, Number(answer.headers.get("retry-after")) || 1);
 }
 
-const json = async (path, options) => (await ask(path, options)).json();
+const json = async (path, options) => (await request(path, options)).json();
 const send = (path, method, body) => json(path, { method, body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
 
 function needToken(wrong) {
@@ -105,7 +105,7 @@ function needToken(wrong) {
   });
   return login;
 }
-$("login").addEventListener("cancel", (event) => event.preventDefault()); // there is nothing to do without
+$("login").addEventListener("cancel", (event) => event.preventDefault()); // nothing works without the token
 
 let away = null;
 function lost() {
@@ -115,29 +115,29 @@ function lost() {
     clearInterval(away);
     away = null;
     $("lost").hidden = true;
-    guarded(refresh)();
+    withNotice(refresh)();
   }, 2000);
 }
 
 function notice(text, wrong = false) {
-  const made = el("div", { class: wrong ? "notice wrong" : "notice" }, el("span", {}, text));
-  made.append(el("button", { type: "button", class: "icon", "aria-label": "Dismiss", onclick: () => made.remove() }, "×"));
-  $("notices").append(made);
-  if (!wrong) setTimeout(() => made.remove(), 6000);
+  const box = el("div", { class: wrong ? "notice wrong" : "notice" }, el("span", {}, text));
+  box.append(el("button", { type: "button", class: "icon", "aria-label": "Dismiss", onclick: () => box.remove() }, "×"));
+  $("notices").append(box);
+  if (!wrong) setTimeout(() => box.remove(), 6000);
   while ($("notices").children.length > 4) $("notices").firstChild.remove();
 }
 
-// What a person started must not fail in silence.
-const guarded = (work) => async (...given) => {
+// Wraps a function so that its errors are shown.
+const withNotice = (work) => async (...args) => {
   try {
-    return await work(...given);
+    return await work(...args);
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     if (error.status !== 0) notice(error.message, true);
   }
 };
 
-// The station: detectors, limits, how many wait
+// State of the station
 
 async function refresh() {
   state.station = await json("station");
@@ -182,10 +182,10 @@ function inspect(files) {
   if (!files.length) return;
   if (state.view !== "inspect") show("inspect");
   select("inspect", state.lists.inspect.length - files.length);
-  pump();
+  sendQueued();
 }
 
-async function pump() {
+function sendQueued() {
   while (queue.length && sending < 2) {
     sending += 1;
     const item = queue.shift();
@@ -196,7 +196,7 @@ async function pump() {
       sending -= 1;
       delete item.file;
       changed(item);
-      pump();
+      sendQueued();
     });
   }
 }
@@ -207,20 +207,13 @@ async function upload(item) {
     throw new Problem(`${item.name} has ${bytes(item.file.size)}; this station takes ${bytes(limit)}. Send a smaller image.`, 413);
   }
   const query = new URLSearchParams({ name: item.name.slice(-200), detector: item.detector, category: item.category });
-  for (let attempt = 0; ; attempt += 1) {
-    try {
-      item.entry = await json(`inspect?${query}`, { method: "POST", body: item.file, headers: { "Content-Type": item.file.type || "application/octet-stream" } });
-      item.verdict = item.entry.verdict;
-      if (item.verdict !== "good" || item.entry.sampled) guarded(refresh)();
-      return;
-    } catch (error) {
-      if (error.status !== 429 || attempt >= 9) throw error;
-      item.waits = true;
-      changed(item);
-      await new Promise((resolve) => setTimeout(resolve, error.wait * 1000));
-      item.waits = false;
-    }
-  }
+  const headers = { "Content-Type": item.file.type || "application/octet-stream" };
+  item.entry = await retry(() => json(`inspect?${query}`, { method: "POST", body: item.file, headers }), (waits) => {
+    item.waits = waits;
+    if (waits) changed(item);
+  });
+  item.verdict = item.entry.verdict;
+  if (item.verdict !== "good" || item.entry.sampled) withNotice(refresh)();
 }
 
 function changed(item) {
@@ -228,7 +221,7 @@ function changed(item) {
   else strip();
 }
 
-// Which image is shown
+// Selection of the image
 
 const list = () => state.lists[state.view] ?? [];
 const current = () => list()[state.index[state.view]];
@@ -249,9 +242,9 @@ function show(view) {
     else button.removeAttribute("aria-current");
   }
   display();
-  if (view === "review") guarded(loadReview)();
-  if (view === "history") guarded(loadHistory)();
-  guarded(refresh)();
+  if (view === "review") withNotice(loadReview)();
+  if (view === "history") withNotice(loadHistory)();
+  withNotice(refresh)();
 }
 
 async function loadReview() {
@@ -274,13 +267,13 @@ function display() {
   $("position").textContent = `${state.index[state.view] + 1} of ${list().length}`;
   showVerdict(item);
   showDetails(item);
-  guarded(showImages)(item);
+  withNotice(showImages)(item);
 }
 
 function showVerdict(item) {
-  const detail = item.waits ? "The station is busy; waiting for its turn" : item.error ?? item.name;
+  const detail = item.waits ? "The station is busy; waiting" : item.error ?? item.name;
   const key = [item.verdict, detail].join("\n");
-  if ($("verdict").dataset.key === key && $("verdict").dataset.id === String(item.entry?.id)) return; // do not say it twice
+  if ($("verdict").dataset.key === key && $("verdict").dataset.id === String(item.entry?.id)) return; // no repeated announcement
   Object.assign($("verdict").dataset, { key, id: item.entry?.id });
   $("verdict").className = item.verdict;
   const sign = el("svg", { viewBox: "0 0 48 48", "aria-hidden": "true" }, el("path", { d: PATHS[item.verdict] }));
@@ -294,14 +287,14 @@ function showDetails(item) {
   const share = entry.p_value < 1 ? `About ${percent(entry.p_value)} of good parts score this high.` : "Every good part scores this high.";
   const estimate = entry.p_estimated == null ? "" : ` Estimated: ${percent(entry.p_estimated)}.`;
   $("measure").textContent = `Score ${number(entry.score)}, threshold ${number(entry.threshold)}. ${share}${estimate}`;
-  $("decided").textContent = entry.decision ? `${WORDS[entry.decision]}, says ${entry.decided_by}, ${moment(entry.decided_at)}` : "Nobody has decided yet.";
+  $("decided").textContent = entry.decision ? `${WORDS[entry.decision]}, decided by ${entry.decided_by}, ${moment(entry.decided_at)}` : "No decision yet.";
   for (const button of document.querySelectorAll(".decide button")) {
     if (button.id === "undo") button.disabled = !entry.decision;
     else button.setAttribute("aria-pressed", String(button.dataset.act === entry.decision));
   }
   const regions = entry.regions.map((region, i) => {
-    const doubt = region.uncertainty == null ? "" : ` · uncertainty ${number(region.uncertainty, 2)}`;
-    const text = `peak ${number(region.peak, 3)} · ${number(region.area, 3)} px${doubt}`;
+    const uncertainty = region.uncertainty == null ? "" : ` · uncertainty ${number(region.uncertainty, 2)}`;
+    const text = `peak ${number(region.peak, 3)} · ${number(region.area, 3)} px${uncertainty}`;
     return el("li", {}, el("button", { type: "button", "aria-pressed": String(state.chosen === i), onclick: () => point(i) }, el("span", {}, `Region ${i + 1}`), el("small", {}, text)));
   });
   $("regions").replaceChildren(...(regions.length ? regions : [el("li", { class: "dim" }, "None above the threshold.")]));
@@ -335,10 +328,10 @@ function strip() {
   const button = $("strip").children[state.index.inspect];
   if (!button) return;
   if (here) button.focus({ preventScroll: true });
-  $("strip").scrollLeft = button.offsetLeft - ($("strip").clientWidth - button.clientWidth) / 2; // and nothing else moves
+  $("strip").scrollLeft = button.offsetLeft - ($("strip").clientWidth - button.clientWidth) / 2; // scrollIntoView would also scroll the page
 }
 
-// Images: fetched with the token, so not by `src`
+// Images: fetched with the token instead of by `src`
 
 const shown = { id: null, ready: false, urls: new Map() };
 
@@ -360,7 +353,7 @@ async function showImages(item) {
     $("base").alt = `${WORDS[entry.verdict]}: ${entry.name}`;
     outline(entry);
     try {
-      const found = await patiently(() => json(`inspections/${entry.id}/images`));
+      const found = await retry(() => json(`inspections/${entry.id}/images`));
       if (shown.id !== entry.id) return;
       Object.assign(state, found);
       shown.ready = true;
@@ -376,7 +369,7 @@ async function showImages(item) {
   }
   if (!entry || !shown.ready) return;
   const layer = state.images.includes(state.layer) ? state.layer : "image";
-  // the heat map comes in two steps: what is high over the image, then the whole map
+  // the heat map in two steps: high values over the image, then the whole map
   const wanted = { image: ["image"], heat: ["image", "overlay", "heat"] }[layer] ?? ["image", layer];
   const [base, over, full] = await Promise.all(wanted.map((name) => image(entry.id, name)));
   if (shown.id !== entry.id || current() !== item) return;
@@ -393,20 +386,23 @@ async function showImages(item) {
 
 function image(id, name) {
   if (!shown.urls.has(name)) {
-    const fetched = patiently(() => ask(`inspections/${id}/images/${name}`)).then((answer) => answer.blob()).then(URL.createObjectURL);
+    const fetched = retry(() => request(`inspections/${id}/images/${name}`)).then((answer) => answer.blob()).then(URL.createObjectURL);
     fetched.catch(() => shown.urls.delete(name));
     shown.urls.set(name, fetched);
   }
   return shown.urls.get(name);
 }
 
-async function patiently(work) {
+// Repeats a request while the station is busy.
+async function retry(work, waiting = () => {}) {
   for (let attempt = 0; ; attempt += 1) {
     try {
       return await work();
     } catch (error) {
       if (error.status !== 429 || attempt >= 9) throw error;
+      waiting(true);
       await new Promise((resolve) => setTimeout(resolve, error.wait * 1000));
+      waiting(false);
     }
   }
 }
@@ -434,7 +430,7 @@ function layer(name) {
   store("layer", name);
   for (const input of $("layers").querySelectorAll("input")) input.checked = input.value === name;
   slider(name);
-  guarded(showImages)(current());
+  withNotice(showImages)(current());
 }
 
 function blend() {
@@ -468,7 +464,7 @@ async function decide(decision) {
   if (!item?.entry || $("viewer").hidden) return;
   const by = $("reviewer").value.trim();
   if (!by) {
-    notice("Say who decides: write your name first.", true);
+    notice("Enter your name before you decide.", true);
     $("reviewer").focus();
     return;
   }
@@ -495,13 +491,13 @@ function filters() {
   return query;
 }
 
-let asked = 0;
+let requests = 0;
 async function loadHistory(more = false) {
-  const mine = ++asked;
+  const mine = ++requests;
   const query = filters();
   if (more) query.set("before", state.next);
   const found = await json(`inspections?${query}`);
-  if (mine !== asked) return; // the filters have changed since
+  if (mine !== requests) return; // the filters have changed meanwhile
   const before = more ? state.lists.history : [];
   state.lists.history = [...before, ...found.items.map(asItem)];
   state.next = found.next;
@@ -532,7 +528,7 @@ function showRows() {
 
 // Detectors and their calibration
 
-const cards = new Map(); // made once, so that nothing is lost that somebody is writing or reading there
+const cards = new Map(); // created once, so that an update does not reset a form
 
 function showDetectors() {
   for (const detector of state.station.detectors) {
@@ -544,17 +540,17 @@ function showDetectors() {
   }
 }
 
-// A detector's card; returns what brings it up to date.
+// Creates the card of a detector; returns a function that updates it.
 function card(title, name, category) {
   const [threshold, described, facts, why] = ["big", "", "dim", "dim"].map((kind) => el("p", { class: kind }));
   const field = (type, key, text, more = {}) => el("label", { class: "check" }, el("input", { type, name: key, ...more }), el("span", {}, text));
   const form = el(
     "form", {},
-    field("checkbox", "keep", "Also count the images that calibrated it before", { checked: true }),
-    field("checkbox", "sampled", "Of good images, only those drawn at random"),
-    el("p", { class: "dim" }, "Good images that were looked at because of their verdict are not like images to come: they raise the threshold."),
-    field("number", "miss", "% of defects missed at most; empty: good images alone set it", { min: "0.1", max: "50", step: "any", inputmode: "decimal" }),
-    el("div", { class: "row" }, el("button", { class: "primary" }, "Set the threshold anew")),
+    field("checkbox", "keep", "Also use the scores of the previous calibration", { checked: true }),
+    field("checkbox", "sampled", "Use only good images drawn at random"),
+    el("p", { class: "dim" }, "Good images that were reviewed because of their verdict are not representative: they raise the threshold."),
+    field("number", "miss", "Maximum % of missed defects; empty: calibrate with good images only", { min: "0.1", max: "50", step: "any", inputmode: "decimal" }),
+    el("div", { class: "row" }, el("button", { class: "primary" }, "Recalibrate")),
   );
   const { keep, sampled, miss } = form.elements;
   const outcome = el("div", { role: "status", "aria-live": "polite" });
@@ -568,9 +564,9 @@ function card(title, name, category) {
     try {
       const wanted = { category, keep: keep.checked, sampled: sampled.checked, ...(miss.value ? { miss_rate: Number(miss.value) / 100 } : {}) };
       const done = await send(`detectors/${encodeURIComponent(name)}/calibrate`, "POST", wanted);
-      const left = [done.seen && `${done.seen} left out that it has learned from`, done.counted && `${done.counted} counted already`, done.lost && `${done.lost} no longer kept`].filter(Boolean);
-      const by = `by ${counted(done.good, "good image")} and ${counted(done.defects, "defective image")}${left.length ? ` (${left.join(", ")})` : ""}`;
-      outcome.replaceChildren(el("p", { class: "done" }, `Threshold ${number(done.before.threshold)} → ${number(done.after.threshold)}, ${by}. Saved.`));
+      const left = [done.seen && `${done.seen} used in training`, done.counted && `${done.counted} used before`, done.lost && `${done.lost} no longer kept`].filter(Boolean);
+      const used = `with ${counted(done.good, "good image")} and ${counted(done.defects, "defective image")}${left.length ? ` (left out: ${left.join(", ")})` : ""}`;
+      outcome.replaceChildren(el("p", { class: "done" }, `Threshold ${number(done.before.threshold)} → ${number(done.after.threshold)}, ${used}. Saved.`));
       await refresh();
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
@@ -583,9 +579,9 @@ function card(title, name, category) {
   return (detector, known) => {
     threshold.textContent = number(known.threshold);
     described.textContent = `${known.described[0].toUpperCase()}${known.described.slice(1)}.`;
-    facts.textContent = `File ${detector.digest.slice(0, 16)}. Decided by people: ${known.decided_good} good, of which ${known.decided_good_sampled} drawn at random, and ${known.decided_defect} with a defect.`;
-    const reason = detector.fixed ?? (state.station.keeps_images ? null : "calibrating needs images, and this station keeps none");
-    why.textContent = reason ? `It cannot be calibrated here: ${reason}.` : "";
+    facts.textContent = `File ${detector.digest.slice(0, 16)}. Decisions: ${known.decided_good} good, of which ${known.decided_good_sampled} drawn at random, and ${counted(known.decided_defect, "defect")}.`;
+    const reason = detector.fixed ?? (state.station.keeps_images ? null : "it needs images, and this station keeps none");
+    why.textContent = reason ? `Recalibration is not possible: ${reason}.` : "";
     why.hidden = !reason;
     form.hidden = Boolean(reason);
     if (!chosen) sampled.checked = known.decided_good_sampled >= ENOUGH;
@@ -597,11 +593,11 @@ function card(title, name, category) {
 let stream = null;
 
 async function camera() {
-  if (!navigator.mediaDevices?.getUserMedia) return $("snap").click(); // without https: the device's own
+  if (!navigator.mediaDevices?.getUserMedia) return $("snap").click(); // without https: the camera application
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 1920 }, height: { ideal: 1080 } } });
   } catch (error) {
-    notice(error.name === "NotFoundError" ? "This device has no camera." : "The camera may not be used: allow it in the browser.", true);
+    notice(error.name === "NotFoundError" ? "This device has no camera." : "Camera access was denied. Allow it in the browser.", true);
     return;
   }
   $("video").srcObject = stream;
@@ -617,13 +613,13 @@ $("shoot").addEventListener("click", () => {
   const canvas = el("canvas", { width: $("video").videoWidth, height: $("video").videoHeight });
   canvas.getContext("2d").drawImage($("video"), 0, 0);
   canvas.toBlob((blob) => {
-    if (!blob) return notice("The camera gives no image yet. Try again.", true);
+    if (!blob) return notice("The camera has no image yet. Try again.", true);
     $("camera").close();
     inspect([new File([blob], `camera-${new Date().toISOString().replaceAll(":", "-")}.png`, { type: "image/png" })]);
   }, "image/png");
 });
 
-// Hands and keys
+// Buttons, files and keys
 
 const acts = {
   pick: () => $("files").click(),
@@ -631,13 +627,13 @@ const acts = {
   back: () => {
     state.open = false;
     display();
-    guarded(loadHistory)();
+    withNotice(loadHistory)();
   },
   previous: () => select(state.view, Math.max(0, state.index[state.view] - 1)),
   next: () => select(state.view, state.index[state.view] + 1),
-  good: guarded(() => decide("good")),
-  defect: guarded(() => decide("defect")),
-  undo: guarded(() => current()?.entry?.decision && decide(null)),
+  good: withNotice(() => decide("good")),
+  defect: withNotice(() => decide("defect")),
+  undo: withNotice(() => current()?.entry?.decision && decide(null)),
   close: (button) => button.closest("dialog").close(),
 };
 
@@ -674,9 +670,9 @@ document.addEventListener("paste", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  const writing = event.target.closest("input:not([type=radio], [type=checkbox], [type=range]), select, textarea");
-  if (writing || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-  const arrows = !event.target.closest("input"); // a slider and a group of choices have arrows of their own
+  const inField = event.target.closest("input:not([type=radio], [type=checkbox], [type=range]), select, textarea");
+  if (inField || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  const arrows = !event.target.closest("input"); // sliders and radio buttons use the arrows themselves
   const names = [...$("layers").querySelectorAll("input")].map((input) => input.value);
   const step = (by) => {
     $("blend").value = Number($("blend").value) + by;
@@ -704,12 +700,12 @@ document.addEventListener("keydown", (event) => {
 $("detector").addEventListener("change", categories);
 $("blend").addEventListener("input", slide);
 $("outlined").addEventListener("change", () => current()?.entry && outline(current().entry));
-$("more").addEventListener("click", guarded(() => loadHistory(true)));
+$("more").addEventListener("click", withNotice(() => loadHistory(true)));
 $("help").addEventListener("click", () => $("keys").showModal());
 let typing;
 $("filters").addEventListener("input", () => {
   clearTimeout(typing);
-  typing = setTimeout(guarded(() => loadHistory()), 200);
+  typing = setTimeout(withNotice(() => loadHistory()), 200);
 });
 $("filters").addEventListener("submit", (event) => event.preventDefault());
 $("theme").addEventListener("click", () => {
@@ -721,4 +717,4 @@ $("theme").addEventListener("click", () => {
 document.documentElement.dataset.theme = stored("theme", "");
 $("reviewer").value = stored("reviewer", "");
 show("inspect");
-setInterval(() => document.visibilityState === "visible" && !away && guarded(refresh)(), 15000);
+setInterval(() => document.visibilityState === "visible" && !away && withNotice(refresh)(), 15000);
