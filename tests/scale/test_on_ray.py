@@ -235,7 +235,7 @@ def test_a_fleet_is_trained_over_ray_and_a_lost_worker_ends_its_category_only(cl
         def train(self, task):
             if task.category == "nut" and not killed:
                 killed.append(task.category)
-                self.actor = self.kind.remote(self.told)
+                self.actor = self.kind.remote(self.worker_config)
                 ray.kill(self.actor)
             return super().train(task)
 
