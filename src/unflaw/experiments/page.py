@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from unflaw.experiments.tables import (
-    MEANING,
-    differences_text,
-    preamble,
-    published,
-    published_text,
-    row_label,
-    sections,
-)
+from unflaw.experiments.tables import Section, row_label
 from unflaw.report.html import templates
 
 if TYPE_CHECKING:
@@ -26,20 +18,16 @@ WORDS = ("", "method", "variant", "backbone", "changed", "data", "difference", "
 STEPS = (1, 2, 5)  # of a logarithmic axis, in each decade
 
 
-def page(table: DataFrame, pairs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
-    """The page as text, the means first; arguments as for `tables.markdown`.
+def page(parts: Sequence[Section], preamble: str) -> str:
+    """The sections as a page, the means first, with a plot of each that holds latencies.
 
     Raises:
         ImportError: Jinja2 is not installed.
     """
-    parts = sorted(sections(table), key=lambda part: part.rows.index[0][0] != "")
-    tables = [(part.title, "", part.text, plot(part.rows)) for part in parts]
-    if published(table):
-        tables.append(("Published by others, not measured here", "", published_text(), None))
-    if pairs:
-        tables.append(("Differences on the same images", MEANING, differences_text(pairs), None))
+    drawn = [(part, None if part.rows is None else plot(part.rows)) for part in parts]
+    drawn.sort(key=lambda item: item[0].rows is None or item[0].rows.index[0][0] != "")
     template = templates().get_template("leaderboard.html.j2")
-    return template.render(tables=tables, preamble=preamble(about), words=WORDS, zip=zip)
+    return template.render(parts=drawn, preamble=preamble, words=WORDS, zip=zip)
 
 
 def plot(rows: DataFrame) -> dict[str, Any] | None:

@@ -154,59 +154,48 @@ def train_fleet(
         ValueError: `out` cannot be used. InUseError: Another run writes to it.
     """
     pandas()  # fails here where it is missing, not after the work
+    failed = dict(failed or {})
     with Log(out / "fleet.jsonl", Record) as log:
-        return _train_all(log, data, config, out, workers, progress, dict(failed or {}))
-
-
-def _train_all(
-    log: Log[Record],
-    data: dict[str, Dataset],
-    config: Config,
-    out: Path,
-    workers: Sequence[TrainingWorker],
-    progress: Progress,
-    failed: dict[str, str],
-) -> tuple[list[Record], dict[str, str]]:
-    lines = {line.category: line for line in log.records.values() if line.category in data}
-    newest = {name: line for name, line in lines.items() if sha256_if_readable(out / line.file) == line.content}
-    current: dict[str, Record] = {}
-    free: SimpleQueue[TrainingWorker] = SimpleQueue()
-    for worker in workers:
-        free.put(worker)
-
-    def train(name: str) -> Record | None:
-        worker, known = free.get(), newest.get(name)
-        task = Task(name, data[name], config, out / f"{name}.safetensors", known.digest if known else None)
-        try:
-            return worker.train(task) or known
-        finally:
+        lines = {line.category: line for line in log.records.values() if line.category in data}
+        newest = {name: line for name, line in lines.items() if sha256_if_readable(out / line.file) == line.content}
+        current: dict[str, Record] = {}
+        free: SimpleQueue[TrainingWorker] = SimpleQueue()
+        for worker in workers:
             free.put(worker)
 
-    pool = ThreadPoolExecutor(len(workers))
-    try:
-        # large ones first, so that no worker is left alone with one at the end
-        order = sorted(data, key=lambda name: -len(data[name].train))
-        waiting = {pool.submit(train, name): name for name in order}
-        progress("detectors", 0, len(order), None)
-        for done, future in enumerate(as_completed(waiting), 1):
-            name = waiting[future]
+        def train(name: str) -> Record | None:
+            worker, known = free.get(), newest.get(name)
+            task = Task(name, data[name], config, out / f"{name}.safetensors", known.digest if known else None)
             try:
-                record = future.result()
-                assert record is not None
-                current[name] = record
-                if record is not newest.get(name):
-                    log.append(record)
-            except TaskError as error:
-                failed[name] = str(error)
-            progress("detectors", done, len(order), None)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    records = [current[name] for name in sorted(current)]
-    found = rows(records, failed)
-    write_text(out / "fleet.md", summary(records, failed))
-    write_text(out / "fleet.csv", comma_separated(pandas().DataFrame(found, dtype=object)))
-    write_text(out / "fleet.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    return records, failed
+                return worker.train(task) or known
+            finally:
+                free.put(worker)
+
+        pool = ThreadPoolExecutor(len(workers))
+        try:
+            # large ones first, so that no worker is left alone with one at the end
+            order = sorted(data, key=lambda name: -len(data[name].train))
+            waiting = {pool.submit(train, name): name for name in order}
+            progress("detectors", 0, len(order), None)
+            for done, future in enumerate(as_completed(waiting), 1):
+                name = waiting[future]
+                try:
+                    record = future.result()
+                    assert record is not None
+                    current[name] = record
+                    if record is not newest.get(name):
+                        log.append(record)
+                except TaskError as error:
+                    failed[name] = str(error)
+                progress("detectors", done, len(order), None)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        records = [current[name] for name in sorted(current)]
+        found = rows(records, failed)
+        write_text(out / "fleet.md", summary(records, failed))
+        write_text(out / "fleet.csv", comma_separated(pandas().DataFrame(found, dtype=object)))
+        write_text(out / "fleet.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        return records, failed
 
 
 class Worker:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,27 +82,24 @@ def write_tables(out: Path, runs: Sequence[Run], records: Mapping[str, Record]) 
     from unflaw.experiments.page import page
 
     samples, about = tables.bootstrap(runs, records, out), tables.describe(runs, records)
-    table = tables.with_intervals(tables.summarize(tables.by_run(runs, records)), samples)
-    pairs = tables.differences(samples)
+    table, pairs = tables.summarize(tables.by_run(runs, records), samples), tables.differences(samples)
+    parts, preamble = tables.sections(table, pairs), tables.preamble(about)
     content = about | {"rows": tables.nested(table), "differences": pairs}
     files = {
-        "html": page(table, pairs, about),
+        "html": page(parts, preamble),
         "tex": tables.latex(table),
         "json": json.dumps(content, indent=2, ensure_ascii=False) + "\n",
         "csv": tables.comma_separated(table.reset_index()),
-        "md": tables.markdown(table, pairs, about),
+        "md": tables.markdown(parts, preamble),
     }
     for suffix, text in files.items():
         write_text(out / f"table.{suffix}", text)
 
 
 def _in_own_process(run: Run, out: Path, progress: Progress) -> Record:
-    child = ChildProcess(measure)
-    try:
+    with closing(ChildProcess(measure)) as child:
         record: Record = child(run, out, progress=progress)
         return record
-    finally:
-        child.close()
 
 
 def measure(run: Run, out: Path, progress: Progress) -> Record:

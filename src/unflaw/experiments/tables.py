@@ -27,7 +27,7 @@ from unflaw.experiments.variants import FULL
 from unflaw.io.words import count
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 HEADS = {
     "image_auroc": "image AUROC",
@@ -51,12 +51,12 @@ COSTS = {
 }
 FIGURES = [*METRICS, *COSTS]
 KEYS = ["data", "method", "variant", "backbone", "size"]
-# Means over the 15 categories of MVTec AD that others publish: image AUROC, pixel AUROC, AUPRO, source.
+# Means over the 15 categories of MVTec AD.
 PUBLISHED = (
-    ("PatchCore, WideResNet-50", 0.992, 0.981, 0.944, "README of amazon-science/patchcore-inspection"),
-    ("PatchCore, WideResNet-50", 0.980, 0.980, None, "anomalib, page of the model"),
-    ("PaDiM, ResNet-18", 0.891, 0.968, None, "anomalib, page of the model"),
-    ("Reverse distillation, WideResNet-50", 0.985, 0.969, None, "anomalib, page of the model"),
+    ("PatchCore, WideResNet-50", ".992", ".981", ".944", "README of amazon-science/patchcore-inspection"),
+    ("PatchCore, WideResNet-50", ".980", ".980", "–", "anomalib, page of the model"),
+    ("PaDiM, ResNet-18", ".891", ".968", "–", "anomalib, page of the model"),
+    ("Reverse distillation, WideResNet-50", ".985", ".969", "–", "anomalib, page of the model"),
 )
 MEANING = (
     "Means over the seeds, with 95 % intervals over resampled test images. *: 0 lies outside. What another draw of "
@@ -103,17 +103,19 @@ def _figures(record: Record) -> dict[str, float | None]:
     }
 
 
-def summarize(runs: DataFrame) -> DataFrame:
+def summarize(runs: DataFrame, samples: Mapping[tuple[Any, ...], Bootstrap] | None = None) -> DataFrame:
     """A row per cell of the grid, in the order of the runs, then means over the data sets.
 
     Args:
         runs: From `by_run`.
+        samples: From `bootstrap`.
 
     Returns:
         Index KEYS; columns (figure, statistic): "mean", "deviation" (standard deviation of a sample) and "median" over
-        the seeds, and of METRICS "difference", the mean difference from `FULL` with the same seed. Then "n", the number
-        of finished runs (of a mean: of data sets), "overrides" and "why". NaN where undefined. A mean, whose data is
-        "", is there once all its data sets have finished runs.
+        the seeds; of METRICS "difference", the mean difference from `FULL` with the same seed; of RESAMPLED "low" and
+        "high", between which 95 % of the resamples lie. Then "n", the number of finished runs (of a mean: of data
+        sets), "overrides" and "why". NaN where undefined. A mean, whose data is "", is there once all its data sets
+        have finished runs.
     """
     groups = runs.groupby(KEYS, sort=False)
     table = groups[FIGURES].agg(["mean", "std", "median"]).rename(columns={"std": "deviation"}, level=1)
@@ -122,14 +124,18 @@ def summarize(runs: DataFrame) -> DataFrame:
     more = runs[[*METRICS]] - full.reindex(pandas().MultiIndex.from_frame(runs[same])).to_numpy()
     for name, values in more.groupby([runs[key] for key in KEYS], sort=False).mean().items():
         table[name, "difference"] = values
+    for name in RESAMPLED:
+        found = [samples[row].values.get(name) if samples and row in samples else None for row in table.index]
+        bounds = np.array([(np.nan, np.nan) if values is None else interval(values) for values in found])
+        table[name, "low"], table[name, "high"] = bounds.T
     table["n", ""] = groups["finished"].sum()
     for name in ("overrides", "why"):
         table[name, ""] = groups[name].first()
     if runs["data"].nunique() == 1:
         return table
-    same_but_data, special = table.groupby(KEYS[1:], sort=False), {"n": "size", "overrides": "first", "why": "first"}
-    how = {column: special.get(column[0], "mean") for column in table if column[1] != "deviation"}
-    means = same_but_data.agg(how)[same_but_data["n"].min() > 0]
+    cells, special = table.groupby(KEYS[1:], sort=False), {"n": "size", "overrides": "first", "why": "first"}
+    how = {column: special.get(column[0], "mean") for column in table if column[1] not in ("deviation", "low", "high")}
+    means = cells.agg(how)[cells["n"].min() > 0]
     return pandas().concat([table, pandas().concat({"": means}, names=["data"])])
 
 
@@ -167,15 +173,6 @@ def _bootstrap(files: tuple[Path, ...]) -> Bootstrap:
     return Bootstrap(samples[0].names, points, values)
 
 
-def with_intervals(table: DataFrame, samples: Mapping[tuple[Any, ...], Bootstrap]) -> DataFrame:
-    """The table with "low" and "high" of RESAMPLED, between which 95 % of the resamples lie."""
-    for name in RESAMPLED:
-        known = [samples[row].values.get(name) if row in samples else None for row in table.index]
-        bounds = np.array([(np.nan, np.nan) if values is None else interval(values) for values in known])
-        table[name, "low"], table[name, "high"] = bounds.T
-    return table
-
-
 def differences(samples: Mapping[tuple[Any, ...], Bootstrap]) -> list[dict[str, Any]]:
     """Differences on the same images between rows that differ in one of method, variant and backbone.
 
@@ -206,54 +203,75 @@ def differences(samples: Mapping[tuple[Any, ...], Bootstrap]) -> list[dict[str, 
 
 
 class Section(NamedTuple):
-    """The rows of one data set, or the means, as numbers and as text."""
+    """A table with its title, as text; `rows` are the numbers of the same rows, if it is one of figures."""
 
     title: str
-    rows: DataFrame
     text: DataFrame
+    rows: DataFrame | None = None
+    note: str = ""
 
 
-def sections(table: DataFrame) -> list[Section]:
-    """A section per data set, the means last."""
+def sections(table: DataFrame, pairs: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """A section per data set, the means, published figures that can be compared with them, and the differences."""
     text, found = as_text(table), []
     for data, rows in table.groupby(level="data", sort=False):
         title = data or f"Mean over {count(rows['n'].max(), 'data set')}"
-        found.append(Section(title, rows, text.loc[rows.index]))
+        found.append(Section(title, text.loc[rows.index], rows))
+    heads = [HEADS[name] for name in RESAMPLED]
+    if set(table.index.unique("data")) - {""} == COLLECTIONS[0].counts.keys():
+        others = pandas().DataFrame(PUBLISHED, columns=["", *heads, "source"])
+        found.append(Section("Published by others, not measured here", others))
+    if pairs:
+        lines = [
+            [
+                pair["data"],
+                str(pair["size"]),
+                f"{pair['a']} − {pair['b']}",
+                *(_change(pair[name]) for name in RESAMPLED),
+            ]
+            for pair in pairs
+        ]
+        changes = pandas().DataFrame(lines, columns=["data", "size", "difference", *heads])
+        found.append(Section("Differences on the same images", changes, note=MEANING))
     return found
+
+
+def _change(found: Mapping[str, Any] | None) -> str:
+    """`+.012 [+.003, +.020] *`."""
+    if found is None:
+        return "–"
+    difference, low, high = (short(found[name], "+") for name in ("difference", "low", "high"))
+    return f"{difference} [{low}, {high}]{' *' if found['certain'] else ''}"
 
 
 def as_text(table: DataFrame) -> DataFrame:
     """The table for readers: text, and only columns in which something is known; the index is that of the table.
 
-    A metric is shown as median and interval; where there are variants, as mean ± deviation and difference from `FULL`.
+    A metric is shown as `median [low, high]`; where there are variants, as `mean ± deviation (difference from FULL)`.
     """
     text = table.index.to_frame()[["method", "variant", "backbone", "size"]].replace("", "–").astype(str)
-    varied = [variant != FULL.name for variant in text["variant"]]
-    metrics = [name for name in METRICS if table[name]["median"].notna().any()]
-    for name in defined([dict.fromkeys(metrics, 1)]):
-        statistics = table[name].to_dict("records")
-        text[HEADS[name]] = [_metric(*each, any(varied)) for each in zip(statistics, varied, strict=True)]
+    varied = text["variant"] != FULL.name
+
+    def part(values: Series, form: str = "{}", sign: str = "-") -> Series:
+        return values.map(lambda value: "" if np.isnan(value) else form.format(short(value, sign)))
+
+    known = [name for name in FIGURES if table[name]["median"].notna().any()]
+    for name in defined([dict.fromkeys(known)]):
+        found = table[name]
+        if varied.any():
+            cells = part(found["mean"]) + part(found["deviation"], " ± {}")
+            cells += part(found["difference"].where(varied), " ({})", "+")
+        else:
+            cells = part(found["median"])
+            cells += part(found["low"], " [{}, ") + part(found["high"], "{}]") if name in RESAMPLED else ""
+        text[HEADS[name]] = cells.replace("", "–")
     for name, head in COSTS.items():
-        if table[name]["median"].notna().any():
+        if name in known:
             form = "{:.1f}" if name == "memory" else "{:.0f}"
             text[head] = table[name]["median"].map(form.format, na_action="ignore").fillna("–")
     text["n"] = table["n"].astype(str)
-    text["changed"] = table["overrides"]
-    return text if any(varied) else text.drop(columns=["variant", "changed"])
-
-
-def _metric(values: Mapping[str, float], compared: bool, with_deviation: bool) -> str:
-    """`.976 [.962, .987]`, or `.976 ± .005 (−.003)`, as far as it is known."""
-    middle = values["mean" if with_deviation else "median"]
-    if np.isnan(middle):
-        return "–"
-    text, low = short(middle), values.get("low", np.nan)
-    if with_deviation:
-        text += "" if np.isnan(values["deviation"]) else f" ± {short(values['deviation'])}"
-        return text + (
-            f" ({short(values['difference'], '+')})" if compared and not np.isnan(values["difference"]) else ""
-        )
-    return text if np.isnan(low) else f"{text} [{short(low)}, {short(values['high'])}]"
+    text["changed"] = [f"`{changes}`" if changes else "" for changes in table["overrides"]]
+    return text if varied.any() else text.drop(columns=["variant", "changed"])
 
 
 def short(value: float, sign: str = "-") -> str:
@@ -268,51 +286,32 @@ def row_label(row: tuple[Any, ...], size: bool = False) -> str:
     return ", ".join(filter(None, parts))
 
 
-def differences_text(pairs: Sequence[Mapping[str, Any]]) -> DataFrame:
-    """`differences` for readers, as `+.012 [+.003, +.020] *`."""
-
-    def text(found: Mapping[str, Any] | None) -> str:
-        if found is None:
-            return "–"
-        difference, low, high = (short(found[name], "+") for name in ("difference", "low", "high"))
-        return f"{difference} [{low}, {high}]{' *' if found['certain'] else ''}"
-
-    rows = [
-        {"data": pair["data"], "size": str(pair["size"]), "difference": f"{pair['a']} − {pair['b']}"}
-        | {HEADS[name]: text(pair[name]) for name in RESAMPLED}
-        for pair in pairs
-    ]
-    return pandas().DataFrame(rows)
-
-
 def describe(runs: Sequence[Run], records: Mapping[str, Record]) -> dict[str, Any]:
     """Circumstances of the figures: numbers of runs, seeds, variants, settings, weights, machines, versions."""
-    done = [run for run in runs if run.digest in records]
-    finished = [records[run.digest] for run in done]
+    done = [(run, records[run.digest]) for run in runs if run.digest in records]
     weights = {
-        f"{run.config.features.backbone}: {records[run.digest].weights}"
-        for run in done
+        f"{run.config.features.backbone}: {record.weights}"
+        for run, record in done
         if run.config.method not in ON_PIXELS
     }
     return {
         "runs": len(runs),
-        "finished": len(finished),
+        "finished": len(done),
         "seeds": max(run.seed for run in runs) + 1,
         "variants": list(dict.fromkeys(run.variant.name for run in runs)),
         "settings": sorted({run.settings for run in runs if run.settings}),
         "weights": sorted(weights),
-        "machines": sorted({record.machine for record in finished}),
-        "versions": sorted({f"unflaw {record.unflaw}, torch {record.torch}" for record in finished}),
-        "shared": sum(record.shared for record in finished),
+        "machines": sorted({record.machine for _, record in done}),
+        "versions": sorted({f"unflaw {record.unflaw}, torch {record.torch}" for _, record in done}),
+        "shared": sum(record.shared for _, record in done),
     }
 
 
 def preamble(about: Mapping[str, Any]) -> str:
     """How the figures were made and what they mean, in a few sentences."""
-    compared = about["variants"] != [FULL.name]
-    seeds = (
-        f"{'' if compared else 'medians over the '}seeds 0 to {about['seeds'] - 1}" if about["seeds"] > 1 else "seed 0"
-    )
+    compared, seeds = about["variants"] != [FULL.name], "seed 0"
+    if about["seeds"] > 1:
+        seeds = f"{'' if compared else 'medians over the '}seeds 0 to {about['seeds'] - 1}"
     left, sharing = about["runs"] - about["finished"], about["shared"]
     unfinished = f"; {left} {'is' if left == 1 else 'are'} not finished" if left else ""
     parts = [
@@ -336,34 +335,16 @@ def preamble(about: Mapping[str, Any]) -> str:
     )
 
 
-def published(table: DataFrame) -> Sequence[tuple[str, float, float, float | None, str]]:
-    """PUBLISHED where the rows are of all of MVTec AD, so that the means can be compared; else nothing."""
-    return PUBLISHED if set(table.index.unique("data")) - {""} == COLLECTIONS[0].counts.keys() else ()
-
-
-def published_text() -> DataFrame:
-    """PUBLISHED for readers."""
-    rows = [(who, *("–" if value is None else short(value) for value in values), at) for who, *values, at in PUBLISHED]
-    return pandas().DataFrame(rows, columns=["", "image AUROC", "pixel AUROC", "AUPRO", "source"])
-
-
 # Writers
 
 
-def markdown(table: DataFrame, pairs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
-    """A table per data set and one of the means, then the differences."""
-    parts = [preamble(about) + "\n"]
-    for title, _, text in sections(table):
-        changed = (
-            {"changed": [f"`{change}`" if change else "" for change in text["changed"]]} if "changed" in text else {}
-        )
-        parts.append(f"## {title}\n\n{markdown_table(text.assign(**changed))}")
-    if published(table):
-        parts.append(f"Published by others, not measured here:\n\n{markdown_table(published_text())}")
-    if pairs:
-        meaning = MEANING.replace("*", "\\*")
-        parts.append(f"## Differences on the same images\n\n{meaning}\n\n{markdown_table(differences_text(pairs))}")
-    return "\n".join(parts)
+def markdown(parts: Sequence[Section], preamble: str) -> str:
+    """All sections, below each other."""
+    text = preamble + "\n"
+    for part in parts:
+        note = part.note.replace("*", "\\*") + "\n\n" if part.note else ""
+        text += f"\n## {part.title}\n\n{note}{markdown_table(part.text)}"
+    return text
 
 
 def markdown_table(text: DataFrame) -> str:
