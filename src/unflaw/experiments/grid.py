@@ -72,6 +72,11 @@ class Run:
         return self.config.training.seed
 
     @property
+    def trained_backbone(self) -> str:
+        """Backbone of the configuration; "" where the method that is trained, which a variant can change, has none."""
+        return "" if self.config.method in ON_PIXELS else self.config.features.backbone
+
+    @property
     def row(self) -> tuple[str, str, str, str, int]:
         """Runs that differ by their seeds alone are one row of the table."""
         return self.dataset.name, self.method, self.variant.name, self.backbone, self.size
@@ -169,8 +174,8 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
             common = settings.get(method, {}) | ({"preparation.size": size} if size else {})
             with_backbone = common | ({"features.backbone": name} if name else {})
             changes = common if ours in ON_PIXELS else with_backbone
-            config = full = make_config(ours, profile, changes | {"training.seed": seed})
-            trained = variant.changes.get("method", ours)
+            config = cell = make_config(ours, profile, changes | {"training.seed": seed})
+            trained = variant.changes.get("method", ours)  # a variant can be another method
             if variant != FULL:
                 config = variant.config(ours, common if trained in ON_PIXELS else with_backbone, seed, profile)
             file = "" if trained in ON_PIXELS else weights
@@ -182,8 +187,8 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
                 dataset=dataset,
                 method=f"anomalib {method}" if peer else method,
                 variant=variant,
-                backbone="" if ours in ON_PIXELS else full.features.backbone,
-                size=full.preparation.size,
+                backbone="" if ours in ON_PIXELS else cell.features.backbone,
+                size=cell.preparation.size,
                 config=config,
                 weights=runner.weights,
                 settings=written(grid.peers[method] if peer else settings[method]),

@@ -21,7 +21,7 @@ from unflaw.evaluation.bootstrap import METRICS as RESAMPLED
 from unflaw.evaluation.bootstrap import PerImage, interval, resampled
 from unflaw.evaluation.metrics import Array
 from unflaw.evaluation.results import METRICS, defined
-from unflaw.experiments.grid import ON_PIXELS, Run
+from unflaw.experiments.grid import Run
 from unflaw.experiments.records import Record, images_file
 from unflaw.experiments.variants import FULL
 from unflaw.io.words import count
@@ -289,18 +289,15 @@ def row_label(row: tuple[Any, ...], size: bool = False) -> str:
 def describe(runs: Sequence[Run], records: Mapping[str, Record]) -> dict[str, Any]:
     """Circumstances of the figures: numbers of runs, seeds, variants, settings, weights, machines, versions."""
     done = [(run, records[run.digest]) for run in runs if run.digest in records]
-    weights = {
-        f"{run.config.features.backbone}: {record.weights}"
-        for run, record in done
-        if run.config.method not in ON_PIXELS
-    }
     return {
         "runs": len(runs),
         "finished": len(done),
         "seeds": max(run.seed for run in runs) + 1,
         "variants": list(dict.fromkeys(run.variant.name for run in runs)),
         "settings": sorted({run.settings for run in runs if run.settings}),
-        "weights": sorted(weights),
+        "weights": sorted(
+            {f"{run.trained_backbone}: {record.weights}" for run, record in done if run.trained_backbone}
+        ),
         "machines": sorted({record.machine for _, record in done}),
         "versions": sorted({f"unflaw {record.unflaw}, torch {record.torch}" for _, record in done}),
         "shared": sum(record.shared for _, record in done),
