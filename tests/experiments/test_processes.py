@@ -31,7 +31,7 @@ def test_a_process_keeps_its_state_until_it_is_killed():
         first, second = child("a", progress=lambda *now: reports.append(now)), child("b")
         assert (first[0], second[0]) == (1, 2) and first[1] == second[1] != os.getpid()
         assert reports == [("counting", 1, 1)]
-        with pytest.raises(TaskError, match="^ValueError: not this one$"):
+        with pytest.raises(TaskError, match=r"^ValueError: not this one$"):
             child("fails")
         assert child("c") == (3, first[1])
         with pytest.raises(TaskError, match="exit code -9; most likely out of memory, take less"):

@@ -89,7 +89,7 @@ def test_a_run_that_fails_ends_no_other(grid, dataset, tmp_path, monkeypatch):
         return measure(run, out, progress)
 
     monkeypatch.setattr(module, "_in_own_process", run)
-    monkeypatch.setattr(module, "latencies", lambda *_: iter(()))
+    monkeypatch.setattr(module, "latencies", lambda *_: {})
     records, failed = run_experiment(runs, tmp_path, SILENT)
     assert [record.seed for record in records] == [1]
     assert failed == {"parts, nearest_neighbor, resnet18, 64 pixels, seed 0": "TrainingError: no room"}

@@ -66,18 +66,20 @@ def ablate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json, .tex, .html.")
     ] = None,
-    backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Every variant is run with the seeds 0 to SEEDS - 1.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: every variant is run with 0 to SEEDS - 1.")] = 3,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="A named variant; full is always run. Without it: all of them.")
+        list[str] | None, typer.Option("--only", help="Named variant to run beside full; by default all of them.")
     ] = None,
     variant: Annotated[
-        list[str] | None, typer.Option("--variant", help="One of your own: 'name: setting=value; setting=value'.")
+        list[str] | None, typer.Option("--variant", help="Variant of your own: 'name: setting=value; setting=value'.")
     ] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all variants have.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for features; by default OUT/features.")] = None,
-    listed: Annotated[bool, typer.Option("--list", help="Show the named variants and end.")] = False,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting of all variants, such as training.steps=200.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for shared features; by default OUT/features.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Print the named variants, then exit.")] = False,
 ) -> None:
     """Train and measure variants of a method, several seeds each; the table shows what each part contributes.
 
@@ -114,7 +116,7 @@ def ablate(
 @app.command()
 def benchmark(
     out: Annotated[Path, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json, .tex, .html.")],
-    grid: Annotated[Path | None, typer.Option(help="YAML with the fields below; flags go before it.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="YAML file with the fields below; options go before it.")] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae; may be repeated.")
     ] = None,
@@ -127,9 +129,9 @@ def benchmark(
         list[str] | None, typer.Option(help="Any timm model, or MODEL=WEIGHTS with a file or random; may be repeated.")
     ] = None,
     size: Annotated[list[int] | None, typer.Option(help="Side in pixels; may be repeated.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="The seeds 0 to SEEDS - 1; 3 without.")] = None,
-    profile: Annotated[str | None, typer.Option(help="cpu or paper.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all runs have.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds: 0 to SEEDS - 1; by default 3.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Profile: cpu or paper.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of all methods that have it.")] = None,
     peer: Annotated[
         list[str] | None,
         typer.Option(help="patchcore, padim or reverse_distillation of anomalib, or 'NAME: option=value; …'."),
@@ -137,10 +139,10 @@ def benchmark(
     peer_python: Annotated[Path | None, typer.Option(help="Interpreter of an environment that has anomalib.")] = None,
     features: Annotated[
         Path | None,
-        typer.Option(help="Folder for features, some MB an image, that runs share: figures sooner, no costs."),
+        typer.Option(help="Folder for features that runs share, some MB an image: figures sooner, no costs."),
     ] = None,
 ) -> None:
-    """Methods × data sets × variants × backbones × sizes × seeds into one table, with times, memory and intervals.
+    """Compare data sets × methods × variants × backbones × sizes × seeds in one table with costs and intervals.
 
     The same command goes on after an interruption; a finished run is not done again. Exit code 3 if some runs failed.
 

@@ -46,12 +46,11 @@ class Run:
     """A cell of the grid and a seed; runs of equal digests have equal figures.
 
     Attributes:
-        method: As tables show it: with "anomalib" before the name of a peer.
-        backbone: Of the cell, whatever the variant changes; "" for a method on pixels.
-        size: Of the cell.
-        config: Of a peer, only preparation and seed count.
-        settings: Those of the whole grid, as text.
-        peer: A method of anomalib instead of ours, its options and the interpreter that has anomalib.
+        method: Name in tables, with "anomalib" before that of a peer.
+        backbone, size: Values of the cell, whatever the variant changes; the backbone of a method on pixels is "".
+        config: Configuration; for a peer, only preparation and seed are used.
+        settings: Settings of the whole grid, as text.
+        peer: Method of anomalib instead of ours, its options and the interpreter that has anomalib.
         features: Folder of features that runs share; None: every run computes its own, which is timed.
     """
 

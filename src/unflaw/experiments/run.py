@@ -12,7 +12,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from itertools import cycle, islice
 from pathlib import Path
@@ -153,7 +153,7 @@ def _measure_ours(run: Run, progress: Progress) -> dict[str, Any]:
         "seconds": {"training": seconds, "metrics": evaluation.metrics["timing"]["metric_seconds"]},
         "memory": memory,
         "file": size,
-        "latency": {} if run.features else dict(latencies(detector, paths)),
+        "latency": {} if run.features else latencies(detector, paths),
         "shared": run.features is not None,
         **{name: fitted[name] for name in ("machine", "unflaw", "torch")},
     }
@@ -202,26 +202,22 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def latencies(
-    detector: Detector, paths: Sequence[Path], singles: int = 40, batches: int = 4
-) -> Iterator[tuple[str, Latency]]:
-    """("1", …), one image after the other, and ("32", …), batches that are decoded ahead; the first do not count."""
+def latencies(detector: Detector, paths: Sequence[Path], singles: int = 40, batches: int = 4) -> dict[str, Latency]:
+    """ "1": one image after the other; "32": batches that are decoded ahead. The first images are not counted."""
     endless = cycle(paths)
-    times = []
-    for path in islice(endless, singles + 3):
-        started = time.perf_counter()
-        detector.inspect(path)
-        times.append(time.perf_counter() - started)
-    yield "1", _latency(times[3:])
+    single = _seconds(lambda: detector.inspect(next(endless)), singles + 3)[3:]
     results = detector.inspect_many(islice(endless, BATCH * (batches + 1)), batch=BATCH)
-    times = []
-    for _ in range(batches + 1):
-        started = time.perf_counter()
-        for _ in range(BATCH):
-            next(results)
-        times.append((time.perf_counter() - started) / BATCH)
-    yield str(BATCH), _latency(times[1:])
+    batch = _seconds(lambda: list(islice(results, BATCH)), batches + 1)[1:] / BATCH
+    return {
+        name: Latency(median=float(np.median(times)), p95=float(np.quantile(times, 0.95)))
+        for name, times in (("1", single), (str(BATCH), batch))
+    }
 
 
-def _latency(times: Sequence[float]) -> Latency:
-    return Latency(median=float(np.median(times)), p95=float(np.quantile(times, 0.95)))
+def _seconds(call: Callable[[], object], times: int) -> np.ndarray:
+    """Wall seconds of each call, (times,)."""
+    stamps = [time.perf_counter()]
+    for _ in range(times):
+        call()
+        stamps.append(time.perf_counter())
+    return np.diff(stamps)

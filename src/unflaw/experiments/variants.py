@@ -15,9 +15,9 @@ class Variant:
     """A method with a few settings changed.
 
     Attributes:
-        name: What tables call it.
+        name: Name in tables.
         changes: Dotted settings; "method" chooses another method.
-        why: What it shows.
+        why: Reason to run it.
     """
 
     name: str
