@@ -168,6 +168,19 @@ def test_variants_that_come_to_the_same_are_run_once(run, tmp_path):
     assert len(records) == 2 and len(lines(tmp_path)) == 1
 
 
+def test_a_log_of_an_earlier_version_goes_on(run, tmp_path, here):
+    """Of `ablate`, when it had records of its own, and of `benchmark` without variants."""
+    run("small: network.prototypes=16", seeds=1)
+    ablation, benchmark = lines(tmp_path)
+    for name in ("size", "settings", "memory", "file", "latency", "shared"):
+        del ablation[name]
+    ablation |= {"common": {"features.grid": 8}, "seconds": {"training": 2.0, "evaluation": 1.0}}
+    del benchmark["variant"], benchmark["overrides"]
+    (tmp_path / "runs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (ablation, benchmark)))
+    (record, _), reports = run("small: network.prototypes=16", seeds=1)
+    assert reports == [(0, 0)] and len(here) == 2 and record.metrics == ablation["metrics"]
+
+
 def test_a_log_with_other_lines_is_named(run, tmp_path):
     run(seeds=1)
     whole = (tmp_path / "runs.jsonl").read_text()
