@@ -336,12 +336,12 @@ def test_ctrl_c_says_how_many_images_were_inspected(model, parts, tmp_path):
         ("demo --out out", "unflaw.detector.Detector.fit", "stopped; the same command begins again"),
         (
             "ablate --data PARTS --weights WEIGHTS --only full --out out",
-            "unflaw.experiments.feature_store.ExperimentRunner.fit",
+            "unflaw.experiments.run._in_own_process",
             "stopped; 0 finished runs stay in out/runs.jsonl, and the same command goes on with the others",
         ),
         (
             "benchmark --data PARTS --method nearest_neighbor --backbone resnet18=WEIGHTS --out out",
-            "unflaw.experiments.benchmark._in_own_process",
+            "unflaw.experiments.run._in_own_process",
             "stopped; 0 finished runs stay in out/runs.jsonl, and the same command goes on with the others",
         ),
         (
@@ -622,10 +622,11 @@ def test_ablate_compares_variants_and_goes_on(parts, tmp_path):
     arguments += ["--variant", "wide: scoring.smooth=8; features.grid=6"]
     done = unflaw(*arguments, "--cache", cache)
     assert done.exit_code == 0, done.output
-    assert {path.name for path in out.iterdir()} == {"runs.jsonl", "table.md", "table.csv", "table.json"}
+    tables = {f"table.{suffix}" for suffix in ("md", "csv", "json", "tex", "html")}
+    assert {path.name for path in out.iterdir()} == {"runs.jsonl", "images", *tables}
     assert done.stdout.strip() == (out / "table.md").read_text("utf-8").strip()
     assert f"## {parts.parent.name}/parts\n" in done.stdout and "## other/parts\n" in done.stdout
-    assert "| wide | " in done.stdout
+    assert "| wide | " in done.stdout and "Settings: training.display_steps=" in done.stdout
     assert "note: skipped" in done.stderr and "005.png" in done.stderr
     written = (out / "runs.jsonl").read_text()
     assert written.count("\n") == 4 and len(list(cache.iterdir())) == 4

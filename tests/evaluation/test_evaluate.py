@@ -15,7 +15,7 @@ from unflaw.errors import TrainingError
 from unflaw.evaluation import evaluate as module
 from unflaw.evaluation.evaluate import evaluate
 from unflaw.evaluation.results import Evaluation
-from unflaw.experiments.tables import lines
+from unflaw.evaluation.text import lines
 from unflaw.imaging.reading import read_mask
 from unflaw.imaging.tiling import Preparation
 from unflaw.imaging.transforms import prepare_mask

@@ -1,28 +1,29 @@
+"""Ablations: `full` and other variants of a method, with shared features; the runs are done in this process."""
+
 import csv
 import json
-import math
 from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 from tests.conftest import OWN, TINY, make_parts
+from typer.testing import CliRunner
 
+from unflaw.cli import app
 from unflaw.config import Weights, make_config
 from unflaw.datasets import load_dataset
-from unflaw.errors import TrainingError
 from unflaw.evaluation.evaluate import evaluate
-from unflaw.experiments.ablation import METRICS, Record, Run, ablate, markdown, tabulate
+from unflaw.evaluation.results import METRICS
+from unflaw.experiments import run as module
 from unflaw.experiments.feature_store import ExperimentRunner
-from unflaw.experiments.run_log import Log
-from unflaw.experiments.tables import comma_separated
-from unflaw.experiments.variants import FULL, choose, parse
+from unflaw.experiments.grid import Grid, plan
+from unflaw.experiments.processes import TaskError
+from unflaw.experiments.records import Log, Record
+from unflaw.experiments.run import measure, run_experiment
 
-SMALL = TINY | {"features.backbone": "test_efficientnet", "training.steps": 2}
+SMALL = TINY | {"features.backbone": "test_efficientnet", "training.steps": 2, "training.display_steps": 0}
 COMMON = SMALL | OWN["nearest_neighbor"]
-
-
-@pytest.fixture(scope="module")
-def dataset(parts):
-    return load_dataset(parts)
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +32,33 @@ def features(tmp_path_factory):
 
 
 @pytest.fixture
-def run(dataset, features, tmp_path):
-    """`run(*variants, …)`: an ablation of `nearest_neighbor` into tmp_path, and what it reported."""
+def run(dataset, features, tmp_path, here):
+    """`run(*variants, …)`: an ablation of `nearest_neighbor` into tmp_path: its records and what it reported."""
 
-    def run(*variants, data=None, seeds=2, method="nearest_neighbor", common=COMMON, out=tmp_path, **options):
+    def run(
+        *variants,
+        data=None,
+        seeds=2,
+        method="nearest_neighbor",
+        common=COMMON,
+        out=tmp_path,
+        weights="random",
+        features=features,
+    ):
         reports = []
-        options = {"cache": features, "weights": Weights.RANDOM} | options
-        variants = choose(method, ["full"], variants)
-        options["progress"] = lambda *report: reports.append(report[1:3]) if report[0] == "runs" else None
-        records = ablate(method, data or [dataset], variants, common, seeds=seeds, out=out, **options)
+        grid = Grid(
+            methods=[method],
+            data=[Path("parts")],
+            variants=variants,
+            backbones=[f"={weights}"],
+            seeds=seeds,
+            settings=common,
+            features=features,
+        )
+        runs = plan(grid, data or [dataset])
+        progress = lambda *report: reports.append(report[1:3]) if report[0] == "runs" else None  # noqa: E731
+        records, failed = run_experiment(runs, out, progress)
+        assert not failed
         return records, reports
 
     return run
@@ -55,9 +74,7 @@ def lines(folder):
 def test_an_ablation_runs_every_variant_and_seed(run, dataset, features, tmp_path):
     records, reports = run("small: network.prototypes=16", "pixels: method=memae; network.widths=[8, 8]")
     assert [(r.variant, r.seed, r.method) for r in records] == [
-        (name, seed, "memae" if name == "pixels" else "nearest_neighbor")
-        for name in ("full", "small", "pixels")
-        for seed in (0, 1)
+        (name, seed, "nearest_neighbor") for name in ("full", "small", "pixels") for seed in (0, 1)
     ]
     assert reports == [(i, 6) for i in range(7)]
     assert lines(tmp_path) == [record.model_dump(mode="json") for record in records]
@@ -65,7 +82,7 @@ def test_an_ablation_runs_every_variant_and_seed(run, dataset, features, tmp_pat
     expected = evaluate(ExperimentRunner(features, Weights.RANDOM).fit(config, dataset), dataset).metrics
     assert records[3].metrics == {name: expected[name] for name in records[3].metrics}
     assert {*METRICS, "false_alarms", "missed"} < records[3].metrics.keys()
-    assert records[3].overrides == "network.prototypes=16" and records[3].common["features.grid"] == 8
+    assert records[3].overrides == "network.prototypes=16" and "features.grid=8" in records[3].settings
     assert (records[3].backbone, records[3].weights, records[3].data) == ("test_efficientnet", "random", "parts")
     assert len({record.digest for record in records}) == 6
     rows = json.loads((tmp_path / "table.json").read_text("utf-8"))["rows"]
@@ -73,19 +90,26 @@ def test_an_ablation_runs_every_variant_and_seed(run, dataset, features, tmp_pat
     found = [record.metrics["pixel_auroc"] for record in records[2:4]]
     assert rows[1]["pixel_auroc"]["mean"] == pytest.approx(sum(found) / 2)
     page = (tmp_path / "table.md").read_text("utf-8")
-    assert "`nearest_neighbor`, test_efficientnet (random weights), 64 × 64" in page
-    assert "seeds 0 to 1" in page and "1 thread," in page
-    assert page.count("\n| ") == 4 and "| small |" in page and "`network.prototypes=16`" in page
+    assert "Weights: test_efficientnet: random. Settings: features.backbone=test_efficientnet; " in page
+    assert "seeds 0 to 1" in page and "1 thread." in page and "Of 6 runs with shared features" in page
+    assert page.count("\n| nearest_neighbor ") == 3 and "| nearest_neighbor | small | test_efficientnet | 64 |" in page
+    assert "`network.prototypes=16`" in page
     table = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
     assert float(table[1]["pixel_auroc_mean"]) == rows[1]["pixel_auroc"]["mean"] and table[2]["n"] == "2"
 
 
 @pytest.mark.parametrize("name", ["no-fasm", "no-memory", "no-uncertainty", "untrained", "nearest_neighbor", "level-1"])
 def test_variants_that_leave_parts_out_can_be_trained(dataset, features, tmp_path, name):
-    common = SMALL | OWN["uranet"]
-    options = {"seeds": 1, "out": tmp_path, "cache": features, "weights": Weights.RANDOM, "progress": lambda *_: None}
-    for record in ablate("uranet", [dataset], choose("uranet", [name])[1:], common, **options):
-        assert record.variant == name and record.metrics["image_auroc"] is not None
+    grid = Grid(
+        data=[Path("parts")],
+        variants=[name],
+        backbones=["=random"],
+        seeds=1,
+        settings=SMALL | OWN["uranet"],
+        features=features,
+    )
+    record = measure(plan(grid, [dataset])[1], tmp_path, lambda *_: None)
+    assert record.variant == name and record.metrics["image_auroc"] is not None
 
 
 def test_without_masks_there_are_no_pixel_figures(run, dataset, tmp_path):
@@ -94,8 +118,8 @@ def test_without_masks_there_are_no_pixel_figures(run, dataset, tmp_path):
     assert records[1].metrics["pixel_auroc"] is None and records[1].metrics["image_auroc"] is not None
     page = (tmp_path / "table.md").read_text("utf-8")
     assert page.index("## parts") < page.index("## blind")
-    assert page[page.index("## blind") :].count("| – | – | – |") == 1
-    assert "–" not in page[page.index("## parts") : page.index("## blind")]
+    blind, whole = (page[page.index(f"## {name}") :].split("\n## ")[0] for name in ("blind", "parts"))
+    assert blind.count("| – | – | – | – | – |") == 1 and "–" not in whole
 
 
 def test_images_that_cannot_be_read_are_named(run, tmp_path):
@@ -103,7 +127,7 @@ def test_images_that_cannot_be_read_are_named(run, tmp_path):
     broken = [tmp_path / "parts" / name for name in ("train/good/003.png", "test/good/001.png")]
     for path in broken:
         path.write_bytes(b"no image")
-    (record,), _ = run(data=[load_dataset(tmp_path / "parts")], seeds=1, cache=tmp_path / "features")
+    (record,), _ = run(data=[load_dataset(tmp_path / "parts")], seeds=1, features=tmp_path / "features")
     assert record.skipped.keys() == {str(path) for path in broken} and record.metrics["n_images"] == 7
     assert all(path in reason for path, reason in record.skipped.items())
 
@@ -118,16 +142,14 @@ def test_finished_runs_are_not_done_again(run, tmp_path, monkeypatch):
         fitted.append((config.network.prototypes, config.training.seed))
         if len(fitted) == 3:
             raise KeyboardInterrupt
-        detector = fit(self, config, *arguments, **options)
-        detector.record_["seconds"] = {"features": 5.0, "training": 2.0, "total": 7.0}
-        return detector
+        return fit(self, config, *arguments, **options)
 
     monkeypatch.setattr(ExperimentRunner, "fit", counted)
     with pytest.raises(KeyboardInterrupt):
         run("small: network.prototypes=16")
     assert fitted == [(64, 0), (64, 1), (16, 0)]
     begun = lines(tmp_path)
-    assert [line["seconds"]["training"] for line in begun] == [2, 2]
+    assert [(line["variant"], line["seed"]) for line in begun] == [("full", 0), ("full", 1)]
     assert [row["n"] for row in json.loads((tmp_path / "table.json").read_text("utf-8"))["rows"]] == [2, 0]
     with (tmp_path / "runs.jsonl").open("a") as file:
         file.write(json.dumps(begun[0] | {"digest": "killed"})[:-3])
@@ -146,6 +168,19 @@ def test_variants_that_come_to_the_same_are_run_once(run, tmp_path):
     assert len(records) == 2 and len(lines(tmp_path)) == 1
 
 
+def test_a_log_of_an_earlier_version_goes_on(run, tmp_path, here):
+    """Of `ablate`, when it had records of its own, and of `benchmark` without variants."""
+    run("small: network.prototypes=16", seeds=1)
+    ablation, benchmark = lines(tmp_path)
+    for name in ("size", "settings", "memory", "file", "latency", "shared"):
+        del ablation[name]
+    ablation |= {"common": {"features.grid": 8}, "seconds": {"training": 2.0, "evaluation": 1.0}}
+    del benchmark["variant"], benchmark["overrides"]
+    (tmp_path / "runs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (ablation, benchmark)))
+    (record, _), reports = run("small: network.prototypes=16", seeds=1)
+    assert reports == [(0, 0)] and len(here) == 2 and record.metrics == ablation["metrics"]
+
+
 def test_a_log_with_other_lines_is_named(run, tmp_path):
     run(seeds=1)
     whole = (tmp_path / "runs.jsonl").read_text()
@@ -162,11 +197,12 @@ def test_places_that_cannot_be_written_are_named(run, tmp_path):
     (tmp_path / "out/runs.jsonl").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"out/runs\.jsonl: .*another folder"):
         run(out=tmp_path / "out")
+    (record, *_), _ = run(seeds=1)
     log = Log(tmp_path / "new/runs.jsonl", Record)
     (tmp_path / "new/runs.jsonl").unlink()
     (tmp_path / "new").rmdir()
     with pytest.raises(ValueError, match=r"new/runs\.jsonl: cannot be written"):
-        log.append(record(0.5))
+        log.append(record)
 
 
 # What is wrong is said before the first run
@@ -188,103 +224,70 @@ def test_all_variants_are_checked_before_the_first_run(run, dataset, tmp_path, m
         run(data=[replace(dataset, train=())])
 
 
-def test_a_run_that_fails_is_named(run, dataset):
-    with pytest.raises(TrainingError, match=r"parts, variant 'full', seed 0: 5 good images.*goes on"):
-        run(data=[replace(dataset, train=dataset.train[:5])])
+def test_a_run_that_fails_is_named_and_ends_no_other(dataset, features, tmp_path, here, monkeypatch):
+    def run(run, out, progress):
+        try:
+            return measure(run, out, progress)
+        except Exception as error:
+            raise TaskError(f"{type(error).__name__}: {error}") from error
+
+    monkeypatch.setattr(module, "_in_own_process", run)
+    data = [replace(dataset, train=dataset.train[:5], name="few"), dataset]
+    grid = Grid(methods=["nearest_neighbor"], data=[Path("parts")], backbones=["=random"], seeds=1, settings=COMMON)
+    records, failed = run_experiment(plan(grid, data), tmp_path, lambda *_: None)
+    assert [record.data for record in records] == ["parts"]
+    ((name, reason),) = failed.items()
+    assert name == "few, nearest_neighbor, test_efficientnet, 64 pixels, seed 0"
+    assert reason.startswith("TrainingError: 5 good images")
 
 
-# The table
+# What an ablation says
 
 
-def record(auroc, *, digest="d", pixel=None, seconds=1.0):
-    metrics = dict.fromkeys(METRICS) | {"image_auroc": auroc, "pixel_auroc": pixel}
-    words = {name: name for name in ("data", "variant", "method", "backbone", "weights", "overrides")}
-    words |= {name: name for name in ("machine", "unflaw", "torch")}
-    return Record(**words, digest=digest, seed=0, common={}, metrics=metrics, skipped={}, seconds={"training": seconds})
+def test_the_paired_difference_is_that_of_the_log(run, tmp_path):
+    run("few: network.prototypes=8", seeds=2)
+    found = {(line["variant"], line["seed"]): line["metrics"] for line in lines(tmp_path)}
+    full, few = json.loads((tmp_path / "table.json").read_text("utf-8"))["rows"]
+    assert (full["variant"], few["variant"], few["n"], few["overrides"]) == ("full", "few", 2, "network.prototypes=8")
+    differs = False
+    for name in METRICS:
+        values = [found["few", seed][name] for seed in (0, 1)]
+        if values[0] is None:
+            assert few[name]["mean"] is None
+            continue
+        by_hand = ((values[0] - found["full", 0][name]) + (values[1] - found["full", 1][name])) / 2
+        assert few[name]["difference"] == pytest.approx(by_hand, abs=1e-12)
+        assert few[name]["mean"] == pytest.approx(fmean(values))
+        assert few[name]["deviation"] == pytest.approx(stdev(values))
+        differs |= abs(by_hand) > 1e-4
+    assert differs
+    page = (tmp_path / "table.md").read_text("utf-8")
+    mean, deviation = few["aupro_30"]["mean"], few["aupro_30"]["deviation"]
+    assert f" ± {deviation:.3f}".replace("0.", ".") in page and f"{mean:.3f}"[1:] in page
 
 
-@pytest.fixture
-def rows(dataset):
-    """Of a plan of three variants: one with three seeds, one with one, one that has not run."""
-    variants = [FULL, parse("less: training.steps=1; features.levels=[1, 2]", "why"), parse("none:")]
-    configs = [make_config("nearest_neighbor", "cpu", {"training.seed": seed}) for seed in range(3)]
-    plan = [Run(dataset, v, config, f"{v.name}{seed}") for v in variants for seed, config in enumerate(configs)]
-    records = {f"full{i}": record(a, pixel=0.5 + a / 2, seconds=10.0 * i) for i, a in enumerate((0.9, 0.96, 1.0))}
-    return tabulate(plan, records | {"less1": record(0.95, pixel=1.0, seconds=2.5)})
-
-
-def test_a_row_has_mean_deviation_and_median(rows):
-    assert [(row["data"], row["variant"], row["n"]) for row in rows] == [
-        ("parts", "full", 3),
-        ("parts", "less", 1),
-        ("parts", "none", 0),
-    ]
-    mean, deviation = 2.86 / 3, math.sqrt(((0.9 - 2.86 / 3) ** 2 + (0.96 - 2.86 / 3) ** 2 + (1 - 2.86 / 3) ** 2) / 2)
-    nothing = {"mean": None, "deviation": None, "median": None}
-    full = {"mean": mean, "deviation": deviation, "median": 0.96, "difference": 0.0}
-    assert rows[0]["image_auroc"] == pytest.approx(full)
-    assert rows[0]["seconds"] == {"mean": 10.0, "deviation": 10.0, "median": 10.0}
-    less = {"mean": 0.95, "deviation": None, "median": 0.95, "difference": -0.01}  # from .96, of the same seed
-    assert rows[1]["image_auroc"] == pytest.approx(less)
-    assert rows[1]["overrides"] == "training.steps=1; features.levels=[1, 2]" and rows[1]["why"] == "why"
-    assert rows[0]["aupro_30"] == rows[2]["image_auroc"] == nothing | {"difference": None}
-    assert rows[2]["seconds"] == nothing
-
-
-def test_markdown_shows_differences_from_full(rows):
-    made = {
-        "method": "nearest_neighbor",
-        "backbone": "b",
-        "weights": ["w"],
-        "size": 256,
-        "seeds": 3,
-        "machines": ["m, 2 threads"],
-    }
-    common = {"features.backbone": "b", "training.steps": 4}
-    other = [row | {"data": "other"} for row in rows[1:]]
-    caption, *text = markdown(rows + other, made | {"unflaw": "9", "common": common}).split("\n")
-    assert caption.startswith(
-        "`nearest_neighbor`, b (w weights), 256 × 256, `training.steps=4`, seeds 0 to 2, m, 2 threads, unflaw 9. "
-    )
-    assert text == [
-        "",
-        "## parts",
-        "",
-        "| variant | image AUROC | image AP | pixel AUROC | AUPRO | pixel AP | seconds | n | changed |",
-        "|---|---|---|---|---|---|---|---|---|",
-        "| full | .953 ± .050 | – | .977 ± .025 | – | – | 10.0 ± 10.0 | 3 |  |",
-        "| less | .950 (−.010) | – | 1.000 (+.020) | – | – | 2.5 | 1 | `training.steps=1; features.levels=[1, 2]` |",
-        "| none | – | – | – | – | – | – | 0 |  |",
-        "",
-        "## other",
-        "",
-        "| variant | image AUROC | image AP | pixel AUROC | AUPRO | pixel AP | seconds | n | changed |",
-        "|---|---|---|---|---|---|---|---|---|",
-        "| less | .950 (−.010) | – | 1.000 (+.020) | – | – | 2.5 | 1 | `training.steps=1; features.levels=[1, 2]` |",
-        "| none | – | – | – | – | – | – | 0 |  |",
-        "",
+def test_an_ablation_and_a_benchmark_of_the_same_grid_give_the_same(parts, tmp_path, here):
+    words = [f"--set={name}={json.dumps(value)}" for name, value in COMMON.items()]
+    words += [
+        "--method",
+        "nearest_neighbor",
+        "--data",
+        str(parts),
+        "--seeds",
+        "2",
+        "--variant",
+        "few: network.prototypes=8",
     ]
 
+    def tables(*command):
+        done = CliRunner().invoke(app, [*command, *words, "--out", str(tmp_path / command[0])])
+        assert done.exit_code == 0, done.output
+        folder = tmp_path / command[0]
+        rows = json.loads((folder / "table.json").read_text("utf-8"))["rows"]
+        return [(line["digest"], line["metrics"]) for line in lines(folder)], [
+            {name: value for name, value in row.items() if name not in ("training", "file")} for row in rows
+        ]
 
-def test_a_difference_that_rounds_to_nothing_has_no_sign_of_loss(rows):
-    less = rows[1] | {"image_auroc": rows[0]["image_auroc"] | {"deviation": None, "difference": -1e-5}}
-    made = {
-        "method": "nearest_neighbor",
-        "backbone": "b",
-        "weights": [],
-        "size": 1,
-        "seeds": 1,
-        "machines": [],
-        "unflaw": "9",
-    }
-    assert ".953 (+.000)" in markdown([rows[0], less], made | {"common": {}})
-
-
-def test_csv_has_a_column_for_each_number(rows):
-    table = list(csv.DictReader(comma_separated(rows).splitlines()))
-    assert [row["variant"] for row in table] == ["full", "less", "none"]
-    columns = {f"{name}_{number}" for name in (*METRICS, "seconds") for number in ("mean", "deviation", "median")}
-    columns |= {f"{name}_difference" for name in METRICS}
-    assert table[0].keys() == columns | {"data", "variant", "overrides", "why", "n"}
-    assert float(table[0]["image_auroc_median"]) == 0.96 and float(table[1]["pixel_auroc_mean"]) == 1
-    assert table[1]["image_auroc_deviation"] == table[0]["aupro_30_mean"] == table[2]["seconds_mean"] == ""
+    benchmark = tables("benchmark", "--backbone", "test_efficientnet=random", "--features", str(tmp_path / "features"))
+    assert tables("ablate", "--weights", "random", "--only", "full") == benchmark
+    assert len(benchmark[0]) == 4 and len(here) == 8

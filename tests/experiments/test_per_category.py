@@ -13,11 +13,8 @@ from typer.testing import CliRunner
 from unflaw.cli import app
 from unflaw.datasets import DatasetError
 from unflaw.detector import Detector
-from unflaw.experiments import per_category as module
 from unflaw.experiments.feature_store import ExperimentRunner
 from unflaw.experiments.per_category import (
-    FleetError,
-    ProcessWorker,
     Record,
     Worker,
     WorkerConfig,
@@ -26,6 +23,7 @@ from unflaw.experiments.per_category import (
     train_fleet,
     training_workers,
 )
+from unflaw.experiments.processes import ChildProcess, TaskError
 
 pytestmark = pytest.mark.slow
 
@@ -39,10 +37,10 @@ class Here(Worker):
         super().__init__(worker_config)
         self.broken, self.trained = broken, []
 
-    def train(self, task):
+    def train(self, task, *progress):
         if task.category in self.broken:
-            raise FleetError("it broke")
-        record = super().train(task)
+            raise TaskError("it broke")
+        record = super().train(task, *progress)
         self.trained += [] if record is None else [task.category]
         return record
 
@@ -179,29 +177,24 @@ def test_all_processors_are_made_use_of(monkeypatch):
 class Killed(Worker):
     """Its process is killed at a category called nut, as if memory had run out."""
 
-    def train(self, task):
+    def train(self, task, *progress):
         if task.category == "nut":
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().train(task)
-
-
-def _serve_killed(worker_config, pipe):
-    module.Worker = Killed  # in the process of the worker
-    module._serve(worker_config, pipe)
+        return super().train(task, *progress)
 
 
 def test_a_process_that_is_killed_ends_its_category_only(products, config, worker_config, tmp_path, monkeypatch):
     started = []
-    real = ProcessWorker.train
+    real = ChildProcess.__call__
 
-    def train(self, task):
+    def call(self, *task, **options):
         try:
-            return real(self, task)
+            return real(self, *task, **options)
         finally:
             started.append(self.process)
 
-    monkeypatch.setattr(ProcessWorker, "train", train)
-    monkeypatch.setattr(module, "_serve", _serve_killed)
+    monkeypatch.setattr(ChildProcess, "__call__", call)
+    monkeypatch.setattr("unflaw.experiments.per_category.Worker", Killed)
     found, _ = members(products)
     found = {name: found[name] for name in ("bolt", "nut", "washer")}
     with training_workers(worker_config, 1) as places:

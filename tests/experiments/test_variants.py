@@ -1,6 +1,6 @@
 import pytest
 
-from unflaw.config import METHODS
+from unflaw.config import METHODS, make_config
 from unflaw.experiments.variants import FULL, Variant, choose, named, parse
 
 
@@ -68,7 +68,7 @@ def test_configurations_have_what_is_common_then_what_is_their_own():
     config = parse("a: training.steps=9").config("uranet", common, 4)
     assert (config.training.steps, config.training.seed, config.training.display_steps) == (9, 4, 5)
     assert config.network.restoration.depth == 2
-    assert FULL.config("uranet", {}, 0).training.display_steps == 0
+    assert FULL.config("uranet", {}, 0, "paper") == make_config("uranet", "paper", {"training.seed": 0})
     nearest_neighbor = parse("b: method=nearest_neighbor; network.prototypes=50").config("uranet", common, 0)
     assert (nearest_neighbor.method, nearest_neighbor.network.prototypes, nearest_neighbor.training.steps) == (
         "nearest_neighbor",

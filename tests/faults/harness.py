@@ -302,13 +302,15 @@ def _printed(file: Path) -> Any:  # noqa: PLR0911 - a kind of file per line
                 assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
                 query = "SELECT name, digest, verdict, score FROM inspections ORDER BY name"
                 return connection.execute(query).fetchall() if tables else []
+        case ".json" if file.name == "table.json":
+            return _untimed(json.loads(data), "training", "file")
         case ".json":
             return _untimed(json.loads(data))
         case ".html":
             return data.endswith(b"</html>\n") or data.rstrip().endswith(b"</html>")
         case ".jsonl" if file.name == "runs.jsonl":
             *lines, _ = data.split(b"\n")  # a last line without an end does not count
-            return [json.dumps(_untimed(json.loads(line))) for line in lines]
+            return [json.dumps(_untimed(json.loads(line), "file")) for line in lines]
         case ".md" | ".tex":  # holds times
             return data.endswith(b"\n")
         case ".csv" if file.name == "table.csv":
@@ -327,12 +329,12 @@ def _detector(file: Path) -> Any:
     return [tensors.hexdigest(), json.dumps(_untimed(metadata), sort_keys=True)].__repr__()
 
 
-def _untimed(value: Any) -> Any:
-    """Without what tells when and how fast."""
+def _untimed(value: Any, *costs: str) -> Any:
+    """Without times, and without these costs, which depend on them: a detector file holds its seconds as text."""
     if isinstance(value, dict):
-        timed = ("seconds", "timing", "trained", "calibrated", "machines", "when", "time")
-        return {name: _untimed(inner) for name, inner in value.items() if name not in timed}
-    return [_untimed(inner) for inner in value] if isinstance(value, list) else value
+        timed = ("seconds", "timing", "trained", "calibrated", "machines", "when", "time", *costs)
+        return {name: _untimed(inner, *costs) for name, inner in value.items() if name not in timed}
+    return [_untimed(inner, *costs) for inner in value] if isinstance(value, list) else value
 
 
 def campaign(

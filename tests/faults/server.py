@@ -42,7 +42,7 @@ def preload(weights: str) -> None:
 
     import unflaw.cli
     import unflaw.detector
-    import unflaw.experiments.ablation
+    import unflaw.experiments.run
     import unflaw.report
     import unflaw.station.watch  # noqa: F401
     from unflaw.runtime import export

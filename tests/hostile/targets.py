@@ -190,9 +190,8 @@ def targets(material: Material) -> dict[str, Target]:
     from unflaw.cli import app
     from unflaw.datasets import DatasetError, load_dataset
     from unflaw.errors import DetectorError, ImageError
-    from unflaw.experiments.ablation import Record
     from unflaw.experiments.grid import read_grid
-    from unflaw.experiments.run_log import Log
+    from unflaw.experiments.records import Log, Record
     from unflaw.imaging.reading import read
 
     images = sorted((material.parts / "test/good").iterdir())

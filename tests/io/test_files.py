@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from unflaw.errors import InUseError, WriteError
-from unflaw.experiments.run_log import Finished
-from unflaw.experiments.run_log import Log as Runs
+from unflaw.experiments.records import Finished
+from unflaw.experiments.records import Log as Runs
 from unflaw.io import files
 from unflaw.io.files import growing, holding, make_folder, scratch, write_atomically, write_png
 from unflaw.station.log import Log

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unflaw.experiments import tables
+from unflaw.evaluation import text
 from unflaw.inference.annotations import Coco, LabelMe
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Region, Result
@@ -26,7 +26,7 @@ def test_a_number_has_the_right_form_of_its_noun(number, words, expected):
 
 def test_summaries_of_one_image_are_in_the_singular(tmp_path):
     metrics = {"n_images": 2, "n_good": 1, "false_alarms": 1, "missed": 1, "review_good": 0, "review_defective": 1}
-    assert tables._verdicts(metrics) == (
+    assert text._verdicts(metrics) == (
         "2 images: 1 false alarm among 1 good one, 1 missed of 1 defective one, for review 0 good and 1 defective one"
     )
     rows = [{"label": 0, "outcome": "false alarm"}, {"label": 1, "outcome": "review"}]

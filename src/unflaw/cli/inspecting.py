@@ -61,7 +61,7 @@ def run_evaluation(
         from unflaw.datasets import load_categories
         from unflaw.evaluation.evaluate import evaluate_all
         from unflaw.evaluation.results import mean_metrics
-        from unflaw.experiments.tables import lines, table
+        from unflaw.evaluation.text import lines, table
         from unflaw.io.files import write_text
 
         detector = load_detector(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -19,9 +19,12 @@ from unflaw.cli.common import (
     setting_of,
 )
 
+if TYPE_CHECKING:
+    from unflaw.experiments.grid import Grid
+
 
 def stopped_runs(out: Path | None) -> str:
-    """What Ctrl-C leaves of an experiment."""
+    """Message after Ctrl-C: the number of finished runs, and how to go on."""
     from unflaw.io.words import count
 
     log = out and out / "runs.jsonl"
@@ -32,36 +35,61 @@ def stopped_runs(out: Path | None) -> str:
     return f"stopped; {count(number, 'finished run')} {stay} in {log}, and the same command goes on with the others"
 
 
+Data = Annotated[
+    list[Path] | None,
+    typer.Option("--data", help="Data set with test images, or a folder of categories; may be repeated."),
+]
+
+
+def _run(grid: Grid, out: Path) -> None:
+    """Does what is left of an experiment and prints its table. Exit code 3 if some runs failed."""
+    from unflaw.datasets import load_categories
+    from unflaw.experiments.grid import plan
+    from unflaw.experiments.run import run_experiment
+
+    datasets = load_categories(grid.data)
+    report_dataset_problems(datasets)
+    with progress_bars() as progress:
+        records, failed = run_experiment(plan(grid, list(datasets.values())), out, progress)
+    report_problems(dict.fromkeys(f"skipped {reason}" for record in records for reason in record.skipped.values()))
+    typer.echo((out / "table.md").read_text("utf-8"))
+    for name, reason in failed.items():
+        typer.echo(said(f"error: {name}: {reason}"), err=True)
+    if failed:
+        raise typer.Exit(3)
+
+
 @app.command()
 def ablate(
     method: Annotated[str, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae.")] = "uranet",
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", help="Data set with test images, or a folder of categories; may be repeated."),
+    data: Data = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json, .tex, .html.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Every variant is run with the seeds 0 to SEEDS - 1.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: every variant is run with 0 to SEEDS - 1.")] = 3,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="A named variant; full is always run. Without it: all of them.")
+        list[str] | None, typer.Option("--only", help="Named variant to run beside full; by default all of them.")
     ] = None,
     variant: Annotated[
-        list[str] | None, typer.Option("--variant", help="One of your own: 'name: setting=value; setting=value'.")
+        list[str] | None, typer.Option("--variant", help="Variant of your own: 'name: setting=value; setting=value'.")
     ] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all variants have.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="For features, some MB an image; by default OUT/features.")] = None,
-    listed: Annotated[bool, typer.Option("--list", help="Show the named variants and end.")] = False,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting of all variants, such as training.steps=200.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for shared features; by default OUT/features.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Print the named variants, then exit.")] = False,
 ) -> None:
-    """Train and measure variants of a method, several seeds each; table.md says what each part is worth.
+    """Train and measure variants of a method, several seeds each; the table shows what each part contributes.
 
-    Features are computed once. The same command goes on after an interruption.
+    Short for `unflaw benchmark` with one method, its variants and shared features, some MB an image. The same command
+    goes on after an interruption. Exit code 3 if some runs failed.
 
     Example:  unflaw ablate --data screw --only no-memory --variant 'deep: network.restoration.depth=6' --out deep
     """
-    changes = ({"features.backbone": backbone} if backbone else {}) | dict(map(setting_of, setting or []))
     with errors(lambda: stopped_runs(out)):
-        from unflaw.experiments.variants import choose
+        from unflaw.experiments.variants import choose, named
 
         variants = choose(method, only or [], variant or [])
         if listed:
@@ -70,47 +98,40 @@ def ablate(
             return
         if not data or out is None:
             raise ValueError("name the data with --data and a folder for the results with --out")
-        from unflaw.config import Weights
-        from unflaw.datasets import load_categories
-        from unflaw.experiments.ablation import ablate as run
+        from unflaw.experiments.grid import read_grid
 
-        datasets = load_categories(data)
-        report_dataset_problems(datasets)
-        with progress_bars() as progress:
-            records = run(
-                method,
-                list(datasets.values()),
-                variants,
-                changes,
-                seeds=seeds,
-                out=out,
-                cache=cache or out / "features",
-                weights=Weights.parse(weights),
-                progress=progress,
-            )
-        skipped = {path: reason for record in records for path, reason in record.skipped.items()}
-        report_problems(f"skipped {reason}" for reason in skipped.values())
-        typer.echo((out / "table.md").read_text("utf-8"))
+        grid = {
+            "methods": [method],
+            "data": data,
+            "variants": [*(item.name for item in variants if item in named(method)), *(variant or [])],
+            "backbones": [f"{backbone or ''}={weights or ''}"],
+            "seeds": seeds,
+            # the decoder that draws restored images takes no part in any figure
+            "settings": {"training.display_steps": 0} | dict(map(setting_of, setting or [])),
+            "features": cache or out / "features",
+        }
+        _run(read_grid(None, grid), out)
 
 
 @app.command()
 def benchmark(
     out: Annotated[Path, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json, .tex, .html.")],
-    grid: Annotated[Path | None, typer.Option(help="YAML with the fields below; flags go before it.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="YAML file with the fields below; options go before it.")] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae; may be repeated.")
     ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(help="Data set with test images, or a folder of categories; may be repeated."),
+    data: Data = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="Named variant, or 'name: setting=value; …', beside full; may be repeated."),
     ] = None,
     backbone: Annotated[
         list[str] | None, typer.Option(help="Any timm model, or MODEL=WEIGHTS with a file or random; may be repeated.")
     ] = None,
     size: Annotated[list[int] | None, typer.Option(help="Side in pixels; may be repeated.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="The seeds 0 to SEEDS - 1; 3 without.")] = None,
-    profile: Annotated[str | None, typer.Option(help="cpu or paper.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting that all runs have.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds: 0 to SEEDS - 1; by default 3.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Profile: cpu or paper.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of all methods that have it.")] = None,
     peer: Annotated[
         list[str] | None,
         typer.Option(help="patchcore, padim or reverse_distillation of anomalib, or 'NAME: option=value; …'."),
@@ -118,10 +139,10 @@ def benchmark(
     peer_python: Annotated[Path | None, typer.Option(help="Interpreter of an environment that has anomalib.")] = None,
     features: Annotated[
         Path | None,
-        typer.Option(help="Folder for features, some MB an image, that runs share: figures sooner, no costs."),
+        typer.Option(help="Folder for features that runs share, some MB an image: figures sooner, no costs."),
     ] = None,
 ) -> None:
-    """Methods × data sets × backbones × sizes × seeds into one table, with times, memory and intervals.
+    """Compare data sets × methods × variants × backbones × sizes × seeds in one table with costs and intervals.
 
     The same command goes on after an interruption; a finished run is not done again. Exit code 3 if some runs failed.
 
@@ -129,28 +150,24 @@ def benchmark(
 
     In YAML:  {methods: [uranet, mfrnet], data: [mvtec_ad], backbones: [resnet18], sizes: [256], seeds: 3}
     """
-    given: dict[str, Any] = {"methods": method, "data": data, "backbones": backbone, "sizes": size, "seeds": seeds}
+    given: dict[str, Any] = {
+        "methods": method,
+        "data": data,
+        "variants": variant,
+        "backbones": backbone,
+        "sizes": size,
+        "seeds": seeds,
+    }
     given |= {"profile": profile, "peer_python": peer_python, "features": features}
     with errors(lambda: stopped_runs(out)):
-        from unflaw.datasets import load_categories
-        from unflaw.experiments.benchmark import benchmark as run
-        from unflaw.experiments.grid import plan, read_grid
+        from unflaw.experiments.grid import read_grid
         from unflaw.experiments.variants import parse
 
-        changes = {name: value for name, value in given.items() if value}
         if peer:
-            changes["peers"] = {v.name: v.changes for v in (parse(p if ":" in p else f"{p}:") for p in peer)}
-        wanted = read_grid(grid, changes | ({"settings": dict(map(setting_of, setting))} if setting else {}))
-        datasets = load_categories(wanted.data)
-        report_dataset_problems(datasets)
-        with progress_bars() as progress:
-            records, failed = run(plan(wanted, list(datasets.values())), out, progress)
-        report_problems({f"skipped {reason}" for record in records for reason in record.skipped.values()})
-        typer.echo((out / "table.md").read_text("utf-8"))
-        for name, reason in failed.items():
-            typer.echo(said(f"error: {name}: {reason}"), err=True)
-        if failed:
-            raise typer.Exit(3)
+            given["peers"] = {v.name: v.changes for v in (parse(p if ":" in p else f"{p}:") for p in peer)}
+        if setting:
+            given["settings"] = dict(map(setting_of, setting))
+        _run(read_grid(grid, {name: value for name, value in given.items() if value}), out)
 
 
 class _ListByDefault(TyperGroup):

@@ -1,4 +1,4 @@
-"""The grid of a benchmark: from YAML and flags to runs, each checked before the first is done."""
+"""The grid of an experiment: from YAML and options to runs, each checked before the first one starts."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unflaw.config import METHODS, Config, Weights, WeightSource, applies, make_config
 from unflaw.datasets import Dataset
-from unflaw.experiments.variants import written
+from unflaw.experiments.variants import FULL, Variant, choose, named, parse, written
+
+if TYPE_CHECKING:
+    from unflaw.experiments.feature_store import ExperimentRunner
 
 LARGEST, DEEPEST = 1_000_000, 32  # bytes of a file, and lists within lists
 ON_PIXELS = ("draem", "memae")  # have no backbone: they are run once, whatever the backbones
 
 
 class Grid(BaseModel):
-    """What is to be run: every method with every backbone, size and seed on every data set."""
+    """Every method with every variant, backbone, size and seed on every data set."""
 
     model_config = ConfigDict(extra="forbid")
 
     methods: list[str] = ["uranet"]
     data: list[Path] = Field(min_length=1)
+    variants: list[str] = Field([], description="names, or 'name: setting=value; …'; full is always there")
     backbones: list[str] = Field([], description="NAME or NAME=WEIGHTS, a file or random; none: the default one")
     sizes: list[int] = Field([], description="sides in pixels; none: the default one")
     seeds: int = Field(3, ge=1, le=10_000, description="the seeds 0 to seeds - 1")
@@ -39,15 +43,22 @@ class Grid(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """A place in the grid; equal digests give equal figures.
+    """A cell of the grid and a seed; runs of equal digests have equal figures.
 
     Attributes:
-        config: Of a peer, only backbone, preparation and seed count.
-        peer: A method of anomalib instead of ours, its options and the interpreter that has anomalib.
-        features: Folder of features that runs share; None: every run makes its own, which is timed.
+        method: Name in tables, with "anomalib" before that of a peer.
+        backbone, size: Values of the cell, whatever the variant changes; the backbone of a method on pixels is "".
+        config: Configuration; for a peer, only preparation and seed are used.
+        settings: Settings of the whole grid, as text.
+        peer: Method of anomalib instead of ours, its options and the interpreter that has anomalib.
+        features: Folder of features that runs share; None: every run computes its own, which is timed.
     """
 
     dataset: Dataset
+    method: str
+    variant: Variant
+    backbone: str
+    size: int
     config: Config
     weights: WeightSource
     settings: str
@@ -56,34 +67,28 @@ class Run:
     features: Path | None = None
 
     @property
-    def method(self) -> str:
-        return f"anomalib {self.peer[0]}" if self.peer else self.config.method
-
-    @property
-    def backbone(self) -> str:
-        return "" if self.method in ON_PIXELS else self.config.features.backbone
-
-    @property
-    def size(self) -> int:
-        return self.config.preparation.size
-
-    @property
     def seed(self) -> int:
         return self.config.training.seed
 
     @property
-    def name(self) -> str:
-        backbone = f", {self.backbone}" if self.backbone else ""
-        return f"{self.dataset.name}, {self.method}{backbone}, {self.size} pixels, seed {self.seed}"
+    def trained_backbone(self) -> str:
+        """Backbone of the configuration; "" where the method that is trained, which a variant can change, has none."""
+        return "" if self.config.method in ON_PIXELS else self.config.features.backbone
 
     @property
-    def row(self) -> tuple[str, str, str, int]:
+    def row(self) -> tuple[str, str, str, str, int]:
         """Runs that differ by their seeds alone are one row of the table."""
-        return self.dataset.name, self.method, self.backbone, self.size
+        return self.dataset.name, self.method, self.variant.name, self.backbone, self.size
+
+    @property
+    def name(self) -> str:
+        variant = "" if self.variant.name == FULL.name else f", variant {self.variant.name}"
+        backbone = f", {self.backbone}" if self.backbone else ""
+        return f"{self.dataset.name}, {self.method}{variant}{backbone}, {self.size} pixels, seed {self.seed}"
 
 
 def read_grid(path: Path | None, changes: dict[str, Any]) -> Grid:
-    """A grid from a YAML file, if any, and what was said on the command line, which goes before it.
+    """A grid from a YAML file, if any, and the options of the command line, which go before it.
 
     Paths in the file are relative to its folder.
 
@@ -147,58 +152,107 @@ def _beside(folder: Path, field: str, text: str) -> str:
 
 
 def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
-    """All runs of a grid in the order of the table, seeds last. That each can work is checked.
+    """All runs of a grid in the order of the table, seeds last. Each is checked.
 
     Raises:
         ValueError, WeightsError, OSError: Settings, weights or data that cannot be used.
     """
     from unflaw.experiments.feature_store import ExperimentRunner
 
+    _check(grid, datasets)
+    settings, variants = _settings(grid), _variants(grid)
+    backbones = [backbone.partition("=")[::2] for backbone in grid.backbones] or [("", "")]
+    runners: dict[str, ExperimentRunner] = {}  # by weights
+    runs: dict[tuple[Any, ...], Run] = {}
+    for dataset, method in product(datasets, variants):
+        peer = (method, grid.peers[method], grid.peer_python or Path()) if method in grid.peers else None
+        ours, profile = ("nearest_neighbor", "cpu") if peer else (method, grid.profile)
+        own = backbones[:1] if method in ON_PIXELS else backbones
+        cells = product(variants[method], own, grid.sizes or [0], range(grid.seeds))
+        for variant, (name, weights), size, seed in cells:
+            common = settings.get(method, {}) | ({"preparation.size": size} if size else {})
+            with_backbone = common | ({"features.backbone": name} if name else {})
+            changes = common if ours in ON_PIXELS else with_backbone
+            config = cell = make_config(ours, profile, changes | {"training.seed": seed})
+            trained = variant.changes.get("method", ours)  # a variant can be another method
+            if variant != FULL:
+                config = variant.config(ours, common if trained in ON_PIXELS else with_backbone, seed, profile)
+            file = "" if trained in ON_PIXELS else weights
+            runner = runners.setdefault(file, ExperimentRunner(Path(), Weights.parse(file or None)))
+            digest = _digest(runner, variant, config, dataset)
+            if peer:
+                digest = hashlib.sha256(json.dumps([digest, *peer[:2]], sort_keys=True).encode()).hexdigest()
+            run = Run(
+                dataset=dataset,
+                method=f"anomalib {method}" if peer else method,
+                variant=variant,
+                backbone="" if ours in ON_PIXELS else cell.features.backbone,
+                size=cell.preparation.size,
+                config=config,
+                weights=runner.weights,
+                settings=written(grid.peers[method] if peer else settings[method]),
+                digest=digest,
+                peer=peer,
+                features=grid.features,
+            )
+            if runs.setdefault((*run.row, seed), run).digest != digest:
+                raise ValueError(f"{name}: has two weight files; a table holds one, give each an --out of its own")
+    return list(runs.values())
+
+
+def _digest(runner: ExperimentRunner, variant: Variant, config: Config, dataset: Dataset) -> str:
+    from unflaw.features.backbones import WeightsError
+
+    try:
+        return runner.digest(config, dataset)
+    except (ValueError, WeightsError) as error:
+        if variant == FULL:
+            raise
+        kind = WeightsError if isinstance(error, WeightsError) else ValueError
+        raise kind(f"variant {variant.name!r}: {error}") from error
+
+
+def _check(grid: Grid, datasets: Sequence[Dataset]) -> None:
     for dataset in datasets:
         if not (dataset.train and dataset.test):
             lacking = "test" if dataset.train else "good training"
-            raise ValueError(f"{dataset.name}: there are no {lacking} images; a benchmark needs both")
+            raise ValueError(f"{dataset.name}: there are no {lacking} images; an experiment needs both")
     if unknown := [method for method in grid.methods if method not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
     if not (grid.methods or grid.peers):
         raise ValueError("methods: there is nothing to run; name a method or a peer")
-    if grid.peers:
-        _check_peers(grid)
     if "training.seed" in grid.settings:
         raise ValueError("setting training.seed: every run has its own; --seeds says how many")
-    # a setting that only some of the methods have is theirs alone; one that none has is an error below
+    if grid.peers:
+        from unflaw.peers import INSTALL, LEVELS
+
+        if unknown := [peer for peer in grid.peers if peer not in LEVELS]:
+            raise ValueError(f"unknown peer {unknown[0]!r}; there are {', '.join(LEVELS)}")
+        if grid.peer_python is None:
+            raise ValueError(f"peers need --peer-python, an interpreter that has anomalib; to make one: {INSTALL}")
+        if not grid.peer_python.is_file():
+            raise ValueError(f"{grid.peer_python}: there is no such interpreter; to make one: {INSTALL}")
+
+
+def _settings(grid: Grid) -> dict[str, dict[str, Any]]:
+    """Settings by method: one that only some methods have is theirs alone, one that none has is an error later."""
     some = {name for name in grid.settings if any(applies(name, method) for method in grid.methods)}
-    settings = {m: {n: v for n, v in grid.settings.items() if n not in some or applies(n, m)} for m in grid.methods}
-    runs: dict[tuple[Any, ...], Run] = {}
-    runners: dict[str, ExperimentRunner] = {}
-    backbones = [backbone.partition("=")[::2] for backbone in grid.backbones] or [("", "")]
-    for dataset, method in product(datasets, [*grid.methods, *grid.peers]):
-        peer = None if method in METHODS else method
-        for (name, weights), size in product([("", "")] if method in ON_PIXELS else backbones, grid.sizes or [0]):
-            runner = runners.setdefault(weights, ExperimentRunner(Path(), Weights.parse(weights or None)))
-            for seed in range(grid.seeds):
-                changes = {} if peer else dict(settings[method])
-                changes |= {"training.seed": seed}
-                changes |= {"features.backbone": name} if name else {}
-                changes |= {"preparation.size": size} if size else {}
-                config = make_config("nearest_neighbor" if peer else method, "cpu" if peer else grid.profile, changes)
-                digest, of, given = runner.digest(config, dataset), None, written(settings.get(method, {}))
-                if peer:
-                    assert grid.peer_python is not None
-                    of, given = (peer, grid.peers[peer], grid.peer_python), written(grid.peers[peer])
-                    digest = hashlib.sha256(json.dumps([digest, *of[:2]], sort_keys=True).encode()).hexdigest()
-                run = Run(dataset, config, runner.weights, given, digest, of, grid.features)
-                if runs.setdefault((*run.row, seed), run).digest != digest:
-                    raise ValueError(f"{name}: has two weight files; a table holds one, give each an --out of its own")
-    return list(runs.values())
+    return {m: {n: v for n, v in grid.settings.items() if n not in some or applies(n, m)} for m in grid.methods}
 
 
-def _check_peers(grid: Grid) -> None:
-    from unflaw.peers import INSTALL, LEVELS
+def _variants(grid: Grid) -> dict[str, tuple[Variant, ...]]:
+    """Variants by method: as for settings, one that only some methods can have is theirs alone. Peers have `FULL`."""
 
-    if unknown := [peer for peer in grid.peers if peer not in LEVELS]:
-        raise ValueError(f"unknown peer {unknown[0]!r}; there are {', '.join(LEVELS)}")
-    if grid.peer_python is None:
-        raise ValueError(f"peers need --peer-python, an interpreter that has anomalib; to make one: {INSTALL}")
-    if not grid.peer_python.is_file():
-        raise ValueError(f"{grid.peer_python}: there is no such interpreter; to make one: {INSTALL}")
+    def fits(text: str, method: str) -> bool:
+        if ":" not in text:
+            return text in [variant.name for variant in named(method)]
+        changes = parse(text).changes
+        trained = changes.get("method", method)
+        return trained in METHODS and all(applies(name, trained) for name in changes)
+
+    found: dict[str, tuple[Variant, ...]] = {}
+    for method in grid.methods:
+        own = [v for v in grid.variants if fits(v, method) or not any(fits(v, other) for other in grid.methods)]
+        names = [text for text in own if ":" not in text]
+        found[method] = choose(method, [FULL.name, *names], [text for text in own if ":" in text])
+    return found | dict.fromkeys(grid.peers, (FULL,))

@@ -1,17 +1,15 @@
-"""A fleet: one detector for each category in a folder, many at a time, over processes of this machine or a Ray cluster.
+"""A detector for each category in a folder, many at a time, in processes of this machine or a Ray cluster.
 
 Each worker loads the backbone once and keeps it. Features of a category are computed once and kept in a folder that all
-workers share, up to a size (`feature_store.ExperimentRunner`): training again with another method, seed or setting
-starts from there. A finished detector is a line of `fleet.jsonl`, under a digest of all that decides it, and is not
-trained again.
+workers share, up to a total size (`feature_store.ExperimentRunner`); training with another method, seed or setting
+starts from them. A finished detector is a line of `fleet.jsonl`, under a digest of everything that decides it, and is
+not trained again.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,12 +24,14 @@ from unflaw.config import Config, WeightSource
 from unflaw.datasets import Dataset, DatasetError, load_dataset
 from unflaw.datasets.layouts import layout_of
 from unflaw.datasets.samples import images, sha256, sha256_if_readable, subfolders
-from unflaw.experiments.run_log import Finished, Log
-from unflaw.experiments.tables import comma_separated, short
+from unflaw.experiments.processes import ChildProcess, TaskError
+from unflaw.experiments.records import Finished, Log
+from unflaw.experiments.tables import comma_separated, markdown_table, pandas, short
 from unflaw.io.files import write_text
+from unflaw.io.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from unflaw.io.progress import Progress
+    from unflaw.experiments.feature_store import ExperimentRunner
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro_30": "AUPRO"}
 COUNTS = ("n_good", "false_alarms", "n_images", "missed")
@@ -43,8 +43,8 @@ class Task:
 
     Attributes:
         category: Name of its folder.
-        file: Where it will stand.
-        finished: Digest of what stands there now, None where nothing does.
+        file: Path to write it to.
+        finished: Digest of the detector that is there now; None: there is none.
     """
 
     category: str
@@ -58,14 +58,14 @@ class Record(Finished):
     """A finished detector, a line of `fleet.jsonl`.
 
     Attributes:
-        digest: Of category, configuration, data, weights and version.
+        digest: Digest of category, configuration, data, weights and version.
         category: Name of its folder.
-        file, size, content: Of the detector: relative to the folder of the fleet, bytes, and SHA-256.
-        good_images, held_out: How many it learned from, and how many of these calibrated.
-        promise: What its false-alarm rate is.
+        file, size, content: Detector file: path relative to the folder of the fleet, bytes, and SHA-256.
+        good_images, held_out: Number of good images, and of those among them that calibrated.
+        promise: Description of the false-alarm rate.
         metrics: METRICS and COUNTS on its test images; empty where there are none, None where undefined.
         skipped: Images that could not be read, and why.
-        seconds: Of features, training, calibration and evaluation, together.
+        seconds: Features, training, calibration and evaluation together.
     """
 
     category: str
@@ -82,7 +82,7 @@ class Record(Finished):
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What a worker needs to know: folder and bytes of the features, weights of the backbone, and its threads."""
+    """Settings of a worker: folder and bytes of the features, weights of the backbone, and its threads."""
 
     cache: Path
     limit: float | None
@@ -90,18 +90,14 @@ class WorkerConfig:
     threads: int
 
 
-class FleetError(RuntimeError):
-    """A category that failed; the others go on."""
-
-
 class TrainingWorker(Protocol):
-    """Where one detector after another is trained."""
+    """Trains one detector after another."""
 
     def train(self, task: Task) -> Record | None:
-        """The record, or None where `task.finished` says that it is there. Raises FleetError."""
+        """The record; None where the detector `task.finished` is up to date. Raises TaskError."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Ends the worker."""
 
 
 def members(root: Path) -> tuple[dict[str, Dataset], dict[str, str]]:
@@ -157,90 +153,85 @@ def train_fleet(
     Raises:
         ValueError: `out` cannot be used. InUseError: Another run writes to it.
     """
+    pandas()  # fails here where it is missing, not after the work
+    failed = dict(failed or {})
     with Log(out / "fleet.jsonl", Record) as log:
-        return _train_all(log, data, config, out, workers, progress, dict(failed or {}))
-
-
-def _train_all(
-    log: Log[Record],
-    data: dict[str, Dataset],
-    config: Config,
-    out: Path,
-    workers: Sequence[TrainingWorker],
-    progress: Progress,
-    failed: dict[str, str],
-) -> tuple[list[Record], dict[str, str]]:
-    lines = {line.category: line for line in log.records.values() if line.category in data}
-    newest = {name: line for name, line in lines.items() if sha256_if_readable(out / line.file) == line.content}
-    current: dict[str, Record] = {}
-    free: SimpleQueue[TrainingWorker] = SimpleQueue()
-    for worker in workers:
-        free.put(worker)
-
-    def one(name: str) -> Record | None:
-        worker = free.get()
-        try:
-            there = newest.get(name)
-            task = Task(name, data[name], config, out / f"{name}.safetensors", there.digest if there else None)
-            return worker.train(task) or there
-        finally:
+        lines = {line.category: line for line in log.records.values() if line.category in data}
+        newest = {name: line for name, line in lines.items() if sha256_if_readable(out / line.file) == line.content}
+        current: dict[str, Record] = {}
+        free: SimpleQueue[TrainingWorker] = SimpleQueue()
+        for worker in workers:
             free.put(worker)
 
-    pool = ThreadPoolExecutor(len(workers))
-    try:
-        # large ones first, so that no worker is left alone with one at the end
-        order = sorted(data, key=lambda name: -len(data[name].train))
-        waiting = {pool.submit(one, name): name for name in order}
-        progress("detectors", 0, len(order), None)
-        for done, future in enumerate(as_completed(waiting), 1):
-            name = waiting[future]
+        def train(name: str) -> Record | None:
+            worker, known = free.get(), newest.get(name)
+            task = Task(name, data[name], config, out / f"{name}.safetensors", known.digest if known else None)
             try:
-                record = future.result()
-                assert record is not None
-                current[name] = record
-                if record is not newest.get(name):
-                    log.append(record)
-            except FleetError as error:
-                failed[name] = str(error)
-            progress("detectors", done, len(order), None)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    records = [current[name] for name in sorted(current)]
-    _write_tables(out, records, failed)
-    return records, failed
+                return worker.train(task) or known
+            finally:
+                free.put(worker)
+
+        pool = ThreadPoolExecutor(len(workers))
+        try:
+            # large ones first, so that no worker is left alone with one at the end
+            order = sorted(data, key=lambda name: -len(data[name].train))
+            waiting = {pool.submit(train, name): name for name in order}
+            progress("detectors", 0, len(order), None)
+            for done, future in enumerate(as_completed(waiting), 1):
+                name = waiting[future]
+                try:
+                    record = future.result()
+                    assert record is not None
+                    current[name] = record
+                    if record is not newest.get(name):
+                        log.append(record)
+                except TaskError as error:
+                    failed[name] = str(error)
+                progress("detectors", done, len(order), None)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        records = [current[name] for name in sorted(current)]
+        found = rows(records, failed)
+        write_text(out / "fleet.md", summary(records, failed))
+        write_text(out / "fleet.csv", comma_separated(pandas().DataFrame(found, dtype=object)))
+        write_text(out / "fleet.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        return records, failed
 
 
 class Worker:
-    """A worker in this process: one backbone for all detectors."""
+    """A worker in this process: one backbone for all detectors, loaded with the first one."""
 
     def __init__(self, worker_config: WorkerConfig) -> None:
-        import torch
+        self.worker_config = worker_config
+        self.runner: ExperimentRunner | None = None
 
-        from unflaw.experiments.feature_store import ExperimentRunner
-
-        torch.set_num_threads(worker_config.threads)
-        self.runner = ExperimentRunner(worker_config.cache, worker_config.weights, worker_config.limit)
-
-    def train(self, task: Task) -> Record | None:
+    def train(self, task: Task, progress: Progress = silent) -> Record | None:
         try:
-            return self._train(task)
+            return self._train(task, progress)
         except Exception as error:  # whatever it is, it is reported, and the fleet goes on
-            raise FleetError(f"{type(error).__name__}: {error}") from error
+            raise TaskError(f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         pass
 
-    def _train(self, task: Task) -> Record | None:
-        from unflaw.evaluation.evaluate import evaluate
+    def _train(self, task: Task, progress: Progress) -> Record | None:
+        import torch
 
+        from unflaw.evaluation.evaluate import evaluate
+        from unflaw.experiments.feature_store import ExperimentRunner
+
+        if self.runner is None:
+            given = self.worker_config
+            torch.set_num_threads(given.threads)
+            self.runner = ExperimentRunner(given.cache, given.weights, given.limit)
         started, dataset = time.perf_counter(), task.dataset
         digest = self.runner.digest(task.config, dataset, task.category)
         if digest == task.finished:
             return None
-        detector = self.runner.fit(task.config, dataset)
+        detector = self.runner.fit(task.config, dataset, progress=progress)
         metrics, skipped = {}, dict(detector.record_["skipped"])
         if dataset.test:
-            found = evaluate(detector, dataset, shown=0)
+            found = evaluate(detector, dataset, shown=0, progress=progress)
             metrics = {name: found.metrics.get(name) for name in (*METRICS, *COUNTS)}
             skipped |= dict(found.skipped)
         task.file.parent.mkdir(parents=True, exist_ok=True)
@@ -261,56 +252,21 @@ class Worker:
 
 
 class ProcessWorker:
-    """A process of this machine; where it ends before its work, as out of memory, a new one takes its place."""
+    """A worker in a process of this machine, which is replaced where it ends before its work, as out of memory."""
 
     def __init__(self, worker_config: WorkerConfig) -> None:
-        self.worker_config = worker_config
-        self.process: Any = None
+        self.child = ChildProcess(Worker(worker_config).train, ", fewer --workers need less")
 
     def train(self, task: Task) -> Record | None:
-        if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(self.worker_config, theirs), daemon=True)
-            self.process.start()
-            theirs.close()
-        try:
-            self.pipe.send(task)
-            kind, content = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            code, self.process = self.process.exitcode, None
-            hint = "; most likely out of memory, fewer --workers need less" if code == -signal.SIGKILL else ""
-            raise FleetError(f"its process ended with exit code {code}{hint}") from None
-        if kind == "failed":
-            raise FleetError(content)
-        return None if content is None else Record.model_validate_json(content)
+        record: Record | None = self.child(task)
+        return record
 
     def close(self) -> None:
-        if self.process is not None:
-            self.process.kill()  # it is idle, or nobody waits for it any more
-            self.process.join()
-
-
-def _serve(worker_config: WorkerConfig, pipe: Any) -> None:
-    """In the process of a worker: tasks come in, records or reasons go out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
-    worker: Worker | None = None
-    while True:
-        try:
-            task = pipe.recv()
-        except EOFError:
-            return
-        try:
-            worker = worker or Worker(worker_config)
-            record = worker.train(task)
-            pipe.send(("done", record and record.model_dump_json()))
-        except FleetError as error:
-            pipe.send(("failed", str(error)))
+        self.child.close()
 
 
 class RayWorker:
-    """An actor of a Ray cluster; data, features and detectors must lie where all its machines find them."""
+    """An actor of a Ray cluster; data, features and detectors must have the same paths on all its machines."""
 
     def __init__(self, worker_config: WorkerConfig) -> None:
         import ray
@@ -326,10 +282,10 @@ class RayWorker:
             record: Record | None = ray.get(self.actor.train.remote(task))
             return record
         except ray.exceptions.RayTaskError as error:
-            raise FleetError(str(error.cause)) from None
+            raise TaskError(str(error.cause)) from None
         except ray.exceptions.RayError as error:
             self.actor = None
-            raise FleetError(f"its worker was lost ({type(error).__name__})") from None
+            raise TaskError(f"its worker was lost ({type(error).__name__})") from None
 
     def close(self) -> None:
         import ray
@@ -342,18 +298,17 @@ class RayWorker:
 def training_workers(
     worker_config: WorkerConfig, count: int, engine: str = "processes", address: str | None = None
 ) -> Iterator[list[TrainingWorker]]:
-    """Places to train at; whatever runs there at the end is ended.
+    """Workers, which are ended with the block.
 
     Args:
         worker_config: The same for all.
-        count: How many.
+        count: Number of workers.
         engine: "processes" of this machine, or "ray".
-        address: Of a Ray cluster that runs already; None: one of this machine, for as long as this takes.
+        address: Address of a running Ray cluster; None: one is started on this machine, until the end of the block.
 
     Raises:
         ImportError: Ray is not installed. ValueError: No cluster answers at that address, or it is too small.
     """
-    taken: list[TrainingWorker] = []
     with ExitStack() as stack:
         if engine == "ray":
             if find_spec("ray") is None:
@@ -367,22 +322,22 @@ def training_workers(
                     f"--workers {count} with --threads {worker_config.threads} are more than the {there} processors "
                     "that Ray has; ask for less, or give Ray more"
                 )
-        for _ in range(count):
-            worker: TrainingWorker = RayWorker(worker_config) if engine == "ray" else ProcessWorker(worker_config)
+        kind: type[RayWorker | ProcessWorker] = RayWorker if engine == "ray" else ProcessWorker
+        workers: list[TrainingWorker] = [kind(worker_config) for _ in range(count)]
+        for worker in workers:
             stack.callback(worker.close)
-            taken.append(worker)
-        yield taken
+        yield workers
 
 
 def shares(count: int | None, threads: int | None, most: int) -> tuple[int, int]:
-    """How many workers, `most` at most, and threads of each: what is not said makes use of all processors."""
+    """Number of workers, `most` at most, and threads of each; by default all processors are used."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = max(1, min(count or processors // (threads or 1), most))
     return count, threads or max(1, processors // count)
 
 
 def rows(records: Sequence[Record], failed: dict[str, str]) -> list[dict[str, Any]]:
-    """A line of the summary for each category, failed ones last."""
+    """A row for each category, failed ones last."""
     done = [
         {"category": record.category, "good": record.good_images, "calibrating": record.held_out}
         | {name: record.metrics.get(name) for name in (*METRICS, *COUNTS)}
@@ -395,23 +350,17 @@ def rows(records: Sequence[Record], failed: dict[str, str]) -> list[dict[str, An
 
 def summary(records: Sequence[Record], failed: dict[str, str]) -> str:
     """The fleet as a table in Markdown."""
-    heads = ["category", "good images", *METRICS.values(), "false alarms", "missed", "seconds", "MB", "promise"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for record in records:
-        found = record.metrics
-        figures = ["–" if (value := found.get(name)) is None else short(value) for name in METRICS]
-        alarms = f"{found['false_alarms']} of {found['n_good']}" if found else "–"
-        missed = f"{found['missed']} of {(found['n_images'] or 0) - (found['n_good'] or 0)}" if found else "–"
-        cells = [record.category, str(record.good_images), *figures, alarms, missed]
-        cells += [f"{record.seconds:.1f}", f"{record.size / 1e6:.1f}", record.promise]
-        lines.append(f"| {' | '.join(cells)} |")
-    for name, reason in sorted(failed.items()):
-        lines.append(f"| {' | '.join([name, *['–'] * (len(heads) - 2), ' '.join(f'failed: {reason}'.split())])} |")
-    return "\n".join(lines) + "\n"
-
-
-def _write_tables(out: Path, records: Sequence[Record], failed: dict[str, str]) -> None:
-    found = rows(records, failed)
-    write_text(out / "fleet.md", summary(records, failed))
-    write_text(out / "fleet.csv", comma_separated(found))
-    write_text(out / "fleet.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        found, line = record.metrics, {"category": record.category, "good images": str(record.good_images)}
+        line |= {head: short(value) for name, head in METRICS.items() if (value := found.get(name)) is not None}
+        if found:
+            line["false alarms"] = f"{found['false_alarms']} of {found['n_good']}"
+            line["missed"] = f"{found['missed']} of {(found['n_images'] or 0) - (found['n_good'] or 0)}"
+        line |= {"seconds": f"{record.seconds:.1f}", "MB": f"{record.size / 1e6:.1f}", "promise": record.promise}
+        lines.append(line)
+    lines += [
+        {"category": name, "promise": " ".join(f"failed: {reason}".split())} for name, reason in sorted(failed.items())
+    ]
+    heads = ["category", "good images", *METRICS.values(), "false alarms", "missed", "seconds", "MB", "promise"]
+    return markdown_table(pandas().DataFrame(lines, columns=heads, dtype=object).fillna("–"))

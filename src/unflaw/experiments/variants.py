@@ -16,9 +16,9 @@ class Variant:
     """A method with a few settings changed.
 
     Attributes:
-        name: What tables call it.
+        name: Name in tables.
         changes: Dotted settings; "method" chooses another method.
-        why: What it shows.
+        why: Reason to run it.
     """
 
     name: str
@@ -30,13 +30,14 @@ class Variant:
         """The changes as `setting=value; setting=value`, which `parse` reads."""
         return written(self.changes)
 
-    def config(self, method: str, common: dict[str, Any], seed: int) -> Config:
+    def config(self, method: str, common: dict[str, Any], seed: int, profile: str = "cpu") -> Config:
         """The configuration of a run.
 
         Args:
-            method: That of the ablation.
+            method: The method that the variant is of.
             common: Settings of all variants; those of the network are left out where the variant is another method.
-            seed: Of the run.
+            seed: Seed of the run.
+            profile: "cpu" or "paper".
 
         Raises:
             ValueError: A setting that is unknown or out of range; the message names variant and setting.
@@ -44,12 +45,11 @@ class Variant:
         own = dict(self.changes)
         chosen = own.pop("method", method)
         shared = {name: v for name, v in common.items() if chosen == method or not name.startswith("network.")}
-        # the decoder that draws restored images takes no part in any figure
-        settings = {"training.display_steps": 0} | shared | own
+        settings = shared | own
         try:
             if "training.seed" in settings:
                 raise ValueError("setting training.seed: every run has its own; --seeds says how many")
-            return make_config(chosen, "cpu", settings | {"training.seed": seed})
+            return make_config(chosen, profile, settings | {"training.seed": seed})
         except ValueError as error:
             raise ValueError(f"variant {self.name!r}: {error}") from error
 

@@ -1,21 +1,20 @@
-"""Benchmark: methods × data sets × backbones × sizes × seeds, and other tools beside them, into one table.
+"""Experiments: the runs of a grid, each in a process of its own, into a log and tables.
 
-A run is what `unflaw train` and `unflaw evaluate` do, from files, in a process of its own: so its time and memory are
-those that a user has, and one that fails ends no other. A finished run is a line of `runs.jsonl`, under a digest of all
-that decides its figures, and a file in `images/` for confidence intervals; it is never done again.
+A run does what `unflaw train` and `unflaw evaluate` do, from files: so its time and memory are those that a user has,
+and one that fails ends no other. A finished run is a line of `runs.jsonl`, under a digest of everything that decides
+its figures, and a file in `images/` for confidence intervals. It is never done again.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import platform
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from itertools import cycle, islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,9 @@ import numpy as np
 
 from unflaw.config import Weights
 from unflaw.experiments.grid import Run
-from unflaw.experiments.records import KEPT, Latency, Record, images_file
-from unflaw.experiments.run_log import Log
+from unflaw.experiments.processes import ChildProcess, TaskError
+from unflaw.experiments.records import KEPT, Latency, Log, Record, images_file
+from unflaw.io.files import write_text
 from unflaw.io.words import count
 
 if TYPE_CHECKING:
@@ -34,85 +34,72 @@ if TYPE_CHECKING:
 BATCH = 32
 
 
-def benchmark(runs: Sequence[Run], out: Path, progress: Progress) -> tuple[list[Record], dict[str, str]]:
-    """Does the runs that are not in `out/runs.jsonl` yet; the tables in `out` are made anew after each.
+def run_experiment(runs: Sequence[Run], out: Path, progress: Progress) -> tuple[list[Record], dict[str, str]]:
+    """Does the runs that are not in `out/runs.jsonl` yet; the tables in `out` are written anew after each.
 
     Args:
         runs: From `plan`.
         out: Folder for the results.
-        progress: Called as `progress("runs", done, total, None)`, where the total is what was left to do, and with the
-            stages of each run.
+        progress: Called as `progress("runs", done, total, None)`, where the total counts the runs that were left to do,
+            and with the stages of each run.
 
     Returns:
-        The records of all finished runs, and why others failed, by the name of the run.
+        The records of all finished runs, and the errors of those that failed, by name of the run.
 
     Raises:
-        ValueError: `out` cannot be used. InUseError: Another ablation or benchmark writes to it.
+        ValueError: `out` cannot be used. InUseError: Another experiment writes to it. ImportError: pandas or Jinja2 is
+            not installed.
     """
-    from unflaw.experiments.outputs import write_tables
-
     failed: dict[str, str] = {}
     with Log(out / "runs.jsonl", Record) as log:
         write_tables(out, runs, log.records)
         left = [run for run in runs if run.digest not in log.records]
         for done, run in enumerate(left):
             progress("runs", done, len(left), None)
-            if run.digest in log.records:
+            if run.digest in log.records:  # another variant has the same settings
                 continue
             try:
                 log.append(_in_own_process(run, out, progress))
-            except RunError as error:
+            except TaskError as error:
                 failed[run.name] = str(error)
             write_tables(out, runs, log.records)
         progress("runs", len(left), len(left), None)
         return [log.records[run.digest] for run in runs if run.digest in log.records], failed
 
 
-class RunError(RuntimeError):
-    """A run that failed; the others go on."""
+def write_tables(out: Path, runs: Sequence[Run], records: Mapping[str, Record]) -> None:
+    """Writes `table.md`, `table.csv`, `table.json`, `table.tex` and `table.html`, each whole or as it was before.
+
+    Args:
+        out: Folder of the experiment.
+        runs: All runs of the plan, finished or not.
+        records: Records of the finished ones, by digest.
+
+    Raises:
+        OSError: `out` cannot be written. ImportError: pandas or Jinja2 is not installed.
+    """
+    from unflaw.experiments import tables
+    from unflaw.experiments.page import page
+
+    samples, about = tables.bootstrap(runs, records, out), tables.describe(runs, records)
+    table, pairs = tables.summarize(tables.by_run(runs, records), samples), tables.differences(samples)
+    parts, preamble = tables.sections(table, pairs), tables.preamble(about)
+    content = about | {"rows": tables.nested(table), "differences": pairs}
+    files = {
+        "html": page(parts, preamble),
+        "tex": tables.latex(table),
+        "json": json.dumps(content, indent=2, ensure_ascii=False) + "\n",
+        "csv": tables.comma_separated(table.reset_index()),
+        "md": tables.markdown(parts, preamble),
+    }
+    for suffix, text in files.items():
+        write_text(out / f"table.{suffix}", text)
 
 
 def _in_own_process(run: Run, out: Path, progress: Progress) -> Record:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(run, out, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        while True:
-            kind, content = ours.recv()
-            if kind == "progress":
-                progress(*content)
-            elif kind == "failed":
-                raise RunError(content)
-            else:
-                return Record.model_validate_json(content)
-    except EOFError:
-        process.join()
-        hint = "; most likely out of memory" if process.exitcode == -signal.SIGKILL else ""
-        raise RunError(f"its process ended with exit code {process.exitcode}{hint}") from None
-    finally:
-        ours.close()
-        process.kill()  # what it had to say is said, or nobody waits for it any more
-        process.join()
-
-
-def _work(run: Run, out: Path, pipe: Connection) -> None:
-    """In the process of a run: what it gives, or why it fails, goes into the pipe."""
-    # an interruption is the parent's to handle; not SIG_IGN, which the process of a peer would inherit
-    signal.signal(signal.SIGINT, lambda *_: None)
-    last = 0.0
-
-    def progress(*content: Any) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.1 or content[1] == content[2]:
-            last = time.monotonic()
-            pipe.send(("progress", content))
-
-    try:
-        pipe.send(("done", measure(run, out, progress).model_dump_json()))
-    except Exception as error:  # whatever it is, it is reported, and the grid goes on
-        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+    with closing(ChildProcess(measure)) as child:
+        record: Record = child(run, out, progress=progress)
+        return record
 
 
 def measure(run: Run, out: Path, progress: Progress) -> Record:
@@ -128,6 +115,8 @@ def measure(run: Run, out: Path, progress: Progress) -> Record:
         digest=run.digest,
         data=run.dataset.name,
         method=run.method,
+        variant=run.variant.name,
+        overrides=run.variant.overrides,
         backbone=run.backbone,
         size=run.size,
         seed=run.seed,
@@ -164,7 +153,7 @@ def _measure_ours(run: Run, progress: Progress) -> dict[str, Any]:
         "seconds": {"training": seconds, "metrics": evaluation.metrics["timing"]["metric_seconds"]},
         "memory": memory,
         "file": size,
-        "latency": {} if run.features else dict(latencies(detector, paths)),
+        "latency": {} if run.features else latencies(detector, paths),
         "shared": run.features is not None,
         **{name: fitted[name] for name in ("machine", "unflaw", "torch")},
     }
@@ -194,7 +183,6 @@ def _measure_peer(run: Run, progress: Progress) -> dict[str, Any]:
         "skipped": dict(done.evaluation.skipped),
         "seconds": {"training": record["seconds_training"]},
         "memory": record["peak_bytes"],
-        "file": None,
         "latency": {"1": record["seconds_per_image"]},
         "machine": f"{platform.machine()}, {count(record['threads'], 'thread')}",
         "unflaw": f"{__version__}, anomalib {record['anomalib']}",
@@ -203,7 +191,7 @@ def _measure_peer(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def peak_memory() -> int | None:
-    """Largest resident size of this process so far, bytes; None where the system does not tell."""
+    """Largest resident size of this process so far, in bytes; None where the system does not report it."""
     status = Path("/proc/self/status")
     if status.exists():  # unlike `ru_maxrss` it never counts the process that this one was forked from
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
@@ -214,26 +202,22 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def latencies(
-    detector: Detector, paths: Sequence[Path], singles: int = 40, batches: int = 4
-) -> Iterator[tuple[str, Latency]]:
-    """("1", …), one image after the other, and ("32", …), batches that are decoded ahead; the first do not count."""
+def latencies(detector: Detector, paths: Sequence[Path], singles: int = 40, batches: int = 4) -> dict[str, Latency]:
+    """ "1": one image after the other; "32": batches that are decoded ahead. The first images are not counted."""
     endless = cycle(paths)
-    times = []
-    for path in islice(endless, singles + 3):
-        started = time.perf_counter()
-        detector.inspect(path)
-        times.append(time.perf_counter() - started)
-    yield "1", _latency(times[3:])
+    single = _seconds(lambda: detector.inspect(next(endless)), singles + 3)[3:]
     results = detector.inspect_many(islice(endless, BATCH * (batches + 1)), batch=BATCH)
-    times = []
-    for _ in range(batches + 1):
-        started = time.perf_counter()
-        for _ in range(BATCH):
-            next(results)
-        times.append((time.perf_counter() - started) / BATCH)
-    yield str(BATCH), _latency(times[1:])
+    batch = _seconds(lambda: list(islice(results, BATCH)), batches + 1)[1:] / BATCH
+    return {
+        name: Latency(median=float(np.median(times)), p95=float(np.quantile(times, 0.95)))
+        for name, times in (("1", single), (str(BATCH), batch))
+    }
 
 
-def _latency(times: Sequence[float]) -> Latency:
-    return Latency(median=float(np.median(times)), p95=float(np.quantile(times, 0.95)))
+def _seconds(call: Callable[[], object], times: int) -> np.ndarray:
+    """Wall seconds of each call, (times,)."""
+    stamps = [time.perf_counter()]
+    for _ in range(times):
+        call()
+        stamps.append(time.perf_counter())
+    return np.diff(stamps)
