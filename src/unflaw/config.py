@@ -168,9 +168,6 @@ class Config(Settings):
         return self.network.method
 
 
-METHODS = registry.names()
-
-
 class Weights(enum.Enum):
     """Backbone weights that are in no file of their own."""
 

@@ -1,10 +1,11 @@
 import pytest
 
-from unflaw.config import METHODS, make_config
+from unflaw import registry
+from unflaw.config import make_config
 from unflaw.experiments.variants import FULL, Variant, choose, named, parse
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", registry.names())
 def test_every_named_variant_is_another_configuration_with_a_reason(method):
     variants = named(method)
     assert variants[0] is FULL and FULL.changes == {} and (len(variants) > 15) == (method in ("uranet", "mfrnet"))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unflaw import registry
 from unflaw.parallel.launch import leave_word
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ Several = Annotated[
     list[Path],
     typer.Option("--data", help=f"{_KINDS} May be repeated; a folder of categories stands for all of them."),
 ]
+METHODS = f"Method: {', '.join(registry.names())}."
+
 WeightFile = Annotated[
     str | None,
     typer.Option(

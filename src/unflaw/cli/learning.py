@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from unflaw.cli.common import (
+    METHODS,
     Category,
     Several,
     TrainedFile,
@@ -40,7 +41,7 @@ _TAIL = "Estimate thresholds of rates that the images cannot certify, from the t
 def train(
     data: Several,
     out: Annotated[Path, typer.Option(help="Where to write the detector (.safetensors).")],
-    method: Annotated[str, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae.")] = "uranet",
+    method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
     profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
@@ -147,7 +148,7 @@ def train(
 def fleet(
     data: Annotated[Path, typer.Argument(help="Folder with a folder, of any layout that train takes, per category.")],
     out: Annotated[Path, typer.Option(help="Folder for CATEGORY.safetensors and the summary, fleet.md, .csv, .json.")],
-    method: Annotated[str, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae.")] = "uranet",
+    method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
     profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
     weights: WeightFile = None,

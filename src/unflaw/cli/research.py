@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from unflaw.cli.common import (
+    METHODS,
     WeightFile,
     app,
     errors,
@@ -61,7 +62,7 @@ def _run(grid: Grid, out: Path) -> None:
 
 @app.command()
 def ablate(
-    method: Annotated[str, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae.")] = "uranet",
+    method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
     data: Data = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json, .tex, .html.")
@@ -117,9 +118,7 @@ def ablate(
 def benchmark(
     out: Annotated[Path, typer.Option(help="Folder for runs.jsonl and table.md, .csv, .json, .tex, .html.")],
     grid: Annotated[Path | None, typer.Option(help="YAML file with the fields below; options go before it.")] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="uranet, nearest_neighbor, mfrnet, draem or memae; may be repeated.")
-    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"{METHODS} May be repeated.")] = None,
     data: Data = None,
     variant: Annotated[
         list[str] | None,

@@ -10,9 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from unflaw.config import METHODS, Config, Weights, WeightSource, applies, make_config
+from unflaw import registry
+from unflaw.config import Config, Weights, WeightSource, applies, make_config
 from unflaw.datasets import Dataset
 from unflaw.experiments.variants import FULL, Variant, choose, named, parse, written
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from unflaw.experiments.feature_store import ExperimentRunner
 
 LARGEST, DEEPEST = 1_000_000, 32  # bytes of a file, and lists within lists
-ON_PIXELS = ("draem", "memae")  # have no backbone: they are run once, whatever the backbones
 
 
 class Grid(BaseModel):
@@ -39,6 +39,11 @@ class Grid(BaseModel):
     peers: dict[str, dict[str, Any]] = Field({}, description="methods of anomalib and their options (`peers`)")
     peer_python: Path | None = Field(None, description="interpreter of the environment that has anomalib")
     features: Path | None = Field(None, description="folder of features that runs share; only figures are measured")
+
+    @field_validator("methods")
+    @classmethod
+    def _without_aliases(cls, methods: list[str]) -> list[str]:
+        return [registry.canonical(method) for method in methods]
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Run:
     @property
     def trained_backbone(self) -> str:
         """Backbone of the configuration; "" where the method that is trained, which a variant can change, has none."""
-        return "" if self.config.method in ON_PIXELS else self.config.features.backbone
+        return "" if _on_pixels(self.config.method) else self.config.features.backbone
 
     @property
     def row(self) -> tuple[str, str, str, str, int]:
@@ -167,17 +172,17 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
     for dataset, method in product(datasets, variants):
         peer = (method, grid.peers[method], grid.peer_python or Path()) if method in grid.peers else None
         ours, profile = ("nearest_neighbor", "cpu") if peer else (method, grid.profile)
-        own = backbones[:1] if method in ON_PIXELS else backbones
+        own = backbones[:1] if not peer and _on_pixels(method) else backbones
         cells = product(variants[method], own, grid.sizes or [0], range(grid.seeds))
         for variant, (name, weights), size, seed in cells:
             common = settings.get(method, {}) | ({"preparation.size": size} if size else {})
             with_backbone = common | ({"features.backbone": name} if name else {})
-            changes = common if ours in ON_PIXELS else with_backbone
+            changes = common if _on_pixels(ours) else with_backbone
             config = cell = make_config(ours, profile, changes | {"training.seed": seed})
             trained = variant.changes.get("method", ours)  # a variant can be another method
             if variant != FULL:
-                config = variant.config(ours, common if trained in ON_PIXELS else with_backbone, seed, profile)
-            file = "" if trained in ON_PIXELS else weights
+                config = variant.config(ours, common if _on_pixels(trained) else with_backbone, seed, profile)
+            file = "" if _on_pixels(trained) else weights
             runner = runners.setdefault(file, ExperimentRunner(Path(), Weights.parse(file or None)))
             digest = _digest(runner, variant, config, dataset)
             if peer:
@@ -186,7 +191,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
                 dataset=dataset,
                 method=f"anomalib {method}" if peer else method,
                 variant=variant,
-                backbone="" if ours in ON_PIXELS else cell.features.backbone,
+                backbone="" if _on_pixels(ours) else cell.features.backbone,
                 size=cell.preparation.size,
                 config=config,
                 weights=runner.weights,
@@ -198,6 +203,11 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
             if runs.setdefault((*run.row, seed), run).digest != digest:
                 raise ValueError(f"{name}: has two weight files; a table holds one, give each an --out of its own")
     return list(runs.values())
+
+
+def _on_pixels(method: str) -> bool:
+    """Methods on pixels have no backbone: they are run once, whatever the backbones."""
+    return registry.method_class(method).on_pixels
 
 
 def _digest(runner: ExperimentRunner, variant: Variant, config: Config, dataset: Dataset) -> str:
@@ -217,8 +227,8 @@ def _check(grid: Grid, datasets: Sequence[Dataset]) -> None:
         if not (dataset.train and dataset.test):
             lacking = "test" if dataset.train else "good training"
             raise ValueError(f"{dataset.name}: there are no {lacking} images; an experiment needs both")
-    if unknown := [method for method in grid.methods if method not in METHODS]:
-        raise ValueError(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    for method in grid.methods:
+        registry.method_class(method)  # fails where there is none of this name
     if not (grid.methods or grid.peers):
         raise ValueError("methods: there is nothing to run; name a method or a peer")
     if "training.seed" in grid.settings:
@@ -248,7 +258,7 @@ def _variants(grid: Grid) -> dict[str, tuple[Variant, ...]]:
             return text in [variant.name for variant in named(method)]
         changes = parse(text).changes
         trained = changes.get("method", method)
-        return trained in METHODS and all(applies(name, trained) for name in changes)
+        return trained in registry.names() and all(applies(name, trained) for name in changes)
 
     found: dict[str, tuple[Variant, ...]] = {}
     for method in grid.methods:

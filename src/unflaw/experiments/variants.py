@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unflaw import registry
-from unflaw.config import METHODS, Config, make_config
+from unflaw.config import Config, make_config
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Variant:
             ValueError: A setting that is unknown or out of range; the message names variant and setting.
         """
         own = dict(self.changes)
-        chosen = own.pop("method", method)
+        chosen = registry.canonical(own.pop("method", method))
         shared = {name: v for name, v in common.items() if chosen == method or not name.startswith("network.")}
         settings = shared | own
         try:
@@ -94,8 +94,6 @@ def choose(method: str, only: Sequence[str] = (), own: Sequence[str] = ()) -> tu
     Raises:
         ValueError: An unknown method or name, a name given twice, or a variant of another form.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     known = named(method)
     names = [variant.name for variant in known]
     if unknown := [name for name in only if name not in names]:
