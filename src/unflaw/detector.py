@@ -22,7 +22,7 @@ from unflaw.features.cache import Source, cells, stack
 from unflaw.imaging.inputs import ImageLike, inputs
 from unflaw.imaging.transforms import ModelInput
 from unflaw.inference.base import BasePredictor, Outputs
-from unflaw.io.detector_file import FORMAT, read_metadata
+from unflaw.io.detector_file import FORMAT, first_fault, read_metadata
 from unflaw.io.files import check_name, write_atomically
 from unflaw.io.progress import Progress, silent
 from unflaw.methods import Method, create
@@ -267,7 +267,7 @@ class Detector(BasePredictor):
                 tensors = {name: file.get_tensor(name) for name in shapes}
             detector = cls(config=config, weights=Weights.LATER)
         except (KeyError, ValueError, WeightsError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_fault(error)
             raise DetectorError(f"{path}: its metadata cannot be used ({reason}); train it again") from error
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "display": {}, "categories": {}}
         for name, tensor in tensors.items():

@@ -348,7 +348,7 @@ def campaign(
     turns: Counter[str] = Counter()
     while len(done) < kills and time.monotonic() - started < seconds:
         phase = phases[len(done) % len(phases)]
-        how = phase.n_maps[turns[phase.name] % len(phase.n_maps)]
+        how = phase.kinds[turns[phase.name] % len(phase.kinds)]
         found = kill(server, phase, folder / "runs/run", rng, how)
         if found is not None:
             turns[phase.name] += 1

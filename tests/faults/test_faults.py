@@ -270,19 +270,24 @@ def test_an_image_that_goes_between_listing_and_reading_is_skipped(saved, tmp_pa
     assert ["error" in line for line in lines] == [False, True, False, False]
 
 
-def test_an_image_that_goes_while_it_is_learned_from_ends_the_training_early(tmp_path, train, monkeypatch):
-    data, contents = make_parts(tmp_path / "parts"), Detector._contents
+def test_an_image_that_goes_once_it_was_read_changes_nothing(tmp_path, train, monkeypatch):
+    """Its hash is that of the bytes that were decoded: nothing is read a second time."""
+    from unflaw.training import fit
 
-    def goes(paths: list[Path]) -> Any:
-        paths[0].unlink()
-        return contents(paths)
+    data, whole = make_parts(tmp_path / "parts"), fit.fit_cached
+    assert unflaw(*train(tmp_path / "whole.safetensors", data))[0] == 0
 
-    monkeypatch.setattr(Detector, "_contents", staticmethod(goes))
-    monkeypatch.setattr(Detector, "learn", lambda *_, **__: pytest.fail("it has begun"))
-    refused(
-        *train(tmp_path / "d.safetensors", data),
-        says="has gone or changed since it was read (No such file or directory); train on a folder",
-    )
+    def goes(network: Any, cache: Any, *rest: Any, **options: Any) -> Any:
+        (data / "train/good/003.png").write_bytes(b"another image")
+        (data / "train/good/004.png").unlink()
+        return whole(network, cache, *rest, **options)
+
+    monkeypatch.setattr(fit, "fit_cached", goes)
+    code, said = unflaw(*train(tmp_path / "d.safetensors", data))
+    assert code == 0, said
+    found, expected = (Detector.load(tmp_path / f"{name}.safetensors") for name in ("d", "whole"))
+    assert found.record_["seen"] == expected.record_["seen"] and found.record_["digest"] == expected.record_["digest"]
+    assert found.calibration_ == expected.calibration_
 
 
 # A wrong clock

@@ -34,11 +34,11 @@ def test_windows_of_an_image_stay_together(parts, tiny, weights):
     extractor = FeatureExtractor(tiny().features, weights)
     cache = build_cache(extractor, paths, Preparation(size=64, tile=40), 1e9)
     assert len(cache) == 12 * 4 and cache.count == 12
-    assert cache.images.tolist() == [number for number in range(12) for _ in range(4)]
+    assert cache.image_numbers.tolist() == [number for number in range(12) for _ in range(4)]
     train, held = split_calibration(cache, None, 0.25, 1e9)
     assert train.count == 9 and held[""].count == 3 and not set(train.paths) & set(held[""].paths)
     first = cache.mixed(range(len(cache)))[:12]
-    assert sorted(cache.images[first].tolist()) == list(range(12))
+    assert sorted(cache.image_numbers[first].tolist()) == list(range(12))
     assert len({cache.windows[row].number for row in first}) == 4
 
 
@@ -110,7 +110,7 @@ def test_a_file_an_evaluation_a_prediction_and_figures(tiled, parts, tmp_path):
     found = evaluate(again, dataset, spool=True)
     assert found.metrics["n_images"] == 8 and found.metrics["pixel_auroc"] > 0.8
     assert found.images.pixels is not None and found.shown[0].result.map.shape == (102, 102)
-    assert {file.name for file in write_figures(again, dataset, tmp_path / "figures", count=2)} == {"recall.png"}
+    assert {file.name for file in write_figures(again, dataset, tmp_path / "figures", count=2)} == {"retrieval.png"}
     before = again.calibration_
     again.calibrate(sample.path for sample in dataset.test if not sample.label)
     assert again.calibration_ != before

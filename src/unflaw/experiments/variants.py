@@ -103,6 +103,10 @@ def choose(method: str, only: Sequence[str] = (), own: Sequence[str] = ()) -> tu
         if text.strip() in names:
             raise ValueError(f"{text!r} is a variant that has a name; choose it with --only {text.strip()}")
         variant = parse(text)
+        try:
+            registry.method_class(variant.changes.get("method", method))
+        except ValueError as error:
+            raise ValueError(f"variant {variant.name!r}: {error}") from error
         if variant.name in [other.name for other in chosen]:
             raise ValueError(f"two variants are called {variant.name!r}; give another name")
         chosen.append(variant)

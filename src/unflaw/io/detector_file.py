@@ -92,10 +92,16 @@ def read_metadata(path: str | Path, data: bytes | None = None) -> dict[str, Any]
     try:
         _Metadata.model_validate(metadata)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DetectorError(f"{path}: its metadata is damaged ({where}: {first['msg']}); make it anew") from error
+        raise DetectorError(f"{path}: its metadata is damaged ({first_fault(error)}); make it anew") from error
     return metadata
+
+
+def first_fault(error: Exception) -> str:
+    """Describe an error of metadata in one line; of several faults, the first."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+    return str(error).splitlines()[0]
 
 
 class _CalibrationRecord(BaseModel):

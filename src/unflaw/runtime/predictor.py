@@ -15,7 +15,7 @@ from unflaw.config import Config
 from unflaw.errors import DetectorError
 from unflaw.imaging.transforms import ModelInput
 from unflaw.inference.base import BasePredictor, Outputs
-from unflaw.io.detector_file import kind_of, read_metadata, read_weights
+from unflaw.io.detector_file import first_fault, kind_of, read_metadata, read_weights
 
 INPUTS = ("images", "cells", "category")  # of a graph; every graph has the first
 
@@ -45,7 +45,7 @@ class ExportedDetector(BasePredictor):
             self.config = Config.model_validate(metadata["config"], context={"exported": True})
             self.exported: Mapping[str, Any] = metadata["exported"]
         except (KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_fault(error)
             raise DetectorError(f"{path}: its metadata cannot be used ({reason}); export it again") from error
         self.record_ = metadata.get("record", {})
         open_graph = _open_onnx if kind_of(path) == "onnx" else _open_openvino

@@ -255,7 +255,8 @@ def _identity(network: Method, cache: Cache) -> str:
     for tensor in network.features.backbone.state_dict().values():
         backbone.update(tensor.numpy().tobytes())
     samples = {name: [cache.paths[row] for row in cache.heads(rows)] for name, rows in cache.rows().items()}
-    images = " ".join(name + digest(own) for name, own in samples.items())
+    contents = cache.content_of()
+    images = " ".join(name + digest(own, contents) for name, own in samples.items())
     return f"{images} {backbone.hexdigest()} {network.config.model_dump_json()}"
 
 
