@@ -188,7 +188,7 @@ def test_it_learns_from_arrays_as_from_files(parts, weights, tiny, tmp_path):
     }
     with pytest.raises(TrainingError, match=r"0 good images .* 9 could not be read, first: nut image \d: holds int64"):
         fitted({"nut": [image.astype(int) for image in good[:9]], "bolt": arrays("test/square") * 2})
-    with pytest.raises(TrainingError, match=r"good image 0: the detector has learned from this one"):
+    with pytest.raises(TrainingError, match=r"good image 0: the detector was trained on this image"):
         made.calibrate([good[5]])
     found = expected.calibrate(arrays("test/good"), arrays("test/square"), miss_rate=0.5)
     scores = [expected.inspect(image).score for image in arrays("test/good")]

@@ -1,7 +1,7 @@
-"""The configuration of a detector: plain, validated, saved with it as JSON. Importing it does not import torch.
+"""The configuration of a detector, validated and saved with it as JSON. Importing it does not import torch.
 
-The options of a method stand with the method; see `unflaw.registry`. `make_config("uranet", "paper")` gives settings at
-the scale of the paper.
+Options of a method are defined with the method; see `unflaw.registry`. `make_config("uranet", "paper")` returns settings
+of the paper's scale.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ DEFAULT_METHOD = "uranet"
 
 
 class Settings(BaseModel):
-    """Immutable settings which refuse unknown names, so that a typing slip is not silently a default.
+    """Immutable settings that refuse unknown names, so that a misspelt setting is an error.
 
-    Numbers have limits far above use: a configuration may come from a stranger's file, and must not ask for a terabyte.
+    Numbers have limits far above use, since a configuration may come from an untrusted file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -66,53 +66,58 @@ class Features(Settings):
 
 
 class Training(Settings):
-    """The loop, and the cache it runs on."""
+    """Training loop and feature cache."""
 
     steps: int = Field(300, ge=0, description="optimiser steps")
     batch: int = Field(16, ge=1, description="images per step")
-    accumulate: int = Field(1, ge=1, description="passes that a process makes its share of a batch in; saves memory")
+    accumulate: int = Field(1, ge=1, description="forward passes per batch and process; more passes use less memory")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of matrix products in training; auto: bfloat16 where the processor multiplies it itself"
+        "auto", description="precision of matrix products in training; auto: bfloat16 if the hardware supports it"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="same seed, same machine: same detector, bit for bit")
     cache_gb: float = Field(4.0, gt=0, description="cached features above this are memory-mapped on disk")
-    textures: str | None = Field(None, description="folder of texture images; None: those that come with scikit-image")
+    textures: str | None = Field(None, description="folder of texture images; None: those of scikit-image")
     display_steps: int = Field(150, ge=0, description="steps for the decoder that draws restored images; 0: none")
     checkpoint_seconds: float = Field(30.0, ge=0, description="time between checkpoints for --resume")
 
 
 class Scoring(Settings):
-    """From residual to map to image score."""
+    """Anomaly map and image score from residuals."""
 
     smooth: float = Field(
-        4.0, ge=0, le=256, description="deviation of the Gaussian over the map, pixels at a side of 256"
+        4.0,
+        ge=0,
+        le=256,
+        description="standard deviation of the Gaussian filter of the map, in pixels at a side of 256",
     )
     top_fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.01,),
         min_length=1,
         max_length=64,
-        description="fractions of the highest cells of the anomaly maps that the patch score is the mean of",
+        description="fractions of highest anomaly-map cells whose mean is the patch score",
     )
-    regional_top_fraction: float = Field(0.4, gt=0, le=1, description="likewise for the regional score")
+    regional_top_fraction: float = Field(
+        0.4, gt=0, le=1, description="fraction of highest cells whose mean is the regional score"
+    )
     regional_weight: float = Field(1.0, ge=0, description="weight of the regional score in the image score")
     regional_map_weight: float = Field(0.4, ge=0, description="weight of the regional map in the anomaly map")
 
 
 class CalibrationOptions(Settings):
-    """Good images kept out of training, and the guarantee that they give."""
+    """Calibration images, and the rates that they are calibrated for."""
 
     holdout: float = Field(0.2, gt=0, lt=1, description="share of the good images kept out of training")
-    folds: int = Field(0, ge=0, description="2 or more: cross-fitting on all images instead; 0: none")
-    false_alarm_rate: float = Field(0.01, gt=0, lt=1)
-    review_rate: float = Field(0.05, ge=0, lt=1, description="rate of good images not called good; 0: no review")
-    review_uncertain: bool = Field(False, description="review also where the uncertainty map dominates a defect")
-    minimum_area: float = Field(0.0, ge=0, lt=1, description="smaller areas are no regions; share of the image")
-    extrapolate_tail: bool = Field(False, description="estimate thresholds of rates that the images cannot certify")
+    folds: int = Field(0, ge=0, description="number of folds for cross-fitting on all images, 2 or more; 0: a hold-out")
+    false_alarm_rate: float = Field(0.01, gt=0, lt=1, description="requested share of good images called defective")
+    review_rate: float = Field(0.05, ge=0, lt=1, description="share of good images not called good; 0: no review")
+    review_uncertain: bool = Field(False, description="review defects that are dominated by uncertainty")
+    minimum_area: float = Field(0.0, ge=0, lt=1, description="smallest area of a region, as a share of the image")
+    extrapolate_tail: bool = Field(False, description="estimate thresholds for rates that the images cannot certify")
     update_memory: bool = Field(
         True,
-        description="the held-out images join the memory, each scored leave-one-out; False: a certified rate",
+        description="add the held-out images to the memory and score them leave-one-out; False: a certified rate",
     )
 
     @field_validator("folds")
@@ -130,13 +135,13 @@ class MethodOptions(Settings):
 
 
 class OpaqueOptions(MethodOptions):
-    """Options of a method whose code is not needed: of an exported detector."""
+    """Options of the method of an exported detector, which are not validated."""
 
     model_config = ConfigDict(extra="allow")
 
 
 def _method_options(value: Any, info: ValidationInfo) -> Any:
-    """Validates the options of a method by its own class."""
+    """Validates options by the options class of their method."""
     if isinstance(value, MethodOptions):
         return value
     if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
@@ -152,7 +157,7 @@ def _default_options() -> MethodOptions:
 
 
 class Config(Settings):
-    """Everything that makes a detector, but for data and weights."""
+    """All settings of a detector, without data and weights."""
 
     network: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_method_options)] = Field(
         default_factory=_default_options
@@ -169,31 +174,31 @@ class Config(Settings):
 
 
 class Weights(enum.Enum):
-    """Backbone weights that are in no file of their own."""
+    """Backbone weights without a file."""
 
     RANDOM = "random"  # for tests and comparisons
-    LATER = "later"  # whatever timm begins with: they come with the file of a detector, or with another backbone
+    LATER = "later"  # untrained: weights come with a detector file, or with another backbone
 
     @classmethod
     def parse(cls, text: str | Path | None) -> WeightSource:
-        """Reads what the command line and grids call weights: `random` is RANDOM, `./random` a file of that name."""
+        """Parses weights of the command line and of grids: `random` is RANDOM, `./random` is a file."""
         return cls.RANDOM if text == cls.RANDOM.value else text
 
     @staticmethod
     def name_of(source: WeightSource, short: bool = False) -> str:
-        """Returns what records call a source: "default", "random", "later" or its path; if `short`, its file name."""
+        """Returns the name of a source in records: "default", "random", "later" or its path; if `short`, its file name."""
         if source is None or isinstance(source, Weights):
             return "default" if source is None else source.value
         name = Path(source).name if short else str(source)
         return f"./{name}" if name in ("default", *(known.value for known in Weights)) else name
 
 
-# Of a backbone: a file (.safetensors or .pth), or None: those of an installed package, else of the hub that timm uses.
+# Backbone weights: a file (.safetensors or .pth), or None: an installed package, else the hub of timm.
 WeightSource = str | Path | Weights | None
 
 
 def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str, Any] | None = None) -> Config:
-    """A configuration from a method, a profile and dotted changes such as `{"training.steps": 100}`.
+    """Makes a configuration from a method, a profile and dotted changes such as `{"training.steps": 100}`.
 
     Raises:
         ValueError: Unknown method, profile or setting, or a value out of range; the message names it.
@@ -226,7 +231,7 @@ def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str,
 
 
 def _nearest(name: str, method: str) -> str:
-    """For a message: the settings of a method that are most like an unknown one, else those of the group it names."""
+    """Hint for an unknown setting: the most similar settings, else those of its group."""
     known = list(_names(Config, method))
     group, _, leaf = name.rpartition(".")
     for others in ([other for other in known if other.rpartition(".")[0] == group], known):
@@ -242,7 +247,7 @@ def _nearest(name: str, method: str) -> str:
 
 
 def _names(settings: type[BaseModel], method: str, start: str = "") -> Iterator[str]:
-    """The dotted names of all settings that a method has."""
+    """Yields the dotted names of all settings of a method."""
     for name, field in settings.model_fields.items():
         inner: Any = field.annotation
         if settings is Config and name == "network":
@@ -254,6 +259,6 @@ def _names(settings: type[BaseModel], method: str, start: str = "") -> Iterator[
 
 
 def applies(name: str, method: str) -> bool:
-    """Tells settings that a method has, by their dotted name, from `network` settings of other methods."""
+    """Returns True if a method has a setting, by its dotted name; False for `network` settings of other methods."""
     group, _, rest = name.partition(".")
     return group != "network" or rest.partition(".")[0] in registry.method_class(method).options_class.model_fields

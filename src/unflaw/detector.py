@@ -1,4 +1,4 @@
-"""Detector: fit, inspect, save, load. The one object a user holds; it only assembles the parts."""
+"""Detector: fit, inspect, calibrate, save, load."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from unflaw.training.splits import Category, Data
 
 
 class Detector(BasePredictor):
-    """Learns what good looks like and says of a new image whether and where it differs.
+    """Learns from good images, and detects and locates anomalies in new ones.
 
     Args:
-        method: Its name, see `unflaw.registry.names`; "uranet" by default.
+        method: Name of the method, see `unflaw.registry.names`; "uranet" by default.
         profile: "cpu" (default) or "paper".
-        weights: Backbone weight file, or `Weights.RANDOM`; see `FeatureExtractor` for what happens without.
-        config: A whole configuration, instead of method, profile and settings.
-        **settings: Dotted settings with `__` for the dot, such as `training__seed=1`, `features__backbone="resnet18"`.
+        weights: Backbone weight file, or `Weights.RANDOM`; for None see `FeatureExtractor`.
+        config: Complete configuration, instead of method, profile and settings.
+        **settings: Settings with `__` for the dot, such as `training__seed=1`, `features__backbone="resnet18"`.
 
     Raises:
         ValueError: Unknown method, profile or setting, a value out of range, or any of these beside `config`.
-        WeightsError: As `create_backbone`.
+        WeightsError: See `create_backbone`.
 
     Attributes set by `fit`:
-        categories_: What is known of each category, by name; of a detector of one, which needs no name, that is "".
-        record_: How it was trained: data, digest, times, losses, versions.
+        categories_: State of each category by name; a single category has the name "".
+        record_: Facts about the training: data, digest, times, losses, versions.
 
     Example:
         >>> detector = Detector().fit("parts/train/good")        # doctest: +SKIP
@@ -71,12 +71,12 @@ class Detector(BasePredictor):
         changes = {name.replace("__", "."): value for name, value in settings.items()}
         if config is not None and (ignored := [*filter(None, (method, profile)), *settings]):
             raise ValueError(
-                f"{ignored[0]} cannot be given beside config, which is a whole configuration; "
-                "give config alone, or method, profile and settings without it"
+                f"{ignored[0]} cannot be given beside config, which is a complete "
+                "configuration; give config alone, or method, profile and settings without it"
             )
         self.config = config or make_config(method or "uranet", profile or "cpu", changes)
         self.weights = Weights.name_of(weights)
-        self._source: Path | None = None  # the file that it was loaded from, whatever that is called
+        self._source: Path | None = None  # the file that it was loaded from
         self.categories_: dict[str, Category] = {}
         self.record_ = {}
         with seeded(self.config.training.seed):
@@ -85,7 +85,7 @@ class Detector(BasePredictor):
 
     @property
     def calibration_(self) -> Calibration | None:
-        """Threshold, p-values and heat-map scale of the only category; None before `fit`. Several: DetectorError."""
+        """Calibration of the only category; None before `fit`. Raises DetectorError if there are several."""
         return self.select() if self.categories_ else None
 
     def fit(
@@ -96,23 +96,22 @@ class Detector(BasePredictor):
         checkpoint: Path | None = None,
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> Detector:
-        """Learns from good images: features once, training on them, calibration on those held out.
+        """Trains on good images and calibrates on held-out ones.
 
         Args:
-            data: A data set that `load_dataset` recognises, or images as `inspect_many` takes them: paths or arrays.
-                Its validation part calibrates; where there is none, a share `calibration.holdout` of the training part
-                is kept out of training for that. Of files that are the same, byte for byte, and of equal arrays, one
-                counts: a copy of a training image must not calibrate.
-                Several, by name (`load_categories` finds them), make a detector of these categories: one network,
-                trained on all of them as they come, but what is normal, and the calibration, are each category's own.
+            data: A data set that `load_dataset` recognises, or images as in `inspect_many`: paths or arrays. Its
+                validation part calibrates; without one, a share `calibration.holdout` of the training part is held out.
+                Of identical files or arrays one counts: a copy of a training image must not calibrate. Several data
+                sets by name (see `load_categories`) make a detector of several categories: the network is shared,
+                memories, normalization and calibration are separate.
             progress: Called as `progress(stage, done, total, loss)`.
-            checkpoint: Where to save progress; an interrupted `fit` with the same arguments goes on from there and
-                gives the same detector. Delete it once that is saved.
-            group: Several processes that all call `fit` with the same arguments, such as `fabric.FabricGroup`. They
-                share caching and training, and every one gets the detector.
+            checkpoint: File for saved progress. An interrupted `fit` with the same arguments resumes from it and
+                returns the same detector. Delete it after saving the detector.
+            group: Process group whose processes all call `fit` with the same arguments, such as `fabric.FabricGroup`.
+                They share caching and training, and each gets the detector.
 
         Raises:
-            TrainingError, DatasetError: Data that cannot work, of any category. TypeError: Something that is no image.
+            TrainingError, DatasetError: Unusable data. TypeError: An input is not an image.
         """
         self.categories_, self.display, self.record_ = {}, None, {}
         return self._take(
@@ -129,33 +128,33 @@ class Detector(BasePredictor):
         )
 
     def _take(self, fitted: Fitted) -> Detector:
-        """Makes the result of a training its own."""
+        """Takes over the result of a training."""
         self.network, self.display = fitted.network, fitted.display
         self.categories_, self.record_ = fitted.categories, fitted.record
         return self
 
     def _feature_source(self) -> Source | None:
-        """Where raw features come from; None: the images."""
+        """Source of raw features; None: the images."""
         return None
 
     @property
     def calibrations(self) -> dict[str, Calibration]:
-        """By category; "" is the category of a detector that has no others; empty before `fit`."""
+        """Calibrations by category; a single category has the name "". Empty before `fit`."""
         return {name: known.calibration for name, known in self.categories_.items()}
 
     @property
     def references(self) -> dict[str, Reference]:
-        """By category; empty before `fit`, and where the file is of an unflaw that did not remember images."""
+        """Drift references by category; empty before `fit`, and for files of versions without them."""
         return {name: known.reference for name, known in self.categories_.items() if known.reference is not None}
 
     def network_of(self, category: str | None = None) -> Method:
-        """Returns the network of a category: all weights are common, memories and what is normal are its own.
+        """Returns the network of a category; weights are shared, memories and normalization are its own.
 
         Args:
-            category: None will do where there is one only.
+            category: Name; may be None for a single category.
 
         Raises:
-            DetectorError: Not fitted, or a category is missing or not known.
+            DetectorError: Not fitted, or the category is missing or unknown.
         """
         return self.categories_[self.category(category)].network
 
@@ -168,31 +167,30 @@ class Detector(BasePredictor):
         miss_rate: float | None = None,
         cost_ratio: float | None = None,
         category: str | None = None,
-        keep: bool = False,
+        append: bool = False,
         progress: Progress = silent,
         **settings: Any,
     ) -> Calibration:
-        """Sets thresholds and p-values anew, without training, from images of today.
+        """Recalibrates thresholds and p-values on new images, without training.
 
-        What the network has learned stays, and so does what evidence it holds normal. `record_["calibrations"]` gets an
-        entry: when, on how many images, what came of it, and which good images stand out among those given.
+        The network and its normalization are unchanged. `record_["calibrations"]` gets an entry with time, number of
+        images, result and outliers among the good images.
 
         Args:
-            good: Good images that it has not learned from, as `inspect_many` takes them. Of those that are the same,
-                byte for byte, one counts.
-            defects, miss_rate, cost_ratio: As for `calibration.calibrate`.
-            rate: False-alarm rate asked for; None: that of the configuration.
-            category: Of a detector of several.
-            keep: Also counts the scores it was calibrated with before; right where both kinds of images will come.
+            good: Good images that it was not trained on, as in `inspect_many`. Of identical images one counts.
+            defects, miss_rate, cost_ratio: See `thresholds.calibrate`.
+            rate: Requested false-alarm rate; None: that of the configuration.
+            category: Name, for a detector with several categories.
+            append: Also use the scores of the previous calibration. Right if both kinds of images will come.
             **settings: `review_rate`, `review_uncertain`, `minimum_area` and `extrapolate_tail` in place of those of
                 the configuration.
 
         Returns:
-            The new calibration, which is also in the detector.
+            The new calibration, which the detector uses from now on.
 
         Raises:
-            TrainingError: No good image that can be read, one that it has learned from, or, with `keep`, one that
-                counts already. DetectorError: as for `select`. ValueError: As for `calibration.calibrate`.
+            TrainingError: There is no readable good image, or one is a training image or, with `append`, counts
+                already. DetectorError: See `select`. ValueError: See `thresholds.calibrate`.
         """
         name = self.category(category)
         own = self.categories_[name]
@@ -208,7 +206,7 @@ class Detector(BasePredictor):
             rate=rate,
             miss_rate=miss_rate,
             cost_ratio=cost_ratio,
-            keep=keep,
+            append=append,
             progress=progress,
         )
         self.categories_[name] = own._replace(calibration=made.calibration, reference=made.reference)
@@ -216,15 +214,15 @@ class Detector(BasePredictor):
         return made.calibration
 
     def save(self, path: str | Path) -> None:
-        """Writes the detector as one `.safetensors` file, backbone included; never a half-written one.
+        """Writes the detector with its backbone to a `.safetensors` file, atomically.
 
         Raises:
             DetectorError: Not fitted, or `path` is neither a `.safetensors` file nor the one that it was loaded from.
-            WriteError: It cannot be written.
+            WriteError: The file cannot be written.
         """
         if Path(path) != self._source:
             check_name(Path(path))
-        self.select(next(iter(self.categories_), None))  # fails where there is none
+        self.select(next(iter(self.categories_), None))  # raises if there is none
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         if self.display is not None:
             tensors |= {f"display.{name}": tensor for name, tensor in self.display.state_dict().items()}
@@ -234,7 +232,7 @@ class Detector(BasePredictor):
         write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(self.metadata())}))
 
     def metadata(self) -> dict[str, Any]:
-        """All that a file says of a detector besides its tensors."""
+        """Metadata of the detector file: format, configuration, calibrations, drift references and record."""
         known = {
             name: calibration.model_dump(mode="json", exclude_defaults=True)
             for name, calibration in self.calibrations.items()
@@ -250,14 +248,14 @@ class Detector(BasePredictor):
 
     @classmethod
     def load(cls, path: str | Path) -> Detector:
-        """Reads a saved detector. Needs no network and executes nothing from the file.
+        """Loads a saved detector, without network access and without running code from the file.
 
         Raises:
-            DetectorError: Missing, damaged, not a detector, or of a newer format.
+            DetectorError: The file is missing, damaged, not a detector, or of a newer format.
         """
         metadata = read_metadata(path)
         if "exported" in metadata:
-            raise DetectorError(f"{path}: was exported, and only inspects; name the .safetensors file it was made of")
+            raise DetectorError(f"{path}: is an exported detector, which only inspects; name its .safetensors file")
         try:
             known, drift = calibrations(metadata), references(metadata)
             config = Config.model_validate(metadata["config"])
@@ -285,18 +283,18 @@ class Detector(BasePredictor):
                 normal = {
                     buffer: tensors[f"{_place(name, i)}.{buffer}"] for buffer in detector.network.category_buffers
                 }
-                network = detector.network.with_category(normal)  # fails where a shape is wrong
+                network = detector.network.with_category(normal)  # raises if a shape is wrong
                 detector.categories_[name] = Category(calibration, network, drift.get(name))
         except (RuntimeError, KeyError) as error:
             raise DetectorError(f"{path}: its tensors do not fit its configuration ({error})") from error
         detector.record_ = metadata.get("record", {})
         detector._source = Path(path)
-        detector.weights = detector.record_.get("weights", "unknown")  # of the backbone that another `fit` will use
+        detector.weights = detector.record_.get("weights", "unknown")  # those that another `fit` uses
         return detector
 
     @torch.inference_mode()
     def compute(self, images: Sequence[ModelInput], category: str) -> Outputs:
-        """What the network finds in windows, of images of a category; see `BasePredictor.compute`."""
+        """Computes the outputs of the network for windows of images of a category; see `BasePredictor.compute`."""
         network = self.network_of(category)
         inside = cells([image.window for image in images], network.features.grid)
         found = Graph(network, self.display)(stack(images), inside)
@@ -304,7 +302,7 @@ class Detector(BasePredictor):
 
 
 def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises: ValueError: The configuration asks for other tensors than there are. No memory is taken for them."""
+    """Raises: ValueError: The tensors of the configuration differ. Allocates no memory for them."""
     with torch.device("meta"):
         wanted = {f"network.{name}": tuple(t.shape) for name, t in create(config, Weights.LATER).state_dict().items()}
     for name, shape in wanted.items():
@@ -313,5 +311,5 @@ def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None
 
 
 def _place(category: str, number: int) -> str:
-    """Where a file has what is normal for a category: without a name, at its place in the network."""
+    """Prefix of a category's buffers in a file; those of a category without a name are in the network."""
     return f"categories.{number}" if category else "network"

@@ -1,4 +1,4 @@
-"""What can go wrong with detectors and files; messages say why and what to do. `images.ImageError` is of images."""
+"""Errors of detectors, files and images. Messages name the cause and the remedy."""
 
 import errno
 import os
@@ -9,31 +9,31 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DetectorError(ValueError):
-    """A detector file that cannot be used, or a detector that is not fitted."""
+    """A detector file cannot be used, or a detector is not fitted."""
 
 
 class TrainingError(ValueError):
-    """Data or settings that cannot give, calibrate or measure a detector."""
+    """Data or settings do not allow to train, calibrate or evaluate a detector."""
 
 
 class WriteError(OSError):
-    """A file that cannot be written; what stood there before is as it was.
+    """A file cannot be written; an older file at the path is unchanged.
 
     Args:
         path: The file.
-        error: What the system, or a library that writes files, says.
-        advice: What to do about it; None: what helps with most files.
+        error: Error of the system, or of a library that writes files.
+        advice: Remedy; None: the general one of `remedy`.
     """
 
     def __init__(self, path: Path, error: Exception, advice: str | None = None) -> None:
         number = getattr(error, "errno", None)
         if number is None and (found := re.search(r"(?:os error|code:?) (\d+)", str(error))):
-            number = int(found[1])  # libraries in Rust say it in words
+            number = int(found[1])  # errors of libraries in Rust have no errno
         reason = os.strerror(number) if number else str(error)
         super().__init__(f"{path}: cannot be written ({reason}); {advice or remedy(number)}")
         self.errno, self.strerror, self._made = number, reason, (path, error, advice)
 
-    def __str__(self) -> str:  # OSError would leave out the file
+    def __str__(self) -> str:  # that of OSError leaves out the file
         return str(self.args[0])
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # for other processes
@@ -41,11 +41,11 @@ class WriteError(OSError):
 
 
 class InUseError(WriteError):
-    """A file or folder that another run writes to. The message says which process that is."""
+    """Another run writes to a file or folder. The message names its process."""
 
 
 def remedy(number: int | None) -> str:
-    """What to do about an error of a file system, by its number."""
+    """Remedy for an error of a file system, by its number."""
     if number in FULL:
         return "make room there, or name another folder"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -54,4 +54,4 @@ def remedy(number: int | None) -> str:
 
 
 class ImageError(ValueError):
-    """An image that cannot be used. The message names the file, what is wrong with it and what to do."""
+    """An image cannot be used. The message names the file, the fault and the remedy."""

@@ -69,10 +69,7 @@ def test_the_detector_is_the_one_that_learns_from_all(tiny, parts, weights):
     )
     assert len(made.calibration_.scores) == 12 == made.record_["good_images"] and made.record_["held_out"] == 0
     assert made.calibration_.scores != again.calibration_.scores
-    assert (
-        "12 good images judged without what they taught give a false-alarm rate of about 7.69%"
-        in made.calibration_.describe()
-    )
+    assert "12 cross-validated good images give a false-alarm rate of about 7.69%" in made.calibration_.describe()
 
 
 def test_more_folds_than_images_are_refused(tiny):

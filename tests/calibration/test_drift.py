@@ -209,7 +209,7 @@ def test_calibrating_on_images_of_today_ends_the_alarm(parts, weights, tiny, tmp
     assert made.references[""].test(described).alarm
     made.calibrate(today[:12])
     assert len(made.references[""]) == 12 and not made.references[""].test(described).alarm
-    made.calibrate(today[12:], keep=True)
+    made.calibrate(today[12:], append=True)
     assert len(made.references[""]) == 24
 
 

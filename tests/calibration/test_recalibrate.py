@@ -58,7 +58,7 @@ def test_thresholds_are_those_of_the_new_images(loaded, today, tmp_path):
 
 def test_kept_scores_count_too(loaded, today):
     before = loaded.calibration_
-    found = loaded.calibrate(today[0].iterdir(), keep=True)
+    found = loaded.calibrate(today[0].iterdir(), append=True)
     assert len(found.scores) == 9 + len(before.scores) and set(before.scores) <= set(found.scores)
     assert loaded.calibrate(today[0].iterdir()).asked_rate == loaded.config.calibration.false_alarm_rate
     assert len(loaded.record_["calibrations"]) == 2
@@ -76,7 +76,7 @@ def test_defects_set_the_threshold(loaded, today, tmp_path):
 def test_images_that_it_learned_from_are_refused(loaded, parts, today, tmp_path):
     before, record = loaded.calibration_, loaded.record_
     shutil.copy(parts / "train/good/003.png", tmp_path / "renamed.png")
-    with pytest.raises(TrainingError, match=r"renamed.png: the detector has learned from this one, and finds"):
+    with pytest.raises(TrainingError, match=r"renamed.png: the detector was trained on this image, and scores"):
         loaded.calibrate([*today[0].iterdir(), tmp_path / "renamed.png"])
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(TrainingError, match=r"no good images to calibrate with; .*broken.png"):
@@ -142,9 +142,9 @@ def test_no_image_counts_twice(loaded, today):
     good = sorted(today[0].iterdir())
     loaded.calibrate(good[:5])
     assert loaded.record_["calibrations"][-1]["kept"] == 0
-    loaded.calibrate(good[5:], keep=True)
-    with pytest.raises(TrainingError, match=r"0\.png: this one and 8 more .* calibrated the detector before"):
-        loaded.calibrate(good, keep=True)
+    loaded.calibrate(good[5:], append=True)
+    with pytest.raises(TrainingError, match=r"0\.png: this image and 8 more .* calibrated the detector before"):
+        loaded.calibrate(good, append=True)
     assert len(loaded.calibrate(good).scores) == 9
 
 

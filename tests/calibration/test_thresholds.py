@@ -156,7 +156,10 @@ def test_a_threshold_that_defects_set_certifies_no_false_alarm_rate():
         assert made.rate == 0.01 and not made.certified and numbers["certified"] is False
         assert numbers["asked_rate"] is None and numbers["n_defects"] == 2
         assert numbers["miss_rate"] == (1 / 3 if "miss_rate" in asked else None)
-        assert "false-alarm rate about 1.00%" in made.describe() and "could certify 1.00% at best" in made.reach()
+        assert (
+            "false-alarm rate about 1.00%" in made.describe()
+            and "could certify 1.00% at best" in made.describe_achievable_rate()
+        )
         assert "certified" not in made.describe().replace("miss rate 33.33% or less, certified by 2 labelled", "")
 
 
@@ -228,32 +231,34 @@ def test_without_a_rate_or_with_too_few_images_nothing_is_reviewed():
 
 def test_an_uncertain_region_sends_a_defect_to_review_and_nothing_else():
     scores = [float(i) for i in range(39)]
-    doubts = [i / 100 for i in range(39)]
-    calibration = calibrate(scores, scores, 0.0, 0.05, review_rate=0.1, doubts=doubts, review_uncertain=True)
+    uncertainty = [i / 100 for i in range(39)]
+    calibration = calibrate(
+        scores, scores, 0.0, 0.05, review_rate=0.1, max_uncertainty=uncertainty, review_uncertain=True
+    )
     assert calibration.uncertainty_threshold == 0.35  # the fourth: one tenth of 40
     doubtful, sure = (Region((0, 0, 1, 1), 1, 9.0, uncertainty) for uncertainty in (0.36, 0.35))
     assert (
         calibration.verdict(99, [doubtful, sure]) == "review" and calibration.verdict(99, [sure, doubtful]) == "defect"
     )
     assert calibration.verdict(99) == "defect" and calibration.verdict(0, [doubtful]) == "good"
-    assert calibrate(scores, scores, 0.0, 0.05, doubts=doubts).verdict(99, [doubtful]) == "defect"
+    assert calibrate(scores, scores, 0.0, 0.05, max_uncertainty=uncertainty).verdict(99, [doubtful]) == "defect"
 
 
 def test_without_review_the_false_alarm_rate_says_what_is_uncertain():
     """A review rate of 0 sends no image to review by its p-value, and is no rate for the uncertainty."""
-    scores, doubts = [float(i) for i in range(39)], [i / 100 for i in range(39)]
-    options: dict[str, Any] = {"doubts": doubts, "review_uncertain": True}
+    scores, uncertainty = [float(i) for i in range(39)], [i / 100 for i in range(39)]
+    options: dict[str, Any] = {"max_uncertainty": uncertainty, "review_uncertain": True}
     made = calibrate(scores, scores, 0.0, 0.1, review_rate=0.0, **options)
-    assert made.uncertainty_threshold == 0.35 != max(doubts)  # the fourth: one tenth of 40
+    assert made.uncertainty_threshold == 0.35 != max(uncertainty)  # the fourth: one tenth of 40
     assert {made.verdict(score) for score in range(-1, 41)} == {"good", "defect"}
     doubtful = Region((0, 0, 1, 1), 1, 9.0, 0.36)
     assert made.verdict(99, [doubtful]) == "review"
     by_cost = calibrate(scores, scores, 0.0, 0.05, defects=[2.0], cost_ratio=100.0, **options)
     assert by_cost.rate > 0.9 and by_cost.uncertainty_threshold == 0.37  # of the rate asked for, not of what follows
     again = CalibrationScores()
-    again.doubts = [0.9]
-    again.keep(made)
-    assert sorted(again.doubts) == [0.35] * 36 + [0.9] * 4  # three of 39 exceed it, nobody knows how far
+    again.max_uncertainty = [0.9]
+    again.merge(made)
+    assert sorted(again.max_uncertainty) == [0.35] * 36 + [0.9] * 4  # three of 39 exceed it, nobody knows how far
 
 
 def test_evidence_is_gathered_within_the_image():
@@ -268,7 +273,7 @@ def test_evidence_is_gathered_within_the_image():
     assert made.uncertainty_threshold == 0.25 and made.review_rate is None  # 5 % are no more images than 4 %
     again = CalibrationScores()
     again.add(99.0, anomaly_map, (0, 2, 8, 8), doubt)
-    again.keep(made)
+    again.merge(made)
     assert sorted(again.scores)[-2:] == [23, 99] and sorted(again.peaks)[0] == 2 and again.peaks.count(25) == 24
 
 
@@ -282,7 +287,7 @@ def test_kept_images_leave_the_pixel_rate_as_promised(rate):
         old = calibrate(*first.tolist(), 0.0, 0.1)
         found = CalibrationScores()
         found.scores, found.peaks, found.medians = [*second[0]], [*second[1]], [0.0] * n
-        found.keep(old)
+        found.merge(old)
         made = found.calibrate(make_config().calibration, rate=rate)
         assert made.rate <= rate and len(made.scores) == 2 * n
         shown += float((new > made.pixel_threshold).mean())
@@ -315,12 +320,11 @@ def test_what_is_not_certified_is_said():
     scores = [float(i) for i in range(99)]
     crossed = calibrate(scores, scores, 0.0, 0.02, out_of_fold=True)
     assert not crossed.certified
-    assert crossed.describe() == "false-alarm rate about 2.00%, from 99 good images judged without what they taught"
-    assert "99 good images give about 1.00% at best" in crossed.reach()
+    assert crossed.describe() == "false-alarm rate about 2.00%, from 99 cross-validated good images"
+    assert "99 good images give about 1.00% at best" in crossed.describe_achievable_rate()
     few = calibrate(scores, scores, 0.0, 0.001, out_of_fold=True)
     assert few.describe() == (
-        "99 good images judged without what they taught give a false-alarm rate of about 1.00%, not the 0.10% asked "
-        "for; 999 would"
+        "99 cross-validated good images give a false-alarm rate of about 1.00%, not the 0.10% asked for; 999 would"
     )
 
 

@@ -277,13 +277,17 @@ def test_ctrl_c_says_where_training_stopped_and_resume_where_it_goes_on(tiny_tra
     run.send_signal(signal.SIGINT)
     said = run.communicate(timeout=60)
     assert run.returncode == 130 and said[0] == ""
-    found = re.fullmatch(r"stopped at step (\d+) of 100; the same command with --resume goes on from there\n", said[1])
+    found = re.fullmatch(
+        r"stopped at step (\d+) of 100; the same command with --resume continues from there\n", said[1]
+    )
     assert found and steps_of(checkpoint) == (int(found[1]), f"step {found[1]} of 100")
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
     arguments = [*tiny_training, *steps, "--set", "training.checkpoint_seconds=0", "--out", out]
     resumed = unflaw(*arguments, "--resume")
     assert resumed.exit_code == 0, resumed.output
-    assert f"note: {checkpoint}: holds step {found[1]} of 100, where the same training goes on\n" in resumed.stderr
+    assert (
+        f"note: {checkpoint}: holds step {found[1]} of 100, from which the same training continues\n" in resumed.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
@@ -292,7 +296,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_to_resume(tiny_training, tm
     monkeypatch.setattr(Detector, "fit", lambda *_, **__: ctrl_c())
     done = unflaw(*tiny_training, "--out", out)
     assert done.exit_code == 130
-    assert done.stderr == "stopped before a step was saved; the same command begins again\n"
+    assert done.stderr == "stopped before a step was saved; the same command starts over\n"
     line = complaint(unflaw(*tiny_training, "--out", out, "--resume"))
     assert line == f"error: {out}.checkpoint: there is no such checkpoint to go on from; leave --resume out"
     assert list(tmp_path.iterdir()) == []
@@ -309,7 +313,7 @@ def test_ctrl_c_says_how_many_images_were_inspected(model, parts, tmp_path):
     said = run.communicate(timeout=60)
     assert run.returncode == 130 and said[0] == ""
     found = re.fullmatch(
-        r"stopped after (\d+) images?, whose lines? (is|are) in (.*); the same command begins again\n", said[1]
+        r"stopped after (\d+) images?, whose lines? (is|are) in (.*); the same command starts over\n", said[1]
     )
     assert found and found[3] == f"{out / 'results.jsonl.part'}"
     lines = (out / "results.jsonl.part").read_text().splitlines()
@@ -325,15 +329,15 @@ def test_ctrl_c_says_how_many_images_were_inspected(model, parts, tmp_path):
         (
             "evaluate MODEL --data PARTS",
             "unflaw.evaluation.evaluate.evaluate_all",
-            "stopped; the same command begins again",
+            "stopped; the same command starts over",
         ),
         (
             "calibrate MODEL --good PARTS/test/good --out c.safetensors",
             "unflaw.detector.Detector.calibrate",
             "stopped; ",
         ),
-        ("info MODEL", "unflaw.io.detector_file.read_metadata", "stopped; the same command begins again"),
-        ("demo --out out", "unflaw.detector.Detector.fit", "stopped; the same command begins again"),
+        ("info MODEL", "unflaw.io.detector_file.read_metadata", "stopped; the same command starts over"),
+        ("demo --out out", "unflaw.detector.Detector.fit", "stopped; the same command starts over"),
         (
             "ablate --data PARTS --weights WEIGHTS --only full --out out",
             "unflaw.experiments.run._in_own_process",

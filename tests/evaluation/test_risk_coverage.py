@@ -7,7 +7,7 @@ from unflaw.calibration.thresholds import calibrate
 from unflaw.evaluation.risk_coverage import errors_left, review_order, risk
 
 GOOD = [float(i) for i in range(9)]  # the threshold is 8, that of review 6; regions are dominated from 0.3 on
-CALIBRATION = calibrate(GOOD, GOOD, 0.0, 0.1, review_rate=0.3, doubts=[score / 20 for score in GOOD])
+CALIBRATION = calibrate(GOOD, GOOD, 0.0, 0.1, review_rate=0.3, max_uncertainty=[score / 20 for score in GOOD])
 
 
 def row(score: float, label: int, uncertainty: float | None = None) -> dict:

@@ -86,7 +86,7 @@ def test_each_category_gets_a_detector_and_a_line(products, config, worker_confi
     found = Detector.load(tmp_path / bolt.file)
     image = products / "bolt/test/square/000.png"
     assert found.inspect(image).score == pytest.approx(expected.inspect(image).score, rel=1e-3)
-    assert found.record_["digest"] == expected.record_["digest"] and bolt.promise == expected.select().describe()
+    assert found.record_["digest"] == expected.record_["digest"] and bolt.guarantee == expected.select().describe()
     table = (tmp_path / "fleet.md").read_text()
     assert table.count("\n") == 6 and "| ring |" in table and "failed: TrainingError" in table
     rows = json.loads((tmp_path / "fleet.json").read_text())
@@ -227,7 +227,7 @@ def test_the_command(products, weights, tmp_path):
     assert names == detectors | {"fleet.jsonl", "fleet.md", "fleet.csv", "fleet.json", "features"}
     assert all(Record.model_validate_json(line) for line in (out / "fleet.jsonl").read_text().splitlines())
     for wrong, message in [
-        (["--engine", "threads"], "there are processes and ray"),
+        (["--engine", "threads"], "choose processes or ray"),
         (["--address", "auto"], "add --engine ray"),
         (["--weights", "none.pth"], "none.pth"),
     ]:

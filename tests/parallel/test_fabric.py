@@ -22,7 +22,7 @@ from unflaw.detector import Detector
 from unflaw.errors import TrainingError
 from unflaw.io.files import steps_of
 from unflaw.parallel import launch as launching
-from unflaw.parallel.launch import OURS, launch, launched
+from unflaw.parallel.launch import FAILURE_FOLDER, launch, launched
 from unflaw.parallel.process_group import SINGLE_PROCESS
 from unflaw.training.loop import optimise
 
@@ -33,7 +33,7 @@ pytest.importorskip("lightning_fabric", reason="needs pip install 'unflaw[distri
 
 def environment(**more: str) -> dict[str, str]:
     """Of processes that are started by hand, with the path of the tests."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", OURS)}
+    kept = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", FAILURE_FOLDER)}
     path = os.pathsep.join([str(Path(__file__).parents[2]), kept.get("PYTHONPATH", "")])
     return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
@@ -206,7 +206,7 @@ def test_ctrl_c_stops_all_processes_after_the_same_step(parts, weights, tmp_path
     _, said = run.communicate(timeout=60)
     assert run.returncode == 130 and len(team) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in team)
     _, reached = steps_of(checkpoint)
-    assert said == f"stopped at {reached}; the same command with --resume goes on from there\n"
+    assert said == f"stopped at {reached}; the same command with --resume continues from there\n"
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
@@ -221,12 +221,12 @@ def test_options_are_settings(parts, weights, tmp_path):
 @pytest.mark.parametrize("option, known", [("--accelerator", "auto, cpu, gpu"), ("--strategy", "auto, ddp")])
 def test_unknown_options_are_named(parts, weights, tmp_path, option, known):
     done = CliRunner().invoke(app, tiny_command(parts, weights, tmp_path / "x.safetensors", option, "tpu")[3:])
-    assert done.exit_code == 2 and f"{option} tpu is not known; there are {known}" in done.output
+    assert done.exit_code == 2 and f"{option} tpu is unknown; choose one of {known}" in done.output
 
 
 def test_an_error_is_said_once(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(launching, "PATIENCE", 30.0)  # so that both fail for themselves
-    for name in ("LOCAL_RANK", OURS):
+    for name in ("LOCAL_RANK", FAILURE_FOLDER):
         monkeypatch.delenv(name, raising=False)
     assert launch(["info", str(tmp_path / "none.safetensors")], 2) == 2
     said = capfd.readouterr()
@@ -237,16 +237,16 @@ def test_words_of_processes_are_weighed(tmp_path, monkeypatch):
     """A killed process explains all; else what is meant for the user; else the first fault; else the last lines."""
     (tmp_path / "1.log").write_text("cannot import\nname")
     assert launching._reason([None, 3], tmp_path) == "process 2 of 2 ended with exit code 3\ncannot import\nname"
-    monkeypatch.setenv(OURS, str(tmp_path))
+    monkeypatch.setenv(FAILURE_FOLDER, str(tmp_path))
     for rank, error, expected in ((0, RuntimeError("peer is gone"), False), (1, OSError("disk is full"), False)):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert launching.leave_word(error, expected)
+        assert launching.report_failure(error, expected)
     assert "process 1 of 2 failed:\nRuntimeError: peer is gone" in launching._reason([2, 2], tmp_path)
-    assert launching.leave_word(ValueError("no images"), True)
+    assert launching.report_failure(ValueError("no images"), True)
     assert launching._reason([2, 2], tmp_path) == "no images"
     assert "process 1 of 2 was ended by signal 11 (SIGSEGV)" in launching._reason([-11, 2], tmp_path)
-    monkeypatch.delenv(OURS)
-    assert not launching.leave_word(ValueError(), True)
+    monkeypatch.delenv(FAILURE_FOLDER)
+    assert not launching.report_failure(ValueError(), True)
 
 
 def test_several_nodes_need_a_place_to_meet(monkeypatch):

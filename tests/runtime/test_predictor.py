@@ -92,7 +92,7 @@ def test_commands_take_either_file(exported, parts, tmp_path):
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
     assert run("evaluate", exported, "--data", parts).exit_code == 0
     refused = run("calibrate", exported, "--good", parts / "test/good")
-    assert refused.exit_code == 2 and "was exported, and only inspects" in refused.output
+    assert refused.exit_code == 2 and "is an exported detector, which only inspects" in refused.output
 
 
 def test_verify_compares_and_fails_above_the_tolerance(exported, saved, parts, copy):

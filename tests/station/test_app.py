@@ -263,7 +263,7 @@ def test_memory_of_results_is_bounded(client, monkeypatch):
 def test_decisions_make_a_new_threshold_and_a_new_file(saved, bad, tmp_path):
     model = shutil.copy(saved, tmp_path / "parts.safetensors")
     with running(tmp_path, [model], sample=1.0) as client:
-        asked = {"keep": False}
+        asked = {"append": False}
         assert "decide some" in complaint(client.post("/detectors/parts/calibrate", json=asked), 409)
         told = [client.post("/inspect", content=new_good(i)).json() for i in range(9)]
         told.append(client.post("/inspect", content=bad).json())
@@ -291,13 +291,13 @@ def test_decisions_make_a_new_threshold_and_a_new_file(saved, bad, tmp_path):
 
         assert "9 that count already" in complaint(client.post("/detectors/parts/calibrate", json={}), 409)
         client.put(f"/inspections/{again['id']}/review", json={"decision": "good", "by": "Ada"})
-        kept = client.post("/detectors/parts/calibrate", json={"keep": True}).json()
+        kept = client.post("/detectors/parts/calibrate", json={"append": True}).json()
         assert (kept["good"], kept["counted"]) == (1, 9) and "10 good images" in kept["after"]["described"]
         assert "10 that count already" in complaint(client.post("/detectors/parts/calibrate", json={}), 409)
-        missed = client.post("/detectors/parts/calibrate", json={"keep": False, "miss_rate": 0.5}).json()
+        missed = client.post("/detectors/parts/calibrate", json={"append": False, "miss_rate": 0.5}).json()
         assert missed["defects"] == 1 and "miss rate" in missed["after"]["described"]
         assert "certify" in complaint(
-            client.post("/detectors/parts/calibrate", json={"keep": False, "miss_rate": 0.01}), 409
+            client.post("/detectors/parts/calibrate", json={"append": False, "miss_rate": 0.01}), 409
         )
 
 
@@ -309,7 +309,7 @@ def test_only_the_sampled_do_not_bend_the_threshold(saved, tmp_path):
             session.get(service.Entry, told[0]["id"]).sampled = True
         for answer in told:
             client.put(f"/inspections/{answer['id']}/review", json={"decision": "good", "by": "Ada"})
-        done = client.post("/detectors/parts/calibrate", json={"keep": False, "sampled": True}).json()
+        done = client.post("/detectors/parts/calibrate", json={"append": False, "sampled": True}).json()
         assert done["good"] == 1 and done["after"]["threshold"] == pytest.approx(told[0]["score"], rel=1e-4)
         again = client.post("/detectors/parts/calibrate", json={"sampled": True})
         assert "1 that counts already and 0 not kept" in complaint(again, 409)
@@ -333,9 +333,9 @@ def test_the_last_decision_on_an_image_counts(saved, tmp_path):
         numbers = [client.post("/inspect", content=image).json()["id"] for image in (new_good(1), *[new_good(2)] * 2)]
         for number, decision in zip(numbers, ["good", "defect", "good"], strict=True):
             client.put(f"/inspections/{number}/review", json={"decision": decision, "by": "Ada"})
-        assert client.post("/detectors/parts/calibrate", json={"keep": False}).json()["good"] == 2
+        assert client.post("/detectors/parts/calibrate", json={"append": False}).json()["good"] == 2
         client.put(f"/inspections/{numbers[1]}/review", json={"decision": "defect", "by": "Ada"})
-        assert client.post("/detectors/parts/calibrate", json={"keep": False}).json()["good"] == 1
+        assert client.post("/detectors/parts/calibrate", json={"append": False}).json()["good"] == 1
 
 
 def test_a_file_that_changed_or_cannot_be_written_is_not_replaced(saved, tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
-"""Statistics of decisions: what n good images certify, what lies beyond, images of a part, many parts a day.
+"""Statistics of decisions: conformal p-values, certified rates, tail estimates, combined p-values, discoveries.
 
 An image whose score is `s` has the conformal p-value `(1 + #{s_i ≥ s}) / (n + 1)` among n good images that the
 detector did not learn from (Vovk et al. 2005): if it is good and exchangeable with them, P(p ≤ α) ≤ α for every n.
-NumPy and SciPy only; `scipy.stats` takes most of a second to import and is only where it is used.
+NumPy and SciPy only. `scipy.stats` takes most of a second to import, so functions import it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-EXCEEDANCES = 20  # scores that a tail is fitted to, at least; of many images it is a tenth of them
-REACH = 10  # times below the smallest certified rate that a tail is trusted, at most
-DRAWS = 999  # of the parametric bootstrap that judges a fit
+EXCEEDANCES = 20  # minimum number of scores that a tail is fitted to; a tenth of the scores if that is more
+MAX_EXTRAPOLATION = 10  # largest factor by which an estimated rate may lie below the smallest certified one
+DRAWS = 999  # samples of the parametric bootstrap for the goodness of fit
 
 Combination = Literal["bonferroni", "harmonic", "geometric", "mean"]
 COMBINATIONS: tuple[Combination, ...] = ("bonferroni", "harmonic", "geometric", "mean")
@@ -31,21 +31,20 @@ def p_value(ordered: Sequence[float], score: float) -> float:
 
 
 def rank(n: int, rate: float) -> int:
-    """k, at least 1, such that new scores lie above the k-th largest of n with probability k / (n + 1) at most.
+    """Largest k ≥ 1 such that a new score exceeds the k-th largest of n with probability at most k / (n + 1) ≤ `rate`.
 
-    That is at most `rate`, where n suffice: p ≤ rate ⇔ #{s_i ≥ s} ≤ rate·(n + 1) − 1 ⇔ s above the k-th largest.
+    k = 1 exceeds the rate if n is too small. Otherwise p ≤ rate ⇔ #{s_i ≥ s} ≤ rate·(n + 1) − 1 ⇔ s above the k-th largest.
     """
     return max(1, math.floor(rate * (n + 1) + 1e-9))
 
 
 class Certificate(NamedTuple):
-    """What n good images say of a false-alarm rate.
+    """False-alarm rate that n good images certify.
 
     Attributes:
-        rate: Certified: the probability that a good image raises an alarm, the calibration images being as random
-            as it is.
-        unlucky: With these n images the rate of alarms is what it is; of 100 calibrations, 95 have one of at most
-            this. It follows a Beta(k, n + 1 − k) distribution (Vovk 2012).
+        rate: Certified rate, the average over random calibration images.
+        unlucky: 95th percentile of the rate over calibrations, which follows a Beta(k, n + 1 − k) distribution
+            (Vovk 2012).
     """
 
     n: int
@@ -54,7 +53,7 @@ class Certificate(NamedTuple):
 
 
 def certifiable(n: int, rate: float = 0.0) -> Certificate:
-    """What n good images can certify of a rate; by default of the smallest one there is, 1 / (n + 1).
+    """Certificate of n good images for a rate, by default the smallest possible one, 1 / (n + 1).
 
     Raises:
         ValueError: n is not positive.
@@ -68,9 +67,9 @@ def certifiable(n: int, rate: float = 0.0) -> Certificate:
 
 
 def needed(rate: float, k: int = 1, method: Combination = "bonferroni") -> int:
-    """The least number of good images that certifies a rate in (0, 1): for k > 1, of k images together (`combine`).
+    """Smallest number of good images that certifies a rate in (0, 1); for k > 1, that of k images combined (`combine`).
 
-    A rate is certified in steps of 1 / (n + 1), so the factor of a combination counts rounded up.
+    Rates come in steps of 1 / (n + 1), so the factor of the combination is rounded up.
     """
     return math.ceil(math.ceil(combination_factor(k, method) - 1e-9) / rate - 1e-9) - 1
 
@@ -78,15 +77,15 @@ def needed(rate: float, k: int = 1, method: Combination = "bonferroni") -> int:
 class Tail(BaseModel):
     """A generalised Pareto distribution over the highest scores: an estimate, no certificate (Pickands 1975).
 
-    Fitted by probability-weighted moments (Hosking and Wallis 1987). A negative shape, which would say that scores
-    beyond some value are impossible, is taken as 0, an exponential tail.
+    Fitted by probability-weighted moments (Hosking and Wallis 1987). A negative shape, which would exclude scores above
+    some value, is replaced by 0, an exponential tail.
 
     Attributes:
-        start: The highest score that is not an exceedance.
-        share: How many of the scores exceed it, over n + 1.
+        start: Highest score that is not an exceedance.
+        share: Number of scores above `start`, divided by n + 1.
         shape, scale: ξ and σ of the excess.
-        goodness: p-value of the fit: Cramér–von Mises distance against that of samples of the fitted distribution,
-            each fitted anew. Small: do not trust the tail.
+        goodness: p-value of the fit, from the Cramér–von Mises distance and a parametric bootstrap. A small value means
+            that the tail fits badly.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,22 +96,22 @@ class Tail(BaseModel):
     goodness: float
 
     def p_value(self, score: float) -> float:
-        """Estimated share of good images above a score; of scores below `start`, `share`."""
+        """Estimated share of good images above a score; `share` for scores below `start`."""
         from scipy import stats
 
         return self.share * float(stats.genpareto.sf(max(score - self.start, 0.0), self.shape, scale=self.scale))
 
     def threshold(self, rate: float) -> float:
-        """The score that a share `rate` of good images, at most `share`, is estimated to exceed."""
+        """Score that an estimated share `rate` ≤ `share` of good images exceeds."""
         from scipy import stats
 
         return self.start + float(stats.genpareto.isf(rate / self.share, self.shape, scale=self.scale))
 
 
 def fit_tail(ordered: Sequence[float]) -> Tail | None:
-    """The tail of scores in ascending order: peaks over threshold, the highest tenth of them and 20 at least.
+    """Fits the tail of scores in ascending order to the highest tenth of them, at least 20 (peaks over threshold).
 
-    None where it cannot be had: fewer than twice as many scores, or exceedances without spread.
+    None if there are fewer than twice as many scores, or if the exceedances are all equal.
     """
     from scipy import stats
 
@@ -152,16 +151,15 @@ def _distance(excess: np.ndarray, shape: np.ndarray, scale: np.ndarray) -> np.nd
 
 
 def combine(p_values: Sequence[float], method: Combination = "bonferroni") -> float:
-    """One p-value of several, such as those of the images of one part; valid however they depend on each other.
+    """Combines p-values, such as those of the images of one part, under arbitrary dependence.
 
-    Images of a part share its orientation and light, and all p-values share the calibration images; so Fisher's
-    product and Cauchy's sum, which want independence or hold in the limit only, are not offered.
+    Images of a part share orientation and light, and all p-values share the calibration images. Fisher's product and
+    Cauchy's sum are not offered: they need independence or hold only in the limit.
 
     Args:
-        p_values: K of them.
-        method: "bonferroni": K times the smallest, best where a defect shows in one image. The others are multiples
-            of means (Vovk and Wang 2020): "harmonic", "geometric" (e times it) and "mean" (twice it), in this order
-            better where it shows in more and more of them.
+        p_values: K p-values.
+        method: "bonferroni", K times the smallest, is best if a defect shows in one image. "harmonic", "geometric" and
+            "mean" are multiples of means (Vovk and Wang 2020); in this order they suit defects that show in more images.
 
     Raises:
         ValueError: None given, or outside (0, 1].
@@ -183,10 +181,9 @@ def combine(p_values: Sequence[float], method: Combination = "bonferroni") -> fl
 
 
 def combination_factor(k: int, method: Combination = "bonferroni") -> float:
-    """The smallest p-value that `combine` can give for k images, as a multiple of the smallest one of a single image.
+    """Smallest p-value that `combine` can give for k images, as a multiple of the smallest one of a single image.
 
-    With n calibration images that is 1 / (n + 1), so no observation brings the combined p-value of k images below
-    `combination_factor(k, method) / (n + 1)`.
+    With n calibration images a combined p-value is at least `combination_factor(k, method) / (n + 1)`.
     """
     if k == 1:
         return 1.0
@@ -196,7 +193,7 @@ def combination_factor(k: int, method: Combination = "bonferroni") -> float:
 
 @lru_cache
 def _harmonic_factor(k: int) -> float:
-    """The least multiple of the harmonic mean of k p-values that is one (Vovk and Wang 2020, proposition 6)."""
+    """Smallest multiple of the harmonic mean of k p-values that is a p-value (Vovk and Wang 2020, proposition 6)."""
     from scipy.optimize import brentq
 
     y = brentq(lambda y: y**2 - k * ((y + 1) * math.log1p(y) - y), 1e-3, 1e9) if k > 2 else 0.0
@@ -204,10 +201,9 @@ def _harmonic_factor(k: int) -> float:
 
 
 def discoveries(p_values: Sequence[float], rate: float) -> list[bool]:
-    """Which of a batch to take for defective so that, expected, at most a share `rate` of those are good.
+    """Selects defective images of a batch with a false discovery rate of at most `rate` (Benjamini and Hochberg 1995).
 
-    Benjamini and Hochberg 1995. That it holds for conformal p-values, which all share one calibration set, is shown in
-    Bates et al. 2023, for parts that do not depend on each other.
+    It holds for conformal p-values of independent parts, which all share one calibration set (Bates et al. 2023).
 
     Raises:
         ValueError: The rate is not in (0, 1).
@@ -222,7 +218,7 @@ def discoveries(p_values: Sequence[float], rate: float) -> list[bool]:
 
 
 def least_discoveries(m: int, smallest: float, rate: float) -> int:
-    """How many discoveries there are at least among m images, if there are any; above m, there can be none.
+    """Smallest possible number of discoveries among m images, apart from none; if it exceeds m, there can be none.
 
     r discoveries have p-values up to rate · r / m, and no p-value lies below `smallest`.
     """

@@ -1,23 +1,22 @@
 """Out-of-sample scores of good images, used for calibration.
 
-Held-out images give them (split conformal prediction), or, so that small sets need not give up images, all do
-(`calibration.folds`): each is scored by a network that did not learn from it, and the detector learns from all.
+Held-out images are scored (split conformal prediction), or with `calibration.folds` all images, each by a network that
+did not learn from it. Then small sets lose no training images.
 
-* Held-out images, drawn at random, join the memory as well (`calibration.update_memory`), and are scored leave-one-out;
-  likewise all images of a method that trains nothing (K = n folds, at no cost). A
-  memory only lowers distances, so the whole one finds no more in a new image than any of those without one image:
-  p-values are at least those of the jackknife+ (Barber et al. 2021), and P(p ≤ α) ≤ 2α for every n and every
-  distribution; about α unless leaving one image out changes everything. This takes the choice of prototypes, and the
-  few statistics of `Method.fit_normalization`, as given: one image hardly moves them.
-* Images of a validation part may be alike among themselves, where new ones are not: leaving out one is not enough.
-  They calibrate first and join the memory after that, which can only lower scores, so their rate is certified.
-* Any other method is trained K times more, each time without one fold. If all K networks scored a new image, P(p ≤ α)
-  would be at most 2α + (1 − K/n) / (K + 1) (Vovk 2015; Barber et al. 2021, CV+). But one network scores it, which
-  learned from all: nothing is proved, and that the rate is about α rests on learning from more images making new good
-  ones look no less normal.
+* Held-out images drawn at random are added to the memory (`calibration.update_memory`) and scored leave-one-out, and so
+  are all images of a method that trains nothing (K = n folds, at no cost). More prototypes only lower distances, so
+  p-values are at least those of the jackknife+ (Barber et al. 2021): P(p ≤ α) ≤ 2α for every n and distribution, and
+  about α unless a single image changes much. This assumes that one image hardly changes the choice of prototypes and
+  the statistics of `Method.fit_normalization`.
+* Images of a validation part may resemble each other more than new ones, so leave-one-out is not enough. They are scored
+  first and added to the memory afterwards. That can only lower scores, so their rate is certified.
+* Any other method is trained K more times, each time without one fold. If all K networks scored a new image, P(p ≤ α)
+  would be at most 2α + (1 − K/n) / (K + 1) (Vovk 2015; Barber et al. 2021, CV+). But one network that learned from all
+  images scores it. A rate of about α is not proved: it assumes that more training images do not raise the scores of new
+  good images.
 
-Standardisation and principal components of features are those of all images in every fold; that one image, or one
-fold, hardly moves them is taken as given too.
+Standardisation and principal components of features come from all images in every fold, which assumes that one fold
+hardly changes them.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ from unflaw.methods.base import top_fraction_mean
 from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
 from unflaw.postprocessing.stitching import TileStitcher
 
-NORMALIZED_ON = 64  # training images of a category that the normal range of maps and scores is fitted to
+NORMALIZED_ON = 64  # maximum number of training images for `Method.fit_normalization`
 
 
 def feature_set(cache: Cache, network: Method, textures: Tensor | None = None) -> FeatureSet:
-    """The features of a cache as methods take them."""
+    """The features of a cache in the form that methods take."""
     numbers = {name: number for number, name in enumerate(cache.rows())}
     categories = torch.tensor([numbers[name] for name in cache.categories])
     return FeatureSet(cache.features, cache.image_numbers, cache.cells(network.features.grid), categories, textures)
@@ -59,13 +58,13 @@ def stitched_maps(
     features: Callable[[Tensor], Tensor],
     context: Context = NEW_IMAGES,
 ) -> Iterator[TileStitcher]:
-    """Anomaly maps of images, one image after the other: "map" and, where there is one, "uncertainty".
+    """Yields the anomaly maps of one image after another: "map" and, if the method has one, "uncertainty".
 
     Args:
-        network: Of their category.
-        windows: Of all images, in order.
-        features: Returns F of some of them, by rows.
-        context: Rows of the images, where they are training or held-out ones.
+        network: Network of their category.
+        windows: Windows of all images, in order.
+        features: Returns F of some windows, by rows.
+        context: Rows of the images if they are training or held-out images.
     """
     size, stitcher = (network.config.preparation.size,) * 2, None
     for rows in torch.arange(len(windows)).split(8):
@@ -74,8 +73,8 @@ def stitched_maps(
         inspection = network(features(rows), replace(context[rows], valid=inside))
         maps, scores = network.fuse(inspection, inside)
         found = {"map": maps.numpy()}
-        if (doubt := inspection.layers.get("uncertainty")) is not None:
-            found["uncertainty"] = F.interpolate(doubt, size, mode="bilinear")[:, 0].numpy()
+        if (uncertainty := inspection.layers.get("uncertainty")) is not None:
+            found["uncertainty"] = F.interpolate(uncertainty, size, mode="bilinear")[:, 0].numpy()
         for i, (window, score) in enumerate(zip(shown, scores.tolist(), strict=True)):
             stitcher = stitcher or TileStitcher(window.layout)
             stitcher.add(score, {name: values[i] for name, values in found.items()})
@@ -85,7 +84,7 @@ def stitched_maps(
 
 
 def fit_normalization(network: Method, train: Cache, number: int, rows: Sequence[int]) -> None:
-    """`Method.fit_normalization` for the category of a number, which a training cache has in some rows."""
+    """Calls `Method.fit_normalization` for the category of a number, with its rows of a training cache."""
     network.select_category(number)
     chosen = train.mixed(rows)[:NORMALIZED_ON]
     first = torch.tensor(chosen)
@@ -96,12 +95,10 @@ def fit_normalization(network: Method, train: Cache, number: int, rows: Sequence
 def score_cached(
     network: Method, cache: Cache, found: CalibrationScores, context: Context = NEW_IMAGES
 ) -> CalibrationScores:
-    """Adds the scores of cached images to `found`, and returns it.
+    """Adds the scores of cached images to `found` and returns it.
 
     Args:
-        network: Of their category.
-        cache: The images.
-        found: Scores so far.
+        network: Network of their category.
         context: Rows of the images whose prototypes are excluded.
     """
     found.paths += [str(cache.paths[row]) for row in cache.heads()]
@@ -115,18 +112,18 @@ def score_cached(
 def memory_distances(network: Method, cache: Cache, rows: Sequence[int], *, exclude_own: bool) -> dict[str, float]:
     """Distance of each image to the memory of its category, by path.
 
-    It is made of the largest distances as the image score is (`scoring.top_fractions`), at every second cell in both
-    directions: a quarter of the time of all cells, and hardly less is found. No trained part of the network takes part,
-    so images that were trained on and others have comparable scores.
+    It averages the largest distances as the image score does (`scoring.top_fractions`), at every second cell in both
+    directions, which takes a quarter of the time. It uses no trained part of the network, so training images and others
+    are comparable.
 
     Args:
-        network: Finished for the category, its memory not extended.
-        cache: Holds the images.
-        rows: Of the images, with all their windows.
-        exclude_own: The cache is the one that `Method.fit_memory` saw: exclude the prototypes of each image for itself.
+        network: Network of the category, its memory not extended.
+        cache: Cache of the images.
+        rows: Rows of the images, with all their windows.
+        exclude_own: Exclude the image's own prototypes; the cache is then the one that `Method.fit_memory` saw.
 
     Returns:
-        Nothing where the method has no memory; images of which no such cell counts are left out.
+        Distances of the images with any such cell that counts; empty if the method has no memory.
     """
     memory = network.memory
     found: dict[str, float] = {}
@@ -148,17 +145,17 @@ def memory_distances(network: Method, cache: Cache, rows: Sequence[int], *, excl
 def find_outliers(
     network: Method, train: Cache, rows: Sequence[int], held: Cache | None, *, random: bool
 ) -> list[dict[str, Any]] | None:
-    """Good images of the category in use that lie far from its memory, as `outliers.outliers` gives them.
+    """Finds good images of the selected category that lie far from its memory; see `outliers.outliers`.
 
     Args:
-        network: As for `memory_distances`.
-        train: What the memory has learned from.
-        rows: Of the category in it.
-        held: The images that calibrate, if any.
-        random: They are a random part of the good images; else they are compared among themselves only.
+        network: See `memory_distances`.
+        train: Training images.
+        rows: Rows of the category in `train`.
+        held: Calibration images, if any.
+        random: True: `held` is a random part of the good images. False: they are compared among themselves only.
 
     Returns:
-        The furthest first; None where the method has no memory.
+        Outliers, the furthest first; None if the method has no memory.
     """
     trained = memory_distances(network, train, rows, exclude_own=True)
     others = {} if held is None else memory_distances(network, held, range(len(held)), exclude_own=False)
@@ -171,18 +168,18 @@ def find_outliers(
 def score_held_out(
     network: Method, held: Cache, options: CalibrationOptions, rng: Generator, *, random: bool
 ) -> tuple[CalibrationScores, bool]:
-    """Scores of held-out images, which join the memory with `update_memory`; see the module.
+    """Scores held-out images and, with `update_memory`, adds them to the memory; see the module.
 
     Args:
-        network: Of their category. Prototypes are added to its memory.
-        held: The images.
+        network: Network of their category.
+        held: Held-out images.
         options: `update_memory` and `minimum_area`.
-        rng: For the choice of prototypes.
-        random: The images are a random part of the good ones: they join the memory and are scored leave-one-out. If
-            not, they are scored first.
+        rng: Random stream for the choice of prototypes.
+        random: True: the images are a random part of the good ones. They are added first and scored leave-one-out.
+            False: they are scored first.
 
     Returns:
-        The scores, and whether the images had joined the memory by then.
+        The scores, and True if the images were added before scoring.
     """
     data = feature_set(held, network)
     joined = options.update_memory and random and network.add_prototypes(data, rng)
@@ -196,7 +193,7 @@ def score_held_out(
 def leave_one_out(
     network: Method, train: Cache, rows: Sequence[int], options: CalibrationOptions, budget: float
 ) -> CalibrationScores:
-    """Leave-one-out scores of the images of a category, by their rows, for a method that trains nothing."""
+    """Leave-one-out scores of the images in some rows, for a method that trains nothing."""
     own, context = train.take(rows, budget), Context(training_rows=torch.tensor(rows))
     return score_cached(network, own, CalibrationScores(options.minimum_area), context)
 
@@ -205,22 +202,22 @@ def cross_fit(
     learn: Callable[[Cache, int], Method],
     train: Cache,
     options: CalibrationOptions,
-    spared: Collection[str],
+    excluded: Collection[str],
     budget: float,
 ) -> dict[str, CalibrationScores]:
-    """Out-of-fold scores of all categories but those spared, by networks that were trained without the fold.
+    """Out-of-fold scores of categories, by networks that were trained without the fold.
 
     Args:
-        learn: Trains a new network on some images; it gets the number of the fold, too.
+        learn: Trains a new network on some images, given also the number of the fold.
         train: All images, in random order.
         options: `folds` and `minimum_area`.
-        spared: Categories that calibrate otherwise.
-        budget: Of `Cache.take`.
+        excluded: Categories that are not scored.
+        budget: See `Cache.take`.
 
     Raises:
-        TrainingError: There are more folds than images of a category, or too few are left to learn from.
+        TrainingError: A category has fewer images than folds, or too few to learn from.
     """
-    rows = {name: own for name, own in train.rows().items() if name not in spared}
+    rows = {name: own for name, own in train.rows().items() if name not in excluded}
     for name, own in rows.items():
         if (heads := len(train.heads(own))) < max(options.folds, 4):
             of = f"{name}: " if name else ""
@@ -240,6 +237,6 @@ def cross_fit(
 
 
 def _fold(cache: Cache, rows: Sequence[int], fold: int, folds: int) -> list[int]:
-    """Every so many images of some rows, with all their windows."""
+    """Rows of one fold: every `folds`-th image of `rows`, with all its windows."""
     first = torch.tensor([cache.windows[row].number == 0 for row in rows])
     return [row for row, number in zip(rows, (first.cumsum(0) - 1).tolist(), strict=True) if number % folds == fold]

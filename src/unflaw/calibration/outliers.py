@@ -1,7 +1,6 @@
-"""Good images that stand out among their own kind: possibly defective ones, which should not be learned from.
+"""Good images that differ much from the others: possibly defective ones, which should be removed. No torch.
 
-One defective image among the good ones sets the threshold where it calibrates, and teaches a memory that its defect is
-normal where it does not. No torch.
+A defective image among the good ones raises the threshold if it calibrates; otherwise its defect is learned as normal.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import numpy as np
 
 from unflaw.io.words import count
 
-DEVIATIONS = 7.0  # above the median from which an image stands out; docs/reliability.md says what was measured
-FEWEST = 8  # images that a median and a deviation are taken from
-MOST = 5  # images that are named
+DEVIATIONS = 7.0  # robust deviations above the median from which an image is an outlier; see docs/reliability.md
+FEWEST = 8  # minimum number of images for a median and a deviation
+MOST = 5  # maximum number of images that are named
 ALL, HELD_OUT = "good images", "good images held out of training"  # among which outliers are looked for
 
 
@@ -27,11 +26,11 @@ def outliers(scores: Mapping[str, float]) -> list[dict[str, Any]]:
     outliers move neither the median nor this deviation much.
 
     Args:
-        scores: Of each image by its path, each found without what was learned from that image.
+        scores: Out-of-sample score of each image, by path.
 
     Returns:
-        "path", "score" and "deviations" above the median of each, highest first, at most `MOST`. None of fewer than
-        `FEWEST` images, and none where half of all scores are equal.
+        "path", "score" and "deviations" above the median of at most `MOST` images, highest first. Empty for fewer than
+        `FEWEST` images, and if half of all scores are equal.
     """
     values = np.array(list(scores.values()), float)
     if len(values) < FEWEST:
@@ -45,11 +44,11 @@ def outliers(scores: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def describe_outliers(record: Mapping[str, Any], again: str = "train") -> list[str]:
-    """Returns a message per category that names the images to look at; none where none stand out.
+    """Returns a message per category that names the images to look at; empty if there are no outliers.
 
     Args:
-        record: Of a detector, or of one of its calibrations.
-        again: What to do once defective images are removed.
+        record: Record of a detector, or of one of its calibrations.
+        again: Command to repeat after defective images are removed.
     """
     named: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for entry in record.get("strangest", []):

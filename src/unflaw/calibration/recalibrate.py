@@ -1,4 +1,4 @@
-"""Thresholds anew for a detector that has learned already: see `Detector.calibrate`."""
+"""Recalibration of a trained detector; see `Detector.calibrate`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from unflaw.postprocessing.results import Result
 
 
 class Recalibrated(NamedTuple):
-    """A new calibration of one category of a detector, to be put in place of the old one.
+    """New calibration of one category of a detector.
 
     Attributes:
         calibration: Thresholds and p-values.
-        reference: The good images that drift is told from; None where there were none before.
-        record: That of the detector, with an entry for this calibration.
+        reference: New drift reference; None if there was none before.
+        record: Record of the detector, with an entry for this calibration.
     """
 
     calibration: Calibration
@@ -46,18 +46,18 @@ def recalibrate(
     rate: float | None,
     miss_rate: float | None,
     cost_ratio: float | None,
-    keep: bool,
+    append: bool,
     progress: Progress,
 ) -> Recalibrated:
-    """Calibrates one category of a detector anew; see `Detector.calibrate` for the other arguments and the errors.
+    """Recalibrates one category of a detector; see `Detector.calibrate` for the other arguments and the errors.
 
     Args:
-        inspect: Gives for each image its result, or why it cannot be read.
-        before: The present calibration.
-        reference: The present one for drift.
-        record: That of the detector.
-        category: "" where there is one that needs no name.
-        options: Those of the detector with the settings that were changed.
+        inspect: Yields the result of each image, or its error.
+        before: Present calibration.
+        reference: Present drift reference.
+        record: Record of the detector.
+        category: Name; "" for a detector of a single category.
+        options: Options of the detector with changed settings.
     """
     contents = {path: sha256_if_readable(path) for path in [*good, *defects]}
     (good, good_again), (defects, defects_again) = distinct(good, contents), distinct(defects, contents)
@@ -67,17 +67,17 @@ def recalibrate(
     seen = set(record.get("seen", []))
     if known := [path for path in good if contents[path] and contents[path][:SHORT] in seen]:
         raise TrainingError(
-            f"{known[0]}: the detector has learned from this one{_more(known)}, and finds such images more normal "
-            "than new ones. Leave out what it has learned from"
+            f"{known[0]}: the detector was trained on this image{_more(known)}, and scores such images lower than new "
+            "ones; leave out training images"
         )
     digests = {contents[path][:SHORT]: path for path in good if contents[path]}
     if both := [path for path in defects if contents[path][:SHORT] in digests]:
         raise TrainingError(f"{both[0]}: is among the good images and among the defective ones; decide which it is")
-    known_already = counted(record, category) if keep else set()
+    known_already = counted(record, category) if append else set()
     if known := [path for short, path in digests.items() if short in known_already]:
         raise TrainingError(
-            f"{known[0]}: this one{_more(known)} calibrated the detector before and would count twice; leave out "
-            "what did, or calibrate without keeping"
+            f"{known[0]}: this image{_more(known)} calibrated the detector before and would count twice; leave out "
+            "such images, or calibrate without append"
         )
     found, missable, described = CalibrationScores(options.minimum_area), list[float](), list[np.ndarray]()
     total = len(skipped) + sum(map(len, paths))
@@ -95,21 +95,21 @@ def recalibrate(
     if not found.scores:
         raise TrainingError("; ".join(["there are no good images to calibrate with", *(why for _, why in skipped)]))
     strangest = outliers(dict(zip(found.paths, found.scores, strict=True)))
-    if keep:
-        found.keep(before)
+    if append:
+        found.merge(before)
     by_defects: dict[str, Any] = {"defects": missable, "miss_rate": miss_rate, "cost_ratio": cost_ratio}
-    after = found.calibrate(options, rate=rate, out_of_fold=keep and before.out_of_fold, **by_defects)
-    if described and reference is not None:  # today's images are no drift from now on
-        described += list(reference.described) if keep else []
+    after = found.calibrate(options, rate=rate, out_of_fold=append and before.out_of_fold, **by_defects)
+    if described and reference is not None:  # drift is measured against the new images
+        described += list(reference.described) if append else []
         reference = Reference(np.random.default_rng(0).permutation(described))
     left_out = {path for path, _ in skipped}
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **({"category": category} if category else {}),
-        "good": len(found.scores) - (len(before.scores) if keep else 0),
+        "good": len(found.scores) - (len(before.scores) if append else 0),
         "defects": len(missable),
         "skipped": skipped,
-        "kept": len(before.scores) if keep else 0,
+        "kept": len(before.scores) if append else 0,
         "digest": digest([path for part in paths for path in part], contents),
         "images": sorted(short for short, path in digests.items() if str(path) not in left_out),
         "threshold": after.threshold,
@@ -119,22 +119,24 @@ def recalibrate(
         "strangest_among": ALL,
     }
     history = list(record.get("calibrations", []))
-    if history and history[-1] | {"when": ""} == entry | {"when": ""}:  # the same command again, say after a power cut
+    if history and history[-1] | {"when": ""} == entry | {
+        "when": ""
+    }:  # the same command again, such as after a power cut
         history.pop()
     return Recalibrated(after, reference, {**record, "calibrations": [*history, entry]})
 
 
 def _more(known: Sequence[Input]) -> str:
-    """The number of images beside the first, for a message; empty if there is none."""
+    """Number of images beside the first, for a message; empty if there is none."""
     return f" and {len(known) - 1} more of the good images" if len(known) > 1 else ""
 
 
 def counted(record: Mapping[str, Any], category: str) -> set[str]:
-    """Short digests of the images whose scores calibrate a category now; kept, they must not count twice.
+    """Short digests of the images that calibrate a category since training; with `append` they must not count twice.
 
     Args:
-        record: `record_` of the detector. Images that it was calibrated with when it was trained are in its "seen".
-        category: "" where there is one that needs no name.
+        record: `record_` of the detector. Images that calibrated it in training are in its "seen".
+        category: Name; "" for a detector of a single category.
     """
     found: set[str] = set()
     for entry in record.get("calibrations", []):

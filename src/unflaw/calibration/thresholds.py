@@ -21,32 +21,32 @@ from unflaw.postprocessing.results import Region, Scale, Verdict
 
 @brief
 class Calibration(BaseModel):
-    """What good images outside of training say about scores and maps.
+    """Thresholds and p-values from the scores and maps of good images outside of training.
 
-    A good image, exchangeable with those, gets `p_value(score) <= rate` with probability at most `rate` (split
+    A good image, exchangeable with the calibration images, gets `p_value(score) <= rate` with probability at most `rate` (split
     conformal prediction, valid for every n). The smallest rate that n images can certify is 1 / (n + 1).
 
     Attributes:
-        scores: Their image scores, ascending.
-        asked_rate: The false-alarm rate asked for.
-        rate: The rate that `threshold` certifies: at most the asked one, or the smallest that n images can certify.
-            Below that only as an estimate, where there is a `tail`.
-        threshold: Images that score above it are called defective.
-        pixel_threshold: The same rule over the map of each image: at most a share `rate` of good images, or the
-            smallest that is certified, shows any region.
-        low: Median of the maps' values, the zero of the heat-map scale.
-        defects: Scores of labelled defects, ascending, where they set the threshold.
-        miss_rate: The share of defects like those that `threshold` misses: certified where it was asked for, else None.
-        review_rate: The share of good images, certified, that are called anything but good; None: no review.
-        review_threshold: Images that score above it, and not above `threshold`, are for review.
-        uncertainty_threshold: A region is dominated by uncertainty where that is higher on average. At most the share
-            of good images that review was asked for has any such value; where no review was asked for (a rate of 0),
-            at most the false-alarm rate asked for. None: there is no map.
-        review_uncertain: Defects whose first region is so are for review.
-        minimum_area: Smaller areas are no regions, share of the image.
-        tail: Of the scores, where rates below the smallest certified one are estimated.
-        out_of_fold: Each score is out of fold or leave-one-out, but the detector learned from all images. Rates are
-            about so; `crossfit` states what is proved.
+        scores: Image scores of the calibration images, ascending.
+        asked_rate: Requested false-alarm rate.
+        rate: False-alarm rate of `threshold`: at most the requested one, or the smallest that n images can certify.
+            It is smaller than that only as an estimate from `tail`.
+        threshold: Images that score above it are defective.
+        pixel_threshold: Threshold of the anomaly map. At most a share `rate` of good images, or the smallest certified
+            share, shows any region above it.
+        low: Median of the map values, the zero of the heat-map scale.
+        defects: Scores of the labelled defects that set the threshold, ascending.
+        miss_rate: Certified share of such defects that `threshold` misses; None: not requested.
+        review_rate: Certified share of good images that are not called good; None: no review.
+        review_threshold: Images that score above it, up to `threshold`, are for review.
+        uncertainty_threshold: A region with a higher mean uncertainty is dominated by it. The share of good images
+            with any higher value is at most the requested review rate, or false-alarm rate if there is no review.
+            None: the method has no uncertainty map.
+        review_uncertain: True: a defect whose first region is dominated by uncertainty is for review.
+        minimum_area: Smallest area of a region, as a share of the image.
+        tail: Fitted tail of the scores, which estimates rates below the smallest certified one.
+        out_of_fold: True: scores are out of fold or leave-one-out, but the detector learned from all images. Rates are
+            then approximate; see `crossfit` for what is proved.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -72,20 +72,20 @@ class Calibration(BaseModel):
 
     @property
     def certified(self) -> bool:
-        """True where the good images prove the false-alarm rate that was asked for.
+        """True if the good images certify the requested false-alarm rate.
 
-        A threshold that labelled defects set follows from them: its false-alarm rate is measured, not certified.
+        The rate of a threshold that labelled defects set is measured, not certified.
         """
         return self.rate <= self.asked_rate and not (self.estimated or self.out_of_fold or self.defects)
 
     @property
     def estimated(self) -> bool:
-        """Whether `threshold` is one that the tail estimates."""
+        """True if `threshold` is estimated from the tail."""
         return self.tail is not None and self.rate < self.smallest
 
     @property
     def smallest(self) -> float:
-        """The smallest rate that is certified, 1 / (n + 1)."""
+        """Smallest rate that n images can certify, 1 / (n + 1)."""
         return 1 / (len(self.scores) + 1)
 
     def p_value(self, score: float) -> float:
@@ -94,52 +94,45 @@ class Calibration(BaseModel):
 
     @property
     def smallest_p_value(self) -> float:
-        """The smallest p-value that an image can have: `smallest`, or as far below it as the tail is trusted."""
-        return self.smallest / conformal.REACH if self.estimated else self.smallest
+        """Smallest possible p-value of an image: `smallest`, or with a tail `smallest` / `MAX_EXTRAPOLATION`."""
+        return self.smallest / conformal.MAX_EXTRAPOLATION if self.estimated else self.smallest
 
     def estimated_p_value(self, score: float) -> float | None:
-        """The tail's p-value of a score beyond all calibration scores; elsewhere `p_value`. None without a tail.
+        """`p_value`, or for a score above all calibration scores the tail's estimate; None without a tail.
 
-        It is at least `smallest` / `conformal.REACH`: the tail is not trusted further.
+        The estimate is at least `smallest` / `conformal.MAX_EXTRAPOLATION`.
         """
         if self.tail is None:
             return None
         found = self.p_value(score)
         if found > self.smallest:
             return found
-        return min(found, max(self.tail.p_value(score), self.smallest / conformal.REACH))
+        return min(found, max(self.tail.p_value(score), self.smallest / conformal.MAX_EXTRAPOLATION))
 
     def verdict(self, score: float, regions: Sequence[Region] = ()) -> Verdict:
         """ "good" up to `review_threshold`, "defect" above `threshold`, and "review" between.
 
-        With `review_uncertain`, a defect is for review as well where the uncertainty map dominates its first region.
-        That takes verdicts away from "defect" and none from "good": both rates hold.
+        With `review_uncertain`, a defect whose first region is dominated by uncertainty is for review, too. That only
+        moves verdicts from "defect" to "review", so both rates still hold.
         """
         if score > self.threshold:
-            doubt = regions[0].uncertainty if self.review_uncertain and regions else None
+            uncertainty = regions[0].uncertainty if self.review_uncertain and regions else None
             limit = self.uncertainty_threshold
-            return "defect" if doubt is None or limit is None or doubt <= limit else "review"
+            return "defect" if uncertainty is None or limit is None or uncertainty <= limit else "review"
         return "review" if self.review_threshold is not None and score > self.review_threshold else "good"
 
     def describe(self) -> str:
-        """One sentence for people."""
+        """Describes the rates in one sentence."""
         review = "" if self.review_rate is None else f"; with those for review {self.review_rate:.2%}"
-        return self._promise() + review
+        return self._guarantee() + review
 
     def numbers(self) -> dict[str, Any]:
         """The numbers behind `describe`, for JSON.
 
         Returns:
-            "asked_rate": the false-alarm rate asked for; None where labelled defects set the threshold.
-            "rate": the false-alarm rate of the threshold.
-            "n": how many good images these rates come from.
-            "certified": whether the good images prove the rate asked for.
-            "smallest_rate": 1 / (n + 1), the smallest rate that n good images can certify.
-            "estimated", "out_of_fold": why a rate may not be certified: it is estimated from a tail of the scores, or
-                the detector has learned from the good images as well.
-            "review_rate": the share of good images called anything but good; None: no review.
-            "miss_rate": the share of defects missed, certified by `n_defects` labelled ones; None: not asked for.
-            "n_defects": how many labelled defects set the threshold.
+            "asked_rate", None if labelled defects set the threshold; "n", the number of good images; "n_defects", the
+            number of labelled defects that set the threshold; "smallest_rate", 1 / (n + 1); and the attributes and
+            properties "rate", "certified", "estimated", "out_of_fold", "review_rate" and "miss_rate".
         """
         return {
             "asked_rate": None if self.defects else self.asked_rate,
@@ -154,8 +147,8 @@ class Calibration(BaseModel):
             "n_defects": len(self.defects),
         }
 
-    def reach(self) -> str:
-        """One sentence on what so many images can certify."""
+    def describe_achievable_rate(self) -> str:
+        """Describes in one sentence the smallest rate that this number of images can certify."""
         found = conformal.certifiable(len(self.scores))
         words = "give about" if self.out_of_fold else "could certify" if self.defects else "certify"
         more = ", ".join(f"{rate:.2%} takes {conformal.needed(rate)}" for rate in (0.01, 0.001) if rate < found.rate)
@@ -165,7 +158,7 @@ class Calibration(BaseModel):
             f"calibrations stay below {found.unlucky:.2%}" + (f"; {more}" if more else "")
         )
 
-    def _promise(self) -> str:
+    def _guarantee(self) -> str:
         n = len(self.scores)
         if self.defects:
             found = sum(score > self.threshold for score in self.defects)
@@ -179,33 +172,32 @@ class Calibration(BaseModel):
                 f"{by} by {count(len(self.defects), 'labelled defect')}, of which {found} {are} found; "
                 f"false-alarm rate about {self.rate:.2%}, from {count(n, 'good image')}"
             )
-        images = f"{count(n, 'good image')} " + (
-            "judged without what they taught" if self.out_of_fold else "outside of training"
-        )
+        images = count(n, "cross-validated good image" if self.out_of_fold else "good image")
+        images += "" if self.out_of_fold else " outside of training"
         if self.certified:
             return f"false-alarm rate {self.rate:.2%} or less, certified by {images}"
-        promise = "give a false-alarm rate of about" if self.out_of_fold else "certify a false-alarm rate of"
-        reach = f"{images} {promise} {self.smallest:.2%}"
+        verb = "give a false-alarm rate of about" if self.out_of_fold else "certify a false-alarm rate of"
+        smallest = f"{images} {verb} {self.smallest:.2%}"
         if self.estimated and self.tail is not None:
             fit = f"goodness of fit p = {self.tail.goodness:.2g}"
-            return f"false-alarm rate {self.rate:.2%}, estimated from the tail of the scores ({fit}); {reach}"
+            return f"false-alarm rate {self.rate:.2%}, estimated from the tail of the scores ({fit}); {smallest}"
         if self.rate <= self.asked_rate:
             return f"false-alarm rate about {self.rate:.2%}, from {images}"
-        return f"{reach}, not the {self.asked_rate:.2%} asked for; {conformal.needed(self.asked_rate)} would"
+        return f"{smallest}, not the {self.asked_rate:.2%} asked for; {conformal.needed(self.asked_rate)} would"
 
 
 class CalibrationScores:
-    """What good images outside of training show, gathered one by one.
+    """Out-of-sample scores of good images, used for calibration.
 
     Args:
-        minimum_area: Of a region, share of the image.
+        minimum_area: Smallest area of a region, as a share of the image.
 
     Attributes:
-        scores: Of the images.
-        paths: Of the images, as far as they are known.
-        peaks: The `region_level` of their maps.
-        medians: Of their maps.
-        doubts: The largest values of their uncertainty maps, where there are some.
+        scores: Image scores.
+        paths: Paths of the images, as far as they are known.
+        peaks: `region_level` of each anomaly map.
+        medians: Median of each anomaly map.
+        max_uncertainty: Largest value of each uncertainty map; empty if there are none.
     """
 
     def __init__(self, minimum_area: float = 0.0) -> None:
@@ -214,7 +206,7 @@ class CalibrationScores:
         self.paths: list[str] = []
         self.peaks: list[float] = []
         self.medians: list[float] = []
-        self.doubts: list[float] = []
+        self.max_uncertainty: list[float] = []
 
     def add(
         self,
@@ -224,39 +216,39 @@ class CalibrationScores:
         uncertainty: np.ndarray | None = None,
         counted: np.ndarray | None = None,
     ) -> None:
-        """One image: its score, its maps (h, w), the part of them that it covers, and what counts of that (h, w)."""
+        """Adds an image: its score, its maps (h, w), the box of them that it covers, and a mask (h, w) of what counts."""
         x0, y0, x1, y1 = valid
         inside = np.s_[y0:y1, x0:x1] if counted is None else counted
         self.scores.append(score)
         self.peaks.append(region_level(anomaly_map, valid, self.minimum_area, counted))
         self.medians.append(float(np.median(anomaly_map[inside])))
         if uncertainty is not None:
-            self.doubts.append(float(uncertainty[inside].max()))
+            self.max_uncertainty.append(float(uncertainty[inside].max()))
 
-    def keep(self, before: Calibration) -> None:
-        """Counts the images of another calibration too, after all others.
+    def merge(self, before: Calibration) -> None:
+        """Adds the scores of another calibration; call it after all images are added.
 
-        Of their maps only thresholds are known, and how many may exceed them: these count with the highest value seen.
-        So the rate of a new pixel threshold holds, unless it is smaller than that of the old one: then about.
+        Of its maps only thresholds are known, and the number of maps that may exceed them. Those get the highest value
+        of all images here, so the rate of a new pixel threshold holds; a rate below that of `before` is approximate.
         """
         n = len(before.scores)
         above = min(conformal.rank(n, before.rate), n) - 1
-        doubtful = min(conformal.rank(n, before.review_rate or before.rate), n) - 1
+        uncertain = min(conformal.rank(n, before.review_rate or before.rate), n) - 1
         self.scores += before.scores
-        self.peaks += _kept(before.pixel_threshold, n, above, self.peaks)
+        self.peaks += _merged_values(before.pixel_threshold, n, above, self.peaks)
         self.medians += [before.low] * n
         if before.uncertainty_threshold is not None:
-            self.doubts += _kept(before.uncertainty_threshold, n, doubtful, self.doubts)
+            self.max_uncertainty += _merged_values(before.uncertainty_threshold, n, uncertain, self.max_uncertainty)
 
     def calibrate(self, options: CalibrationOptions, *, rate: float | None = None, **more: Any) -> Calibration:
-        """`calibrate` as the options say, for another rate where one is given; what is more is passed on."""
+        """Calls `calibrate` with the options, another rate if one is given, and further arguments."""
         return calibrate(
             self.scores,
             self.peaks,
             float(np.median(self.medians)) if self.medians else 0.0,
             options.false_alarm_rate if rate is None else rate,
             review_rate=options.review_rate,
-            doubts=self.doubts,
+            max_uncertainty=self.max_uncertainty,
             review_uncertain=options.review_uncertain,
             minimum_area=self.minimum_area,
             extrapolate_tail=options.extrapolate_tail,
@@ -264,13 +256,13 @@ class CalibrationScores:
         )
 
 
-def _kept(threshold: float, n: int, above: int, seen: Sequence[float]) -> list[float]:
-    """n values of which so many exceed a threshold."""
+def _merged_values(threshold: float, n: int, above: int, seen: Sequence[float]) -> list[float]:
+    """n values: the threshold, and `above` times the highest value."""
     return [threshold] * (n - above) + [max([threshold, *seen])] * above
 
 
 def calibrations(metadata: Mapping[str, Any]) -> dict[str, Calibration]:
-    """Of every category, from the metadata of a detector file; "" is the category of a detector that has no others.
+    """Reads the calibration of each category from the metadata of a detector file; a single category has the name "".
 
     Raises:
         ValueError: There are none, or they are damaged.
@@ -288,7 +280,7 @@ def calibrate(
     rate: float = 0.01,
     *,
     review_rate: float = 0.0,
-    doubts: Sequence[float] = (),
+    max_uncertainty: Sequence[float] = (),
     review_uncertain: bool = False,
     minimum_area: float = 0.0,
     extrapolate_tail: bool = False,
@@ -297,34 +289,34 @@ def calibrate(
     miss_rate: float | None = None,
     cost_ratio: float | None = None,
 ) -> Calibration:
-    """Calibrates on good images that training did not see and, where there are any, labelled defects.
+    """Calibrates on good images outside of training and, if there are any, labelled defects.
 
-    Without `miss_rate` and `cost_ratio` the threshold is that of `rate`. With one of them defects set it, and the
-    false-alarm rate follows: (1 + number of good scores above the threshold) / (n + 1), at least 1 / (n + 1).
+    `rate` sets the threshold unless `miss_rate` or `cost_ratio` is given. Then the defects set it, and the false-alarm
+    rate follows: (1 + number of good scores above the threshold) / (n + 1).
 
     Args:
         scores: Image scores of good images.
-        peaks: For each of them, the least pixel threshold at which it shows no region (`scoring.region_level`).
+        peaks: Lowest pixel threshold at which each good image shows no region (`regions.region_level`).
         low: Median of the map values.
-        rate: False-alarm rate asked for, in (0, 1).
-        review_rate: Share of good images that may be called anything but good, in [0, 1); where the rate that it
-            certifies is not above that of alarms, there is no review.
-        doubts: For each of the good images, the largest value of the uncertainty map; empty where there is none.
-        review_uncertain: Whether that has a say in verdicts.
-        minimum_area: Of a region, share of the image: the one that `peaks` were found with.
-        extrapolate_tail: Estimate the threshold where n images cannot certify the rate, down to a tenth of
-            1 / (n + 1). It is never below the highest score. Fewer than 40 images have no tail.
-        out_of_fold: Each score was found without what was learned from its image.
+        rate: Requested false-alarm rate, in (0, 1).
+        review_rate: Share of good images that may be called anything but good, in [0, 1). There is no review if the
+            certified share is not above the false-alarm rate.
+        max_uncertainty: Largest value of the uncertainty map of each good image; empty if there are no such maps.
+        review_uncertain: See `Calibration`.
+        minimum_area: Smallest area of a region, as a share of the image, that `peaks` were found with.
+        extrapolate_tail: Estimate the threshold if n images cannot certify the rate, down to a tenth of 1 / (n + 1).
+            It is never below the highest score. Fewer than 40 images have no tail.
+        out_of_fold: See `Calibration`.
         defects: Image scores of defective images.
         miss_rate: Share of defects that may be missed, in (0, 1): a defect exchangeable with those given is missed with
-            at most this probability (split conformal prediction, for every number of them).
-        cost_ratio: What a missed defect costs, a false alarm costing 1: the threshold with the least sum of the share
-            of good images above it and `cost_ratio` times the share of defects not above it. Nothing is certified.
+            at most this probability (split conformal prediction, for every number of defects).
+        cost_ratio: Cost of a missed defect relative to a false alarm. The threshold minimises the share of good images
+            above it plus `cost_ratio` times the share of defects not above it. Nothing is certified.
 
     Raises:
         ValueError: No scores, scores that are not finite, or too few defects for the miss rate.
     """
-    if not scores or not all(map(math.isfinite, [*scores, *peaks, *doubts])):
+    if not scores or not all(map(math.isfinite, [*scores, *peaks, *max_uncertainty])):
         raise ValueError("calibration needs finite scores of at least one good image outside of training")
     if not all(map(math.isfinite, defects)):
         raise ValueError("scores of defects must be finite")
@@ -332,18 +324,18 @@ def calibrate(
     if by_defects and not defects:
         raise ValueError("a miss rate and a cost ratio need labelled defects")
     n, good = len(scores), sorted(scores)
-    k, asked, found = conformal.rank(n, rate), rate, None
-    threshold, certified, promised = good[-k], k / (n + 1), None
+    k, asked, tail = conformal.rank(n, rate), rate, None
+    threshold, certified, guaranteed = good[-k], k / (n + 1), None
     if by_defects:
-        threshold, promised = _by_defects(good, sorted(defects), miss_rate, cost_ratio)
+        threshold, guaranteed = _by_defects(good, sorted(defects), miss_rate, cost_ratio)
         k = 1 + n - bisect.bisect_right(good, threshold)
         certified = asked = k / (n + 1)
-    elif extrapolate_tail and asked < certified and (found := conformal.fit_tail(good)):
-        certified = max(asked, certified / conformal.REACH)
-        threshold = max(threshold, found.threshold(certified))
+    elif extrapolate_tail and asked < certified and (tail := conformal.fit_tail(good)):
+        certified = max(asked, certified / conformal.MAX_EXTRAPOLATION)
+        threshold = max(threshold, tail.threshold(certified))
     reviewed = conformal.rank(n, review_rate)
     band = reviewed > k and good[-reviewed] < threshold
-    doubtful = reviewed if review_rate else min(k, conformal.rank(n, rate))
+    uncertain = reviewed if review_rate else min(k, conformal.rank(n, rate))
     return Calibration(
         scores=tuple(good),
         asked_rate=asked,
@@ -352,13 +344,15 @@ def calibrate(
         pixel_threshold=sorted(peaks)[-min(k, n)],
         low=low,
         defects=tuple(sorted(defects)) if by_defects else (),
-        miss_rate=promised,
+        miss_rate=guaranteed,
         review_rate=reviewed / (n + 1) if band else None,
         review_threshold=good[-reviewed] if band else None,
-        uncertainty_threshold=sorted(doubts)[-min(doubtful, len(doubts))] if doubts else None,
+        uncertainty_threshold=sorted(max_uncertainty)[-min(uncertain, len(max_uncertainty))]
+        if max_uncertainty
+        else None,
         review_uncertain=review_uncertain,
         minimum_area=minimum_area,
-        tail=found,
+        tail=tail,
         out_of_fold=out_of_fold,
     )
 
@@ -366,7 +360,7 @@ def calibrate(
 def _by_defects(
     good: list[float], bad: list[float], miss_rate: float | None, cost_ratio: float | None
 ) -> tuple[float, float | None]:
-    """The threshold that labelled defects set, and the miss rate it certifies, if that was asked for."""
+    """Threshold that labelled defects set, and the certified miss rate; None if there is none."""
     if miss_rate is not None:
         # missed ⇔ below the j-th smallest score of defects, j = ⌊miss_rate·(m + 1)⌋
         j = math.floor(miss_rate * (len(bad) + 1) + 1e-9)

@@ -1,4 +1,4 @@
-"""What commands share: options, errors, progress. Nothing heavy is imported before a command runs."""
+"""Options, errors and progress for all commands. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unflaw import registry
-from unflaw.parallel.launch import leave_word
+from unflaw.parallel.launch import report_failure
 
 if TYPE_CHECKING:
     from unflaw.datasets import Dataset
@@ -45,17 +45,17 @@ def _version(asked: bool) -> None:
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
-_KINDS = "Data set: MVTec layout, a public benchmark as it unpacks, a folder of good images, or a CSV table."
+_KINDS = "Data set: MVTec layout, an unpacked public benchmark, a folder of good images, or a CSV table."
 Data = Annotated[Path, typer.Option("--data", help=_KINDS)]
 Several = Annotated[
     list[Path],
-    typer.Option("--data", help=f"{_KINDS} May be repeated; a folder of categories stands for all of them."),
+    typer.Option("--data", help=f"{_KINDS} May be repeated. A folder of categories means all of them."),
 ]
 METHODS = f"Method: {', '.join(registry.names())}."
 
@@ -64,12 +64,12 @@ WeightFile = Annotated[
     typer.Option(
         "--weights",
         metavar="FILE",
-        help="Backbone weights, .safetensors or .pth; random: random ones (a file of that name is ./random).",
+        help="Backbone weights (.safetensors or .pth), or random for random weights (./random is a file).",
     ),
 ]
-Category = Annotated[str | None, typer.Option(help="What the images show, if the detector has several categories.")]
-ModelFile = Annotated[Path, typer.Argument(help="A detector file (.safetensors, or exported: .onnx, .xml).")]
-TrainedFile = Annotated[Path, typer.Argument(help="A detector file as it was trained (.safetensors).")]
+Category = Annotated[str | None, typer.Option(help="Category of the images, for a detector with several.")]
+ModelFile = Annotated[Path, typer.Argument(help="Detector file (.safetensors, or exported: .onnx, .xml).")]
+TrainedFile = Annotated[Path, typer.Argument(help="Detector file (.safetensors).")]
 
 
 def levels_of(text: str | None) -> tuple[int, ...] | None:
@@ -92,7 +92,7 @@ def setting_of(text: str) -> tuple[str, Any]:
 
 
 def writable(path: Path) -> None:
-    """Fails before the work, not after it."""
+    """Fails if a file cannot be written there, before the work instead of after it."""
     from unflaw.io.files import make_folder, target_of
 
     if path.is_dir():
@@ -102,7 +102,7 @@ def writable(path: Path) -> None:
 
 
 def detector_file(path: Path) -> None:
-    """As `writable`, for a trained detector: under another name it would be taken for something else."""
+    """Checks `writable`, and the suffix of a trained detector."""
     from unflaw.io.files import check_name
 
     check_name(path)
@@ -133,7 +133,7 @@ def load_trained(model: Path) -> Detector:
 
 
 def said(text: object) -> str:
-    """Names of files and categories may hold what moves a terminal's cursor or is no UTF-8: those show as escapes."""
+    """Escapes what is not printable, such as terminal control codes or bytes that are no UTF-8 in file names."""
     legible = str(text).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in legible)
 
@@ -151,8 +151,8 @@ def report_dataset_problems(datasets: dict[str, Dataset]) -> None:
 
 @contextmanager
 def progress_bars(shown: bool = True, every: float = 30.0) -> Iterator[Progress]:
-    """A bar per stage with loss and remaining time; where there is no terminal, a line in so many seconds instead."""
-    shown = shown and sys.stderr is not None  # as for a service
+    """A bar per stage with loss and remaining time; without a terminal, a line every `every` seconds."""
+    shown = shown and sys.stderr is not None  # None: for example in a service
     if shown and not sys.stderr.isatty():
         yield _progress_lines(every)
         return
@@ -172,7 +172,7 @@ def progress_bars(shown: bool = True, every: float = 30.0) -> Iterator[Progress]
         def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, loss="")
-            elif done < bars.tasks[tasks[stage]].completed:  # the stage of another run
+            elif done < bars.tasks[tasks[stage]].completed:  # the same stage of another run
                 bars.reset(tasks[stage])
             bars.update(tasks[stage], completed=done, total=total, loss="" if loss is None else f"loss {loss:.4f}")
 
@@ -180,30 +180,30 @@ def progress_bars(shown: bool = True, every: float = 30.0) -> Iterator[Progress]
 
 
 def _progress_lines(every: float) -> Progress:
-    """Lines such as `training: 60 of 200, loss 0.1234, about 5 min left`."""
-    said_last, began, reached = time.monotonic(), dict[str, tuple[float, int]](), dict[str, int]()
+    """Prints lines such as `training: 60 of 200, loss 0.1234, about 5 min left`."""
+    printed, began, reached = time.monotonic(), dict[str, tuple[float, int]](), dict[str, int]()
 
     def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
-        nonlocal said_last
+        nonlocal printed
         now = time.monotonic()
-        if done < reached.get(stage, done + 1):  # it begins; or it is the stage of another run
+        if done < reached.get(stage, done + 1):  # the stage begins, maybe of another run
             began[stage] = now, done
         reached[stage], (since, first) = done, began[stage]
-        if now - said_last < every:
+        if now - printed < every:
             return
-        said_last = now
+        printed = now
         line = f"{stage}: {done} of {total}" + ("" if loss is None else f", loss {loss:.4f}")
         if first < done < total:
             left = (now - since) * (total - done) / (done - first)
             line += f", about {left:.0f} s left" if left < 100 else f", about {left / 60:.0f} min left"
-        with suppress(OSError):  # that nobody reads it is no reason to end the work
+        with suppress(OSError):  # a closed stderr does not end the work
             typer.echo(said(line), err=True)
 
     return progress
 
 
 def reader_gone() -> bool:
-    """Whether nobody reads standard output or standard error any more, as after `unflaw … | head -1`."""
+    """Returns True if standard output or standard error is closed, as after `unflaw … | head -1`."""
     if not hasattr(select, "poll"):  # Windows
         return True
     closed = select.poll()
@@ -212,15 +212,15 @@ def reader_gone() -> bool:
     return any(event & select.POLLERR for _, event in closed.poll(0))
 
 
-_commands: list[Callable[[], str]] = []  # that run, the outer one first: what each says of Ctrl-C
+_commands: list[Callable[[], str]] = []  # `stopped` of running commands, the outer one first
 
 
 @contextmanager
-def errors(stopped: Callable[[], str] = lambda: "stopped; the same command begins again") -> Iterator[None]:
-    """What a user can mend is one line and exit code 2, not a stack trace; Ctrl-C is one line and exit code 130.
+def errors(stopped: Callable[[], str] = lambda: "stopped; the same command starts over") -> Iterator[None]:
+    """Prints errors that a user can correct in one line, with exit code 2; Ctrl-C prints one line, with exit code 130.
 
     Args:
-        stopped: Says what Ctrl-C has left and what goes on from there. Of a command within a command, the outer one's.
+        stopped: Message for Ctrl-C: what is left, and how to go on. If commands are nested, the outer one's is printed.
     """
     from tempfile import gettempdir
 
@@ -236,7 +236,7 @@ def errors(stopped: Callable[[], str] = lambda: "stopped; the same command begin
         raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError) and reader_gone():
-            raise  # `main` ends without a word
+            raise  # `main` exits silently
         if isinstance(error, ImportError) and "unflaw[" not in str(error):
             error = ImportError(f"{error}; this command needs: pip install 'unflaw[all]'")
         elif isinstance(error, OSError) and error.filename and error.strerror:
@@ -244,13 +244,13 @@ def errors(stopped: Callable[[], str] = lambda: "stopped; the same command begin
         elif isinstance(error, OSError) and error.errno in FULL and not isinstance(error, WriteError):
             error = OSError(f"{error.strerror}; make room for the output and for temporary files in {gettempdir()}")
         expected = not isinstance(error, RuntimeError) or type(error).__name__ == "WeightsError"
-        if not leave_word(error, expected):
+        if not report_failure(error, expected):
             if not expected:
                 raise
             typer.echo(said(f"error: {error}"), err=True)
         raise typer.Exit(2) from error
     except Exception as error:
-        if not leave_word(error, False):
+        if not report_failure(error, False):
             raise
         raise typer.Exit(2) from error
     finally:

@@ -149,9 +149,9 @@ def predict(
         from unflaw.io.words import count
 
         if not inspected or out is None:
-            return "stopped before the first image; the same command begins again"
+            return "stopped before the first image; the same command starts over"
         where = f"whose {'line is' if inspected == 1 else 'lines are'} in {out / 'results.jsonl.part'}"
-        return f"stopped after {count(inspected, 'image')}, {where}; the same command begins again"
+        return f"stopped after {count(inspected, 'image')}, {where}; the same command starts over"
 
     with errors(stopped):
         if scaling.chosen(context):
@@ -252,7 +252,7 @@ def info(model: ModelFile) -> None:
         for name, calibration in calibrations(metadata).items():
             of = f"category {name}" if name else "calibration"
             typer.echo(said(f"{of}: {calibration.describe()}; threshold {calibration.threshold:.4g}"))
-            typer.echo(said(f"{of}: {calibration.reach()}"))
+            typer.echo(said(f"{of}: {calibration.describe_achievable_rate()}"))
         typer.echo(json.dumps({"record": record, "config": metadata["config"]}, indent=2))
 
 

@@ -31,38 +31,44 @@ from unflaw.cli.common import (
 from unflaw.io.words import count
 from unflaw.parallel.launch import launch, launched, watch_parent
 
-# Fabric's names for what the setting `training.precision` is
+# names of Fabric → `training.precision`
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 _KNOWN = {"accelerator": ("auto", "cpu", "gpu"), "strategy": ("auto", "ddp")}
-_TAIL = "Estimate thresholds of rates that the images cannot certify, from the tail of their scores."
+_TAIL = "Estimate thresholds for rates that the images cannot certify, from the tail of their scores."
 
 
 @app.command()
 def train(
     data: Several,
-    out: Annotated[Path, typer.Option(help="Where to write the detector (.safetensors).")],
+    out: Annotated[Path, typer.Option(help="Output detector file (.safetensors).")],
     method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
-    profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
-    backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
+    profile: Annotated[str, typer.Option(help="Profile of settings: cpu or paper.")] = "cpu",
+    backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
     levels: Annotated[str | None, typer.Option(help="Feature levels, such as 1,2,3.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels that images are brought to.")] = None,
-    fit: Annotated[str | None, typer.Option(help="stretch, or pad to keep the aspect ratio.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same detector.")] = None,
-    rate: Annotated[float | None, typer.Option(help="False-alarm rate to calibrate for, such as 0.01.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    fit: Annotated[str | None, typer.Option(help="Resizing: stretch, or pad to keep the aspect ratio.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed; same seed, same machine: same detector.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requested false-alarm rate, such as 0.01.")] = None,
     tail: Annotated[bool, typer.Option("--extrapolate-tail", help=_TAIL)] = False,
     textures: Annotated[Path | None, typer.Option(help="Folder of texture images for artificial anomalies.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, such as training.steps=200.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint after an interruption.")] = False,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting as NAME=VALUE, such as training.steps=200.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from OUT.checkpoint after an interruption.")] = False,
     multi_class: Annotated[
-        bool, typer.Option("--multi-class", help="One detector for all data sets, calibrated for each category.")
+        bool, typer.Option("--multi-class", help="Train one detector for all data sets, calibrated per category.")
     ] = False,
-    devices: Annotated[int, typer.Option(min=1, help="Processes or GPUs that share the work, on this machine.")] = 1,
-    accelerator: Annotated[str, typer.Option(help="cpu, gpu, or auto: GPUs where there are some.")] = "cpu",
-    strategy: Annotated[str, typer.Option(help="ddp, or auto: that where there are several.")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="auto, 32-true or bf16-mixed: of matrix products.")] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Passes per batch, to save memory.")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines; see docs/scaling.md.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Number of processes or GPUs on this machine.")] = 1,
+    accelerator: Annotated[str, typer.Option(help="Accelerator: cpu, gpu, or auto for GPUs if available.")] = "cpu",
+    strategy: Annotated[str, typer.Option(help="Strategy: ddp, or auto for ddp with several processes.")] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="Precision of matrix products: auto, 32-true or bf16-mixed.")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(min=1, help="Forward passes per batch; more use less memory.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines; see docs/scaling.md.")] = 1,
 ) -> None:
     """Learn from good images and write a detector.
 
@@ -86,10 +92,10 @@ def train(
     def stopped() -> str:
         from unflaw.io.files import steps_of
 
-        with suppress(ValueError):  # which --resume will say
+        with suppress(ValueError):  # --resume reports it
             if held := steps_of(checkpoint):
-                return f"stopped at {held[1]}; the same command with --resume goes on from there"
-        return "stopped before a step was saved; the same command begins again"
+                return f"stopped at {held[1]}; the same command with --resume continues from there"
+        return "stopped before a step was saved; the same command starts over"
 
     with errors(stopped):
         from unflaw.config import Weights, make_config
@@ -98,7 +104,7 @@ def train(
         config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
         for option, value in (("accelerator", accelerator), ("strategy", strategy)):
             if value not in _KNOWN[option]:
-                raise ValueError(f"--{option} {value} is not known; there are {', '.join(_KNOWN[option])}")
+                raise ValueError(f"--{option} {value} is unknown; choose one of {', '.join(_KNOWN[option])}")
         detector_file(out)
         from unflaw.calibration.outliers import describe_outliers
         from unflaw.datasets import load_categories, load_dataset
@@ -120,8 +126,8 @@ def train(
         with holding(out) if group.is_main else nullcontext():
             if group.is_main and resume:
                 if (held := steps_of(checkpoint)) is None:
-                    raise ValueError(f"{checkpoint}: there is no such checkpoint to go on from; leave --resume out")
-                report_problems([f"{checkpoint}: holds {held[1]}, where the same training goes on"])
+                    raise ValueError(f"{checkpoint}: there is no such checkpoint; leave --resume out")
+                report_problems([f"{checkpoint}: holds {held[1]}, from which the same training continues"])
             datasets = load_categories(data) if multi_class else {"": load_dataset(data[0])}
             if group.is_main:
                 report_dataset_problems(datasets)
@@ -129,43 +135,49 @@ def train(
                     checkpoint.unlink(missing_ok=True)
             detector = Detector(config=config, weights=Weights.parse(weights))
             if textures and not detector.network.uses_textures:
-                raise ValueError(f"--textures {textures}: {method} uses none as it is set; leave --textures out")
+                raise ValueError(
+                    f"--textures {textures}: {method} uses no textures with these settings; leave --textures out"
+                )
             with progress_bars(group.is_main) as progress:
                 chosen = datasets if multi_class else datasets[""]
                 detector.fit(chosen, progress=progress, checkpoint=checkpoint, group=group)
             if not group.is_main:
                 return
             detector.save(out)
-            checkpoint.unlink(missing_ok=True)  # not before: where the disk is full, --resume needs it
+            checkpoint.unlink(missing_ok=True)  # only now: if the disk is full, --resume needs it
         report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
         report_problems(describe_outliers(detector.record_))
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}
-        certified = described.get("") or "".join(f"\n{name}: {promise}" for name, promise in described.items())
+        certified = described.get("") or "".join(f"\n{name}: {guarantee}" for name, guarantee in described.items())
         typer.echo(f"{out}: trained in {detector.record_['seconds']['total']:.0f} s; {certified}")
 
 
 @app.command()
 def fleet(
-    data: Annotated[Path, typer.Argument(help="Folder with a folder, of any layout that train takes, per category.")],
-    out: Annotated[Path, typer.Option(help="Folder for CATEGORY.safetensors and the summary, fleet.md, .csv, .json.")],
+    data: Annotated[Path, typer.Argument(help="Folder with one data set per category, in any layout of `train`.")],
+    out: Annotated[Path, typer.Option(help="Output folder: CATEGORY.safetensors, fleet.md, .csv and .json.")],
     method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
-    profile: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
-    backbone: Annotated[str | None, typer.Option(help="Any timm model that supports features_only.")] = None,
+    profile: Annotated[str, typer.Option(help="Profile of settings: cpu or paper.")] = "cpu",
+    backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels that images are brought to.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same detectors.")] = None,
-    rate: Annotated[float | None, typer.Option(help="False-alarm rate to calibrate for, such as 0.01.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, such as training.steps=200.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Detectors that are trained at once.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of each worker.")] = None,
-    engine: Annotated[str, typer.Option(help="processes of this machine, or ray.")] = "processes",
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster that runs already, such as auto.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for features; by default OUT/features.")] = None,
-    cache_gb: Annotated[float, typer.Option(min=0, help="Room for features; oldest are deleted.")] = 20.0,
+    size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed; same seed, same machine: same detectors.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requested false-alarm rate, such as 0.01.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting as NAME=VALUE, such as training.steps=200.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of detectors trained in parallel.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of threads per worker.")] = None,
+    engine: Annotated[str, typer.Option(help="Engine: processes (of this machine) or ray.")] = "processes",
+    address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster, such as auto.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for cached features; default: OUT/features.")] = None,
+    cache_gb: Annotated[
+        float, typer.Option(min=0, help="Maximum size of cached features in GB; oldest are deleted.")
+    ] = 20.0,
 ) -> None:
-    """Train a detector for each category in a folder, several at a time, and sum up how good they are.
+    """Train a detector for each category in a folder, in parallel, and summarise their metrics.
 
-    The same command goes on after an interruption: what is finished is not done again. Exit code 3 if some failed.
+    After an interruption the same command continues: finished detectors are kept. Exit code 3 if some failed.
 
     Example:  unflaw fleet products --out detectors --method nearest_neighbor
     """
@@ -178,9 +190,9 @@ def fleet(
     changes = {name: value for name, value in changes.items() if value is not None}
     with errors(lambda: f"stopped; finished detectors stay in {out}, and the same command goes on with the others"):
         if engine not in ("processes", "ray"):
-            raise ValueError(f"--engine {engine}: there are processes and ray")
+            raise ValueError(f"--engine {engine}: choose processes or ray")
         if address is not None and engine != "ray":
-            raise ValueError("--address is that of a Ray cluster; add --engine ray")
+            raise ValueError("--address needs a Ray cluster; add --engine ray")
         from unflaw.config import Weights, make_config
         from unflaw.experiments.per_category import (
             WorkerConfig,
@@ -193,7 +205,7 @@ def fleet(
 
         changes |= dict(map(setting_of, setting or []))
         source = Weights.parse(weights)
-        if engine == "ray":  # whose workers have working folders of their own
+        if engine == "ray":  # its workers have other working folders
             data, out = data.absolute(), out.absolute()
             cache = cache and cache.absolute()
             source = Path(source).absolute() if isinstance(source, str) else source
@@ -204,7 +216,7 @@ def fleet(
         report_dataset_problems(found)
         from unflaw.detector import Detector
 
-        Detector(config=config, weights=source)  # what cannot work fails here, once
+        Detector(config=config, weights=source)  # invalid settings fail here, once
         count, each = shares(workers, threads, len(found))
         worker_config = WorkerConfig(cache or out / "features", cache_gb * 1e9, source, each)
         with training_workers(worker_config, count, engine, address) as places, progress_bars() as progress:
@@ -220,27 +232,27 @@ def fleet(
 @app.command()
 def calibrate(
     model: TrainedFile,
-    good: Annotated[list[Path], typer.Option(help="Good images and folders of them, that it has not learned from.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the detector; by default MODEL is replaced.")] = None,
-    defect: Annotated[list[Path] | None, typer.Option(help="Defective images, and folders of them.")] = None,
-    rate: Annotated[float | None, typer.Option(min=0, max=1, help="False-alarm rate asked for, such as 0.01.")] = None,
+    good: Annotated[list[Path], typer.Option(help="Good images, or folders of them, that were not used in training.")],
+    out: Annotated[Path | None, typer.Option(help="Output detector file; default: replace MODEL.")] = None,
+    defect: Annotated[list[Path] | None, typer.Option(help="Defective images, or folders of them.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, max=1, help="Requested false-alarm rate, such as 0.01.")] = None,
     miss_rate: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of defects that may be missed; --defect certifies it.")
+        float | None, typer.Option(min=0, max=1, help="Maximum share of missed defects, certified by --defect.")
     ] = None,
     cost_ratio: Annotated[
-        float | None, typer.Option(min=0, help="What a missed defect costs if a false alarm costs 1; needs --defect.")
+        float | None, typer.Option(min=0, help="Cost of a missed defect relative to a false alarm; needs --defect.")
     ] = None,
     review_rate: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Rate of good images not called good; 0: no review.")
+        float | None, typer.Option(min=0, max=1, help="Share of good images not called good; 0: no review.")
     ] = None,
     minimum_area: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Smaller areas are no regions; share of the image.")
+        float | None, typer.Option(min=0, max=1, help="Smallest area of a region, as a share of the image.")
     ] = None,
     tail: Annotated[bool, typer.Option("--extrapolate-tail", help=_TAIL)] = False,
-    keep: Annotated[bool, typer.Option("--append", help="Also count the images that calibrated it before.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Also use the scores of the previous calibration.")] = False,
     category: Category = None,
 ) -> None:
-    """Set thresholds and p-values anew, without training: from good images of today and, if any, labelled defects.
+    """Recalibrate a detector without training, on new good images and, if any, labelled defects.
 
     Example:  unflaw calibrate parts.safetensors --good parts/today --defect parts/rejects --miss-rate 0.05
     """
@@ -257,7 +269,7 @@ def calibrate(
         from unflaw.io.files import holding
 
         writable(model) if out is None else detector_file(out)
-        held.enter_context(holding(out or model))  # else the entry of another calibration could be lost
+        held.enter_context(holding(out or model))  # otherwise the entry of a concurrent calibration could be lost
         detector = load_trained(model)
         asked = {"review_rate": review_rate, "minimum_area": minimum_area, "extrapolate_tail": tail or None}
         with progress_bars() as progress:
@@ -268,7 +280,7 @@ def calibrate(
                 miss_rate=miss_rate,
                 cost_ratio=cost_ratio,
                 category=category,
-                keep=keep,
+                append=append,
                 progress=progress,
                 **{name: value for name, value in asked.items() if value is not None},
             )
@@ -281,10 +293,10 @@ def calibrate(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for data, detector, metrics and report.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="For the data and the detector.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder for data, detector, metrics and report.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Random seed of data and detector.")] = 0,
 ) -> None:
-    """Make defects on real textures, train URA-Net, evaluate, and write a report to look at."""
+    """Create synthetic defects on real textures, train and evaluate URA-Net, and write a report."""
     from unflaw.cli.inspecting import run_evaluation
 
     with errors():

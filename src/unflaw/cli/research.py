@@ -30,7 +30,7 @@ def stopped_runs(out: Path | None) -> str:
 
     log = out and out / "runs.jsonl"
     if log is None or not log.is_file():
-        return "stopped before the first run; the same command begins again"
+        return "stopped before the first run; the same command starts over"
     number = log.read_bytes().count(b"\n")
     stay = "stays" if number == 1 else "stay"
     return f"stopped; {count(number, 'finished run')} {stay} in {log}, and the same command goes on with the others"

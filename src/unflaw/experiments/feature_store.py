@@ -1,8 +1,8 @@
-"""Many detectors on the same images: raw features are computed once, kept in files, and shared by all of them.
+"""Raw features in files, computed once for many detectors on the same images.
 
-They are kept as float32: so a detector fitted and measured from a file is the one that `Detector.fit` makes of the
-images, up to the rounding of a backbone that sees them in other batches. As float16 they would take half the room,
-but a coreset of features that differ by little is another coreset.
+They are stored as float32, so a detector fitted and measured from a file equals that of `Detector.fit`, up to the
+rounding of a backbone with other batches. float16 would take half the space, but slightly different features give
+another coreset.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ BATCH = 16  # images that pass the backbone together
 
 
 class FeatureFile:
-    """Raw features of images in one file: a record for each window with what `Part` has of it, memory-mapped.
+    """Memory-mapped file of raw features, with a record of the fields of `Part` for each window.
 
     Args:
-        file: Of an earlier time, or where to write one.
-        paths: The images. One that cannot be read has records of size 0, or none.
-        extractor: What makes raw features.
-        preparation: Of the images.
+        file: Existing file, or path to write it to.
+        paths: Images. One that cannot be read has records of size 0, or none.
+        extractor: Extractor of raw features.
+        preparation: Preparation of the images.
         progress: Called as `progress("features", done, total, None)` while the file is written.
-        limit: Bytes of all files in the folder.
+        limit: Maximum bytes of all files in the folder.
 
     Attributes:
         skipped: The reasons why images could not be read, by path.
 
     Raises:
-        ValueError: A damaged file. WriteError: It cannot be written. DiskCacheFull: It does not fit in the limit.
+        ValueError: The file is damaged. WriteError: It cannot be written. DiskCacheFull: It exceeds the limit.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class FeatureFile:
         self.skipped = {path: str(try_load_windows(path, preparation)) for path in broken}
 
     def part(self, group: Sequence[Input]) -> Part:
-        """What there is of some of the images."""
+        """Part of a cache with some of the images."""
         good = [path for path in group if path not in self.skipped]
         found = self.records[[row for path in good for row in self.rows[path]]]
         raw, thumbnails, described = (
@@ -100,14 +100,14 @@ class FeatureFile:
         )
         windows, sizes = [], self.records["size"]
         for path in good:
-            laid = layout(*map(int, sizes[self.rows[path].start]), self.preparation)
-            windows += [Window(laid, number) for number in range(len(laid))]
+            geometry = layout(*map(int, sizes[self.rows[path].start]), self.preparation)
+            windows += [Window(geometry, number) for number in range(len(geometry))]
         skipped = [(str(path), self.skipped[path]) for path in group if path in self.skipped]
         paths, contents = [path for path in good for _ in self.rows[path]], [c.decode() for c in found["content"]]
         return Part(paths, raw, thumbnails, windows, described, skipped, contents)
 
     def parts(self, paths: Sequence[Input], batch: int) -> Iterator[Part]:
-        """A `Source` for `build_cache`."""
+        """Yields parts of a cache, as a `Source` of `build_cache`."""
         return map(self.part, batched(paths, batch if self.preparation.tile is None else 1))
 
     def _open(self, file: Path) -> np.ndarray:
@@ -116,13 +116,13 @@ class FeatureFile:
             if (records.dtype, records.shape) != (self.kind, (self.count,)):
                 raise ValueError(f"{records.shape} records of {records.dtype}")
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{file}: not the feature file that it should be ({error}); delete it") from error
-        os.utime(file)  # it is in use
+            raise ValueError(f"{file}: is another feature file than expected ({error}); delete it") from error
+        os.utime(file)  # marks it as recently used
         return records
 
-    def _make(self, file: Path, shelf: DiskCache, extractor: Extractor, progress: Progress) -> None:
+    def _make(self, file: Path, cache: DiskCache, extractor: Extractor, progress: Progress) -> None:
         def write(temporary: Path) -> None:
-            shelf.reserve(temporary, self.kind.itemsize * self.count)
+            cache.reserve(temporary, self.kind.itemsize * self.count)
             self._write(temporary, read_parts(extractor, self.preparation)(list(self.rows), BATCH), progress)
 
         make_folder(file.parent)
@@ -149,12 +149,12 @@ class FeatureFile:
 
 
 class CachedDetector(Detector):
-    """A detector whose images are in a feature file. What it finds has no regions and no images: it is measured.
+    """Detector whose images are in a feature file. Its results have no regions and no images.
 
     Args:
-        config: Of the detector.
-        backbone: The one that the file was made with.
-        file: Holds all images that it will be fitted on and asked about.
+        config: Configuration of the detector.
+        backbone: Backbone that the file was made with.
+        file: Features of all images for fitting and inspection.
     """
 
     def __init__(self, config: Config, backbone: nn.Module, file: FeatureFile) -> None:
@@ -165,7 +165,7 @@ class CachedDetector(Detector):
     def inspect_named(
         self, images: Iterable[tuple[str, Any]], *, category: str | None = None, batch: int = 8
     ) -> Iterator[Result | ImageError]:
-        """As `Detector.inspect_named`, of paths in the feature file."""
+        """Inspects paths in the feature file; see `Detector.inspect_named`."""
         tiled = self.config.preparation.tile is not None
         for group in batched((Path(name) for name, _ in images), 1 if tiled else batch):
             part = self.file.part(group)
@@ -199,12 +199,12 @@ class CachedDetector(Detector):
 
 
 class ExperimentRunner:
-    """Fits detectors of any configurations on any data sets, each backbone loaded once, each feature file made once.
+    """Fits detectors on data sets; loads each backbone once and computes each feature file once.
 
     Args:
-        folder: For feature files; one folder may serve many experiments.
-        weights: Of the backbone, as for `Detector`; `Weights.RANDOM` are the same in every process.
-        limit: Bytes of feature files in the folder, of all who share it; None: as many as there are.
+        folder: Folder of feature files, which experiments may share.
+        weights: Backbone weights as in `Detector`; `Weights.RANDOM` are the same in every process.
+        limit: Maximum bytes of all feature files in the folder; None: no limit.
     """
 
     def __init__(self, folder: Path, weights: WeightSource = None, limit: float | None = None) -> None:
@@ -215,12 +215,12 @@ class ExperimentRunner:
         self._fingerprints: dict[Dataset, str] = {}
 
     def fit(self, config: Config, dataset: Dataset, *, progress: Progress = silent) -> Detector:
-        """What `Detector(config=config).fit(dataset)` gives, but from a feature file; `evaluate` takes it.
+        """Returns a detector like `Detector(config=config).fit(dataset)`, but from a feature file; `evaluate` takes it.
 
-        Where such a file alone would be above the limit, it is that.
+        If that file alone exceeds the limit, the detector is fitted without it.
 
         Raises:
-            TrainingError, WeightsError, ValueError: As `Detector`, `Detector.fit` and `FeatureFile`.
+            TrainingError, WeightsError, ValueError: See `Detector`, `Detector.fit` and `FeatureFile`.
         """
         extractor, path = self._extractor(config)[0], self.path(config, dataset)
         if self._last is None or self._last[0] != path:
@@ -238,10 +238,10 @@ class ExperimentRunner:
         return detector.fit(dataset, progress=progress)
 
     def path(self, config: Config, dataset: Dataset) -> Path:
-        """The feature file, there or not; its name is a digest of all that features depend on.
+        """Path of the feature file, which may not exist; its name is a digest of all that features depend on.
 
         Raises:
-            WeightsError, ValueError, OSError: As `digest`.
+            WeightsError, ValueError, OSError: See `digest`.
         """
         extractor, weights = self._extractor(config)
         makes: dict[str, Any] = {
@@ -256,12 +256,10 @@ class ExperimentRunner:
         return self.folder / f"{_digest(makes, __version__)[:16]}.npy"
 
     def digest(self, config: Config, dataset: Dataset, *more: str) -> str:
-        """SHA-256, in hex, of all that decides what `fit` and `evaluate` give: configuration, data, weights, version.
-
-        `more`: What else is to tell two of them apart.
+        """SHA-256 in hex of all that results depend on: configuration, data, weights, version, and `more`.
 
         Raises:
-            WeightsError, ValueError, OSError: The configuration cannot work, or a file of the data may not be read.
+            WeightsError, ValueError, OSError: The configuration is invalid, or a file of the data cannot be read.
         """
         _, weights = self._extractor(config)
         if config.training.textures:
@@ -269,7 +267,7 @@ class ExperimentRunner:
         return _digest(config.model_dump(mode="json"), self._fingerprint(dataset), weights, __version__, *more)
 
     def _extractor(self, config: Config) -> tuple[Extractor, str]:
-        """The extractor of a method, not fitted, and the digest of its weights. The whole method is created for it."""
+        """Unfitted extractor of a method, and the digest of its weights."""
         key = config.network, config.features, config.preparation, config.scoring
         if key not in self._extractors:
             extractor, weights = create(config, Weights.LATER).features, ""

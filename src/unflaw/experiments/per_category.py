@@ -1,9 +1,9 @@
-"""A detector for each category in a folder, many at a time, in processes of this machine or a Ray cluster.
+"""A detector for each category in a folder, trained in parallel by processes of this machine or a Ray cluster.
 
-Each worker loads the backbone once and keeps it. Features of a category are computed once and kept in a folder that all
-workers share, up to a total size (`feature_store.ExperimentRunner`); training with another method, seed or setting
-starts from them. A finished detector is a line of `fleet.jsonl`, under a digest of everything that decides it, and is
-not trained again.
+Each worker loads the backbone once. Features of a category are computed once and stored in a folder that all workers
+share, up to a total size (`feature_store.ExperimentRunner`); training with another method, seed or setting uses them
+again. A finished detector has a line in `fleet.jsonl` with a digest of everything it depends on, and is not trained
+again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Task:
     Attributes:
         category: Name of its folder.
         file: Path to write it to.
-        finished: Digest of the detector that is there now; None: there is none.
+        finished: Digest of the existing detector; None: there is none.
     """
 
     category: str
@@ -61,10 +61,10 @@ class Record(Finished):
         digest: Digest of category, configuration, data, weights and version.
         category: Name of its folder.
         file, size, content: Detector file: path relative to the folder of the fleet, bytes, and SHA-256.
-        good_images, held_out: Number of good images, and of those among them that calibrated.
-        promise: Description of the false-alarm rate.
+        good_images, held_out: Number of good images, and of those among them that were held out.
+        guarantee: Description of the false-alarm rate.
         metrics: METRICS and COUNTS on its test images; empty where there are none, None where undefined.
-        skipped: Images that could not be read, and why.
+        skipped: Reason for each image that could not be read.
         seconds: Features, training, calibration and evaluation together.
     """
 
@@ -73,7 +73,7 @@ class Record(Finished):
     size: int
     good_images: int
     held_out: int
-    promise: str
+    guarantee: str
     metrics: dict[str, int | float | None]
     skipped: dict[str, str]
     seconds: float
@@ -94,17 +94,17 @@ class TrainingWorker(Protocol):
     """Trains one detector after another."""
 
     def train(self, task: Task) -> Record | None:
-        """The record; None where the detector `task.finished` is up to date. Raises TaskError."""
+        """Returns the record; None if the detector `task.finished` is up to date. Raises TaskError."""
 
     def close(self) -> None:
         """Ends the worker."""
 
 
 def members(root: Path) -> tuple[dict[str, Dataset], dict[str, str]]:
-    """The data sets in a folder of categories: any layout that `load_dataset` reads, folders of good images too.
+    """Loads the data sets in a folder of categories, in any layout of `load_dataset`, or folders of good images.
 
     Returns:
-        By the name of their folder, and why other folders cannot be used.
+        Data sets by folder name, and the reasons why other folders cannot be used.
 
     Raises:
         DatasetError: There is no category, or the folder is a data set itself.
@@ -116,7 +116,7 @@ def members(root: Path) -> tuple[dict[str, Dataset], dict[str, str]]:
     found, failed = {}, {}
     for folder in subfolders(root):
         if not (layout_of(folder) or images(folder)):
-            continue  # licences, notes
+            continue  # such as licences or notes
         try:
             found[folder.name] = load_dataset(folder)
             if not found[folder.name].train:
@@ -137,23 +137,23 @@ def train_fleet(
     progress: Progress,
     failed: dict[str, str] | None = None,
 ) -> tuple[list[Record], dict[str, str]]:
-    """Trains `out/<category>.safetensors` for each category that has none yet; `fleet.md`, `.csv` and `.json` sum up.
+    """Trains `out/<category>.safetensors` where it is not up to date, and writes `fleet.md`, `.csv` and `.json`.
 
     Args:
-        data: By category.
-        config: Of all detectors.
-        out: Folder of the fleet.
-        workers: Where they are trained, one at a time on each.
+        data: Data sets by category.
+        config: Configuration of all detectors.
+        out: Output folder.
+        workers: Workers, each of which trains one detector at a time.
         progress: Called as `progress("detectors", done, total, None)`.
-        failed: Categories that are known to fail, and why.
+        failed: Reasons of categories that are known to fail.
 
     Returns:
-        The records of all finished detectors, in the order of their names, and why others failed, by category.
+        Records of all finished detectors, sorted by name, and the reasons of failed categories.
 
     Raises:
         ValueError: `out` cannot be used. InUseError: Another run writes to it.
     """
-    pandas()  # fails here where it is missing, not after the work
+    pandas()  # fails before the work if it is missing
     failed = dict(failed or {})
     with Log(out / "fleet.jsonl", Record) as log:
         lines = {line.category: line for line in log.records.values() if line.category in data}
@@ -173,7 +173,7 @@ def train_fleet(
 
         pool = ThreadPoolExecutor(len(workers))
         try:
-            # large ones first, so that no worker is left alone with one at the end
+            # large ones first, so that workers finish at about the same time
             order = sorted(data, key=lambda name: -len(data[name].train))
             waiting = {pool.submit(train, name): name for name in order}
             progress("detectors", 0, len(order), None)
@@ -199,7 +199,7 @@ def train_fleet(
 
 
 class Worker:
-    """A worker in this process: one backbone for all detectors, loaded with the first one."""
+    """Worker in this process. It loads the backbone with the first detector and uses it for all."""
 
     def __init__(self, worker_config: WorkerConfig) -> None:
         self.worker_config = worker_config
@@ -208,7 +208,7 @@ class Worker:
     def train(self, task: Task, progress: Progress = silent) -> Record | None:
         try:
             return self._train(task, progress)
-        except Exception as error:  # whatever it is, it is reported, and the fleet goes on
+        except Exception as error:  # any failure is reported, and the other detectors are trained
             raise TaskError(f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:
@@ -235,7 +235,7 @@ class Worker:
             metrics = {name: found.metrics.get(name) for name in (*METRICS, *COUNTS)}
             skipped |= dict(found.skipped)
         task.file.parent.mkdir(parents=True, exist_ok=True)
-        detector.save(task.file)  # last: whatever ends this before, the file is still that of the record
+        detector.save(task.file)  # last, so that an interruption before leaves the file of the old record
         return Record(
             digest=digest,
             category=task.category,
@@ -243,7 +243,7 @@ class Worker:
             size=task.file.stat().st_size,
             good_images=detector.record_["good_images"],
             held_out=detector.record_["held_out"],
-            promise=detector.select().describe(),
+            guarantee=detector.select().describe(),
             metrics=metrics,
             skipped=skipped,
             seconds=round(time.perf_counter() - started, 2),
@@ -252,7 +252,7 @@ class Worker:
 
 
 class ProcessWorker:
-    """A worker in a process of this machine, which is replaced where it ends before its work, as out of memory."""
+    """Worker in a process of this machine, which is replaced if it dies, such as out of memory."""
 
     def __init__(self, worker_config: WorkerConfig) -> None:
         self.child = ChildProcess(Worker(worker_config).train, ", fewer --workers need less")
@@ -266,7 +266,7 @@ class ProcessWorker:
 
 
 class RayWorker:
-    """An actor of a Ray cluster; data, features and detectors must have the same paths on all its machines."""
+    """Worker in an actor of a Ray cluster, whose machines must share the paths of data, features and detectors."""
 
     def __init__(self, worker_config: WorkerConfig) -> None:
         import ray
@@ -298,13 +298,13 @@ class RayWorker:
 def training_workers(
     worker_config: WorkerConfig, count: int, engine: str = "processes", address: str | None = None
 ) -> Iterator[list[TrainingWorker]]:
-    """Workers, which are ended with the block.
+    """Yields workers and closes them after the block.
 
     Args:
-        worker_config: The same for all.
+        worker_config: Settings of all workers.
         count: Number of workers.
         engine: "processes" of this machine, or "ray".
-        address: Address of a running Ray cluster; None: one is started on this machine, until the end of the block.
+        address: Address of a running Ray cluster; None: one is started on this machine for the block.
 
     Raises:
         ImportError: Ray is not installed. ValueError: No cluster answers at that address, or it is too small.
@@ -317,7 +317,7 @@ def training_workers(
 
             ray = stack.enter_context(running(address, count * worker_config.threads))
             there = int(ray.cluster_resources().get("CPU", 0))
-            if count * worker_config.threads > there:  # a worker that is never placed would be waited for without end
+            if count * worker_config.threads > there:  # otherwise an actor would wait for processors forever
                 raise ValueError(
                     f"--workers {count} with --threads {worker_config.threads} are more than the {there} processors "
                     "that Ray has; ask for less, or give Ray more"
@@ -330,7 +330,7 @@ def training_workers(
 
 
 def shares(count: int | None, threads: int | None, most: int) -> tuple[int, int]:
-    """Number of workers, `most` at most, and threads of each; by default all processors are used."""
+    """Number of workers, at most `most`, and threads of each; by default all processors are used."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = max(1, min(count or processors // (threads or 1), most))
     return count, threads or max(1, processors // count)
@@ -341,7 +341,7 @@ def rows(records: Sequence[Record], failed: dict[str, str]) -> list[dict[str, An
     done = [
         {"category": record.category, "good": record.good_images, "calibrating": record.held_out}
         | {name: record.metrics.get(name) for name in (*METRICS, *COUNTS)}
-        | {"seconds": record.seconds, "bytes": record.size, "promise": record.promise, "error": None}
+        | {"seconds": record.seconds, "bytes": record.size, "guarantee": record.guarantee, "error": None}
         for record in records
     ]
     empty = dict.fromkeys(done[0] if done else ("category", "error"))
@@ -357,10 +357,11 @@ def summary(records: Sequence[Record], failed: dict[str, str]) -> str:
         if found:
             line["false alarms"] = f"{found['false_alarms']} of {found['n_good']}"
             line["missed"] = f"{found['missed']} of {(found['n_images'] or 0) - (found['n_good'] or 0)}"
-        line |= {"seconds": f"{record.seconds:.1f}", "MB": f"{record.size / 1e6:.1f}", "promise": record.promise}
+        line |= {"seconds": f"{record.seconds:.1f}", "MB": f"{record.size / 1e6:.1f}", "guarantee": record.guarantee}
         lines.append(line)
     lines += [
-        {"category": name, "promise": " ".join(f"failed: {reason}".split())} for name, reason in sorted(failed.items())
+        {"category": name, "guarantee": " ".join(f"failed: {reason}".split())}
+        for name, reason in sorted(failed.items())
     ]
-    heads = ["category", "good images", *METRICS.values(), "false alarms", "missed", "seconds", "MB", "promise"]
+    heads = ["category", "good images", *METRICS.values(), "false alarms", "missed", "seconds", "MB", "guarantee"]
     return markdown_table(pandas().DataFrame(lines, columns=heads, dtype=object).fillna("–"))

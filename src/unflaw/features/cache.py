@@ -1,4 +1,4 @@
-"""The feature cache: every good image is read once and passes the backbone once; training runs on what is kept."""
+"""Feature cache: each good image is read once and passes the backbone once; training runs on the cache."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from unflaw.io.progress import Progress, ahead, batched, silent
 from unflaw.io.words import count
 from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 
-THUMBNAIL = 128  # side of the images that the display decoder learns to draw
-MINIMUM = 8  # good images of a category to learn from
-FITTED_ON = 64  # images, or half a gigabyte of features, that standardisation and components are learned from
+THUMBNAIL = 128  # side of the targets of the display decoder, in pixels
+MINIMUM = 8  # minimum number of good training images of a category
+FITTED_ON = 64  # number of images (or half a gigabyte of features) for standardisation and components
 
 
 def stack(prepared: Sequence[ModelInput]) -> Tensor:
-    """Prepared images as (N, 3, S, S) float32 in [0, 1]."""
+    """Stacks prepared images to (N, 3, S, S) float32 in [0, 1]."""
     return torch.from_numpy(np.stack([p.pixels for p in prepared]))
 
 
 def cells(windows: Sequence[Window], grid: int) -> Tensor | None:
-    """(N, grid, grid) bool: cells of the windows that touch what counts of the image; None where all must."""
+    """(N, grid, grid) bool: cells of windows that touch the counted part of the image; None if all do by construction."""
     if not windows or windows[0].layout.preparation.covers:
         return None
     return torch.from_numpy(np.stack([window.cells(grid) for window in windows]))
 
 
 def count_windows(path: Input, preparation: Preparation) -> int:
-    """How many an image has; 0 where it cannot be read."""
+    """Number of windows of an image; 0 if it cannot be read."""
     if preparation.tile is None:
         return 1
     try:
@@ -54,32 +54,32 @@ def count_windows(path: Input, preparation: Preparation) -> int:
 
 
 def allocate(shape: tuple[int, ...], budget: float) -> tuple[Tensor, IO[bytes] | None]:
-    """An empty float16 tensor in RAM, or above `budget` bytes in a temporary file without a name.
+    """Allocates a float16 tensor in RAM or, above `budget` bytes, in an unnamed temporary file.
 
     Raises:
-        WriteError: There is no room for the file.
+        WriteError: There is not enough space for the file.
     """
     size = int(np.prod(shape)) * 2
     if size <= budget:
         return torch.empty(shape, dtype=torch.float16), None
-    file = scratch(size, f"{size / 1e9:.1f} GB of features need room there, or in a folder that TMPDIR names")
+    file = scratch(size, f"{size / 1e9:.1f} GB of features need space there, or in a folder that TMPDIR names")
     return torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape)), file
 
 
 @brief
 @dataclass
 class Cache:
-    """What training needs of each good image, in random order.
+    """Features and facts of good images, in random order.
 
     Attributes:
         features: F (N, C, g, g), float16, in RAM or memory-mapped.
         thumbnails: (N, 3, t, t) uint8.
-        windows: What each of the N rows shows of an image. Windows of one image lie together.
-        paths: The image of each row.
+        windows: Window of the image in each of the N rows. Windows of one image are adjacent.
+        described: (N, D) float16, statistics of each image from `statistics.describe`.
+        paths: Image of each row.
         skipped: `(path, reason)` of images that could not be read.
-        described: (N, D) float16, what `drift.describe` says of each image.
-        categories: The category of each row; left out, all are of the category "".
-        contents: SHA-256 of the file of each row, in hex; left out, unknown.
+        categories: Category of each row; by default "".
+        contents: SHA-256 of the file of each row, in hex; by default "", unknown.
     """
 
     features: Tensor
@@ -101,20 +101,20 @@ class Cache:
 
     @cached_property
     def image_numbers(self) -> Tensor:
-        """(N,) int64: the number of the image of each row, from 0."""
+        """(N,) int64: number of the image of each row, from 0."""
         return torch.tensor([window.number == 0 for window in self.windows]).cumsum(0) - 1
 
     @property
     def count(self) -> int:
-        """The number of images."""
+        """Number of images."""
         return len(self.heads())
 
     def heads(self, rows: Sequence[int] | None = None) -> list[int]:
-        """The first row of each image, of some rows or all."""
+        """First row of each image, among some rows or all."""
         return [row for row in (range(len(self)) if rows is None else rows) if self.windows[row].number == 0]
 
     def mixed(self, rows: Sequence[int]) -> list[int]:
-        """Some rows in an order that goes from image to image, so that the first of them show many."""
+        """Sorts rows so that the first ones are of many different images."""
         numbers = self.image_numbers.tolist()
 
         def turn(row: int) -> tuple[int, int]:
@@ -124,17 +124,12 @@ class Cache:
         return sorted(rows, key=turn)
 
     def cells(self, grid: int, rows: Sequence[int] | None = None) -> Tensor | None:
-        """(N, grid, grid) bool, cells that touch what counts of the image; None where all of all do.
-
-        Args:
-            grid: Side of the feature grid.
-            rows: None: all.
-        """
+        """`cells` of some rows, or all, for a grid of the given side."""
         shown = self.windows if rows is None else [self.windows[row] for row in rows]
         return cells(shown, grid)
 
     def content_of(self) -> dict[Input, str]:
-        """SHA-256, in hex, of the file of each image."""
+        """SHA-256 of the file of each image, in hex."""
         return dict(zip(self.paths, self.contents, strict=True))
 
     def __getitem__(self, part: slice) -> Cache:
@@ -151,7 +146,7 @@ class Cache:
         )
 
     def rows(self) -> dict[str, list[int]]:
-        """The rows of each category, in order."""
+        """Rows of each category, ascending."""
         rows: dict[str, list[int]] = defaultdict(list)
         for row, category in enumerate(self.categories):
             rows[category].append(row)
@@ -178,12 +173,12 @@ class Cache:
 @brief
 @dataclass
 class Part:
-    """Some images on their way into a cache.
+    """Some images before they are added to a cache.
 
     Attributes:
-        paths, contents: File of each of the N windows of those that could be read, and its SHA-256 in hex.
-        raw: What `Extractor.aggregate` makes of them, (N, C_raw, g, g) float32.
-        thumbnails, windows, described, skipped: As in `Cache`. An image in tiles may go on in the next part.
+        paths, contents: File of each of the N windows of readable images, and its SHA-256 in hex.
+        raw: Output of `Extractor.aggregate`, (N, C_raw, g, g) float32.
+        thumbnails, windows, described, skipped: See `Cache`. A tiled image may continue in the next part.
     """
 
     paths: list[Input]
@@ -195,11 +190,11 @@ class Part:
     contents: list[str]
 
 
-Source = Callable[[Sequence[Input], int], Iterator[Part]]  # images and how many make a part
+Source = Callable[[Sequence[Input], int], Iterator[Part]]  # images, and their number per part
 
 
 def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
-    """The source that reads images from their files and takes them through the backbone."""
+    """Source that reads images from files and passes them through the backbone."""
 
     tiled = preparation.tile is not None
 
@@ -211,7 +206,7 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
         return path, content, try_load_windows(source, preparation, str(path))
 
     def stream(paths: Sequence[Input]) -> Iterator[tuple[Input, str, ModelInput | ImageError, Tensor]]:
-        loaded = ahead(load, paths, 1, 1) if tiled else ahead(load, paths)  # images in tiles wait whole
+        loaded = ahead(load, paths, 1, 1) if tiled else ahead(load, paths)  # tiled images are large
         for path, content, image in loaded:
             if isinstance(image, ImageError):
                 yield path, content, image, torch.empty(0)
@@ -237,13 +232,13 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
 
 
 def take_turns(source: Source, group: ProcessGroup, whole: bool) -> Source:
-    """A source whose parts the processes of a group make in turn and exchange, so that each has all of them.
+    """Source whose parts the processes of a group compute in turn and exchange, so that each gets all of them.
 
     Args:
-        source: Of one process.
-        group: Every process has to ask for the same images.
-        whole: Images may have several windows, which must stay together. Parts then end where a turn ends, and what
-            the backbone computes in other batches may be rounded otherwise.
+        source: Source of one process.
+        group: Process group; every process must request the same images.
+        whole: Images may have several windows, which stay in one part. Batches of the backbone then differ from those
+            of one process, and so may rounding.
     """
 
     def parts(paths: Sequence[Input], batch: int) -> Iterator[Part]:
@@ -276,23 +271,24 @@ def build_cache(
     progress: Progress = silent,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Cache:
-    """Reads every image once, in random order, fits the extractor on the first ones and embeds all.
+    """Reads each image once, in random order, fits the extractor to the first ones and embeds all.
 
     Args:
-        extractor: Its `fit` sees the first 64 images (or 512 MB of features), less the share `held_out`.
-        budget: Features above this many bytes are memory-mapped, else kept in RAM.
-        seed: Of the order.
-        fit: False leaves the extractor as it is, for images that only calibrate.
-        held_out: Share of the images of a category, the last ones, that will calibrate: nothing may be learned from
-            them.
-        categories: Of each image, where there are several; they take turns in the order of reading, in proportion.
-        source: Where raw features come from; None: from the images.
-        group: Processes that share the reading and the backbone. Each gets the whole cache; those of one machine share
-            the budget.
+        extractor: Fitted to the first 64 images (or 512 MB of features), without the share `held_out`.
+        paths: Images.
+        preparation: Preparation of the images.
+        budget: Features above this number of bytes are memory-mapped.
+        seed: Seed of the order.
+        fit: False: the extractor is fitted already, and the images only calibrate.
+        held_out: Share of the images of a category, the last ones, that calibrate; the extractor is not fitted to them.
+        categories: Category of each image; images of all categories are mixed in proportion. None: a single category.
+        batch: Number of images per pass of the backbone.
+        source: Source of raw features; None: the images.
+        progress: Called as `progress("features", done, total, None)`.
+        group: Processes that share the work. Each gets the whole cache; those of one machine share the budget.
 
     Raises:
-        TrainingError: To learn from: fewer than 8 readable images of a category, or all identical. To calibrate with:
-            none.
+        TrainingError: A category has fewer than 8 readable images or only identical ones or, without `fit`, no image.
     """
     category, budget = categories or {}, budget / group.local_size
     source = source or read_parts(extractor, preparation)
@@ -374,7 +370,7 @@ def build_cache(
 
 
 def _shuffled(paths: Sequence[Input], category: Mapping[Input, str], seed: int) -> list[Input]:
-    """Random order in which any first part holds about the same share of every category."""
+    """Random order in which every prefix contains about the same share of each category."""
     groups: dict[str, list[Input]] = defaultdict(list)
     for path in paths:
         groups[category.get(path, "")].append(path)
@@ -387,7 +383,7 @@ def _shuffled(paths: Sequence[Input], category: Mapping[Input, str], seed: int) 
 
 
 def _trained_on(windows: Sequence[Window], categories: Sequence[str], held_out: float) -> list[int]:
-    """Rows, among the first of a cache, that will not calibrate however many images of their category follow."""
+    """Rows among the first of a cache that do not calibrate, however many images of their category follow."""
     rows: list[int] = []
     for name in dict.fromkeys(categories):
         found = [row for row, category in enumerate(categories) if category == name]

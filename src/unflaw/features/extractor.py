@@ -1,6 +1,6 @@
 """Frozen backbone and aggregation: images (N, 3, S, S) → one feature grid F (N, C, g, g).
 
-The backbone never learns, so each image passes it once; everything after that works on F.
+The backbone is frozen, so each image passes it once; everything after that works on F.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from unflaw.config import Features, WeightSource
 from unflaw.features.backbones import check_size, create_backbone
 from unflaw.io.words import count
 
-REGIONAL_COMPONENTS = 64  # of the coarsest level, for judging whole regions
+REGIONAL_COMPONENTS = 64  # principal components of the coarsest level, for the regional memory
 
 
 class FeatureExtractor(nn.Module):
-    """φ and agg: levels smoothed, brought to one grid, concatenated, standardised, reduced.
+    """φ and agg: levels are smoothed, resized to one grid, concatenated, standardised and reduced.
 
-    Standardisation and principal components are learned once from good features by `fit`.
+    `fit` learns standardisation and principal components once, from good features.
 
     Args:
         config: Backbone, levels, grid and reduction.
-        weights: A `.safetensors` or `.pth` file with the backbone's state_dict. Without it: an installed package
-            (`WEIGHT_PACKAGES`), then the hub that timm uses. `Weights.RANDOM` and `Weights.LATER` load nothing; the
-            first is for tests, the second for a detector whose file brings the weights.
-        size: Side of the canvas, where it is known already. Some transformers take images of one size only.
+        weights: `.safetensors` or `.pth` file with the backbone's state_dict. None: an installed package
+            (`WEIGHT_PACKAGES`), else the hub of timm. `Weights.RANDOM` (for tests) and `Weights.LATER` (weights come with
+            a detector file) load nothing.
+        size: Side of the canvas in pixels, to check; some transformers take images of one size only.
 
     Raises:
-        WeightsError: As `create_backbone`; the backbone takes no images of this size.
+        WeightsError: See `create_backbone`, or the backbone takes no images of this size.
     """
 
     def __init__(self, config: Features, weights: WeightSource = None, size: int | None = None) -> None:
@@ -63,10 +63,10 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def aggregate(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) in [0, 1] → (N, C_raw, g, g): each level smoothed and resized (area where it shrinks)."""
+        """(N, 3, S, S) in [0, 1] → (N, C_raw, g, g): smooths and resizes each level (see `resize`)."""
         x = ((images - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
         g, k = self.config.grid, self.config.smooth
-        place = next(self.backbone.parameters()).device  # in training, the backbone alone may be on another device
+        place = next(self.backbone.parameters()).device  # in training, only the backbone may be on another device
         given = self.backbone(x.to(place))
         if self._channels_last:
             given = [f.permute(0, 3, 1, 2) for f in given]
@@ -77,9 +77,9 @@ class FeatureExtractor(nn.Module):
     def fit(self, raw: Tensor) -> FeatureExtractor:
         """Learns centre, scale and components from raw features (N, C_raw, g, g) of good images.
 
-        One scale per *level* (default) gives each level its share `level_weights` of the mean squared norm, which is 1
-        in all. One per channel instead amplifies the noise of channels that hardly vary (docs/research.md).
-        Principal components follow the scaled features. What `to_regions` does is learned as well.
+        One scale per *level* (default) gives each level its share `level_weights` of the mean squared norm, whose sum
+        is 1. One per channel amplifies the noise of channels that hardly vary (docs/research.md). Principal components
+        are those of the scaled features. The components of `to_regions` are fitted as well.
         """
         self.centre = raw.mean((0, 2, 3))
         tokens_raw = raw.transpose(0, 1).flatten(1) - self.centre[:, None]  # (C_raw, N·g²)
@@ -99,13 +99,13 @@ class FeatureExtractor(nn.Module):
             tokens = tokens_raw * weight[:, None]
             _, vectors = torch.linalg.eigh((tokens @ tokens.T / tokens.shape[1]).double())  # ascending
             basis = vectors[:, -self.channels :].flip(1).float()
-        # contiguous, as a saved detector comes back: other strides are multiplied in another order, rounded otherwise
+        # contiguous, as in a loaded detector: other strides change the order of operations, and so rounding
         self.basis = (weight[:, None] * basis).contiguous()
         self._fit_regional(basis, self.basis.T @ (tokens_raw @ tokens_raw.T / tokens_raw.shape[1]) @ self.basis)
         return self
 
     def _fit_regional(self, basis: Tensor, covariance: Tensor) -> None:
-        """From orthonormal `basis` (C_raw, C) and covariance of F (C, C): the map of F to components of its last level.
+        """Fits the projection of F to components of its last level, from orthonormal `basis` (C_raw, C) and Cov(F) (C, C).
 
         ‖F·B‖ is the length of the last level's part of F where B·Bᵀ = basisᵀ·I_last·basis; principal components of
         F·B follow.
@@ -117,7 +117,7 @@ class FeatureExtractor(nn.Module):
         self.regional_basis = (root @ components[:, -self.regional_channels :].flip(1)).float().contiguous()
 
     def _level_shares(self) -> list[float]:
-        """The weights of the levels, summing to 1; the first is repeated or left out to fit their number."""
+        """Weights of the levels, with sum 1; the first is repeated, or first ones are dropped, to match their number."""
         n, given = len(self.level_channels), self.config.level_weights
         weights = (given[:1] * n + given)[-n:]
         return [weight / sum(weights) for weight in weights]
@@ -127,7 +127,7 @@ class FeatureExtractor(nn.Module):
         return F.conv2d(raw - self.centre.view(-1, 1, 1), self.basis.T[..., None, None])
 
     def to_regions(self, features: Tensor) -> Tensor:
-        """F (N, C, g, g) → its coarsest level on half the grid, (N, C', ⌈g/2⌉, ⌈g/2⌉): how a whole region looks."""
+        """F (N, C, g, g) → features of regions: its coarsest level on half the grid, (N, C', ⌈g/2⌉, ⌈g/2⌉)."""
         pooled = F.avg_pool2d(features, 2, ceil_mode=True)
         return F.conv2d(pooled, self.regional_basis.T[..., None, None])
 
@@ -136,17 +136,20 @@ class FeatureExtractor(nn.Module):
         return self.project(self.aggregate(images))
 
     def train(self, mode: bool = True) -> FeatureExtractor:
-        """The backbone stays in evaluation mode: its batch statistics must not move."""
+        """Stays in evaluation mode, so that batch statistics do not change."""
         return super().train(False)
 
 
 class PixelExtractor(nn.Module):
-    """Images themselves as F (N, 3, g, g) in [0, 1], for methods on pixels; stands where `FeatureExtractor` does.
+    """Returns images themselves as F (N, 3, g, g) in [0, 1]: the `FeatureExtractor` of methods on pixels.
 
     Args:
-        size: Side of the canvas, pixels.
-        side: The grid g, at most `size`; None: `size`.
-        halvings: How often the method halves the side.
+        size: Side of the canvas in pixels.
+        side: Side g of the grid, at most `size`; None: `size`.
+        halvings: Number of times that the method halves the side.
+
+    Raises:
+        ValueError: The side is not divisible by 2 ** halvings.
     """
 
     channels = 3
@@ -166,11 +169,11 @@ class PixelExtractor(nn.Module):
         return resize(images, self.grid)
 
     def fit(self, raw: Tensor) -> PixelExtractor:
-        """Nothing is learned."""
+        """Learns nothing."""
         return self
 
     def project(self, raw: Tensor) -> Tensor:
-        """The images as they are."""
+        """Returns the images unchanged."""
         return raw
 
     def forward(self, images: Tensor) -> Tensor:
@@ -182,7 +185,7 @@ Extractor = FeatureExtractor | PixelExtractor
 
 
 def resize(features: Tensor, side: int) -> Tensor:
-    """(N, C, h, w) → (N, C, side, side): by area where it shrinks a whole number of times, else bilinear."""
+    """(N, C, h, w) → (N, C, side, side): mean of blocks if `side` divides the width, else bilinear."""
     if features.shape[-1] == side:
         return features
     if features.shape[-1] % side == 0:

@@ -157,8 +157,8 @@ class Parts(Sink):
         if least <= calibration.rate + ROUNDING:
             return {}
         need = conformal.needed(asked, k, self.method)
-        if calibration.estimated and factor < conformal.REACH:  # with a tail, which reaches further
-            need = math.ceil(factor / (conformal.REACH * asked) - ROUNDING) - 1
+        if calibration.estimated and factor < conformal.MAX_EXTRAPOLATION:  # with a tail, which reaches further
+            need = math.ceil(factor / (conformal.MAX_EXTRAPOLATION * asked) - ROUNDING) - 1
         reason = (
             f"with {count(n, 'good calibration image')} the p-value of {count(k, 'image')} together cannot be below "
             f"{least:.4g}, and the false-alarm rate is {calibration.rate:.4g}; "

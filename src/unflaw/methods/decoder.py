@@ -1,4 +1,4 @@
-"""The decoder that draws restored features for people; it takes no part in scores."""
+"""Decoder that draws restored features, for display only."""
 
 from __future__ import annotations
 

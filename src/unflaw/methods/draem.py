@@ -168,7 +168,7 @@ class DRAEM(Method):
 
 
 def _tiles(inspection: Inspection, i: int) -> dict[str, Stage]:
-    """What both networks say of the i-th image."""
+    """Tiles with the outputs of both networks for the i-th image."""
     assert inspection.restored is not None
     repaired, probability = inspection.restored[i], inspection.anomaly_maps[i]
     return {"Repair": Stage("image", repaired), "Probability of anomaly": Stage("share", probability)}

@@ -1,4 +1,4 @@
-"""From prepared images to all that an inspection shows, in one module: what `Detector` computes and export writes."""
+"""Module from prepared images to all outputs of an inspection, which `Detector` computes and export writes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from unflaw.methods.decoder import DisplayDecoder
 
 
 class Graph(nn.Module):
-    """A method, and the decoder that draws what it restores.
+    """A method and its display decoder.
 
     Args:
-        network: Trained, with what is normal for the category in use.
-        display: None where nothing is drawn, or the method restores pixels.
+        network: Trained network of a category.
+        display: Decoder of restored features; None if there are none, or the method restores pixels.
     """
 
     def __init__(self, network: Method, display: DisplayDecoder | None) -> None:
@@ -24,14 +24,14 @@ class Graph(nn.Module):
         self.size = network.config.preparation.size
 
     def forward(self, images: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
-        """Prepared images (N, 3, S, S) in [0, 1] → everything by name.
+        """Prepared images (N, 3, S, S) in [0, 1] → outputs by name.
 
         Args:
             images: On the canvas, float32.
             cells: (N, g, g) bool, the feature cells that count (`Window.cells`); None: all.
 
         Returns:
-            "map" (N, S, S) and "score" (N,), float32, raw; then what the method has of "mean", "uncertainty" and
+            "map" (N, S, S) and "score" (N,), float32, raw; then, if the method has them, "mean", "uncertainty" and
             "mask", each (N, S, S) float32 in [0, 1], and "restored" (N, S, S, 3) uint8.
         """
         inspection = self.network(self.network.embed(images), Context(cells))
@@ -40,14 +40,14 @@ class Graph(nn.Module):
         for name, layer in inspection.layers.items():
             mode = "nearest" if name == "mask" else "bilinear"
             found[name] = F.interpolate(layer.float(), (self.size,) * 2, mode=mode)[:, 0]
-        drawn = self._drawn(inspection)
+        drawn = self._restored_image(inspection)
         if drawn is not None:
             canvas = F.interpolate(drawn, (self.size,) * 2, mode="bilinear").clamp(0, 1)
             found["restored"] = (canvas * 255).round().byte().permute(0, 2, 3, 1)
         return found
 
-    def _drawn(self, inspection: Inspection) -> Tensor | None:
-        """What was restored, as images (N, 3, h, w): restored pixels are some already."""
+    def _restored_image(self, inspection: Inspection) -> Tensor | None:
+        """Restored images (N, 3, h, w): restored pixels as they are, or restored features drawn by the display decoder."""
         if inspection.restored is None or isinstance(self.network.features, PixelExtractor):
             return inspection.restored
         return None if self.display is None else self.display(inspection.restored.float())

@@ -126,7 +126,7 @@ class AttentionBlock(Attention):
         self.mlp = nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
 
     def forward(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """As `Attention`."""
+        """x (N, T, width) → (N, T, width); `allowed` as in `Attention.forward`."""
         x = x + super().forward(self.norm1(x), allowed)
         return x + self.mlp(self.norm2(x))
 
@@ -185,10 +185,10 @@ def _farthest(x: Tensor, nearest: Tensor, block: int, most: int) -> Tensor:
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As `values.topk(k)` of rows (T, M), faster where M is large: values and indices (T, k), descending.
+    """Computes `values.topk(k)` of rows (T, M) faster for large M: values and indices (T, k), descending.
 
-    Every `DEPTH` values that lie M / DEPTH apart are a group. The k groups with the largest members hold the k largest
-    values, so that only these are ordered.
+    `DEPTH` values that lie M / DEPTH apart form a group. The k groups with the largest members contain the k largest
+    values, so only these are sorted.
     """
     groups = values.shape[1] // DEPTH
     if values.shape[1] % DEPTH or groups < 4 * k:

@@ -1,4 +1,4 @@
-"""Memory of normal tokens: what "global normal semantics" means across images (our reading of URA-Net's RAM)."""
+"""Memory of normal tokens: the "global normal semantics" across images of URA-Net's RAM (our reading)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHUNK = 256  # tokens compared with the memory at a time: their (256, M) matrix 
 MOST_TOKENS = (
     2**20
 )  # tokens that prototypes are chosen from: those of whole images, drawn at random where there are more
-FAR = 1e4  # coordinate of prototypes that are not there: no token comes near
+FAR = 1e4  # coordinate of missing prototypes, far from every token
 
 
 class Bank(NamedTuple):
@@ -299,11 +299,11 @@ class RegionalMemoryBank(nn.Module):
         self._coarsen = extractor.to_regions  # a bound method, so that the extractor is not registered twice
 
     def fit(self, data: FeatureSet, rng: Generator) -> None:
-        """As `MemoryBank.fit`, from features F."""
+        """Calls `MemoryBank.fit` with the regions of features F."""
         self.memory.fit(self._regional(data), rng)
 
     def add_prototypes(self, data: FeatureSet, rng: Generator) -> None:
-        """As `MemoryBank.add_prototypes`, from features F."""
+        """Calls `MemoryBank.add_prototypes` with the regions of features F."""
         self.memory.add_prototypes(self._regional(data), rng)
 
     def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Tensor:

@@ -1,4 +1,4 @@
-"""Distance to the nearest of a set of normal prototypes. Nothing is trained: the floor for methods that are.
+"""Distance to the nearest of a set of normal prototypes. Nothing is trained: a baseline for trained methods.
 
 Our own baseline, of the family of PatchCore (Roth et al. 2022): standardised, reduced features, a k-centre greedy
 coreset of all training tokens, nearest-prototype distance as the map; and a second memory of whole regions
@@ -22,9 +22,9 @@ class NearestNeighborOptions(MethodOptions):
     """Distance to the nearest normal prototype; nothing is trained."""
 
     method: Literal["nearest_neighbor"] = "nearest_neighbor"
-    prototypes: int = Field(4096, ge=1, le=10_000_000)
+    prototypes: int = Field(4096, ge=1, le=10_000_000, description="size of the memory")
     regional_prototypes: int = Field(
-        16384, ge=0, le=10_000_000, description="size of the memory of whole regions, for image score and map; 0: none"
+        16384, ge=0, le=10_000_000, description="size of the memory of regions, for image score and map; 0: none"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a method shows of its work. Methods name tensors (`Method.stages`); `unflaw.report.figures` draws them."""
+"""Figures of the steps of a method. Methods name tensors (`Method.visualize`); `unflaw.report.figures` draws them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ class Stage(NamedTuple):
     """One tile.
 
     Attributes:
-        kind: How `values` are drawn, all brought to the size of the image:
+        kind: Drawing style of `values`, which are resized to the image:
             "image": (3, h, w) in [0, 1], as it is;
-            "features": F (C, g, g), by the detector's display decoder; left out where it has none;
+            "features": F (C, g, g), by the display decoder of the detector; left out if it has none;
             "mask": (1, h, w) in {0, 1}, white where 1;
             "cover": likewise, the row's image where 1 and covered where 0;
             "share": (1, h, w) in [0, 1], grey;
             "map": (1, h, w), at least 0, in colours from 0 to `limit`.
-        values: What is drawn.
-        limit: Of a map, the value shown in the lightest colour; None: the largest one of its column.
-        seen: (1, h, w) in {0, 1}: values are covered where it is 0; None: nowhere.
+        values: Tensor to draw.
+        limit: Value of a map that has the lightest colour; None: the largest one of its column.
+        seen: (1, h, w) in {0, 1}, 0 where values are covered; None: nowhere.
     """
 
     kind: Literal["image", "features", "mask", "cover", "share", "map"]

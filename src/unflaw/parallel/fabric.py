@@ -1,4 +1,4 @@
-"""Data-parallel training with Lightning Fabric: several processors or GPUs, of one machine or several.
+"""Data-parallel training with Lightning Fabric, on several processors or GPUs of one or more machines.
 
 torchrun --nproc-per-node 2 mine.py        # or: unflaw train … --devices 2, which starts its processes itself
 
@@ -34,24 +34,24 @@ except ImportError as error:
 from unflaw.config import Training
 from unflaw.errors import TrainingError
 from unflaw.io.words import count
-from unflaw.parallel.launch import OURS
+from unflaw.parallel.launch import FAILURE_FOLDER
 from unflaw.parallel.process_group import Engine, Loss, ProcessGroup, Terms, uses_bfloat16
 
 T = TypeVar("T")
 
 
 class FabricGroup(ProcessGroup):
-    """A group of several processes, each of which creates one.
+    """A group of several processes; each of them creates one.
 
     Args:
-        training: Of the detector that will be fitted: its `precision` chooses Fabric's plugin.
-        devices: Processes on this machine, one for each device.
-        accelerator: "cpu", "gpu", or "auto": GPUs where there are some.
-        strategy: "ddp", or "auto": that where there are several.
-        nodes: Machines.
+        training: Settings of the detector to be fitted; `precision` chooses Fabric's plugin.
+        devices: Number of processes on this machine, one for each device.
+        accelerator: "cpu", "gpu", or "auto": GPUs if available.
+        strategy: "ddp", or "auto": ddp for several processes.
+        nodes: Number of machines.
 
     Raises:
-        TrainingError: Devices that are not there, or an environment that says otherwise.
+        TrainingError: The devices are not available, or contradict the environment.
     """
 
     def __init__(
@@ -66,32 +66,32 @@ class FabricGroup(ProcessGroup):
         several = devices * nodes > 1 or strategy == "ddp"
         on_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
         self.bfloat16 = uses_bfloat16(training, torch.device("cuda" if on_gpu else "cpu"))
-        # buffers are the same in all processes as it is; the option's name depends on the version of torch
+        # buffers are equal in all processes anyway; the option's name depends on the version of torch
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {name: False}
         ddp = DDPStrategy(**options)
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # its greetings
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # hide its start messages
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # advice on data loaders, of which there are none
+                warnings.simplefilter("ignore")  # advice on data loaders, which are not used
                 self.fabric = Fabric(
                     accelerator=accelerator,
                     devices=devices,
                     num_nodes=nodes,
                     strategy=ddp if several else "auto",
                     precision="bf16-mixed" if self.bfloat16 else "32-true",
-                    plugins=[LightningEnvironment()] if OURS in os.environ else None,
+                    plugins=[LightningEnvironment()] if FAILURE_FOLDER in os.environ else None,
                 )
                 self.fabric.launch()
         except (MisconfigurationException, RuntimeError, ValueError) as error:
             raise TrainingError(
-                f"{count(devices, 'device')} ({accelerator}) on {count(nodes, 'node')} cannot be had: {error}"
+                f"{count(devices, 'device')} ({accelerator}) on {count(nodes, 'node')} are not available: {error}"
             ) from error
         self.rank, self.size, self.local_size = self.fabric.global_rank, self.fabric.world_size, devices
         self.device = self.fabric.device
         if self.size > 1:
-            self._objects: Any = dist.new_group(backend="gloo")  # for what lies in memory, whatever the devices
+            self._objects: Any = dist.new_group(backend="gloo")  # for objects in CPU memory
 
     def barrier(self) -> None:
         self.fabric.barrier()
@@ -130,7 +130,7 @@ class FabricGroup(ProcessGroup):
     ) -> Iterator[Engine]:
         if bfloat16 != self.bfloat16:
             raise TrainingError(
-                "the process group was made for another training.precision; give it the detector's settings"
+                "the process group was created for another training.precision; pass it the settings of the detector"
             )
         wrapped, _ = self.fabric.setup(_Callable(module), optimiser)
 

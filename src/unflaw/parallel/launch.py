@@ -1,4 +1,4 @@
-"""Starts the processes of a team, watches them, and ends all of them where one fails. No torch."""
+"""Starts the processes of a training, monitors them, and ends all of them if one fails. No torch."""
 
 from __future__ import annotations
 
@@ -18,60 +18,60 @@ from typing import Any
 
 from unflaw.errors import TrainingError
 
-OURS = "UNFLAW_TEAM"  # environment of a process started here: the folder where it leaves why it failed
-STOPPING = 60.0  # seconds that they have after Ctrl-C; the second one ends them at once
-PATIENCE = 2.0  # seconds that the others have to say why they fail, once one has failed
+FAILURE_FOLDER = "UNFLAW_FAILURE_FOLDER"  # environment variable of a started process: the folder for its failure report
+STOPPING = 60.0  # seconds for all processes to stop after Ctrl-C; a second Ctrl-C ends them at once
+PATIENCE = 2.0  # seconds for the others to report a failure, after one has failed
 
 
 def launched() -> bool:
-    """Whether this is already one process of a team: started here, by torchrun, or by srun."""
+    """Returns True in a process of a group, started by `launch`, torchrun or srun."""
     return "LOCAL_RANK" in os.environ or ("SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1")
 
 
 def launch(arguments: Sequence[str], processes: int, nodes: int = 1) -> int:
-    """Runs `python -m unflaw` with some arguments as several processes, whose first one speaks.
+    """Runs `python -m unflaw` with some arguments as several processes, the first of which prints.
 
-    Where there are several nodes, each one runs this, with MASTER_ADDR and MASTER_PORT of the first and its own
-    NODE_RANK in the environment.
+    With several nodes, each node runs this, with MASTER_ADDR and MASTER_PORT of the first node and its own NODE_RANK
+    in the environment.
 
     Returns:
-        0, or 2 where a process failed: then all have ended, and what the first one to fail said is on stderr. 130
-        where all have stopped at Ctrl-C, and the first process has said at what.
+        0; 2 if a process failed: all have ended, and the first failure is on stderr; 130 if all have stopped at
+        Ctrl-C, and the first process has printed where.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, and nobody has said that they stopped.
-        TrainingError: Several nodes, and an environment that does not say where they meet.
+        KeyboardInterrupt: Ctrl-C, and no process has reported that it stopped.
+        TrainingError: Several nodes, and variables are missing in the environment.
     """
     if nodes > 1 and (missing := [n for n in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if n not in os.environ]):
         raise TrainingError(
             f"--nodes {nodes} needs {', '.join(missing)} in the environment of every node; or start it with torchrun"
         )
-    with tempfile.TemporaryDirectory(prefix="unflaw-team-") as folder:
-        team: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(prefix="unflaw-") as folder:
+        group: list[subprocess.Popen[bytes]] = []
         try:
             common = _environment(processes, nodes)
             for rank in range(processes):
-                team.append(_start(arguments, rank, Path(folder), common))
-            while any(process.poll() is None for process in team) and not any(process.poll() for process in team):
+                group.append(_start(arguments, rank, Path(folder), common))
+            while any(process.poll() is None for process in group) and not any(process.poll() for process in group):
                 time.sleep(0.1)
-            if not any(process.poll() for process in team):
+            if not any(process.poll() for process in group):
                 return 0
             patient = time.monotonic() + PATIENCE
-            while any(process.poll() is None for process in team) and time.monotonic() < patient:
+            while any(process.poll() is None for process in group) and time.monotonic() < patient:
                 time.sleep(0.1)
-            sys.stderr.write(f"error: {_reason([process.poll() for process in team], Path(folder))}\n")
+            sys.stderr.write(f"error: {_reason([process.poll() for process in group], Path(folder))}\n")
             return 2
         except KeyboardInterrupt:
-            if team and _stop(team) == 130:
+            if group and _stop(group) == 130:
                 return 130
             raise
         finally:
-            _end(team)
+            _end(group)
 
 
 def watch_parent() -> None:
-    """In a process of a team that was started here: ends it when the one that started it is gone."""
-    if OURS not in os.environ:
+    """In a process started by `launch`: ends it when the launching process is gone."""
+    if FAILURE_FOLDER not in os.environ:
         return
 
     def wait() -> None:
@@ -81,22 +81,22 @@ def watch_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def leave_word(error: BaseException, expected: bool) -> bool:
-    """In a process of a team that was started here: leaves why it fails to the one that started it.
+def report_failure(error: BaseException, expected: bool) -> bool:
+    """In a process started by `launch`: reports why it fails to the launching process.
 
     Args:
-        error: What happened.
-        expected: A message for the user, rather than a fault to be traced.
+        error: The failure.
+        expected: True: report the message only. False: report the traceback.
 
     Returns:
-        Whether somebody will read it; otherwise it has to be said here.
+        False if this process was not started by `launch` and has to print the error itself.
     """
-    if OURS not in os.environ:
+    if FAILURE_FOLDER not in os.environ:
         return False
     message = str(error) if expected else "".join(traceback.format_exception(error))
-    word = {"time": time.time(), "expected": expected, "message": message}
-    path = Path(os.environ[OURS], f"{os.environ['LOCAL_RANK']}.json")
-    path.with_suffix(".part").write_text(json.dumps(word), "utf-8")
+    report = {"time": time.time(), "expected": expected, "message": message}
+    path = Path(os.environ[FAILURE_FOLDER], f"{os.environ['LOCAL_RANK']}.json")
+    path.with_suffix(".part").write_text(json.dumps(report), "utf-8")
     path.with_suffix(".part").replace(path)
     return True
 
@@ -108,13 +108,13 @@ def _environment(processes: int, nodes: int = 1) -> dict[str, str]:
         port = free.getsockname()[1]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     found = {**meeting, "OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
-    return found if nodes > 1 else found | meeting  # what is left of another training counts for nothing
+    return found if nodes > 1 else found | meeting  # variables of an earlier training are ignored
 
 
 def _start(arguments: Sequence[str], rank: int, folder: Path, common: dict[str, str]) -> subprocess.Popen[bytes]:
-    environment = common | {"LOCAL_RANK": str(rank), OURS: str(folder)}
+    environment = common | {"LOCAL_RANK": str(rank), FAILURE_FOLDER: str(folder)}
     command = [sys.executable, "-m", "unflaw", *arguments]
-    # of a session of its own: Ctrl-C comes from this process, to all of them once
+    # a session of its own: only this process sends Ctrl-C, once to each
     options: dict[str, Any] = {"env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
     if rank == 0:
         return subprocess.Popen(command, **options)
@@ -123,41 +123,41 @@ def _start(arguments: Sequence[str], rank: int, folder: Path, common: dict[str, 
 
 
 def _reason(codes: Sequence[int | None], folder: Path) -> str:
-    """Why a team failed: a process that was killed, else the first that left word, else one that ended without."""
+    """Reason of a failure: a killed process, else the first report, else a process that ended without one."""
     failed = {rank: code for rank, code in enumerate(codes) if code}
     for rank, code in failed.items():
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
             hint = "; perhaps memory ran out" if name == "SIGKILL" else ""
             return f"process {rank + 1} of {len(codes)} was ended by signal {-code} ({name}){hint}; train again"
-    words = [(json.loads(path.read_text("utf-8")), int(path.stem)) for path in folder.glob("*.json")]
-    for word, rank in sorted(words, key=lambda item: (not item[0]["expected"], item[0]["time"])):
-        if word["expected"]:
-            return word["message"]
-        return f"process {rank + 1} of {len(codes)} failed:\n{word['message']}"
+    reports = [(json.loads(path.read_text("utf-8")), int(path.stem)) for path in folder.glob("*.json")]
+    if reports:
+        first, rank = min(reports, key=lambda item: (not item[0]["expected"], item[0]["time"]))
+        failed_at = "" if first["expected"] else f"process {rank + 1} of {len(codes)} failed:\n"
+        return failed_at + first["message"]
     rank, code = next(iter(failed.items()))
     log = folder / f"{rank}.log"
-    said = log.read_text("utf-8", "replace").strip().splitlines()[-5:] if log.is_file() else []
-    return "\n".join([f"process {rank + 1} of {len(codes)} ended with exit code {code}", *said])
+    lines = log.read_text("utf-8", "replace").strip().splitlines()[-5:] if log.is_file() else []
+    return "\n".join([f"process {rank + 1} of {len(codes)} ended with exit code {code}", *lines])
 
 
-def _stop(team: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Hands on Ctrl-C, after which a training still finishes its step; the exit code of the first process, if any."""
-    for process in team:
+def _stop(group: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Forwards Ctrl-C and waits while trainings finish their step; returns the exit code of the first process, if any."""
+    for process in group:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
     patient = time.monotonic() + STOPPING
-    while any(process.poll() is None for process in team) and time.monotonic() < patient:
+    while any(process.poll() is None for process in group) and time.monotonic() < patient:
         time.sleep(0.1)
-    return team[0].poll()
+    return group[0].poll()
 
 
-def _end(team: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends what still runs: politely, then not."""
-    for process in team:
+def _end(group: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Terminates running processes, and kills those that do not end."""
+    for process in group:
         if process.poll() is None:
             process.terminate()
-    for process in team:
+    for process in group:
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
 """The processes that work on one training: a single one, or several with the usual data-parallel semantics.
 
-Each process of a group works on its own equal part of every batch, with a random stream of its own; gradients are
-averaged over processes. So nothing of a group shows in methods, whose `loss` sees a batch and a generator.
+Each process works on its own equal part of every batch, with its own random stream; gradients are averaged over
+processes. Methods do not depend on the group: their `loss` gets a batch and a generator.
 """
 
 from __future__ import annotations

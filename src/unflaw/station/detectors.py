@@ -104,7 +104,7 @@ class Served:
         log: Log,
         category: str,
         *,
-        keep: bool = True,
+        append: bool = True,
         sampled: bool = False,
         rate: float | None = None,
         miss_rate: float | None = None,
@@ -114,7 +114,7 @@ class Served:
         A second copy of the detector is calibrated. Inspections go on meanwhile, with the old thresholds.
 
         Args:
-            keep, rate, miss_rate: As in `Detector.calibrate`; decided defects are used only with a `miss_rate`.
+            append, rate, miss_rate: As in `Detector.calibrate`; decided defects are used only with a `miss_rate`.
             sampled: Use only good images drawn at random for review. Those reviewed because of their verdict are not
                 representative of future images, and raise the threshold.
 
@@ -132,7 +132,7 @@ class Served:
             from unflaw.calibration.recalibrate import counted  # imports torch
 
             fresh: Any = unflaw.load(str(self.path))
-            learned, known = set(fresh.record_.get("seen", [])), counted(fresh.record_, category) if keep else set()
+            learned, known = set(fresh.record_.get("seen", [])), counted(fresh.record_, category) if append else set()
             decided = self._decided(log, category)
             good = [e.digest for e in decided if e.decision == "good" and (e.sampled or not sampled)]
             defects = [e.digest for e in decided if e.decision == "defect"] if miss_rate is not None else []
@@ -149,7 +149,7 @@ class Served:
                     "first"
                 )
             after = fresh.calibrate(
-                good_paths, defect_paths, rate=rate, miss_rate=miss_rate, category=category or None, keep=keep
+                good_paths, defect_paths, rate=rate, miss_rate=miss_rate, category=category or None, append=append
             )
             fresh.save(self.path)
             before = self.detector.calibrations[category]

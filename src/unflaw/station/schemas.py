@@ -217,9 +217,9 @@ class StationState(BaseModel):
 class Recalibration(BaseModel):
     """Options of a recalibration."""
 
-    model_config = _example(category="", keep=True, sampled=True) | ConfigDict(extra="forbid")
+    model_config = _example(category="", append=True, sampled=True) | ConfigDict(extra="forbid")
     category: str = Field("", max_length=200, description="Category, for a detector with several.")
-    keep: bool = Field(True, description="Also use the scores of the previous calibration.")
+    append: bool = Field(True, description="Also use the scores of the previous calibration.")
     sampled: bool = Field(
         False,
         description="Use only good images drawn at random. Those reviewed because of their verdict are not "
@@ -240,7 +240,7 @@ class RecalibrationDone(BaseModel):
     defects: int = Field(description="Number of defects used.")
     seen: int = Field(description="Number of good images left out because the detector was trained on them.")
     counted: int = Field(
-        description="Number of good images left out because their scores are already among the kept ones."
+        description="Number of good images left out because the previous calibration already has their scores."
     )
     lost: int = Field(description="Number of images left out because they are no longer kept.")
     digest: str = Field(description="SHA-256 of the new detector file, in hex.")

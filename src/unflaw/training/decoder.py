@@ -1,4 +1,4 @@
-"""The decoder that draws restored features as an image. For people only: it never takes part in scoring."""
+"""Training of the decoder that draws restored features as an image, for display only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unflaw.training.loop import optimise, seeded
 
 
 def fit_display(cache: Cache, settings: Training, progress: Progress) -> DisplayDecoder:
-    """A decoder that has learned to draw the features of a cache."""
+    """Trains a decoder on the features and thumbnails of a cache."""
     with seeded(settings.seed):
         decoder = DisplayDecoder(cache.features.shape[1])
 

@@ -47,8 +47,8 @@ class Fitted:
     """Result of a training.
 
     Attributes:
-        network: Trained.
-        display: Decoder that draws restored features; None where nothing is drawn.
+        network: Trained network.
+        display: Decoder that draws restored features; None if there is none.
         categories: Network, calibration and drift reference of each category.
         record: Facts about the training, as in `Detector.record_`.
     """
@@ -73,11 +73,11 @@ def fit(
     """Trains a detector on good images; see `Detector.fit`.
 
     Args:
-        config: Of the detector.
-        data, progress, checkpoint, group: As for `Detector.fit`.
-        backbone: Frozen, with its weights; a method on pixels has an empty one.
+        config: Configuration of the detector.
+        data, progress, checkpoint, group: See `Detector.fit`.
+        backbone: Frozen backbone with its weights; empty for a method on pixels.
         weights: Name of the weights in the record.
-        source: Origin of raw features; None: the images.
+        source: Source of raw features; None: the images.
     """
     started, settings = time.perf_counter(), config.training
 
@@ -151,16 +151,16 @@ def fit_cached(
     """Trains and calibrates a network from cached features: split → train → calibrate.
 
     Args:
-        network: Untrained, its extractor fitted.
-        cache: Good images but those of validation parts.
-        validation: Those, where there are any.
+        network: Untrained network, its extractor fitted.
+        cache: Good images except those of validation parts.
+        validation: Images of validation parts, if any.
         textures: F of texture images, for methods that use them.
-        progress, checkpoint, group: As for `Detector.fit`.
+        progress, checkpoint, group: See `Detector.fit`.
 
     Returns:
-        With the "history" of losses in the record, the number of images "held_out" and, where they have names, numbers
-        by "categories". "strangest": good images that stand out, as from `outliers.outliers`, with their category where
-        it has a name; "strangest_among": all good images, or those held out, where the method has no memory.
+        The result. Its record has the "history" of losses, the number of images "held_out", numbers by "categories" if
+        they have names, "strangest", outliers from `outliers.outliers` with their category, and "strangest_among", the
+        images among which outliers were searched: all good images, or the held-out ones if there is no memory.
     """
     config, options = network.config, network.config.calibration
     settings, budget = config.training, config.training.cache_gb * 2**30

@@ -1,4 +1,4 @@
-"""The one training loop, the same for every method, and its checkpoints."""
+"""Training loop of all methods, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from unflaw.parallel.process_group import (
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """One cycle: linear warm-up over the first tenth, cosine to a hundredth of the peak."""
+    """One-cycle schedule: linear warm-up over the first tenth, cosine decay to a hundredth of the peak."""
     warm = max(1, steps // 10)
     if step < warm:
         return peak * (step + 1) / warm
@@ -63,10 +63,10 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def step_rng(seed: int, step: int, stream: int = 0) -> Generator:
-    """Randomness of one step, a function of its arguments alone, so that resuming needs no generator state.
+    """Generator of one step, a function of the arguments only, so that resuming needs no generator state.
 
-    `stream` numbers the parts that a batch is computed in: those of all processes, and the passes of each. Generators
-    use the lower 32 bits of a seed: the golden ratio keeps a thousand streams a million steps apart in these.
+    `stream` numbers the parts of a batch: the passes of all processes. Generators use the lower 32 bits of a seed; in
+    these the golden ratio keeps a thousand streams a million steps apart.
     """
     return torch.Generator().manual_seed(seed * 1_000_003 + step + stream * 2_654_435_769)
 
@@ -76,9 +76,9 @@ _SEEDING = threading.RLock()
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Makes what new modules begin with a function of the seed, and leaves the global generators as they were.
+    """Makes the initialisation of new modules a function of the seed, and restores the global generator afterwards.
 
-    Modules are made on the CPU: only its generator is seeded. Threads that make modules wait for each other.
+    Only the generator of the CPU is seeded, where modules are created. Threads wait for each other.
     """
     with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -99,37 +99,37 @@ def optimise(
     group: ProcessGroup = SINGLE_PROCESS,
     bfloat16: bool = False,
 ) -> list[dict[str, float]]:
-    """The loop: AdamW, one-cycle rate, clipped gradients; the last step counts, nothing is chosen on test images.
+    """Trains with AdamW, a one-cycle learning rate and clipped gradients; the last step is used, without selection.
 
     A batch is computed in equal parts: one for each process of the group and each of its `settings.accumulate` passes.
-    Each part has its own random stream, draws its own rows, and counts equally in the gradient. So a process that makes
-    two passes learns what two processes of one pass do, up to rounding. Batch normalisation is that of a part; its
+    Each part has its own random stream, draws its own rows, and counts equally in the gradient. So one process
+    with two passes is equivalent to two processes with one pass, up to rounding. Batch normalisation is per part; its
     running statistics are those of the process of rank 0.
 
     Args:
-        module: Its parameters that require gradients are trained.
-        loss: From rows (B,) of the cache and randomness to named terms, means over these rows; "loss" is minimised.
+        module: Module whose parameters that require gradients are trained.
+        loss: Maps rows (B,) of the cache and a generator to named terms, means over these rows; "loss" is minimised.
         n: Number of images in the cache.
         steps: Optimiser steps.
-        checkpoint: Saved there every `settings.checkpoint_seconds`, after the last step, and after the step in which
-            Ctrl-C is pressed; resumed from where present.
-        identity: Of data and settings; a checkpoint of others is refused.
+        checkpoint: File to resume from, if it exists. It is saved every `settings.checkpoint_seconds`, after the last
+            step, and after the step in which Ctrl-C is pressed.
+        identity: Identity of data and settings; a checkpoint with another one is refused.
         group: Processes that train together.
-        bfloat16: Of matrix products.
+        bfloat16: Use bfloat16 for matrix products.
 
     Returns:
-        The mean of each term over every hundredth of the run.
+        Mean of each term over every hundredth of the run.
 
     Raises:
-        TrainingError: A batch that cannot be cut into equal parts, an infinite loss, a checkpoint that cannot be used.
+        TrainingError: The batch cannot be divided into equal parts, the loss is infinite, or the checkpoint is unusable.
         InUseError: Another training writes the checkpoint. KeyboardInterrupt: Ctrl-C; `module` is in evaluation mode,
-            as after any end.
+            as always afterwards.
     """
     parts = _parts(settings, group)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(decay_groups(module, settings.weight_decay), settings.learning_rate)
     history: list[dict[str, float]] = []
-    window: list[dict[str, float]] = []  # of steps that history does not hold yet
+    window: list[dict[str, float]] = []  # steps that are not yet in history
     start = 0
     with ExitStack() as stack:
         if checkpoint is not None:
@@ -176,9 +176,9 @@ def optimise(
 
 @contextmanager
 def _interruptible(wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Tells whether Ctrl-C was pressed: the first only asks for an end after the step, the second ends at once.
+    """Yields a function that returns True once Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt at once.
 
-    Only where Ctrl-C would raise a KeyboardInterrupt otherwise, in the midst of a step.
+    It always returns False if `wanted` is False, outside of the main thread, and if Ctrl-C has another handler.
     """
     noted = False
 
@@ -211,14 +211,14 @@ def train(
     checkpoint: Path | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[dict[str, float]]:
-    """What a method learns from a cache: first what needs no gradient, then by the loop.
+    """Trains a method on a cache: first `Method.fit_memory`, then the loop.
 
     Args:
-        network: With its extractor fitted.
-        cache: All images to learn from.
+        network: Method with its extractor fitted.
+        cache: Training images.
         textures: F of texture images, for methods that use them.
-        rng: What `Method.fit_memory` draws.
-        progress, checkpoint, group: As for `optimise`.
+        rng: Random stream of `Method.fit_memory`.
+        progress, checkpoint, group: See `optimise`.
 
     Returns:
         The history of `optimise`; empty for a method that trains nothing.
@@ -250,7 +250,7 @@ def train(
 
 
 def _identity(network: Method, cache: Cache) -> str:
-    """Of images, backbone and settings, for checkpoints."""
+    """Identity of images, backbone and settings, for checkpoints."""
     backbone = hashlib.sha256()
     for tensor in network.features.backbone.state_dict().values():
         backbone.update(tensor.numpy().tobytes())
@@ -261,7 +261,7 @@ def _identity(network: Method, cache: Cache) -> str:
 
 
 def _parts(settings: Training, group: ProcessGroup) -> int:
-    """Checks that a batch can be cut into equal parts, and returns their number."""
+    """Returns the number of equal parts of a batch. Raises TrainingError if it cannot be divided."""
     parts = group.size * settings.accumulate
     if settings.batch % parts:
         processes, passes = count(group.size, "process", "processes"), count(settings.accumulate, "pass", "passes")
@@ -275,7 +275,7 @@ def _parts(settings: Training, group: ProcessGroup) -> int:
 def _gradients(
     engine: Engine, n: int, settings: Training, step: int, parts: int, group: ProcessGroup
 ) -> dict[str, float]:
-    """Leaves the gradients of the mean loss over a batch in the parameters; returns the means of its terms."""
+    """Computes the gradients of the mean loss over a batch; returns the means of its terms."""
     passes, sums = settings.accumulate, defaultdict[str, float](float)
     for number in range(passes):
         rng = step_rng(settings.seed, step, group.rank * passes + number)
@@ -310,7 +310,7 @@ def _checkpoint(
 
 
 def _read(path: Path, identity: str) -> tuple[dict[str, str], dict[str, Tensor]] | None:
-    """Metadata and tensors of a checkpoint; None where there is none."""
+    """Metadata and tensors of a checkpoint; None if it does not exist."""
     if not path.is_file():
         return None
     try:
@@ -331,7 +331,7 @@ def _restore(
     module: nn.Module,
     optimiser: torch.optim.Optimizer,
 ) -> tuple[int, list[dict[str, float]], list[dict[str, float]]]:
-    """Step, history and window of what was read of a checkpoint; its tensors are put into module and optimiser."""
+    """Loads a checkpoint into module and optimiser; returns step, history and window."""
     metadata, tensors = found
     try:
         parameters: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}

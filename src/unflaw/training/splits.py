@@ -1,4 +1,4 @@
-"""Categories of products: whose image is which, and which ones calibrate. A detector of one has the category ""."""
+"""Categories of images, and the split into training and calibration. A single category has the name ""."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Data = str | Path | Dataset | Iterable[ImageLike]  # what `load_dataset` recogni
 
 @brief
 class Category(NamedTuple):
-    """What a detector knows of one category alone; all else is common to its categories."""
+    """State of one category of a detector; everything else is shared by its categories."""
 
     calibration: Calibration
-    network: Method  # `Method.with_category`: what is normal is its own, the weights are common
+    network: Method  # from `Method.with_category`
     reference: Reference | None = None
 
 
 def resolve_data(data: Data | Mapping[str, Data]) -> tuple[list[Input], list[Input], dict[Input, str]]:
-    """Images to train on and to calibrate with, and the category of each.
+    """Returns training images, validation images, and the category of each.
 
     Raises:
-        TrainingError, DatasetError: Data that cannot work, of any category. TypeError: As `inputs`.
+        TrainingError, DatasetError: Unusable data of any category. TypeError: See `inputs`.
     """
     if isinstance(data, Mapping) and not (data and all(data)):
         raise TrainingError("there is no category, or one without a name; give {name: data, …}")
@@ -64,17 +64,18 @@ def resolve_data(data: Data | Mapping[str, Data]) -> tuple[list[Input], list[Inp
 def without_copies(
     train: Sequence[Input], validation: Sequence[Input], categories: Mapping[Input, str], contents: Mapping[Input, str]
 ) -> tuple[list[Input], list[Input], list[tuple[str, str]]]:
-    """Training and validation images without those that another file of the category shows already.
+    """Removes training and validation images that are copies of another file of the category.
 
-    An image that is trained on and calibrates as well, or does so twice, would look more normal than new ones, and
-    the rate that is certified would be wrong.
+    An image that trains and calibrates, or calibrates twice, would score lower than new ones, and the certified rate
+    would be wrong.
 
     Args:
-        categories: Of each image.
+        train, validation: Images.
+        categories: Category of each image.
         contents: Keys from `samples.content_keys`.
 
     Returns:
-        What is left of both, and (path, reason) of what is not.
+        The rest of both, and (path, reason) of each removed image.
     """
     copies: dict[Input, Input] = {}
     for name in dict.fromkeys(categories.values()):
@@ -90,16 +91,19 @@ def without_copies(
 def split_calibration(
     cache: Cache, validation: Cache | None, share: float, budget: float
 ) -> tuple[Cache, dict[str, Cache]]:
-    """Images to train on, and by category those that calibrate: its validation part or, without one, the last ones.
+    """Splits off the calibration images of each category: its validation part, or without one its last images.
 
     Args:
-        cache: Of all good images but validation parts.
-        validation: Those, where there are any.
-        share: Of the images of a category that is held out, at least two images; 0: none, it is cross-fitted.
-        budget: Of `Cache.take`.
+        cache: All good images except validation parts.
+        validation: Validation parts, if any.
+        share: Share of the images of a category to hold out, at least two images; 0: none.
+        budget: See `Cache.take`.
+
+    Returns:
+        Training images, and calibration images by category.
 
     Raises:
-        TrainingError: The share leaves too few to train on.
+        TrainingError: The share leaves too few images to train on.
     """
     given = {} if validation is None else validation.rows()
     trained: list[int] = []
@@ -121,7 +125,7 @@ def split_calibration(
 
 
 def build_drift_reference(train: Cache, rows: Sequence[int], held: Cache | None, seed: int) -> Reference:
-    """What tells drift of a category: its good images, by rows, and those held out, in random order."""
+    """Drift reference of a category: its training images, by rows, and its held-out ones, in random order."""
     described = [train.described[train.heads(rows)].numpy()]
     if held is not None:
         described.append(held.described[held.heads()].numpy())

@@ -546,13 +546,13 @@ function card(title, name, category) {
   const field = (type, key, text, more = {}) => el("label", { class: "check" }, el("input", { type, name: key, ...more }), el("span", {}, text));
   const form = el(
     "form", {},
-    field("checkbox", "keep", "Also use the scores of the previous calibration", { checked: true }),
+    field("checkbox", "append", "Also use the scores of the previous calibration", { checked: true }),
     field("checkbox", "sampled", "Use only good images drawn at random"),
     el("p", { class: "dim" }, "Good images that were reviewed because of their verdict are not representative: they raise the threshold."),
     field("number", "miss", "Maximum % of missed defects; empty: calibrate with good images only", { min: "0.1", max: "50", step: "any", inputmode: "decimal" }),
     el("div", { class: "row" }, el("button", { class: "primary" }, "Recalibrate")),
   );
-  const { keep, sampled, miss } = form.elements;
+  const { append, sampled, miss } = form.elements;
   const outcome = el("div", { role: "status", "aria-live": "polite" });
   let chosen = false;
   sampled.addEventListener("change", () => (chosen = true));
@@ -562,7 +562,7 @@ function card(title, name, category) {
     button.disabled = true;
     outcome.replaceChildren(el("p", { class: "dim" }, "Inspecting the decided images …"));
     try {
-      const wanted = { category, keep: keep.checked, sampled: sampled.checked, ...(miss.value ? { miss_rate: Number(miss.value) / 100 } : {}) };
+      const wanted = { category, append: append.checked, sampled: sampled.checked, ...(miss.value ? { miss_rate: Number(miss.value) / 100 } : {}) };
       const done = await send(`detectors/${encodeURIComponent(name)}/calibrate`, "POST", wanted);
       const left = [done.seen && `${done.seen} used in training`, done.counted && `${done.counted} used before`, done.lost && `${done.lost} no longer kept`].filter(Boolean);
       const used = `with ${counted(done.good, "good image")} and ${counted(done.defects, "defective image")}${left.length ? ` (left out: ${left.join(", ")})` : ""}`;
