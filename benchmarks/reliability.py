@@ -43,7 +43,7 @@ Counts = list[tuple[int, int, int, int]]  # false alarms, good test images, k an
 
 def main(data: Sequence[Path], models: int) -> None:
     torch.set_num_threads(1)
-    print("| set | split | models | calibrated on | nominal | promised | realised | 95 % of counts | within |")
+    print("| set | split | models | calibrated on | nominal | guaranteed | realised | 95 % of counts | within |")
     print("|---|---|---|---|---|---|---|---|---|")
     for path in data:
         dataset = load_dataset(path)
@@ -99,10 +99,10 @@ def row(dataset: str, split: str, rate: float, counts: Counts) -> str:
     drawn = sum(stats.betabinom.rvs(m, k, n + 1 - k, size=20_000, random_state=rng) for _, m, k, n in counts)
     low, high = np.quantile(drawn, [0.025, 0.975])
     k, n = counts[0][2:]
-    promised = f"{k / (n + 1):.2%}" + ("" if k / (n + 1) <= rate else " (more is not certified)")
+    guaranteed = f"{k / (n + 1):.2%}" + ("" if k / (n + 1) <= rate else " (more is not certified)")
     within = "yes" if low <= alarms <= high else "below" if alarms < low else "above"
     return (
-        f"| {dataset} | {split} | {len(counts)} | {n} | {rate:.0%} | {promised} "
+        f"| {dataset} | {split} | {len(counts)} | {n} | {rate:.0%} | {guaranteed} "
         f"| {alarms / tests:.2%} ({alarms} of {tests}) | {low / tests:.2%} to {high / tests:.2%} | {within} |"
     )
 

@@ -85,7 +85,7 @@ def test_everything_works_with_it(padim, parts, weights, tmp_path):
 
 
 def test_its_images_are_cross_fitted_by_learning_anew(padim, parts, weights, monkeypatch):
-    """It has no memory to leave an image out of: scores of images that it knows would promise too much."""
+    """It has no memory to leave an image out of: scores of images that it knows would give too optimistic a rate."""
     seen: list[int] = []
     whole = padim.PaDiM.fit_memory
 

@@ -276,7 +276,7 @@ def scores_of(detector: Detector, cache: Cache) -> list[float]:
 
 @pytest.mark.parametrize("method", ["nearest_neighbor", "uranet", "mfrnet"])
 def test_good_images_raise_no_more_alarms_than_certified(tiny, method):
-    """Averaged over draws of the held-out images: the promise of `Calibration`, kept by the whole of `learn`."""
+    """Averaged over draws of the held-out images: the guarantee of `Calibration`, kept by the whole of `learn`."""
     changes = {"training.steps": 1, "calibration.update_memory": False}
     made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(0)
     train, held, fresh, trials, alarms = good_ones(20, rng), 9, 20, 150, 0
@@ -291,7 +291,7 @@ def test_good_images_raise_no_more_alarms_than_certified(tiny, method):
 
 @pytest.mark.parametrize("method", ["nearest_neighbor", "uranet", "mfrnet"])
 def test_images_that_calibrate_have_no_other_part(tiny, method):
-    """What makes the promise exact: of ten images, each in turn the new one, a single one raises an alarm."""
+    """The reason why the guarantee is exact: of ten images, each in turn the new one, a single one raises an alarm."""
     changes = {"training.steps": 0, "calibration.update_memory": False}
     made, rng = unfitted(tiny, method, **changes), torch.Generator().manual_seed(1)
     train, ten, states, alarms = good_ones(20, rng), good_ones(10, rng), [], []

@@ -1,7 +1,7 @@
 """The configuration of a detector, validated and saved with it as JSON. Importing it does not import torch.
 
-Options of a method are defined with the method; see `unflaw.registry`. `make_config("uranet", "paper")` returns settings
-of the paper's scale.
+Options of a method are defined with the method; see `unflaw.registry`. `make_config("uranet", "paper")` returns
+settings of the paper's scale.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Weights(enum.Enum):
 
     @staticmethod
     def name_of(source: WeightSource, short: bool = False) -> str:
-        """Returns the name of a source in records: "default", "random", "later" or its path; if `short`, its file name."""
+        """Returns the name of a source: "default", "random", "later" or its path; if `short`, its file name."""
         if source is None or isinstance(source, Weights):
             return "default" if source is None else source.value
         name = Path(source).name if short else str(source)

@@ -1,4 +1,4 @@
-"""Cross-fitting: every good image is judged without what was learned from it."""
+"""Cross-fitting: every good image is scored by a network that did not learn from it."""
 
 import math
 

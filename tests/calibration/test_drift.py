@@ -79,7 +79,7 @@ def test_a_local_defect_moves_little_but_the_light_of_its_cell():
 # One image
 
 
-def test_single_images_keep_their_promise():
+def test_single_images_keep_their_guarantee():
     rng, hits, trials = np.random.default_rng(4), 0, 400
     for _ in range(trials):
         described = rng.gamma(2, 1, (30, 6)) @ rng.normal(size=(6, 6))
@@ -102,7 +102,7 @@ def test_the_last_digit_of_a_tie_does_not_count():
 # Batches
 
 
-def test_batches_keep_their_promise():
+def test_batches_keep_their_guarantee():
     rng, alarms, trials = np.random.default_rng(5), 0, 150
     for _ in range(trials):
         described = np.clip(rng.standard_cauchy((30, 5)), -50, 50) @ rng.normal(size=(5, 5))

@@ -47,7 +47,7 @@ def test_the_certified_rate_is_the_asked_one_or_the_smallest_there_is(scores, ra
 
 
 @pytest.mark.parametrize("n, rate", [(30, 0.1), (99, 0.01), (7, 0.25)])
-def test_good_images_raise_alarm_no_more_often_than_promised(n, rate):
+def test_good_images_raise_alarm_no_more_often_than_guaranteed(n, rate):
     """Averaged over calibration sets, P(alarm) = ⌊rate·(n + 1)⌋ / (n + 1) for continuous scores: exact for every n."""
     rng = np.random.default_rng(0)
     trials, fresh = 400, 200
@@ -65,7 +65,7 @@ def test_good_images_raise_alarm_no_more_often_than_promised(n, rate):
 def test_too_few_images_are_told_with_the_rate_they_certify_and_how_many_would_do():
     few = calibrate([float(i) for i in range(19)], [0.0] * 19, 0.0, 0.01)
     assert not few.certified and few.rate == 1 / 20
-    assert few.threshold == 18.0  # the highest: nothing stricter can be promised
+    assert few.threshold == 18.0  # the highest: nothing stricter can be guaranteed
     text = few.describe()
     assert "19 good images" in text and "5.00%" in text and "1.00%" in text and "99 would" in text
     enough = calibrate([float(i) for i in range(99)], [0.0] * 99, 0.0, 0.01)
@@ -111,17 +111,17 @@ def test_a_miss_rate_is_kept_by_the_defects_given_or_refused(scores, defects, ra
 
 
 @pytest.mark.parametrize("m, rate", [(20, 0.1), (39, 0.05)])
-def test_new_defects_are_missed_no_more_often_than_promised(m, rate):
+def test_new_defects_are_missed_no_more_often_than_guaranteed(m, rate):
     rng, missed = np.random.default_rng(1), 0
     trials, fresh = 400, 200
     for _ in range(trials):
         defects = rng.normal(2, 1, m)
         calibration = calibrate([0.0], [0.0], 0.0, defects=defects.tolist(), miss_rate=rate)
         missed += (rng.normal(2, 1, fresh) <= calibration.threshold).sum()
-    promised = math.floor(rate * (m + 1)) / (m + 1)
-    # the spread over calibration sets is that of the Beta distribution of the promised rate
-    spread = math.sqrt(promised * (1 - promised) / (m + 2) / trials)
-    assert missed / (trials * fresh) == pytest.approx(promised, abs=4 * spread)
+    guaranteed = math.floor(rate * (m + 1)) / (m + 1)
+    # the spread over calibration sets is that of the Beta distribution of the guaranteed rate
+    spread = math.sqrt(guaranteed * (1 - guaranteed) / (m + 2) / trials)
+    assert missed / (trials * fresh) == pytest.approx(guaranteed, abs=4 * spread)
 
 
 @given(score_lists, score_lists, st.floats(0.01, 100))
@@ -208,7 +208,7 @@ def test_review_lies_between_two_rates_and_takes_nothing_from_the_first(scores, 
         assert (verdict == "review") == (calibration.rate < p <= calibration.review_rate)
 
 
-def test_good_images_are_called_so_as_often_as_promised():
+def test_good_images_are_called_so_as_often_as_guaranteed():
     rng, n = np.random.default_rng(3), 99
     trials, fresh = 400, 200
     verdicts = []
@@ -216,9 +216,9 @@ def test_good_images_are_called_so_as_often_as_promised():
         calibration = calibrate(rng.gumbel(size=n).tolist(), [0.0] * n, 0.0, 0.01, review_rate=0.05)
         verdicts += [calibration.verdict(score) for score in rng.gumbel(size=fresh)]
     assert calibration.describe().endswith("; with those for review 5.00%")
-    for kinds, promised in ((("defect",), 0.01), (("defect", "review"), 0.05)):
-        deviation = math.sqrt(promised * (1 - promised) * (1 / (n + 2) + 1 / fresh) / trials)
-        assert np.isin(verdicts, kinds).mean() == pytest.approx(promised, abs=4 * deviation)
+    for kinds, guaranteed in ((("defect",), 0.01), (("defect", "review"), 0.05)):
+        deviation = math.sqrt(guaranteed * (1 - guaranteed) * (1 / (n + 2) + 1 / fresh) / trials)
+        assert np.isin(verdicts, kinds).mean() == pytest.approx(guaranteed, abs=4 * deviation)
 
 
 def test_without_a_rate_or_with_too_few_images_nothing_is_reviewed():
@@ -278,7 +278,7 @@ def test_evidence_is_gathered_within_the_image():
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.05])
-def test_kept_images_leave_the_pixel_rate_as_promised(rate):
+def test_kept_images_leave_the_pixel_rate_as_guaranteed(rate):
     """Also where a smaller one is asked for than they were calibrated with, of which their maps are not known."""
     rng, n, fresh, trials = np.random.default_rng(8), 39, 200, 150
     shown = 0.0
@@ -295,7 +295,7 @@ def test_kept_images_leave_the_pixel_rate_as_promised(rate):
 
 
 @pytest.mark.parametrize("minimum", [0.0, 0.02])
-def test_regions_show_on_no_more_good_images_than_promised(minimum):
+def test_regions_show_on_no_more_good_images_than_guaranteed(minimum):
     """Whatever the minimum area: the pixel threshold is calibrated with it."""
     rng, valid, n, fresh, trials = np.random.default_rng(6), (0, 0, 24, 24), 19, 20, 40
     options = make_config(changes={"calibration.false_alarm_rate": 0.1}).calibration

@@ -1,4 +1,4 @@
-"""From images to calibration: what `fit` promises of the whole way. Its steps have tests of their own."""
+"""From images to calibration: the guarantees of `fit` as a whole. Its steps have tests of their own."""
 
 import json
 import os

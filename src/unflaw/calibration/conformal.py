@@ -31,9 +31,9 @@ def p_value(ordered: Sequence[float], score: float) -> float:
 
 
 def rank(n: int, rate: float) -> int:
-    """Largest k ≥ 1 such that a new score exceeds the k-th largest of n with probability at most k / (n + 1) ≤ `rate`.
+    """Rank k ≥ 1 such that a new score exceeds the k-th largest of n with probability at most k / (n + 1).
 
-    k = 1 exceeds the rate if n is too small. Otherwise p ≤ rate ⇔ #{s_i ≥ s} ≤ rate·(n + 1) − 1 ⇔ s above the k-th largest.
+    That is at most `rate`, if n is large enough: p ≤ rate ⇔ #{s_i ≥ s} ≤ rate·(n + 1) − 1 ⇔ s above the k-th largest.
     """
     return max(1, math.floor(rate * (n + 1) + 1e-9))
 
@@ -159,7 +159,7 @@ def combine(p_values: Sequence[float], method: Combination = "bonferroni") -> fl
     Args:
         p_values: K p-values.
         method: "bonferroni", K times the smallest, is best if a defect shows in one image. "harmonic", "geometric" and
-            "mean" are multiples of means (Vovk and Wang 2020); in this order they suit defects that show in more images.
+            "mean" are multiples of means (Vovk and Wang 2020); in this order they suit defects in more images.
 
     Raises:
         ValueError: None given, or outside (0, 1].

@@ -8,8 +8,8 @@ did not learn from it. Then small sets lose no training images.
   p-values are at least those of the jackknife+ (Barber et al. 2021): P(p ≤ α) ≤ 2α for every n and distribution, and
   about α unless a single image changes much. This assumes that one image hardly changes the choice of prototypes and
   the statistics of `Method.fit_normalization`.
-* Images of a validation part may resemble each other more than new ones, so leave-one-out is not enough. They are scored
-  first and added to the memory afterwards. That can only lower scores, so their rate is certified.
+* Images of a validation part may resemble each other more than new ones, so leave-one-out is not enough. They are
+  scored first and added to the memory afterwards. That can only lower scores, so their rate is certified.
 * Any other method is trained K more times, each time without one fold. If all K networks scored a new image, P(p ≤ α)
   would be at most 2α + (1 − K/n) / (K + 1) (Vovk 2015; Barber et al. 2021, CV+). But one network that learned from all
   images scores it. A rate of about α is not proved: it assumes that more training images do not raise the scores of new

@@ -157,7 +157,7 @@ def check_rate(rate: float) -> None:
 
 
 def references(metadata: Mapping[str, Any]) -> dict[str, Reference]:
-    """Reads the reference of each category from the metadata of a detector file; those of other statistics are left out.
+    """Reads the reference of each category from the metadata of a detector file, except those of other statistics.
 
     Raises:
         KeyError, ValueError: They are damaged.

@@ -23,8 +23,8 @@ from unflaw.postprocessing.results import Region, Scale, Verdict
 class Calibration(BaseModel):
     """Thresholds and p-values from the scores and maps of good images outside of training.
 
-    A good image, exchangeable with the calibration images, gets `p_value(score) <= rate` with probability at most `rate` (split
-    conformal prediction, valid for every n). The smallest rate that n images can certify is 1 / (n + 1).
+    A good image, exchangeable with the calibration images, gets `p_value(score) <= rate` with probability at most
+    `rate` (split conformal prediction, valid for every n). The smallest rate that n images can certify is 1 / (n + 1).
 
     Attributes:
         scores: Image scores of the calibration images, ascending.
@@ -216,7 +216,7 @@ class CalibrationScores:
         uncertainty: np.ndarray | None = None,
         counted: np.ndarray | None = None,
     ) -> None:
-        """Adds an image: its score, its maps (h, w), the box of them that it covers, and a mask (h, w) of what counts."""
+        """Adds an image: its score, its maps (h, w), their box that it covers, and a mask (h, w) of what counts."""
         x0, y0, x1, y1 = valid
         inside = np.s_[y0:y1, x0:x1] if counted is None else counted
         self.scores.append(score)

@@ -37,7 +37,7 @@ def stack(prepared: Sequence[ModelInput]) -> Tensor:
 
 
 def cells(windows: Sequence[Window], grid: int) -> Tensor | None:
-    """(N, grid, grid) bool: cells of windows that touch the counted part of the image; None if all do by construction."""
+    """(N, grid, grid) bool: cells of windows that touch what counts of the image; None if all must."""
     if not windows or windows[0].layout.preparation.covers:
         return None
     return torch.from_numpy(np.stack([window.cells(grid) for window in windows]))

@@ -27,8 +27,8 @@ class FeatureExtractor(nn.Module):
     Args:
         config: Backbone, levels, grid and reduction.
         weights: `.safetensors` or `.pth` file with the backbone's state_dict. None: an installed package
-            (`WEIGHT_PACKAGES`), else the hub of timm. `Weights.RANDOM` (for tests) and `Weights.LATER` (weights come with
-            a detector file) load nothing.
+            (`WEIGHT_PACKAGES`), else the hub of timm. `Weights.RANDOM` (for tests) and `Weights.LATER` (weights come
+            with a detector file) load nothing.
         size: Side of the canvas in pixels, to check; some transformers take images of one size only.
 
     Raises:
@@ -99,13 +99,15 @@ class FeatureExtractor(nn.Module):
             tokens = tokens_raw * weight[:, None]
             _, vectors = torch.linalg.eigh((tokens @ tokens.T / tokens.shape[1]).double())  # ascending
             basis = vectors[:, -self.channels :].flip(1).float()
-        # contiguous, as in a loaded detector: other strides change the order of operations, and so rounding
+        # contiguous, as in a loaded detector: other strides change rounding
         self.basis = (weight[:, None] * basis).contiguous()
         self._fit_regional(basis, self.basis.T @ (tokens_raw @ tokens_raw.T / tokens_raw.shape[1]) @ self.basis)
         return self
 
     def _fit_regional(self, basis: Tensor, covariance: Tensor) -> None:
-        """Fits the projection of F to components of its last level, from orthonormal `basis` (C_raw, C) and Cov(F) (C, C).
+        """Fits the projection of F to components of its last level.
+
+        From orthonormal `basis` (C_raw, C) and the covariance of F (C, C).
 
         ‖F·B‖ is the length of the last level's part of F where B·Bᵀ = basisᵀ·I_last·basis; principal components of
         F·B follow.
@@ -117,7 +119,7 @@ class FeatureExtractor(nn.Module):
         self.regional_basis = (root @ components[:, -self.regional_channels :].flip(1)).float().contiguous()
 
     def _level_shares(self) -> list[float]:
-        """Weights of the levels, with sum 1; the first is repeated, or first ones are dropped, to match their number."""
+        """Weights of the levels, with sum 1; the first is repeated or left out to match their number."""
         n, given = len(self.level_channels), self.config.level_weights
         weights = (given[:1] * n + given)[-n:]
         return [weight / sum(weights) for weight in weights]

@@ -47,7 +47,7 @@ class Graph(nn.Module):
         return found
 
     def _restored_image(self, inspection: Inspection) -> Tensor | None:
-        """Restored images (N, 3, h, w): restored pixels as they are, or restored features drawn by the display decoder."""
+        """Restored images (N, 3, h, w): restored pixels, or restored features drawn by the display decoder."""
         if inspection.restored is None or isinstance(self.network.features, PixelExtractor):
             return inspection.restored
         return None if self.display is None else self.display(inspection.restored.float())

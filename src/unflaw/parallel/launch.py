@@ -142,7 +142,7 @@ def _reason(codes: Sequence[int | None], folder: Path) -> str:
 
 
 def _stop(group: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Forwards Ctrl-C and waits while trainings finish their step; returns the exit code of the first process, if any."""
+    """Forwards Ctrl-C and waits for the end of the step; returns the exit code of the first process, if any."""
     for process in group:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)

@@ -121,7 +121,7 @@ def optimise(
         Mean of each term over every hundredth of the run.
 
     Raises:
-        TrainingError: The batch cannot be divided into equal parts, the loss is infinite, or the checkpoint is unusable.
+        TrainingError: The batch has no equal parts, the loss is infinite, or the checkpoint is unusable.
         InUseError: Another training writes the checkpoint. KeyboardInterrupt: Ctrl-C; `module` is in evaluation mode,
             as always afterwards.
     """
