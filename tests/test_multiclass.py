@@ -418,7 +418,7 @@ def model(training, both, tmp_path_factory) -> Path:
     assert (
         "bolts: " in done.stdout
         and "nuts: " in done.stdout
-        and done.stdout.count("taught give a false-alarm rate of about") == 2
+        and done.stdout.count("cross-validated good images give a false-alarm rate of about") == 2
     )
     return path
 

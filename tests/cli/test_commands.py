@@ -298,7 +298,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_to_resume(tiny_training, tm
     assert done.exit_code == 130
     assert done.stderr == "stopped before a step was saved; the same command starts over\n"
     line = complaint(unflaw(*tiny_training, "--out", out, "--resume"))
-    assert line == f"error: {out}.checkpoint: there is no such checkpoint to go on from; leave --resume out"
+    assert line == f"error: {out}.checkpoint: there is no such checkpoint; leave --resume out"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -221,7 +221,7 @@ def test_tensors_in_other_files_are_not_read(copy):
 
 def test_a_detector_does_not_take_an_exported_file(exported):
     assert "exported" in read_metadata(exported)
-    with pytest.raises(DetectorError, match="was exported"):
+    with pytest.raises(DetectorError, match="is an exported detector"):
         Detector.load(exported)
 
 

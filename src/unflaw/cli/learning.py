@@ -36,6 +36,8 @@ _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 _KNOWN = {"accelerator": ("auto", "cpu", "gpu"), "strategy": ("auto", "ddp")}
 _TAIL = "Estimate thresholds for rates that the images cannot certify, from the tail of their scores."
 
+Setting = Annotated[list[str] | None, typer.Option("--set", help="Setting as NAME=VALUE, such as training.steps=200.")]
+
 
 @app.command()
 def train(
@@ -52,9 +54,7 @@ def train(
     rate: Annotated[float | None, typer.Option(help="Requested false-alarm rate, such as 0.01.")] = None,
     tail: Annotated[bool, typer.Option("--extrapolate-tail", help=_TAIL)] = False,
     textures: Annotated[Path | None, typer.Option(help="Folder of texture images for artificial anomalies.")] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="Setting as NAME=VALUE, such as training.steps=200.")
-    ] = None,
+    setting: Setting = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from OUT.checkpoint after an interruption.")] = False,
     multi_class: Annotated[
         bool, typer.Option("--multi-class", help="Train one detector for all data sets, calibrated per category.")
@@ -62,12 +62,8 @@ def train(
     devices: Annotated[int, typer.Option(min=1, help="Number of processes or GPUs on this machine.")] = 1,
     accelerator: Annotated[str, typer.Option(help="Accelerator: cpu, gpu, or auto for GPUs if available.")] = "cpu",
     strategy: Annotated[str, typer.Option(help="Strategy: ddp, or auto for ddp with several processes.")] = "auto",
-    precision: Annotated[
-        str | None, typer.Option(help="Precision of matrix products: auto, 32-true or bf16-mixed.")
-    ] = None,
-    accumulate: Annotated[
-        int | None, typer.Option(min=1, help="Forward passes per batch; more use less memory.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Precision: auto, 32-true or bf16-mixed.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Passes per batch; more use less memory.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines; see docs/scaling.md.")] = 1,
 ) -> None:
     """Learn from good images and write a detector.
@@ -163,17 +159,13 @@ def fleet(
     size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed; same seed, same machine: same detectors.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requested false-alarm rate, such as 0.01.")] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="Setting as NAME=VALUE, such as training.steps=200.")
-    ] = None,
+    setting: Setting = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Number of detectors trained in parallel.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Number of threads per worker.")] = None,
     engine: Annotated[str, typer.Option(help="Engine: processes (of this machine) or ray.")] = "processes",
     address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster, such as auto.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for cached features; default: OUT/features.")] = None,
-    cache_gb: Annotated[
-        float, typer.Option(min=0, help="Maximum size of cached features in GB; oldest are deleted.")
-    ] = 20.0,
+    cache_gb: Annotated[float, typer.Option(min=0, help="Maximum GB of cached features; oldest are deleted.")] = 20.0,
 ) -> None:
     """Train a detector for each category in a folder, in parallel, and summarise their metrics.
 
