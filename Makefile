@@ -1,5 +1,4 @@
-# Two commands do everything on a fresh machine with Python and make: `make demo` and `make test`. `make check` is the
-# quick part of the latter.
+# On a fresh machine with Python and make, run `make demo` or `make test`. `make check` is the quick part of `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,8 +8,8 @@ LOCKED := 3 11 linux x86_64
 
 .PHONY: demo check test lint lock audit sbom clean
 
-# install(environment, lock file and more, what to install where there is no lock for this Python)
-# Locked, every file is checked against its hash before anything of it runs.
+# install(environment, lock file, further commands, packages to install if there is no lock for this Python)
+# With a lock, every file is checked against its hash before any of its code runs.
 define install
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@found=$$($(1)/bin/python -c 'import platform, sys; print(*sys.version_info[:2], sys.platform, platform.machine())'); \
@@ -44,17 +43,17 @@ test: lint  ## everything that CI runs
 COMPILE := $(TOOLS)/bin/uv pip compile --quiet --system-certs --generate-hashes --no-header --python-version 3.11 \
 	--python-platform x86_64-manylinux_2_28 $(if $(UPGRADE),--upgrade)
 
-lock: $(TOOLS)/installed  ## after any change of dependencies; UPGRADE=1 takes the newest of all, else known ones stay
+lock: $(TOOLS)/installed  ## run after a change of dependencies; UPGRADE=1 takes the newest versions, otherwise locked ones stay
 	$(COMPILE) pyproject.toml requirements/ci.in --extra dev --output-file requirements/ci.lock
 	$(COMPILE) requirements/tools.in --output-file requirements/tools.lock
 	touch $(TOOLS)/installed
 
-audit: $(TOOLS)/installed  ## asks the advisory service of PyPI about every locked release; --strict: no answer is a failure
+audit: $(TOOLS)/installed  ## checks every locked release with the advisory service of PyPI; --strict: no answer is a failure
 	@$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements/ci.lock || \
 	{ echo "audit: not passed. Above: known vulnerabilities, or releases of which the service says nothing," >&2; \
 	echo "as where it cannot be reached; then run this on a machine that reaches it" >&2; exit 1; }
 
-sbom: $(TOOLS)/installed $(STAMP)  ## what is installed, as CycloneDX: sbom.json
+sbom: $(TOOLS)/installed $(STAMP)  ## writes the bill of materials of the environment, as CycloneDX: sbom.json
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json $(BIN)/python
 
 clean:

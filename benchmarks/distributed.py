@@ -4,7 +4,9 @@
 
 Trains once with each number of processes, one thread each, in single precision, using torchrun for more than one.
 Prints the seconds of each stage, and the largest differences from the first detector in image scores on test images,
-in verdicts and in trained weights. Run it on an idle machine with at least as many cores as processes.
+in verdicts and in trained weights. Each process draws its own part of a batch, so other numbers of processes draw other
+batches, and the detectors differ as with another seed. Run it on an idle machine with at least as many cores as
+processes.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from unflaw import Detector
 from unflaw.evaluation.metrics import PixelAccumulator, auroc, image_ranking
 
 PITCH, RADIUS = 64, 17  # distance and radius of the pads, pixels
-MEMORY = {"network__prototypes": 1024, "network__coarse_prototypes": 4096}  # enough for few images
+MEMORY = {"network__prototypes": 1024, "network__regional_prototypes": 4096}  # enough for few images
 DEFECTS = ("nick", "speck", "scratch")
 GOOD, TEST_GOOD, TEST_BAD = 24, 20, 8  # number of training images, good test images, test images of each defect
 
