@@ -143,7 +143,7 @@ def test_two_exports_to_openvino_do_not_leave_halves_of_both(export_again, tmp_p
 
 def test_features_for_which_there_is_no_room(mounted, train, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(mounted(4096 / MEGABYTE)))
-    says = "of features need room there, or in a folder that TMPDIR names"
+    says = "of features need space there, or in a folder that TMPDIR names"
     refused(*train(tmp_path / "d.safetensors", training__cache_gb=1e-9), says=says)
 
 
@@ -224,7 +224,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_go_on(saved, parts
     lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert [line["path"] for line in lines if "error" in line] == [str(broken)] and len(lines) == 13
     code, said = unflaw("calibrate", saved, "--good", data / "train/good", "--out", tmp_path / "c.safetensors")
-    assert code == 2 and "has learned from" in said, said  # these it knows; the broken one does not hide that
+    assert code == 2 and "was trained on this image" in said, said  # these it knows; the broken one does not hide that
     broken = unreadable(data / "test/square/broken.png")
     code, said = unflaw("calibrate", saved, "--good", data / "test/square", "--out", tmp_path / "c.safetensors")
     assert code == 0 and f"note: skipped {broken}: " in said
