@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -126,3 +127,15 @@ def test_an_installed_package_is_known_to_the_command_line(parts, weights, tmp_p
 
 def setting(value: object) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def test_a_registration_that_cannot_work_is_named(padim, monkeypatch):
+    with pytest.raises(ValueError, match=r"Thing\.options_class needs a name of its own"):
+        registry.register(type("Thing", (), {}))
+    entry = EntryPoint("other", "padim:PaDiM", registry.GROUP)
+    gone = EntryPoint("gone", "no_such_module:Method", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry, gone])
+    with pytest.raises(ValueError, match=r"method 'other': the entry point .* the name 'padim'; make them equal"):
+        registry.method_class("other")
+    with pytest.raises(ValueError, match=r"method 'gone': its package cannot be imported \(No module named"):
+        registry.method_class("gone")

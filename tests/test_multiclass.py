@@ -264,8 +264,13 @@ def test_data_of_categories_that_cannot_work_is_refused(both, weights, tiny, tmp
     with pytest.raises(TrainingError, match="b: all good images are identical"):
         untrained.fit({"a": paths, "b": same})
     for path in same:
-        shutil.copy(paths[0], path)
+        shutil.copy(same[0], path) if path != same[0] else None
     with pytest.raises(TrainingError, match=r"b: 1 good image is too few .* 8 files are copies of others"):
+        untrained.fit({"a": paths, "b": same})
+    shutil.copy(paths[0], same[3])  # it would train the weights as one category and calibrate as the other
+    with pytest.raises(
+        TrainingError, match=r"3\.png: is the same image as .*000\.png, but of another category, b and a"
+    ):
         untrained.fit({"a": paths, "b": same})
     with pytest.raises(TrainingError, match=r"a: calibration\.holdout leaves"):
         Detector(config=tiny("nearest_neighbor", **{"calibration.holdout": 0.9}), weights=weights).fit({"a": paths})

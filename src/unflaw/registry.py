@@ -33,7 +33,7 @@ def register(method: M) -> M:
     Raises:
         ValueError: The options have no such default, or the name is one of a built-in method.
     """
-    name = getattr(method.options_class.model_fields["method"], "default", None)
+    name = _name_of(method)
     if not (isinstance(name, str) and name) or name in (*_BUILT_IN, *_ALIASES):
         raise ValueError(
             f"{method.__name__}.options_class needs a name of its own, such as "
@@ -41,6 +41,12 @@ def register(method: M) -> M:
         )
     _registered[name] = method
     return method
+
+
+def _name_of(method: type[Method]) -> object:
+    """The default of `method` in the options of a method; None where it has none."""
+    options = getattr(method, "options_class", None)
+    return None if options is None else options.model_fields["method"].default
 
 
 def names() -> tuple[str, ...]:
@@ -68,7 +74,17 @@ def method_class(name: str) -> type[Method]:
         return found
     for entry in entry_points(group=GROUP):
         if entry.name == name:
-            loaded: type[Method] = entry.load()
+            try:
+                loaded: type[Method] = entry.load()
+            except (ImportError, AttributeError) as error:
+                raise ValueError(
+                    f"method {name!r}: its package cannot be imported ({error}); install it again"
+                ) from error
+            if _name_of(loaded) != name:
+                raise ValueError(
+                    f"method {name!r}: the entry point of its package has this name, and its options the name "
+                    f"{_name_of(loaded)!r}; make them equal"
+                )
             return loaded
     raise ValueError(
         f"unknown method {name!r}; there are {', '.join(names())} (the package of another one has to be installed)"

@@ -91,7 +91,7 @@ def test_an_ablation_runs_every_variant_and_seed(run, dataset, features, tmp_pat
     assert rows[1]["pixel_auroc"]["mean"] == pytest.approx(sum(found) / 2)
     page = (tmp_path / "table.md").read_text("utf-8")
     assert "Weights: test_efficientnet: random. Settings: features.backbone=test_efficientnet; " in page
-    assert "seeds 0 to 1" in page and "1 thread." in page and "Of 6 runs with shared features" in page
+    assert "seeds 0 to 1" in page and "1 thread." in page and "For 6 runs with shared features" in page
     assert page.count("\n| nearest_neighbor ") == 3 and "| nearest_neighbor | small | test_efficientnet | 64 |" in page
     assert "`network.prototypes=16`" in page
     table = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))

@@ -61,7 +61,7 @@ def test_runs_that_share_features_have_the_same_figures_and_digests(grid, datase
     assert not apart[0].shared and all(record.shared for record in together)
     assert all(record.seconds["training"] > 0 and not record.latency and record.memory is None for record in together)
     table = (tmp_path / "together/table.md").read_text()
-    assert "Of 4 runs with shared features it counts from these on." in table
+    assert "For 4 runs with shared features, training excludes extraction." in table
     assert "| training s | file MB | n |" in table  # what was not measured has no column
     run_experiment(plan(grid(features=tmp_path / "features"), [dataset]), tmp_path / "apart", SILENT)
     assert len(here) == 2 + 4  # what was measured from files is not done again

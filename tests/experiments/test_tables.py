@@ -25,6 +25,8 @@ from unflaw.experiments.tables import (
     differences,
     latex,
     markdown,
+    markdown_table,
+    markdown_text,
     nested,
     preamble,
     sections,
@@ -257,3 +259,12 @@ def test_what_is_not_installed_is_named_before_anything_is_written(tmp_path, mon
     with pytest.raises(ImportError, match=rf"(?i){missing}.*pip install '{remedy}'".replace("[", r"\[")):
         write_tables(tmp_path, *of([made()]))
     assert not list(tmp_path.iterdir())
+
+
+def test_names_cannot_break_a_table():
+    import pandas as pd
+
+    name = "Teile Ü|x <b>a&b_50%"
+    assert markdown_text(f"{name}\n") == "Teile Ü\\|x &lt;b>a&b_50%"
+    (head, _, row) = markdown_table(pd.DataFrame([[name, "1"]], columns=["data", "n"])).splitlines()
+    assert head == "| data | n |" and row.replace("\\|", "").count("|") == 3

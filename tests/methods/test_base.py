@@ -1,5 +1,7 @@
 """What methods share: bringing evidence to one map and one score."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -419,3 +421,15 @@ def test_lookup_is_the_distance_to_the_memory(tiny):
     assert not list(p for p in method.parameters() if p.requires_grad)
     with pytest.raises(TypeError, match="NearestNeighbor has nothing to train"):
         method.loss({"features": features.float()}, torch.Generator())
+
+
+def test_a_forward_that_breaks_the_contract_is_named(tiny):
+    method = create(tiny("nearest_neighbor"), Weights.RANDOM)
+    features, whole = learned(method), method.forward
+    for wrong, message in (
+        (lambda found: found.anomaly_maps[:, 0], r"NearestNeighbor\.forward .* \(10, 8, 8\); .* \(10, 1, 8, 8\)"),
+        (lambda found: found.anomaly_maps * torch.nan, "not all of them finite"),
+    ):
+        method.forward = lambda *given, wrong=wrong: replace(whole(*given), anomaly_maps=wrong(whole(*given)))
+        with pytest.raises(ValueError, match=message):
+            method.fit_normalization(features, first_rows(features))

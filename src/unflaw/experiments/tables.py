@@ -59,8 +59,8 @@ PUBLISHED = (
     ("Reverse distillation, WideResNet-50", ".985", ".969", "–", "anomalib, page of the model"),
 )
 MEANING = (
-    "Means over the seeds, with 95 % intervals over resampled test images. *: 0 lies outside. What another draw of "
-    "training images would change is not in them, and with many comparisons some exclude 0 by chance."
+    "Means over the seeds, with 95 % intervals over resampled test images. *: 0 lies outside. They do not "
+    "include variation due to the choice of training images, and with many comparisons some exclude 0 by chance."
 )
 
 
@@ -280,7 +280,7 @@ def short(value: float, sign: str = "-") -> str:
 
 
 def row_label(row: tuple[Any, ...], size: bool = False) -> str:
-    """Method, variant and backbone of a row of the index, as far as they say something, and on request its size."""
+    """Method, variant and backbone of a row of the index, without empty and default values, and on request its size."""
     _, method, variant, backbone, side = row
     parts = [method, "" if variant == FULL.name else variant, backbone, str(side) if size else ""]
     return ", ".join(filter(None, parts))
@@ -323,12 +323,11 @@ def preamble(about: Mapping[str, Any]) -> str:
         if compared
         else "[In brackets]: where 95 % of bootstrap resamples of the test images lie."
     )
-    shared = f"Of {count(sharing, 'run')} with shared features it counts from these on. " if sharing else ""
+    shared = f"For {count(sharing, 'run')} with shared features, training excludes extraction. " if sharing else ""
     return (
         f"{'. '.join(parts)}. {figures} AUPRO: up to a rate of false positives of 0.3. Training: from files to saved "
-        f"detector, in a process of its own, whose largest memory is given. {shared}Milliseconds: from file to result, "
-        "warm. Of anomalib's methods training and milliseconds are without reading and resizing. –: undefined or not "
-        "run."
+        f"detector, each run in a process of its own; memory is its peak. {shared}Milliseconds: from file to result, "
+        "warm. For anomalib's methods, times exclude reading and resizing. –: undefined or not run."
     )
 
 
@@ -340,13 +339,19 @@ def markdown(parts: Sequence[Section], preamble: str) -> str:
     text = preamble + "\n"
     for part in parts:
         note = part.note.replace("*", "\\*") + "\n\n" if part.note else ""
-        text += f"\n## {part.title}\n\n{note}{markdown_table(part.text)}"
+        text += f"\n## {markdown_text(part.title)}\n\n{note}{markdown_table(part.text)}"
     return text
+
+
+def markdown_text(text: object) -> str:
+    """Text for a cell or a heading in Markdown: names cannot end the cell or be read as HTML."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def markdown_table(text: DataFrame) -> str:
     """A DataFrame of text in Markdown, without its index."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (text.columns, *text.itertuples(index=False))]
+    rows = (text.columns, *text.itertuples(index=False))
+    lines = [f"| {' | '.join(map(markdown_text, cells))} |" for cells in rows]
     return "\n".join([lines[0], "|---" * len(text.columns) + "|", *lines[1:]]) + "\n"
 
 
@@ -379,4 +384,6 @@ def latex(table: DataFrame) -> str:
     if set(wide["variant"]) == {FULL.name}:
         wide = wide.drop(columns="variant")
     keys = sum(name in KEYS for name in wide)
-    return str(wide.to_latex(index=False, escape=True, column_format="l" * keys + "c" * (len(wide.columns) - keys)))
+    special = str.maketrans({"|": "\\textbar{}", "<": "\\textless{}", ">": "\\textgreater{}"})  # pandas escapes others
+    made = wide.to_latex(index=False, escape=True, column_format="l" * keys + "c" * (len(wide.columns) - keys))
+    return str(made).translate(special)

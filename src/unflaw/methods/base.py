@@ -17,7 +17,7 @@ from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
 from unflaw.methods.layers import coarser, gaussian_blur
 from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
 from unflaw.methods.synthesis import Synthesis, synthesise
-from unflaw.methods.visualization import Stages
+from unflaw.methods.visualization import Stage, Stages
 
 Batch = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -160,8 +160,9 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
-        """Figures that show how the maps of one image, F (1, C, g, g), come about."""
-        raise NotImplementedError
+        """Figures that show how the maps of one image, F (1, C, g, g), come about; by default the anomaly maps."""
+        maps = inspection.anomaly_maps[0, :, None]
+        return {"maps": [("", {f"Anomaly map {i}": Stage("map", values) for i, values in enumerate(maps, 1)})]}
 
     def visualize_training(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
         """Figures of the training samples, where these are more than good images.
@@ -231,6 +232,13 @@ class Method(nn.Module):
         parts = torch.arange(len(features)).split(8)
         found = [self(features[rows].float(), context[rows]) for rows in parts]
         anomaly_maps = torch.cat([inspection.anomaly_maps for inspection in found])
+        expected = (len(features), self.n_maps, *features.shape[2:])
+        if anomaly_maps.shape != expected or not anomaly_maps.isfinite().all():
+            values = "" if anomaly_maps.isfinite().all() else ", not all of them finite"
+            raise ValueError(
+                f"{type(self).__name__}.forward gave anomaly maps of the shape {tuple(anomaly_maps.shape)}{values}; "
+                f"expected are finite ones of {expected}, (N, n_maps, g, g)"
+            )
         layers = {name: torch.cat([inspection.layers[name] for inspection in found]) for name in found[0].layers}
         return Inspection(anomaly_maps, _joined(found, "perceived"), _joined(found, "regional"), layers=layers)
 

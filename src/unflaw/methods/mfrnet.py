@@ -181,7 +181,7 @@ class RestorationNetwork(nn.Module):
 
 
 class MFRNet(Method):
-    """Assembly; see the module. The hybrid loss of every cell is the evidence, beside the distance to the memory."""
+    """Assembly; see the module. The hybrid loss of every cell is the anomaly map, beside the distance to the memory."""
 
     options_class = MFRNetOptions
     options: MFRNetOptions

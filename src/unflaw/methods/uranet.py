@@ -241,7 +241,10 @@ class URANet(Method):
         ),
         ("no-memory: network.restoration.prototypes=0", "no prototypes of cells; UIAPM can see F only"),
         ("no-regional-memory: network.restoration.regional_prototypes=0", "without the memory of whole regions"),
-        ("u-not-in-score: network.perception.in_score=false", "U marks cells for RAM and has no part in the image score"),
+        (
+            "u-not-in-score: network.perception.in_score=false",
+            "U marks cells, and is not part of the image score",
+        ),
         (
             "paper-parts: network.restoration.prototypes=0; network.restoration.regional_prototypes=0",
             "the paper's parts alone: no memory of any kind",

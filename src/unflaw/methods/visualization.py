@@ -29,5 +29,5 @@ class Stage(NamedTuple):
     seen: Tensor | None = None
 
 
-Row = tuple[str, dict[str, Stage]]  # what the row shows, "" where its image says it all; tiles by heading
+Row = tuple[str, dict[str, Stage]]  # title of the row, "" where it needs none; tiles by heading
 Stages = dict[str, list[Row]]  # the rows of each figure, by the figure's name

@@ -72,6 +72,7 @@ class FabricGroup(ProcessGroup):
         options: dict[str, Any] = {name: False}
         ddp = DDPStrategy(**options)
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # hide its start messages
+        warnings.filterwarnings("ignore", message="Grad strides do not match")  # of channels-last weights
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # advice on data loaders, which are not used

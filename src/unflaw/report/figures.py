@@ -28,7 +28,7 @@ from unflaw.methods.visualization import Stage
 from unflaw.postprocessing.results import Scale
 from unflaw.report.panels import COVER, Column, colour_map, grey_map, heat_map, label, outline, overlay, sheet
 
-EXERCISES = 4  # number of good images in figures about training
+TRAINING_IMAGES = 4  # number of good images in figures about training
 _IMAGE, _HEAT_MAP = "Image", "Heat map"
 _DRAWN = "Drawn: features decoded by the display decoder, for illustration only; it has no influence on scores."
 _HEAT = "Heat map: blue up to the pixel threshold, the number in the middle, warm above it. Green: the true defect."
@@ -90,7 +90,7 @@ def write_figures(
             progress("figures", i + 1, len(samples) + 1, None)
         good = [s for s in dataset.test if not s.label] or list(dataset.train)
         if good:
-            lines |= _training_lines(detector, _shuffled(good, seed)[:EXERCISES], seed, category)
+            lines |= _training_lines(detector, _shuffled(good, seed)[:TRAINING_IMAGES], seed, category)
         for figure, found in lines.items():
             drawn = _draw(found, scale, detector.config.preparation.size, width)
             write_png(out / f"{figure}.png", drawn, drawn=True)

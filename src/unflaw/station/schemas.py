@@ -249,6 +249,6 @@ class RecalibrationDone(BaseModel):
 class Health(BaseModel):
     """State of the station."""
 
-    model_config = _example(status="ok", version="0.1.0")
+    model_config = _example(status="ok", version="0.2.0")
     status: Literal["ok"]
     version: str

@@ -81,7 +81,7 @@ def fit(
     """
     started, settings = time.perf_counter(), config.training
 
-    # Read: decide which images take part. Of copies, one counts: a training image must not calibrate as well.
+    # Select: decide which images take part. Of copies, one counts: a training image must not calibrate as well.
     given, validation, category_of = resolve_data(data)
     images, validation, copies = without_copies(given, validation, category_of, content_keys(category_of))
     with seeded(settings.seed):  # the same start, however often `fit` is called
@@ -193,22 +193,23 @@ def fit_cached(
         out_of_fold = cross_fit(train_fold, training, options, calibrating.keys(), budget)
     categories, strangest, among = {}, list[dict[str, Any]](), ALL
     for number, (name, rows) in enumerate(training.rows().items()):
-        # on training images: prototypes of those that calibrate would make them unlike new images
+        # before prototypes of calibration images are added, which would lower their scores
         fit_normalization(network, training, number, rows)
-        held, random = calibrating.get(name), name not in own_validation
-        far = find_outliers(network, training, rows, held, random=random)
+        held = calibrating.get(name)
+        random = name not in own_validation  # a random part of the good images
+        far_images = find_outliers(network, training, rows, held, random=random)
         learned_too = True  # the network has learned from the images that calibrate
         if name in out_of_fold:
-            found = out_of_fold[name]
+            scores = out_of_fold[name]
         elif held is not None:
-            found, learned_too = score_held_out(network, held, options, rng, random=random)
+            scores, learned_too = score_held_out(network, held, options, rng, random=random)
         else:
-            found = leave_one_out(network, training, rows, options, budget)
-        if far is None:
-            far = outliers(dict(zip(found.paths, found.scores, strict=True)))
+            scores = leave_one_out(network, training, rows, options, budget)
+        if far_images is None:  # no memory to be far from: by their scores
+            far_images = outliers(dict(zip(scores.paths, scores.scores, strict=True)))
             among = among if name in out_of_fold else HELD_OUT
-        strangest += [entry | ({"category": name} if name else {}) for entry in far]
-        calibration = found.calibrate(options, out_of_fold=learned_too)
+        strangest += [entry | ({"category": name} if name else {}) for entry in far_images]
+        calibration = scores.calibrate(options, out_of_fold=learned_too)
         reference = build_drift_reference(training, rows, held, settings.seed)
         categories[name] = Category(calibration, network.with_category(network.category_state()), reference)
 

@@ -281,6 +281,8 @@ def _gradients(
         rng = step_rng(settings.seed, step, group.rank * passes + number)
         rows = torch.randint(n, (settings.batch // parts,), generator=rng)
         terms = engine.loss(rows, rng)
+        if "loss" not in terms:
+            raise TrainingError(f'the loss of the method has no term "loss" to minimise; it has {", ".join(terms)}')
         engine.backward(terms["loss"] / passes, number == passes - 1)
         for name, value in terms.items():
             sums[name] += float(value.detach())

@@ -76,7 +76,18 @@ def without_copies(
 
     Returns:
         The rest of both, and (path, reason) of each removed image.
+
+    Raises:
+        TrainingError: Two categories have copies of one image: it would train the shared weights and calibrate.
     """
+    first_of: dict[str, Input] = {}
+    for path in [*train, *validation]:
+        first = first_of.setdefault(contents[path] or str(path), path)
+        if categories[first] != categories[path]:
+            raise TrainingError(
+                f"{path}: is the same image as {first}, but of another category, {categories[path]} and "
+                f"{categories[first]}; leave it in one"
+            )
     copies: dict[Input, Input] = {}
     for name in dict.fromkeys(categories.values()):
         own = [path for path in [*train, *validation] if categories[path] == name]
