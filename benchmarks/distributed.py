@@ -4,9 +4,9 @@
 
 Trains once with each number of processes, one thread each, in single precision, using torchrun for more than one.
 Prints the seconds of each stage, and the largest differences from the first detector in image scores on test images,
-in verdicts and in trained weights. Each process draws its own part of a batch, so other numbers of processes draw other
-batches, and the detectors differ as with another seed. Run it on an idle machine with at least as many cores as
-processes.
+in verdicts and in trained weights. A batch has as many parts as the largest number of processes; fewer processes
+compute them in several passes, so that all detectors see the same batches. Run it on an idle machine with at least as
+many cores as processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def work(options: argparse.Namespace) -> None:
     from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 
     torch.set_num_threads(1)
-    changes: dict[str, Any] = {"training.precision": "float32"}
+    # the same parts of a batch, whether processes or passes compute them
+    changes: dict[str, Any] = {"training.precision": "float32", "training.accumulate": options.parts // options.work}
     if options.steps is not None:
         changes |= {"training.steps": options.steps, "training.display_steps": min(150, options.steps)}
     config = make_config(options.method, "cpu", changes)
@@ -62,6 +63,7 @@ def start(options: argparse.Namespace, processes: int) -> dict[str, float]:
     """Run `work` in several processes and return the seconds of its stages."""
     own = [__file__, "--data", options.data, "--out", options.out, "--method", options.method, "--work", processes]
     own += ["--weights", options.weights] if options.weights else []
+    own += ["--parts", max(options.processes)]
     own += ["--steps", options.steps] if options.steps is not None else []
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
     command = [str(part) for part in (sys.executable, *several, *own)]
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--every", type=int, default=1, help="interval of the test images that are compared")
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.work:

@@ -130,7 +130,7 @@ def test_a_threshold_is_what_the_hold_out_of_its_category_gives(both, weights, t
 
 
 def test_the_memory_of_a_category_leaves_out_the_image_itself(tiny):
-    """What is normal in a category: distances of its training images to all tokens of its others, by brute force."""
+    """Normal range of a category: distances of its training images to all tokens of its others, by brute force."""
     made = unfitted(tiny)
     cache = named(list("aabbabababbbabbabbbb"), torch.Generator().manual_seed(0))
     learn(made, cache)

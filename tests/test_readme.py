@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type works, on a small data set and with a short training."""
+"""The commands of the README work, on a small data set and with a short training."""
 
 import re
 import shlex

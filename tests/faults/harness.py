@@ -264,7 +264,7 @@ def twice(server: Server, phase: Phase) -> list[str]:
 
 
 def judged(phase: Phase, out: Path) -> tuple[str, list[str]]:
-    """What stands in the main file, and which files are neither the old nor the new ones."""
+    """Content of the main file, and the files that are neither the old nor the new ones."""
     faults, logged = [], 0
     found = printed(out)
     for name, seen in found.items():
@@ -285,7 +285,7 @@ def judged(phase: Phase, out: Path) -> tuple[str, list[str]]:
 
 
 def printed(out: Path) -> Print:
-    """What is in each visible file, without times; of logs a list."""
+    """Content of each visible file, without times; of logs a list."""
     files = [file for file in sorted(out.rglob("*")) if file.is_file() and not file.name.startswith(".")]
     found = {file.relative_to(out).as_posix(): file for file in files}
     return {name: _printed(file) for name, file in found.items() if ".db-" not in name}

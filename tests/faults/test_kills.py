@@ -23,7 +23,7 @@ def test_no_kill_loses_or_breaks_anything_and_the_next_run_ends_as_if_there_had_
 
 
 def test_the_harness_sees_a_file_that_is_not_written_atomically(tmp_path):
-    """What it would say of `path.write_text`: it must be able to fail."""
+    """It reports `path.write_text`: it must be able to fail."""
     from tests.faults.harness import Phase, judged, printed
 
     (tmp_path / "d.csv").write_text("old")

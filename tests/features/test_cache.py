@@ -210,3 +210,18 @@ def test_copies_of_one_image_are_refused(extractor, many):
         build_cache(extractor, [many[0]] * 10, PREPARATION, PLENTY)
     build_cache(extractor, many[:8], PREPARATION, PLENTY)
     assert len(build_cache(extractor, [many[0]] * 3, PREPARATION, PLENTY, fit=False)) == 3  # nothing is learned
+
+
+@pytest.mark.parametrize("budget", [PLENTY, NOTHING])
+def test_more_windows_than_the_first_images_have_find_room(extractor, tmp_path, monkeypatch, budget):
+    """Images are not counted in windows before they are read."""
+    rng, sides = np.random.default_rng(1), [32, 32, 32, 32, 64, 96, 64, 96, 96, 96]
+    for i, side in enumerate(sides):
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in range(len(sides))]
+    monkeypatch.setattr("unflaw.features.cache._shuffled", lambda paths, *_: list(paths))  # small ones first
+    whole = build_cache(extractor, paths, Preparation(size=32, tile=32, overlap=0), PLENTY, batch=4)
+    assert len(whole) == sum((side // 32) ** 2 for side in sides)
+    monkeypatch.setattr("unflaw.features.cache.FITTED_ON", 4)
+    grown = build_cache(extractor, paths, Preparation(size=32, tile=32, overlap=0), budget, batch=4, fit=False)
+    assert torch.equal(grown.features, whole.features) and grown.paths == whole.paths

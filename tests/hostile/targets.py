@@ -1,4 +1,4 @@
-"""What is fuzzed: a reader, what it is fed with, and the only errors that may come out of it.
+"""Targets of the fuzzer: a reader, its inputs, and the only errors that it may raise.
 
 `tests/hostile/test_fuzz.py` runs each with few examples, always the same; `benchmarks/fuzz.py` with as many as wanted.
 """

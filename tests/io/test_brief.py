@@ -1,4 +1,4 @@
-"""What people see who type the name of an object."""
+"""Representation of objects in an interactive session."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple

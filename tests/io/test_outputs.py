@@ -1,4 +1,4 @@
-"""What unflaw has written is no input of a later run, and does not stand beside what a later run writes."""
+"""Outputs are no inputs of a later run, and do not remain beside what a later run writes."""
 
 import json
 import os

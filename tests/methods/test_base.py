@@ -1,4 +1,4 @@
-"""What methods share: bringing evidence to one map and one score."""
+"""Parts that methods share: raw maps become one anomaly map and one image score."""
 
 from dataclasses import replace
 

@@ -24,7 +24,7 @@ def rng(seed: int = 0) -> Generator:
 
 @pytest.fixture(scope="module")
 def features() -> Tensor:
-    """What features of good images are like: a few patterns, smooth over places, and a little noise."""
+    """Features like those of good images: a few patterns, smooth over places, and a little noise."""
     patterns = torch.randn(4, CHANNELS, generator=rng())
     weights = F.interpolate(torch.randn(12, 4, 3, 3, generator=rng(1)), (GRID, GRID), mode="bicubic")
     noise = 0.05 * torch.randn(12, CHANNELS, GRID, GRID, generator=rng(2))
@@ -511,7 +511,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_each_of_our_additions_has_a_switch_of_its_own(tiny, features, switch):
-    """What one switches off the others keep; without a memory there is no distance for UIAPM to see."""
+    """Each switch changes one part only; without a memory there is no distance for UIAPM to see."""
     network = URANet(tiny(**{switch: SWITCHES[switch]}), Weights.RANDOM)
     train(network, features, None, 2)
     with torch.no_grad():

@@ -40,7 +40,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def together(parts: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes found."""
+    """Results of each of two processes."""
     out = tmp_path_factory.mktemp("team")
     meeting = {n: v for n, v in launching._environment(2).items() if n in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")}
     command = [sys.executable, group_of_two.__file__, str(parts), str(weights), str(out)]

@@ -217,7 +217,7 @@ def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
     def parts(paths: Sequence[Input], batch: int) -> Iterator[Part]:
         for loaded in batched(stream(paths), batch):
             skipped = [(str(path), str(found)) for path, _, found, _ in loaded if isinstance(found, ImageError)]
-            good = [(*facts, found, said) for *facts, found, said in loaded if isinstance(found, ModelInput)]
+            good = [(*facts, found, stats) for *facts, found, stats in loaded if isinstance(found, ModelInput)]
             if not good:
                 nothing = torch.empty(0)
                 yield Part([], nothing, nothing, [], nothing, skipped, [])
@@ -314,6 +314,8 @@ def build_cache(
             # how many windows the images have in all is known at the end: as many as the first ones, at first
             heads = [len(window.layout) for window in windows if window.number == 0]
             rows = max(ceil(sum(heads) / len(heads) * len(paths)), len(windows))
+            if features is not None:
+                rows = max(rows, len(features) * 9 // 8)  # so that it is not copied for every part
             larger, larger_file = allocate((rows, *projected.shape[1:]), budget)
             if features is not None:
                 larger[:filled] = features[:filled]

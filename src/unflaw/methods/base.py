@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -62,7 +63,7 @@ class Inspection:
     layers: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """A method on frozen features.
 
     A subclass has its options, profiles and named variants, implements `forward`, and what it needs of `fit_memory`,
@@ -150,6 +151,7 @@ class Method(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} has nothing to train")
 
+    @abstractmethod
     def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
         """F (N, C, g, g) → raw maps on the feature grid. Deterministic, and changes nothing: threads may share it.
 
@@ -157,7 +159,6 @@ class Method(nn.Module):
             RuntimeError: `context` has rows, but a memory does not know any more where its prototypes come from, as
                 after loading.
         """
-        raise NotImplementedError
 
     def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
         """Figures that show how the maps of one image, F (1, C, g, g), come about; by default the anomaly maps."""

@@ -64,7 +64,7 @@ def resolve_data(data: Data | Mapping[str, Data]) -> tuple[list[Input], list[Inp
 def without_copies(
     train: Sequence[Input], validation: Sequence[Input], categories: Mapping[Input, str], contents: Mapping[Input, str]
 ) -> tuple[list[Input], list[Input], list[tuple[str, str]]]:
-    """Removes training and validation images that are copies of another file of the category.
+    """Removes training and validation images that are copies of another file.
 
     An image that trains and calibrates, or calibrates twice, would score lower than new ones, and the certified rate
     would be wrong.
@@ -80,18 +80,13 @@ def without_copies(
     Raises:
         TrainingError: Two categories have copies of one image: it would train the shared weights and calibrate.
     """
-    first_of: dict[str, Input] = {}
-    for path in [*train, *validation]:
-        first = first_of.setdefault(contents[path] or str(path), path)
+    copies: dict[Input, Input] = dict(distinct([*train, *validation], contents)[1])
+    for path, first in copies.items():
         if categories[first] != categories[path]:
             raise TrainingError(
                 f"{path}: is the same image as {first}, but of another category, {categories[path]} and "
                 f"{categories[first]}; leave it in one"
             )
-    copies: dict[Input, Input] = {}
-    for name in dict.fromkeys(categories.values()):
-        own = [path for path in [*train, *validation] if categories[path] == name]
-        copies |= distinct(own, contents)[1]
     learned = set(train)
     copies |= {path: path for path in validation if path in learned}
     reasons = [(str(path), f"{path}: is the same image as {first} and counts once") for path, first in copies.items()]
