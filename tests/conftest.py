@@ -52,6 +52,7 @@ TINY_URANET: dict[str, Any] = {
     "network.restoration.heads": 2,
     "network.restoration.depth": 1,
     "network.restoration.patch": 2,
+    "network.restoration.regional": True,
     "network.restoration.prototypes": 64,
     "network.restoration.regional_prototypes": 32,
 }

@@ -473,7 +473,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tiny_training, tmp_path, monkey
         checkpoint.write_bytes(b"half of it")
     else:
         metadata = {"identity": "of other settings", "step": "3", "history": "[]"}
-        save_file({"module.restoration.mask_token": torch.zeros(24)}, checkpoint, metadata)
+        save_file({"module.restoration.narrow.bias": torch.zeros(24)}, checkpoint, metadata)
     assert checkpoint.name in complaint(unflaw(*tiny_training, "--out", out, "--resume"))
 
 

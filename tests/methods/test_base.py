@@ -20,7 +20,11 @@ pytestmark = pytest.mark.slow
 
 GRID = 8
 SHARES, COARSE_SHARE = (0.1, 1.0), 0.3
-ALONE = {"network.restoration.prototypes": 0, "network.restoration.regional_prototypes": 0}
+ALONE = {
+    "network.restoration.prototypes": 0,
+    "network.restoration.regional_prototypes": 0,
+    "network.restoration.regional": False,
+}
 
 
 def evidence(kinds: int, n: int = 5, seed: int = 0) -> Tensor:
@@ -28,7 +32,7 @@ def evidence(kinds: int, n: int = 5, seed: int = 0) -> Tensor:
 
 
 def random_inspection(method: Method) -> Inspection:
-    coarse = torch.rand(5, 1, GRID // 2, GRID // 2, generator=torch.Generator().manual_seed(1))
+    coarse = torch.rand(5, method.n_regional, GRID // 2, GRID // 2, generator=torch.Generator().manual_seed(1))
     perceived = evidence(1, seed=2) if method.has_perceived else None
     return Inspection(evidence(method.n_maps), perceived, coarse if method.has_regional else None)
 
@@ -69,15 +73,16 @@ def test_kinds_of_evidence_are_counted(tiny):
         create(tiny(), Weights.RANDOM),
         create(tiny(**ALONE), Weights.RANDOM),
     )
-    for network, kinds, perceives, judges in zip(made, (1, 2, 1), (0, 1, 1), (1, 1, 0), strict=True):
-        assert (network.n_maps, network.has_regional) == (kinds, judges) and network.normal.shape == (kinds + judges, 2)
+    for network, kinds, perceives, regional in zip(made, (1, 2, 1), (0, 1, 1), (1, 2, 0), strict=True):
+        assert (network.n_maps, network.n_regional) == (kinds, regional)
+        assert network.normal.shape == (kinds + regional, 2)
         shares = len(network.config.scoring.top_fractions)
         assert network.has_perceived == perceives
-        assert network.normal_scores.shape == (shares * (1 + perceives) + judges, 2)
+        assert network.normal_scores.shape == (shares * (1 + perceives) + (regional > 0), 2)
         with torch.no_grad():
             found = network(torch.randn(3, network.features.channels, GRID, GRID))
         assert found.anomaly_maps.shape == (3, kinds, GRID, GRID)
-        assert found.regional.shape == (3, 1, GRID // 2, GRID // 2) if judges else found.regional is None
+        assert found.regional.shape == (3, regional, GRID // 2, GRID // 2) if regional else found.regional is None
         assert found.perceived.shape == (3, 1, GRID, GRID) if perceives else found.perceived is None
 
 
@@ -92,12 +97,13 @@ def test_the_judge_is_saved_and_the_extractor_only_once(tiny):
 def test_the_map_is_the_mean_of_the_evidence_and_a_part_of_the_coarse_and_keeps_constants(method):
     flat = torch.tensor([2.0, 2.0] if method.n_maps == 1 else [-1.0, 5.0])[: method.n_maps].view(1, -1, 1, 1)
     flat = flat.expand(2, -1, GRID, GRID)
-    perceived = torch.tensor([1.0, 4.0]).view(2, 1, 1, 1).expand(-1, 1, GRID, GRID) if method.has_perceived else None
-    coarse = torch.full((2, 1, 4, 4), 3.0) if method.has_regional else None
+    perceived = torch.tensor([1.0, 9.0]).view(2, 1, 1, 1).expand(-1, 1, GRID, GRID) if method.has_perceived else None
+    coarse = torch.full((2, method.n_regional, 4, 4), 3.0) if method.has_regional else None
     maps, scores = method.fuse(Inspection(flat, perceived, coarse))
     assert maps.shape == (2, 64, 64) and scores.shape == (2,)
     torch.testing.assert_close(maps, torch.full((2, 64, 64), 2 + 0.5 * 3 if method.has_regional else 2.0))
-    fine = torch.tensor([2.0, 4.0 if method.has_perceived else 2.0])  # the larger of both
+    own = 2.0 if method.n_maps == 1 else 5.0  # with a memory the distance to it judges
+    fine = torch.tensor([own, 9.0 if method.has_perceived else own])  # the larger of both
     torch.testing.assert_close(scores, (fine + 2 * 3) / 3 if method.has_regional else fine)
 
 
@@ -106,7 +112,7 @@ def test_coarse_evidence_shows_where_it_lies_and_only_with_a_weight(tiny, name):
     weighted, off = (
         create(tiny(name, **{"scoring.regional_map_weight": weight}), Weights.RANDOM) for weight in (0.3, 0.0)
     )
-    flat, coarse = torch.zeros(1, weighted.n_maps, GRID, GRID), torch.zeros(1, 1, 4, 4)
+    flat, coarse = torch.zeros(1, weighted.n_maps, GRID, GRID), torch.zeros(1, weighted.n_regional, 4, 4)
     perceived = flat[:, :1] if weighted.has_perceived else None
     coarse[..., 3, 1] = 8.0
     (maps, scores), (none, same) = (m.fuse(Inspection(flat, perceived, coarse)) for m in (weighted, off))
@@ -124,7 +130,7 @@ def test_evidence_counts_in_its_own_deviations(method):
     mean, deviation = (torch.tensor(v)[: method.n_maps] for v in ([3.0, -1.0, 0.0], [100.0, 0.01, 2.0]))
     rows, coarse = torch.stack([mean, deviation], dim=-1), inspection.regional
     if coarse is not None:
-        rows, coarse = torch.cat([rows, torch.tensor([[7.0, 0.1]])]), 0.1 * coarse + 7
+        rows, coarse = torch.cat([rows, torch.tensor([[7.0, 0.1]]).repeat(method.n_regional, 1)]), 0.1 * coarse + 7
     method.normal.copy_(rows)
     scaled = inspection.anomaly_maps * deviation.view(-1, 1, 1) + mean.view(-1, 1, 1)
     for a, b in zip(method.fuse(Inspection(scaled, inspection.perceived, coarse)), expected, strict=True):
@@ -150,10 +156,12 @@ def holding_any(valid: np.ndarray) -> np.ndarray:
     return np.array([[valid[y : y + 2, x : x + 2].any() for x in starts] for y in starts])
 
 
-def scores_by_hand(inspection: Inspection, valid: np.ndarray, normal: np.ndarray) -> list[float]:
+def scores_by_hand(method: Method, inspection: Inspection, valid: np.ndarray, normal: np.ndarray) -> list[float]:
     scores = []
     for i, inside in enumerate(valid):
-        found = statistics_by_hand(inspection, inspection.anomaly_maps[i].mean(0).numpy(), inside, i)
+        found = statistics_by_hand(
+            inspection, inspection.anomaly_maps[i, method.scored_maps].mean(0).numpy(), inside, i
+        )
         above = [(f - mean) / dev for f, (mean, dev) in zip(found, normal, strict=True)]
         fine = max(np.mean(above[:2]), np.mean(above[2:4])) if inspection.perceived is not None else np.mean(above[:2])
         scores.append(float(fine if inspection.regional is None else (fine + 2 * above[-1]) / 3))
@@ -165,7 +173,7 @@ def statistics_by_hand(inspection: Inspection, fused: np.ndarray, inside: np.nda
     if inspection.perceived is not None:
         found += [highest_by_hand(inspection.perceived[i, 0].numpy(), inside, share) for share in SHARES]
     if inspection.regional is not None:
-        found.append(highest_by_hand(inspection.regional[i, 0].numpy(), holding_any(inside), COARSE_SHARE))
+        found.append(highest_by_hand(inspection.regional[i].mean(0).numpy(), holding_any(inside), COARSE_SHARE))
     return found
 
 
@@ -177,7 +185,7 @@ def test_the_score_is_made_of_highest_shares_in_their_own_deviations(method, nor
     normal = normal[: len(method.normal_scores)]
     method.normal_scores.copy_(torch.tensor(normal))
     inspection, everywhere = random_inspection(method), np.ones((5, GRID, GRID), bool)
-    expected = scores_by_hand(inspection, everywhere, np.array(normal))
+    expected = scores_by_hand(method, inspection, everywhere, np.array(normal))
     np.testing.assert_allclose(method.fuse(inspection)[1].numpy(), expected, rtol=1e-4)
 
 
@@ -245,7 +253,7 @@ def strips() -> Tensor:
 
 def test_padding_has_no_part_in_the_score(method):
     inspection, valid = random_inspection(method), strips()
-    expected = scores_by_hand(inspection, valid.numpy(), np.array([[0.0, 1.0]] * len(method.normal_scores)))
+    expected = scores_by_hand(method, inspection, valid.numpy(), np.array([[0.0, 1.0]] * len(method.normal_scores)))
     scores = method.fuse(inspection, valid)[1]
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-5)
     anomaly_maps, coarse = torch.where(valid[:, None], inspection.anomaly_maps, 100.0), inspection.regional
@@ -282,9 +290,9 @@ def test_coarse_evidence_lies_where_its_cells_lie(tiny, grid):
 
 
 def standardised(method: Method, inspection: Inspection) -> list[Tensor]:
-    """Each kind of evidence, (N, g, g) or (N, h, h), the coarse one last."""
+    """Each kind of evidence, (N, g, g) or (N, h, h), the coarse ones last."""
     kinds = list(inspection.anomaly_maps.unbind(1))
-    kinds += [] if inspection.regional is None else [inspection.regional[:, 0]]
+    kinds += [] if inspection.regional is None else list(inspection.regional.unbind(1))
     return [(kind - mean) / deviation for kind, (mean, deviation) in zip(kinds, method.normal, strict=True)]
 
 
@@ -304,7 +312,7 @@ def test_after_training_evidence_counts_in_deviations_of_good_images(method):
         found = method(features.float(), first_rows(features))
         standard = standardised(method, found)
         maps, scores = method.fuse(found)
-    assert len(standard) == method.n_maps + method.has_regional
+    assert len(standard) == method.n_maps + method.n_regional
     for kind in standard:
         assert kind.mean().item() == pytest.approx(0, abs=1e-3)
         assert kind.std().item() == pytest.approx(1, abs=1e-3)
@@ -312,8 +320,10 @@ def test_after_training_evidence_counts_in_deviations_of_good_images(method):
     assert_statistics_are_standard(method, found)
     if not method.has_perceived:  # the larger of two has no mean of 0
         assert scores.mean().item() == pytest.approx(0, abs=1e-3)
-    fused, everywhere = torch.stack(standard[: method.n_maps], 1).mean(1).numpy(), np.ones((GRID, GRID), bool)
-    judged = Inspection(found.anomaly_maps, found.perceived, standard[-1][:, None] if method.has_regional else None)
+    fused = torch.stack(standard[: method.n_maps], 1)[:, method.scored_maps].mean(1).numpy()
+    everywhere = np.ones((GRID, GRID), bool)
+    coarse = torch.stack(standard[method.n_maps :], 1) if method.has_regional else None
+    judged = Inspection(found.anomaly_maps, found.perceived, coarse)
     statistics = [statistics_by_hand(judged, f, everywhere, i) for i, f in enumerate(fused)]
     mean, deviation = method.normal_scores.unbind(-1)
     np.testing.assert_allclose(np.mean(statistics, 0), mean.numpy(), atol=1e-4, rtol=1e-4)
@@ -328,7 +338,7 @@ def test_training_images_are_not_judged_by_what_they_taught(tiny, name):
     features = learned(method, 48)
     new = torch.randn(16, *features.shape[1:], generator=torch.Generator().manual_seed(9))
     method.fit_normalization(features, first_rows(features))
-    distances = [method.n_maps - 1, method.n_maps]  # the last witness and the coarse evidence
+    distances = [method.n_maps - 1, method.n_maps + method.n_regional - 1]  # last of the fine and of the coarse
     with torch.no_grad():
         found = (standardised(method, method(f)) for f in (features.float(), new))
         itself, unseen = (torch.stack([kinds[i].mean() for i in distances]) for kinds in found)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,17 @@ from unflaw.methods.base import Batch
 from unflaw.methods.feature_set import Context, FeatureSet
 from unflaw.methods.layers import to_grid, to_tokens
 from unflaw.methods.synthesis import synthesise
-from unflaw.methods.uranet import RAM, SUREST, UIAPM, Perception, Restoration, URANet, length, mean_logit
+from unflaw.methods.uranet import (
+    RAM,
+    SUREST,
+    UIAPM,
+    Perception,
+    Restoration,
+    URANet,
+    length,
+    mean_logit,
+    relative_error,
+)
 from unflaw.training.loop import optimise
 
 pytestmark = pytest.mark.slow
@@ -52,7 +63,7 @@ def train(network: URANet, features: Tensor, textures: Tensor | None, steps: int
 def trained(tiny, features, textures) -> tuple[URANet, list[dict[str, float]]]:
     torch.manual_seed(0)
     network = URANet(tiny(**{"training.learning_rate": 3e-3, "network.perception.width": 32}), Weights.RANDOM)
-    return network, train(network, features, textures, 100)
+    return network, train(network, features, textures, 150)
 
 
 def batch_of(network: URANet, features: Tensor, textures: Tensor | None) -> Batch:
@@ -61,14 +72,16 @@ def batch_of(network: URANet, features: Tensor, textures: Tensor | None) -> Batc
     }
 
 
-def restoration(**changes) -> RAM:
+def restoration(patch: int = 2, gap: int = 1, grid: int = GRID, **changes) -> RAM:
     torch.manual_seed(0)
-    return RAM(CHANNELS, GRID, Restoration(**{"patch": 2, "width": 24, "heads": 2, "depth": 2, **changes})).eval()
+    options = Restoration(**{"width": 24, "heads": 2, "depth": 2, **changes})
+    return RAM(CHANNELS, grid, options, patch, gap).eval()
 
 
 def shaken(part: RAM) -> RAM:
-    """With a last layer that is not zero, so that the transformer has a say."""
-    torch.nn.init.normal_(part.widen.weight, std=0.3, generator=rng(5))
+    """With last layers that are not zero, so that both parts have a say."""
+    for layer in (part.widen, part.linear):
+        torch.nn.init.normal_(layer.weight, std=0.3, generator=rng(5))
     return part
 
 
@@ -139,56 +152,95 @@ def test_thresholds_rise_until_hardly_a_good_cell_is_marked():
 # Restoration
 
 
-def test_untrained_restoration_is_recall_where_unmarked(features):
-    recalled = features[:2].float()
+def test_untrained_restoration_is_the_mean(features):
     with torch.no_grad():
-        restored = restoration()(recalled, square())
-    unmarked = (square() == 0).expand_as(recalled)
-    assert torch.equal(restored[unmarked], recalled[unmarked])
+        assert not restoration()(features[:2].float(), square()).any()
 
 
-def test_what_is_not_normal_is_not_recalled(tiny, features):
-    """However far off features are, what the untrained network restores of them lies among the prototypes."""
-    network = URANet(tiny(), Weights.RANDOM)
-    network.fit_memory(FeatureSet.of(features), rng())
-    network.perception.thresholds.copy_(torch.tensor([0.999, 1.0]))
-    network.perception.narrow.weight.data *= 0.001  # so that it marks none
-    far = 50 * torch.randn(3, CHANNELS, GRID, GRID, generator=rng(4))
+@pytest.mark.parametrize(("patch", "gap", "depth"), [(2, 1, 2), (2, 2, 2), (1, 3, 3), (1, 1, 0)])
+def test_no_place_takes_part_in_its_own_restoration(patch, gap, depth):
+    """Nor do those nearer than the gap, whatever the weights: so no path through the network can copy an anomaly."""
+    part = shaken(restoration(patch, gap, 16, depth=depth))
+    x, marked = torch.randn(1, CHANNELS, 16, 16, generator=rng(1)), torch.zeros(1, 1, 16, 16)
+    side, changed = 16 // patch, x.clone()
+    row, column = side // 2, side // 2 - 1
+    changed[..., row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] += 5
     with torch.no_grad():
-        found = network(far)
-    patch = network.options.restoration.patch
-    hidden = F.interpolate(F.max_pool2d(found.layers["mask"], patch), scale_factor=patch)
-    unmarked = (hidden == 0).expand_as(far)
-    assert unmarked.any()
-    prototypes = network.memory.prototypes
-    low, high = (bound.view(1, -1, 1, 1) for bound in (prototypes.amin(0) - 1e-3, prototypes.amax(0) + 1e-3))
-    assert (((found.restored >= low) & (found.restored <= high)) | ~unmarked).all()
+        difference = (part(changed, marked) - part(x, marked)).abs().amax(1, keepdim=True)
+    moved = F.max_pool2d(difference, patch)[0, 0] > 1e-5
+    place = torch.arange(side)
+    near = torch.maximum((place - row).abs()[:, None], (place - column).abs()) < gap
+    assert not moved[near].any() and near[row, column]
+    assert moved[row + gap, column] and (depth == 0 or moved[~near].all())  # attention reaches all that may see it
+
+
+def test_without_a_gap_a_place_sees_itself():
+    part = shaken(restoration(gap=0))
+    x, marked = torch.randn(1, CHANNELS, GRID, GRID, generator=rng(1)), torch.zeros(1, 1, GRID, GRID)
+    with torch.no_grad():
+        difference = (part(x + 5 * square(1), marked) - part(x, marked)).abs().amax(1)
+    assert difference[square(1)[:, 0].bool()].min() > 1e-3
+
+
+def test_a_gap_wider_than_half_the_image_leaves_something_to_see():
+    part = shaken(restoration(patch=2, gap=50))
+    assert part.far.any(1).all()
+    with torch.no_grad():
+        assert part(torch.randn(1, CHANNELS, GRID, GRID), torch.zeros(1, 1, GRID, GRID)).std() > 0
+
+
+def test_the_unit_of_features_does_not_matter(features):
+    part, x = restoration(), features[:3].float()
+    part.fit(features)
+    torch.nn.init.normal_(part.widen.weight, std=0.3, generator=rng(5))
+    with torch.no_grad():
+        plain = part(x, square(3))
+        part.fit(100 * features.float())
+        torch.testing.assert_close(part(100 * x, square(3)) / 100, plain, rtol=1e-2, atol=1e-3)
+
+
+def test_training_starts_at_the_best_linear_restoration(features):
+    """Of a place from the 24 around it, zeros beyond the edge: by hand, with NumPy."""
+    part, x = restoration(patch=1, gap=1, width=24, token_width=CHANNELS), features.float()
+    part.fit(features)
+    padded = F.pad(x, (2, 2, 2, 2))
+    around = [(y, z) for y in range(5) for z in range(5) if (y, z) != (2, 2)]
+    seen = torch.cat([padded[..., y : y + GRID, z : z + GRID] for y, z in around], 1)
+    design = seen.movedim(1, -1).reshape(-1, 24 * CHANNELS).double().numpy()
+    target = x.movedim(1, -1).reshape(-1, CHANNELS).double().numpy()
+    solved = np.linalg.lstsq(design, target, rcond=None)[0]
+    best, total = np.square(target - design @ solved).sum(), np.square(target).sum()
+    with torch.no_grad():
+        found = (x - part(x, torch.zeros(12, 1, GRID, GRID))).square().sum().item()
+    assert best < 0.1 * total
+    assert best * 0.999 <= found < best + 0.02 * total  # a little more: the ridge
+
+
+def test_less_rank_restores_less(features):
+    def error(width: int) -> float:
+        part = restoration(patch=1, gap=1, width=width, heads=1)
+        part.fit(features)
+        with torch.no_grad():
+            restored = part(features.float(), torch.zeros(12, 1, GRID, GRID))
+        return relative_error(restored, features.float()).item()
+
+    assert error(24) < error(4) < 1
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_what_is_marked_has_no_influence(features, masked):
+def test_attention_sees_only_what_is_unmarked(features, masked):
+    """Masked attention; plain attention sees everything. The surroundings are left out here: they see marked places."""
     part = shaken(restoration(masked=masked))
+    torch.nn.init.zeros_(part.surroundings.weight)
     x, marked = features[:2].float(), square()
     changed = x + 5 * marked * torch.randn(x.shape, generator=rng(6))
     elsewhere = x + 5 * (1 - marked) * torch.randn(x.shape, generator=rng(6))
     with torch.no_grad():
         restored = part(x, marked)
         assert restored.shape == x.shape
-        torch.testing.assert_close(part(changed, marked), restored, atol=1e-5, rtol=1e-5)
+        assert ((part(changed, marked) - restored).abs().max() < 1e-5) == masked
         inside = marked.expand_as(x).bool()
         assert (part(elsewhere, marked) - restored)[inside].abs().max() > 1e-3  # context restores
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_masked_attention_keeps_mask_tokens_to_their_place(features, masked):
-    part, x, marked = shaken(restoration(masked=masked)), features[:2].float(), square()
-    outside = (1 - marked).expand_as(x).bool()
-    with torch.no_grad():
-        before = part(x, marked)
-        part.mask_token += 3 * torch.randn(part.mask_token.shape, generator=rng(7))
-        difference = (part(x, marked) - before).abs()
-    assert difference[~outside].max() > 1e-3
-    assert (difference[outside].max() < 1e-5) == masked  # plain self-attention lets them speak to all
 
 
 def test_everything_marked_is_still_restored(features):
@@ -246,7 +298,12 @@ def test_inspection_is_what_the_contract_says(trained, features):
     torch.testing.assert_close(residual, (features.float() - found.restored).norm(dim=1))
     torch.testing.assert_close(least, network.memory(features.float())[2][:, 0])
     torch.testing.assert_close(perceived.sigmoid(), found.layers["mean"][:, 0], atol=2e-6, rtol=1e-4)
-    assert torch.equal(found.regional, network.regional_memory(features.float())) and network.has_regional
+    regions = network.features.to_regions(features.float())
+    with torch.no_grad():
+        restored = network.regional_restoration(regions, F.max_pool2d(found.layers["mask"], 2))
+    assert found.regional.shape == (12, 2, GRID // 2, GRID // 2) and network.n_regional == 2
+    torch.testing.assert_close(found.regional[:, 0], (regions - restored).norm(dim=1))
+    assert torch.equal(found.regional[:, 1:], network.regional_memory(features.float()))
     assert {"mean", "uncertainty", "mask"} <= set(found.layers)
     for layer in found.layers.values():
         assert layer.shape == (12, 1, GRID, GRID) and layer.min() >= 0 and layer.max() <= 1
@@ -334,14 +391,14 @@ def test_what_was_learned_after_calibration_speaks_for_an_image_and_never_agains
         found = extended(everything)
         mean, _ = extended.perception(seen_by(extended, everything))
         calmed, _ = extended.perception(seen_by(extended, everything, which=2))
-        recalled, distance, least = extended.memory(everything)
+        _, distance, least = extended.memory(everything)
     assert (calmed < mean).any() and not torch.equal(least, distance)
     expected = torch.minimum(mean, calmed).clamp(1e-6, 1 - 1e-6)
     torch.testing.assert_close(found.perceived.sigmoid(), expected, atol=1e-6, rtol=1e-3)
     assert torch.equal(found.anomaly_maps[:, 1:2], least)
     torch.testing.assert_close(found.layers["mean"], mean)  # the mask is that of before, and so is the residual
     with torch.no_grad():
-        restored = extended.restoration(recalled, found.layers["mask"])
+        restored = extended.restoration(everything, found.layers["mask"])
     torch.testing.assert_close(found.restored, restored)
 
 
@@ -378,16 +435,17 @@ def test_training_images_are_recalled_and_judged_without_themselves(trained, fea
     x = features[rows].float()
     with torch.no_grad():
         found, plain = network(x, Context(training_rows=rows)), network(x)
-    recalled, distance, _ = network.memory(x, Context(training_rows=rows))
+    distance = network.memory(x, Context(training_rows=rows))[1]
     assert torch.equal(found.anomaly_maps[:, 1:2], distance)
-    assert torch.equal(found.regional, network.regional_memory(x, Context(training_rows=rows)))
+    assert torch.equal(found.regional[:, 1:], network.regional_memory(x, Context(training_rows=rows)))
+    assert torch.equal(found.regional[:, 0], plain.regional[:, 0])  # restored from the image alone
     for with_itself, left_out in (
         (plain.anomaly_maps[:, 1], found.anomaly_maps[:, 1]),
-        (plain.regional, found.regional),
+        (plain.regional[:, 1], found.regional[:, 1]),
     ):
         assert (left_out >= with_itself - 3e-3).all() and left_out.mean() > 1.05 * with_itself.mean()
     with torch.no_grad():
-        restored = network.restoration(recalled, found.layers["mask"])
+        restored = network.restoration(x, found.layers["mask"])
     torch.testing.assert_close(found.restored, restored)
 
 
@@ -447,26 +505,34 @@ def test_perception_learns_which_cells_were_altered(trained, features, textures,
     assert logits.shape == mask.shape and n == 12
 
 
-def test_restoration_learns_from_the_recall_of_what_was_there(trained, features, monkeypatch):
-    """Altered cells are mask tokens: nothing of what they became reaches the restoration."""
+@pytest.mark.parametrize("part", ["restoration", "regional_restoration"])
+def test_restoration_learns_clean_features_from_altered_ones(trained, features, monkeypatch, part):
+    """It sees F_a, its attention only what M leaves of it; the target is F."""
     network, given = trained[0], []
-    forward = network.restoration.forward
+    forward = getattr(network, part).forward
     monkeypatch.setattr(
-        network.restoration, "forward", lambda x, marked: given.append((x, marked)) or forward(x, marked)
+        getattr(network, part), "forward", lambda x, marked: given.append((x, marked)) or forward(x, marked)
     )
     batch = batch_of(network, features, None)
     with torch.no_grad():
         terms = network.loss(batch, rng(4))
-    ((recalled, marked),) = given
-    assert torch.equal(recalled, batch["retrieved"])
-    anomalies = synthesise(batch["features"], None, network.options.synthesis, rng(4))
-    assert torch.equal(marked, anomalies.mask) and marked.any()
-    restored, clean = forward(recalled, marked).detach(), batch["features"]
+    ((seen, marked),) = given
+    clean, made = batch["features"], synthesise(batch["features"], None, network.options.synthesis, rng(4))
+    altered, mask = made.features, made.mask
+    if part == "regional_restoration":
+        clean, altered = (network.features.to_regions(x) for x in (clean, altered))
+        mask = F.max_pool2d(mask, 2)
+    assert torch.equal(seen, altered) and torch.equal(marked, mask) and marked.any()
+    restored = forward(seen, marked).detach()
     expected = (restored - clean).square().sum() / clean.square().sum()
-    assert terms["restoration"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert terms[part].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-PAPER_PARTS = {"network.restoration.prototypes": 0, "network.restoration.regional_prototypes": 0}
+PAPER_PARTS = {
+    "network.restoration.prototypes": 0,
+    "network.restoration.regional_prototypes": 0,
+    "network.restoration.regional": False,
+}
 
 
 def test_without_prototypes_the_image_alone_is_restored(tiny, features):
@@ -487,7 +553,8 @@ def test_without_prototypes_the_image_alone_is_restored(tiny, features):
 def test_a_foreign_patch_that_nothing_marks_is_not_copied_to_the_restoration(tiny, features, textures, seed):
     """Without a memory what RAM predicts is all: its residual shows the patch, several times its surroundings."""
     torch.manual_seed(seed)
-    network = URANet(tiny(**PAPER_PARTS, **{"training.learning_rate": 3e-3, "training.seed": seed}), Weights.RANDOM)
+    own = {"training.learning_rate": 3e-3, "training.seed": seed, "network.restoration.gap": 1}  # of 4 × 4 tokens
+    network = URANet(tiny(**PAPER_PARTS, **own), Weights.RANDOM)
     train(network, features, textures, 300)
     network.perception.thresholds.fill_(2)  # no probability reaches that
     changed, patch = features.float().clone(), (..., slice(3, 5), slice(3, 5))
@@ -504,6 +571,7 @@ def test_a_foreign_patch_that_nothing_marks_is_not_copied_to_the_restoration(tin
 SWITCHES = {
     "network.restoration.prototypes": 0,
     "network.restoration.regional_prototypes": 0,
+    "network.restoration.regional": False,
     "network.perception.input": "features",
     "network.perception.in_score": False,
 }
@@ -519,7 +587,8 @@ def test_each_of_our_additions_has_a_switch_of_its_own(tiny, features, switch):
     assert (
         (network.memory is None) == (found.anomaly_maps.shape[1] == 1) == (switch == "network.restoration.prototypes")
     )
-    assert (found.regional is None) == (switch == "network.restoration.regional_prototypes")
+    own = switch in ("network.restoration.regional_prototypes", "network.restoration.regional")
+    assert found.regional.shape[1] == network.n_regional == 2 - own
     assert (found.perceived is None) == (switch == "network.perception.in_score")
     sees = network.perception.narrow.in_channels
     assert sees == (CHANNELS if switch in ("network.restoration.prototypes", "network.perception.input") else 2)
@@ -562,7 +631,9 @@ ABLATIONS = {
     "no prototypes": {"network.restoration.prototypes": 0},
     "the paper's parts alone": PAPER_PARTS,
     "no masked attention": {"network.restoration.masked": False},
-    "no transformer": {"network.restoration.depth": 0},
+    "no attention": {"network.restoration.depth": 0},
+    "sees itself": {"network.restoration.gap": 0, "network.restoration.regional_gap": 0},
+    "no restoration of regions": {"network.restoration.regional": False},
     "no Bayesian weights": {"network.perception.bayesian": False},
     "one draw": {"network.perception.draws": 1},
     "never clean": {"network.synthesis.clean": 0.0},

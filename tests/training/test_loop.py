@@ -314,7 +314,7 @@ def test_weights_decay_and_biases_norms_and_deviations_do_not(tiny, method):
     deviations = {name for name in names.values() if name.endswith("log_deviation")}
     flat = {name for name in names.values() if network.get_parameter(name).ndim == 1}
     assert groups[1] == deviations | flat and bool(deviations) == (method == "uranet")
-    assert not [name for name in groups[0] if name.endswith(("bias", "mask_token"))]
+    assert not [name for name in groups[0] if name.endswith("bias")]
 
 
 def test_decay_leaves_what_does_not_decay_where_it_is():

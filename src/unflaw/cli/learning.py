@@ -44,7 +44,9 @@ def train(
     data: Several,
     out: Annotated[Path, typer.Option(help="Output detector file (.safetensors).")],
     method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
-    profile: Annotated[str, typer.Option(help="Profile of settings: cpu or paper.")] = "cpu",
+    profile: Annotated[
+        str, typer.Option(help="Profile of settings: cpu, paper, or restoration (uranet without its memories).")
+    ] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
     levels: Annotated[str | None, typer.Option(help="Feature levels, such as 1,2,3.")] = None,
@@ -153,7 +155,9 @@ def fleet(
     data: Annotated[Path, typer.Argument(help="Folder with one data set per category, in any layout of `train`.")],
     out: Annotated[Path, typer.Option(help="Output folder: CATEGORY.safetensors, fleet.md, .csv and .json.")],
     method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
-    profile: Annotated[str, typer.Option(help="Profile of settings: cpu or paper.")] = "cpu",
+    profile: Annotated[
+        str, typer.Option(help="Profile of settings: cpu, paper, or restoration (uranet without its memories).")
+    ] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,

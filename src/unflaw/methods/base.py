@@ -50,7 +50,7 @@ class Inspection:
         anomaly_maps: (N, W, g, g), raw: one map or several, such as the residual of a restoration and the distance to a
             memory. `Method.fuse` makes them one.
         perceived: One more raw map (N, 1, g, g) for the image score alone; or None.
-        regional: One more raw map (N, 1, h, h) on a coarser grid, which shows better whether an image is anomalous than
+        regional: Further raw maps (N, R, h, h) on a coarser grid, which show better whether an image is anomalous than
             where; or None.
         restored: F̂ (N, C, g, g), or None where the method restores nothing.
         layers: Further maps (N, 1, g, g) in [0, 1], by name: "mean", "uncertainty", "mask".
@@ -73,6 +73,7 @@ class Method(nn.Module, ABC):
         config: Of the detector; its `network` is an `options_class`.
         weights: Of the backbone, as for `FeatureExtractor`.
         n_maps: W, the number of anomaly maps.
+        n_regional: Number of regional maps of the method's own, beside the distance to `regional_memory`.
         has_perceived: `Inspection.perceived` is given.
         prototypes: Size of `memory`; 0: there is none.
         regional_prototypes: Size of `regional_memory`; 0: there is none. With it `Inspection.regional` is given.
@@ -82,6 +83,7 @@ class Method(nn.Module, ABC):
         profiles: By name, dotted settings that differ from the defaults.
         variants: Named variants for ablation: ("name: setting=value; …", "what it shows").
         on_pixels: It works on images themselves and has no backbone.
+        scored_maps: The anomaly maps whose mean gives the patch score; by default all.
         window: Side in cells of the mean filter over the map before the image score; odd.
         uses_textures: `FeatureSet.textures` are used.
         weight_samples: Weight samples of a Bayesian network that inference averages; 1 for others.
@@ -93,6 +95,7 @@ class Method(nn.Module, ABC):
     variants: ClassVar[tuple[tuple[str, str], ...]] = ()
     on_pixels: ClassVar[bool] = False
     normalization_buffers: ClassVar[tuple[str, ...]] = ("normal", "normal_scores", "patch_weight")
+    scored_maps: slice = slice(None)
     window = 3
     uses_textures = False
     weight_samples = 1
@@ -103,6 +106,7 @@ class Method(nn.Module, ABC):
         weights: WeightSource = None,
         *,
         n_maps: int = 1,
+        n_regional: int = 0,
         has_perceived: bool = False,
         prototypes: int = 0,
         regional_prototypes: int = 0,
@@ -110,16 +114,18 @@ class Method(nn.Module, ABC):
         super().__init__()
         assert isinstance(config.network, self.options_class)
         self.config, self.options = config, config.network
-        self.n_maps, self.has_perceived, self.has_regional = n_maps, has_perceived, regional_prototypes > 0
+        self.n_maps, self.has_perceived = n_maps, has_perceived
+        self.n_regional = n_regional + (regional_prototypes > 0)
+        self.has_regional = self.n_regional > 0
         self.features = self.make_extractor(weights)
         self.memory = MemoryBank(prototypes, self.features.channels) if prototypes else None
-        self.regional_memory = RegionalMemoryBank(regional_prototypes, self.features) if self.has_regional else None
+        self.regional_memory = RegionalMemoryBank(regional_prototypes, self.features) if regional_prototypes else None
         # mean and deviation on good training images: of each raw map, and of each statistic of the image score
         n_statistics = len(config.scoring.top_fractions) * (1 + has_perceived) + self.has_regional
         self.normal: Tensor
         self.normal_scores: Tensor
         self.patch_weight: Tensor
-        self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(n_maps + self.has_regional, 1))
+        self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(n_maps + self.n_regional, 1))
         self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(n_statistics, 1))
         self.register_buffer("patch_weight", torch.tensor(1.0))
 
@@ -175,7 +181,7 @@ class Method(nn.Module, ABC):
         """
         return {}
 
-    def regional_map(self, features: Tensor, context: Context) -> Tensor | None:
+    def regional_distance(self, features: Tensor, context: Context) -> Tensor | None:
         """Distance to the regional memory, (N, 1, ⌈g/2⌉, ⌈g/2⌉); None where there is none."""
         return None if self.regional_memory is None else self.regional_memory(features, context)
 
@@ -198,8 +204,8 @@ class Method(nn.Module, ABC):
         valid, inspection = context.valid, self._inspected(features, context)
         cells = [maps if valid is None else maps[valid] for maps in inspection.anomaly_maps.unbind(1)]
         if inspection.regional is not None:
-            regional = inspection.regional[:, 0]
-            cells.append(regional if valid is None else regional[coarser(valid)])
+            inside = None if valid is None else coarser(valid)
+            cells += [maps if inside is None else maps[inside] for maps in inspection.regional.unbind(1)]
         self.normal.copy_(torch.stack([torch.stack([c.mean(), c.std().clamp_min(1e-6)]) for c in cells]))
         statistics = self._statistics(inspection, valid)
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
@@ -304,19 +310,21 @@ class Method(nn.Module, ABC):
         """Raw maps → anomaly maps at canvas size, (N, S, S), and image scores (N,).
 
         The map is the mean of the anomaly maps, each in deviations from its normal mean, plus `regional_map_weight`
-        times the regional map in its deviations; bilinear, then a Gaussian.
+        times the same of the regional maps; bilinear, then a Gaussian.
 
         The image score is a weighted mean of a patch score and, where there is a regional map, a regional score, both
         in deviations above normal. The patch score, of weight `patch_weight`, is the mean of the highest
-        `top_fractions` of the map or the same of `perceived`, whichever is larger. The regional score, of weight
-        `regional_weight`, is the mean of the highest `regional_top_fraction` of the regional map.
+        `top_fractions` of the mean of `scored_maps` or the same of `perceived`, whichever is larger. The regional
+        score, of weight `regional_weight`, is the mean of the highest `regional_top_fraction` of the regional maps'
+        mean.
 
         Args:
             inspection: Of N images.
             valid: (N, g, g) bool, the cells that cover the image; None: all.
         """
         scoring, size = self.config.scoring, self.config.preparation.size
-        maps, regional = self._standardised(inspection)
+        every, regional = self._standardised(inspection)
+        maps = every.mean(1)
         if valid is not None:  # what does not count must not blur into what does
             maps = torch.where(valid, maps, 0.0)
             regional = None if regional is None else torch.where(coarser(valid), regional, 0.0)
@@ -341,19 +349,19 @@ class Method(nn.Module, ABC):
         return patch.mean(2).amax(1), statistics[:, -1] if self.has_regional else None
 
     def _standardised(self, inspection: Inspection) -> tuple[Tensor, Tensor | None]:
-        """Anomaly maps as one (N, g, g), and the regional map (N, h, h), both in deviations from normal."""
+        """Anomaly maps (N, W, g, g), and regional maps as one (N, h, h), all in deviations from normal."""
         mean, deviation = self.normal[..., None, None].unbind(1)
         n = self.n_maps
-        anomaly_maps = ((inspection.anomaly_maps - mean[:n]) / deviation[:n]).mean(1)
+        anomaly_maps = (inspection.anomaly_maps - mean[:n]) / deviation[:n]
         if inspection.regional is None:
             return anomaly_maps, None
-        return anomaly_maps, (inspection.regional[:, 0] - mean[-1]) / deviation[-1]
+        return anomaly_maps, ((inspection.regional - mean[n:]) / deviation[n:]).mean(1)
 
     def _statistics(self, inspection: Inspection, valid: Tensor | None = None) -> Tensor:
         """Statistics of the image score, (N, Q): top fractions of the map, of `perceived` and of the regional map."""
         scoring = self.config.scoring
         maps, regional = self._standardised(inspection)
-        found = [top_fraction_mean(maps, scoring.top_fractions, valid, self.window)]
+        found = [top_fraction_mean(maps[:, self.scored_maps].mean(1), scoring.top_fractions, valid, self.window)]
         if inspection.perceived is not None:
             found.append(top_fraction_mean(inspection.perceived[:, 0], scoring.top_fractions, valid, self.window))
         if regional is not None:

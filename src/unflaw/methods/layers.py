@@ -104,12 +104,16 @@ class Attention(nn.Module):
         n, t, width = x.shape
         qkv = self.qkv(x).view(n, t, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, width/heads)
-        if self.training and x.device.type == "cpu":  # the fused kernel's backward pass takes five times as long there
-            logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-            attended = (logits if allowed is None else logits.masked_fill(~allowed, -1e4)).softmax(-1).to(v) @ v
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        attended = attend(q, k, v, allowed)
         return self.out(attended.transpose(1, 2).reshape(n, t, width))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, (N, heads, T, width/heads) each; `allowed` (…, T, T) bool: query may see key."""
+    if query.requires_grad and query.device.type == "cpu":  # the fused kernel's backward pass takes five times as long
+        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        return (logits if allowed is None else logits.masked_fill(~allowed, -1e4)).softmax(-1).to(value) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
 
 class AttentionBlock(Attention):

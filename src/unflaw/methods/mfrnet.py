@@ -266,7 +266,7 @@ class MFRNet(Method):
         terms = self.compare(features.repeat_interleave(n_sets, 0), restored.flatten(0, 1))
         maps = self.hybrid(terms).sqrt().unflatten(0, (-1, n_sets)).mean(1)
         anomaly_maps = torch.cat([maps, *distance], dim=1)
-        return Inspection(anomaly_maps, regional=self.regional_map(features, context), restored=restored.mean(1))
+        return Inspection(anomaly_maps, regional=self.regional_distance(features, context), restored=restored.mean(1))
 
     def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
         """Masks, a row for each k: what each leaves visible, what R restores, and the sum. Restoration: terms."""

@@ -44,7 +44,7 @@ class NearestNeighbor(Method):
     def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
         assert self.memory is not None
         retrieved, _, distance = self.memory(features, context)
-        return Inspection(distance, regional=self.regional_map(features, context), restored=retrieved)
+        return Inspection(distance, regional=self.regional_distance(features, context), restored=retrieved)
 
     def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
         assert inspection.restored is not None

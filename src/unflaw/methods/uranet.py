@@ -3,20 +3,25 @@
     F ──▶ FASM (training only) ──▶ F_a ──▶ UIAPM ──▶ U, V ──▶ M_U, M_final ──▶ RAM ──▶ F̂,   map = residual of F and F̂
 
 The parts and their names are the paper's. Its hyper-parameters are not public to us: sizes, thresholds and losses are
-our own, measured choices. Ours as well, each with a switch of its own:
+our own, measured choices. Our reading of restoration "from global normal semantics": no place takes part in its own
+restoration, marked or not, so that nothing can be copied (`RAM`).
 
-* a memory of prototypes (`restoration.prototypes`): RAM restores from features retrieved there, and the distance to it
-  is a second anomaly map; with `perception.input = "distance"` UIAPM sees distances to it instead of F;
-* a second memory of whole regions (`restoration.regional_prototypes`), which joins map and score;
+Ours as well, each with a switch of its own:
+
+* a memory of prototypes (`restoration.prototypes`): the distance to it is a second anomaly map, it and not the residual
+  judges the image, and with `perception.input = "distance"` UIAPM sees it instead of F;
+* a memory of whole regions (`restoration.regional_prototypes`), which joins map and score;
+* a second restoration, of whole regions from what is far from them (`restoration.regional`), likewise: it serves where
+  there is no memory;
 * U in the image score (`perception.in_score`).
 
-Without the first, F̂ is what RAM's network predicts and nothing else. Why: docs/research.md.
+Why: docs/research.md.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +29,17 @@ from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
 from unflaw.config import Config, MethodOptions, Settings, WeightSource
+from unflaw.features.extractor import FeatureExtractor
 from unflaw.methods.base import LEVEL_VARIANTS, PAPER, Batch, Inspection, Method
 from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
-from unflaw.methods.layers import AttentionBlock, BayesianConv2d, sincos_positions, to_grid, to_tokens
+from unflaw.methods.layers import BayesianConv2d, attend, sincos_positions, to_grid, to_tokens
 from unflaw.methods.synthesis import Anomalies, Synthesis, blend, perlin_masks, sources, synthesise
 from unflaw.methods.visualization import Row, Stage, Stages
 
 SUREST = math.log(1e6 - 1)  # logit that counts at most
+TAPS = 5  # side of the convolution that reads the surroundings of a token
+LIMIT = 5.0  # deviations of a component of a token: what is far from normal has no more say in its surroundings
+MOST_PATCHES = 2**16  # that the linear restoration is fitted to
 
 
 class Perception(Settings):
@@ -54,17 +63,23 @@ class Restoration(Settings):
     """RAM: restoration attention."""
 
     patch: int = Field(2, ge=1, le=256, description="side of a token in feature cells")
-    width: int = Field(192, ge=4, le=8192, multiple_of=4)
-    depth: int = Field(3, ge=0, le=64)
-    heads: int = Field(3, ge=1, le=1024)
-    masked: bool = Field(True, description="keys only where M_final marks nothing; False: plain self-attention")
-    prototypes: int = Field(
-        4096, ge=0, le=10_000_000, description="memory of normal tokens across images; 0: the image alone"
+    token_width: int = Field(128, ge=4, le=8192, description="channels of a token")
+    width: int = Field(192, ge=4, le=8192, multiple_of=4, description="channels of the surroundings of a token")
+    depth: int = Field(2, ge=0, le=64, description="blocks of attention and feed-forward part")
+    heads: int = Field(4, ge=1, le=1024)
+    gap: int = Field(
+        2,
+        ge=0,
+        le=64,
+        description="a token is restored from those at least this many tokens away; 0: from all, itself too",
     )
+    masked: bool = Field(True, description="keys only where M_final marks nothing; False: from marked ones as well")
+    regional: bool = Field(False, description="a second restoration, of whole regions, for image score and map")
+    regional_gap: int = Field(5, ge=0, le=64, description="as `gap`, in regions of two cells")
+    prototypes: int = Field(4096, ge=0, le=10_000_000, description="memory of normal tokens across images; 0: none")
     regional_prototypes: int = Field(
         16384, ge=0, le=10_000_000, description="size of the memory of whole regions, for image score and map; 0: none"
     )
-    sharpness: float = Field(2.0, gt=0, description="softmax(−sharpness·d²/radius²) over the nearest prototypes")
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Restoration:
@@ -151,59 +166,164 @@ class UIAPM(nn.Module):
         return {"perception": bce + 0.5 * dice, "kl": kl}
 
 
+class RestorationBlock(nn.Module):
+    """Attention from the surroundings of each place to the tokens that it may see, and a feed-forward part.
+
+    Queries are of surroundings; keys and values are of tokens. Tokens do not change from block to block: what a place
+    learns from others holds nothing that these have learned from it.
+
+    Args:
+        width, heads: Of the surroundings, width divisible by the number of heads.
+        token_width: Of the tokens.
+    """
+
+    def __init__(self, width: int, heads: int, token_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.keys_values = nn.Linear(width, width), nn.Linear(token_width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor, tokens: Tensor, allowed: Tensor) -> Tensor:
+        """x (N, T, width), tokens (N, T, token_width) → (N, T, width).
+
+        `allowed` is broadcastable to (N, heads, T, T) bool: True where a place may see a token.
+        """
+        n, t, width = x.shape
+        q = self.query(self.norm1(x)).view(n, t, self.heads, -1).transpose(1, 2)
+        k, v = self.keys_values(tokens).view(n, t, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = x + self.out(attend(q, k, v, allowed).transpose(1, 2).reshape(n, t, width))
+        return x + self.mlp(self.norm2(x))
+
+
 class RAM(nn.Module):
-    """Restoration attention: F̂ from what is unmarked in the image and from the memory of normal tokens.
+    """Restoration attention: each place is restored from the rest of the image, and from nothing of the place itself.
 
-    1. Attention to the prototypes turns each token into a mixture of normal ones (`MemoryBank`). It is not trained:
-       a soft nearest-neighbor search. Only this mixture goes on, so an anomaly cannot be copied through.
-    2. Marked tokens become a learned mask token.
-    3. A transformer over p×p patches, keys restricted to unmarked ones, predicts from context what the mixture lacks.
+    1. Patches of p×p cells become tokens.
+    2. A convolution of 5×5 taps that are `gap` tokens apart, without the one in the middle, reads the surroundings.
+    3. Attention finds tokens of the image that fit these surroundings, among those at least `gap` tokens away that are
+       not marked (`RestorationBlock`).
+    4. F̂ is predicted from both. No cell of F is passed on as it is, so an anomaly cannot be copied, marked or not.
 
-    Without prototypes step 1 is left out, as in the paper, and step 3 predicts all of F: no cell of F is passed on as
-    it is, marked or not. A path around the network would copy every anomaly that nothing marks.
+    The backbone's receptive fields reach into neighbouring cells: a gap of 1 would let a place be read off there.
+
+    Marked tokens are left out of attention, and not of the surroundings: a mask token in their place cost up to .1 of
+    AUPRO there, where much is marked (docs/research.md). Training alters the surroundings instead, so that anomalies
+    in them have little influence.
+
+    Training starts at the best linear restoration (`fit`); attention learns what that lacks.
 
     Args:
         channels: C.
         grid: g.
         options: Sizes and switches.
+        patch, gap: Instead of those of the options. A gap larger than half the side of the tokens is taken as that.
     """
 
-    def __init__(self, channels: int, grid: int, options: Restoration) -> None:
+    def __init__(self, channels: int, grid: int, options: Restoration, patch: int, gap: int) -> None:
         super().__init__()
-        self.options = options
-        p, width = options.patch, options.width
-        if grid % p:
-            raise ValueError(f"the grid of {grid} cells cannot be cut into patches of {p}; choose a divisor")
-        self.narrow = nn.Conv2d(channels, width, p, p)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(width))
-        self.positions: Tensor
-        self.register_buffer("positions", sincos_positions(grid // p, width), persistent=False)
-        self.blocks = nn.ModuleList(AttentionBlock(width, options.heads) for _ in range(options.depth))
+        width, outputs = options.width, channels * patch * patch
+        if grid % patch:
+            raise ValueError(f"the grid of {grid} cells cannot be cut into patches of {patch}; choose a divisor")
+        self.patch, self.masked, side = patch, options.masked, grid // patch
+        token_width = min(options.token_width, outputs)
+        gap = min(gap, side // 2)
+        self.dilation = max(gap, 1)
+        self.narrow = nn.Conv2d(channels, token_width, patch, patch)
+        self.surroundings = nn.Conv2d(token_width, width, TAPS, dilation=self.dilation, padding=2 * self.dilation)
+        self.linear = nn.Linear(width, outputs)
+        self.locate = nn.Linear(width, width, bias=False)
+        self.blocks = nn.ModuleList(RestorationBlock(width, options.heads, token_width) for _ in range(options.depth))
         self.norm = nn.LayerNorm(width)
-        self.widen = nn.Linear(width, channels * p * p)
-        nn.init.zeros_(
-            self.widen.weight
-        )  # training starts at the retrieved features, or at the mean of F, and corrects it
-        nn.init.zeros_(self.widen.bias)
+        self.widen = nn.Linear(width, outputs)
+        for part in (self.locate.weight, self.linear.weight, self.linear.bias, self.widen.weight, self.widen.bias):
+            nn.init.zeros_(part)
 
-    def forward(self, seen: Tensor, marked: Tensor) -> Tensor:
-        """Steps 2 and 3: retrieved features (else F) (N, C, g, g), marks (N, 1, g, g) in {0, 1} → F̂."""
-        p = self.options.patch
-        hidden = F.max_pool2d(marked, p)  # (N, 1, side, side): a patch is marked if any of its cells is
-        flat = hidden.flatten(1)[..., None]
-        x = self.narrow(seen).flatten(2).transpose(1, 2)  # (N, T, width)
-        x = x * (1 - flat) + self.mask_token * flat + self.positions
-        allowed = None
-        if self.options.masked:
-            unmarked = flat[..., 0] == 0
-            unmarked = unmarked | ~unmarked.any(1, keepdim=True)  # all marked: attend to all rather than to nothing
-            allowed = unmarked[:, None, None, :]
+        taps, axis = torch.ones(TAPS, TAPS), torch.arange(side)
+        taps[TAPS // 2, TAPS // 2] = float(gap == 0)
+        rows, columns = axis.repeat_interleave(side), axis.repeat(side)
+        apart = torch.maximum(*((place[:, None] - place).abs() for place in (rows, columns)))
+        self.positions: Tensor
+        self.taps: Tensor
+        self.far: Tensor
+        self.scale: Tensor
+        self.register_buffer("positions", sincos_positions(side, width), persistent=False)
+        self.register_buffer("taps", taps, persistent=False)
+        self.register_buffer("far", apart >= gap, persistent=False)  # (T, T)
+        self.register_buffer("scale", torch.ones(outputs))
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Fits the linear part to F (N, C, g, g) of good images, in closed form.
+
+        Tokens are principal components of patches; a ridge regression of rank `width` predicts a patch from the tokens
+        at the taps. It takes seconds and restores as well as hundreds of steps (docs/research.md).
+        """
+        patches = F.pixel_unshuffle(features[:: -(-features.shape[0] * self.far.shape[0] // MOST_PATCHES)], self.patch)
+        parts = patches.split(8)
+        n, outputs = patches[:, 0].numel(), patches.shape[1]
+        covariance = torch.zeros(outputs, outputs)
+        for part in parts:
+            rows = to_tokens(part.float()).flatten(0, 1)
+            covariance += rows.T @ rows / n
+        self.scale.copy_(covariance.diagonal().sqrt().clamp_min(1e-6))
+        energy, components = torch.linalg.eigh(covariance.double())
+        width = self.narrow.out_channels
+        components = components[:, -width:] * energy[-width:].clamp_min(1e-9 * float(energy[-1])).rsqrt()
+        self.narrow.weight.copy_(components.T.reshape(self.narrow.weight.shape))
+        nn.init.zeros_(cast(Tensor, self.narrow.bias))
+
+        used = self.taps.flatten().nonzero()[:, 0]
+        size = width * len(used)
+        gram, product = torch.zeros(size, size), torch.zeros(size, outputs)
+        for part in parts:
+            rows = to_tokens(part.float()).flatten(0, 1)
+            content = self.narrow(F.pixel_shuffle(part.float(), self.patch)).clamp(-LIMIT, LIMIT)
+            seen = self._at_taps(content, used)
+            gram += seen.T @ seen / n
+            product += seen.T @ rows / n
+        ridge = gram + 1e-3 * gram.diagonal().mean() * torch.eye(size)
+        solved = torch.linalg.solve(ridge, product)
+        energy, directions = torch.linalg.eigh((solved.T @ gram @ solved).double())
+        rank = min(self.linear.in_features, outputs)
+        root = energy[-rank:].clamp_min(1e-9 * float(energy[-1])).sqrt()
+        weights = (solved.double() @ directions[:, -rank:] / root).float()  # (size, rank), of outputs of variance 1
+        kernel = torch.zeros(rank, width, TAPS * TAPS)
+        kernel[..., used] = weights.view(len(used), width, rank).permute(2, 1, 0)
+        self.surroundings.weight[:rank] = kernel.unflatten(2, (TAPS, TAPS))
+        nn.init.zeros_(cast(Tensor, self.surroundings.bias))
+        self.linear.weight[:, :rank] = (directions[:, -rank:] * root).float()
+
+    def _at_taps(self, content: Tensor, used: Tensor) -> Tensor:
+        """What the taps of `surroundings` see, (N, token_width, side, side) → (N·T, taps · token_width)."""
+        d, side = self.dilation, content.shape[-1]
+        padded = F.pad(content, (2 * d,) * 4)
+        places = [(int(tap) // TAPS * d, int(tap) % TAPS * d) for tap in used]
+        return torch.cat([to_tokens(padded[..., y : y + side, x : x + side]) for y, x in places], dim=2).flatten(0, 1)
+
+    def forward(self, features: Tensor, marked: Tensor) -> Tensor:
+        """F (N, C, g, g) and marks (N, 1, g, g) in {0, 1} → F̂ (N, C, g, g)."""
+        hidden = F.max_pool2d(marked, self.patch)  # (N, 1, side, side): a patch is marked if any of its cells is
+        content = self.narrow(features).clamp(-LIMIT, LIMIT)
+        d, ring = self.dilation, self.surroundings
+        around = to_tokens(F.conv2d(content, ring.weight * self.taps, ring.bias, padding=2 * d, dilation=d))
+        x, tokens = around + self.locate(self.positions), to_tokens(content)
+        allowed = self.far[None, None]
+        if self.masked:
+            seen = allowed & (hidden.flatten(1) == 0)[:, None, None, :]
+            allowed = seen | (allowed & ~seen.any(-1, keepdim=True))  # all marked: rather from these than from nothing
         for block in self.blocks:
-            x = block(x, allowed)
-        predicted = F.pixel_shuffle(to_grid(self.widen(self.norm(x))), p)
-        if not self.options.prototypes:
-            return predicted
-        return seen * (1 - F.interpolate(hidden, scale_factor=p)) + predicted
+            x = block(x, tokens, allowed)
+        restored = self.linear(around) + self.widen(self.norm(x)) * self.scale
+        return F.pixel_shuffle(to_grid(restored), self.patch)
+
+
+# The method without our memories
+RESTORATION: dict[str, Any] = {
+    "network.restoration.prototypes": 0,
+    "network.restoration.regional_prototypes": 0,
+}
 
 
 class URANet(Method):
@@ -213,15 +333,22 @@ class URANet(Method):
     options: URANetOptions
     normalization_buffers = (*Method.normalization_buffers, "perception.thresholds")
     profiles = {  # noqa: RUF012
-        "cpu": {"training.batch": 8},
-        "paper": PAPER
+        "cpu": {"training.steps": 200, "training.batch": 8, "training.learning_rate": 1e-3},
+        "restoration": RESTORATION
         | {
+            "network.restoration.regional": True,
+            "training.steps": 1500,
+            "training.batch": 8,
+            "training.learning_rate": 2e-3,
+        },
+        "paper": PAPER
+        | RESTORATION
+        | {
+            "network.restoration.token_width": 384,
             "network.restoration.width": 768,
             "network.restoration.depth": 8,
             "network.restoration.heads": 12,
             "network.restoration.patch": 4,
-            "network.restoration.prototypes": 0,
-            "network.restoration.regional_prototypes": 0,
             "network.perception.width": 256,
             "network.perception.draws": 16,
         },
@@ -234,12 +361,20 @@ class URANet(Method):
         ),
         ("fasm-no-textures: network.synthesis.textures=0", "our sources of anomalies alone"),
         ("no-uncertainty: network.perception.bayesian=false", "a plain network: what is ambiguous is not marked"),
-        ("plain-attention: network.restoration.masked=false", "self-attention to all, marked or not"),
+        ("plain-attention: network.restoration.masked=false", "attention to marked tokens as well"),
+        (
+            "sees-itself: network.restoration.gap=0; network.restoration.regional_gap=0",
+            "a place may be copied to itself",
+        ),
+        ("gap-1: network.restoration.gap=1", "a place is restored from its neighbours, too"),
+        ("gap-3: network.restoration.gap=3", "a place is restored from farther away"),
+        ("no-attention: network.restoration.depth=0", "restoration by a convolution of the surroundings alone"),
+        ("regional-restoration: network.restoration.regional=true", "with the restoration of whole regions"),
         (
             "perceives-features: network.perception.input=features",
             "UIAPM sees F, as in the paper, not distances to the memory",
         ),
-        ("no-memory: network.restoration.prototypes=0", "no prototypes of cells; UIAPM can see F only"),
+        ("no-memory: network.restoration.prototypes=0", "no memory of cells; UIAPM can see F only"),
         ("no-regional-memory: network.restoration.regional_prototypes=0", "without the memory of whole regions"),
         (
             "u-not-in-score: network.perception.in_score=false",
@@ -267,23 +402,28 @@ class URANet(Method):
     def __init__(self, config: Config, weights: WeightSource = None) -> None:
         options = config.network
         assert isinstance(options, URANetOptions)
-        prototypes = options.restoration.prototypes
+        sizes = options.restoration
         super().__init__(
             config,
             weights,
-            n_maps=2 if prototypes else 1,  # residual and, with a memory, distance to it
+            n_maps=1 + (sizes.prototypes > 0),  # residual and, with a memory, distance to it
+            n_regional=int(sizes.regional),
             has_perceived=options.perception.in_score,
-            prototypes=prototypes,
-            regional_prototypes=options.restoration.regional_prototypes,
+            prototypes=sizes.prototypes,
+            regional_prototypes=sizes.regional_prototypes,
         )
+        if sizes.prototypes:
+            self.scored_maps = slice(1, 2)  # the residual shows where; the distance tells better whether
         self.uses_textures = options.synthesis.textures > 0
         self.weight_samples = options.perception.draws if options.perception.bayesian else 1
-        if self.memory is not None:
-            self.memory.sharpness = options.restoration.sharpness
-        channels = self.features.channels
-        self.sees_distance = prototypes > 0 and options.perception.input == "distance"
+        channels, grid = self.features.channels, config.features.grid
+        self.sees_distance = sizes.prototypes > 0 and options.perception.input == "distance"
         self.perception = UIAPM(2 if self.sees_distance else channels, options.perception)
-        self.restoration = RAM(channels, config.features.grid, options.restoration)
+        self.restoration = RAM(channels, grid, sizes, sizes.patch, sizes.gap)
+        self.regional_restoration = None
+        if sizes.regional:
+            regions = cast(FeatureExtractor, self.features).regional_channels, -(-grid // 2)
+            self.regional_restoration = RAM(*regions, sizes, 1, sizes.regional_gap)
         self.textures: Tensor | None = None
         self.n_images = 1
 
@@ -291,36 +431,40 @@ class URANet(Method):
         self.textures, self.n_images = data.textures, len(data.features)
         for layer in self.perception.bayesian_layers():
             layer.freeze(rng)
+        self.restoration.fit(data.features)
+        if self.regional_restoration is not None:
+            self.regional_restoration.fit(torch.cat([self._regions(part) for part in data.features.split(16)]))
         super().fit_memory(data, rng)
-        if self.memory is None:
+        if self.memory is None or not self.sees_distance:
             return {}
         return self.memory.retrieve_cached(data.features, self.config.training.cache_gb * 2**30)
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
-        """FASM on F; UIAPM against M; RAM from what M leaves of the retrieved features, against the clean F."""
+        """FASM on F; UIAPM against M; RAM from F_a, attention from what M leaves of it, against F."""
         clean = batch["features"]
         anomalies = synthesise(clean, self.textures, self.options.synthesis, rng)
         logits = self.perception.sample(self._perceived_input(anomalies, batch), rng)
         terms = self.perception.loss(logits, anomalies.mask, self.n_images)
-        # altered cells are the marked ones, which become mask tokens: retrieval for F serves for that for F_a
-        restored = self.restoration(batch.get("retrieved", anomalies.features), anomalies.mask)
-        terms["restoration"] = (restored - clean).square().sum(1).mean() / clean.square().sum(1).mean()
+        terms["restoration"] = relative_error(self.restoration(anomalies.features, anomalies.mask), clean)
+        if self.regional_restoration is not None:
+            restored = self.regional_restoration(self._regions(anomalies.features), _coarser(anomalies.mask))
+            terms["regional_restoration"] = relative_error(restored, self._regions(clean))
         terms["loss"] = sum(terms.values(), torch.zeros(()))
         return terms
 
     def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
-        seen, distances, inputs = features, [], [features]
+        distances, inputs = [], [features]
         if self.memory is not None:
-            seen, distance, least = self.memory(features, context)
+            retrieved, distance, least = self.memory(features, context)
             distances = [least]
             if self.sees_distance:
-                retrieval_residual = length(features - seen)
+                retrieval_residual = length(features - retrieved)
                 # prototypes added after calibration may lower the score of an image, never raise it
                 inputs = [self._distances(d, retrieval_residual, context.training_rows) for d in (distance, least)]
         logits = self.perception.draws(inputs[0])
         mean, deviation = self.perception.moments(logits)
         final = self.perception.masks(mean, deviation)[1]
-        restored = self.restoration(seen, final)
+        restored = self.restoration(features, final)
         perceived = None
         if self.has_perceived:
             perceived = mean_logit(logits)
@@ -329,10 +473,23 @@ class URANet(Method):
         return Inspection(
             torch.cat([length(features - restored), *distances], dim=1),
             perceived,
-            self.regional_map(features, context),
+            self.regional_maps(features, context, final),
             restored,
             {"mean": mean, "uncertainty": deviation, "mask": final},
         )
+
+    def regional_maps(self, features: Tensor, context: Context, marked: Tensor) -> Tensor | None:
+        """Residual of the restoration of regions, and distance to the memory of them: (N, 0 to 2, ⌈g/2⌉, ⌈g/2⌉)."""
+        maps = []
+        if self.regional_restoration is not None:
+            regions = self._regions(features)
+            maps.append(length(regions - self.regional_restoration(regions, _coarser(marked))))
+        if (distance := self.regional_distance(features, context)) is not None:
+            maps.append(distance)
+        return torch.cat(maps, dim=1) if maps else None
+
+    def _regions(self, features: Tensor) -> Tensor:
+        return cast(FeatureExtractor, self.features).to_regions(features.float())
 
     def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
         """Perception: the maps of UIAPM. Restoration: the features that RAM sees and restores, and all anomaly maps."""
@@ -345,14 +502,15 @@ class URANet(Method):
             "M_final": Stage("mask", final[0]),
         }
         restoration = {"Features, drawn": Stage("features", features[0])}
-        if self.memory is not None:
-            restoration["Retrieved, drawn"] = Stage("features", self.memory(features)[0][0])
         restoration["Restored, drawn"] = Stage("features", inspection.restored[0])
         restoration["Residual"] = Stage("map", inspection.anomaly_maps[0, :1])
         if self.memory is not None:
             restoration["Distance to the memory"] = Stage("map", inspection.anomaly_maps[0, 1:])
-        if inspection.regional is not None:
-            restoration["Regional distance"] = Stage("map", inspection.regional[0])
+        regional = iter(() if inspection.regional is None else inspection.regional[0, :, None].unbind())
+        if self.regional_restoration is not None:
+            restoration["Regional residual"] = Stage("map", next(regional))
+        if self.regional_memory is not None:
+            restoration["Regional distance"] = Stage("map", next(regional))
         return {"perception": [("", perception)], "restoration": [("", restoration)]}
 
     def visualize_training(self, images: Tensor, textures: Tensor | None, rng: Generator) -> Stages:
@@ -424,6 +582,16 @@ class URANet(Method):
         inside = torch.ones_like(mean, dtype=torch.bool) if context.valid is None else context.valid
         self.perception.fit_thresholds(mean[inside], deviation[inside])
         super().fit_normalization(features, context)
+
+
+def relative_error(restored: Tensor, clean: Tensor) -> Tensor:
+    """Mean squared error of F̂ over the mean square of F, both (N, C, g, g)."""
+    return (restored.float() - clean).square().sum(1).mean() / clean.square().sum(1).mean()
+
+
+def _coarser(marked: Tensor) -> Tensor:
+    """Marks of regions: any of their cells, (N, 1, g, g) → (N, 1, ⌈g/2⌉, ⌈g/2⌉)."""
+    return F.max_pool2d(marked, 2, ceil_mode=True)
 
 
 def _cells(images: Tensor, side: int) -> Tensor:
