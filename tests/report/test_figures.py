@@ -241,16 +241,17 @@ def test_m_u_leaves_out_what_is_only_ambiguous(fitted, parts):
     ((_, tiles),) = network.visualize(features, inspection)["restoration"]
     restored = tiles["Restored, drawn"].values
     assert torch.allclose(tiles["Residual"].values[0], (features[0] - restored).norm(dim=0), atol=1e-5)
-    assert torch.equal(tiles["Retrieved, drawn"].values, network.memory(features)[0][0])
     assert torch.equal(tiles["Distance to the memory"].values[0], inspection.anomaly_maps[0, 1])
-    assert torch.equal(tiles["Regional distance"].values, inspection.regional[0])
+    assert torch.equal(tiles["Regional residual"].values, inspection.regional[0, :1])
+    assert torch.equal(tiles["Regional distance"].values, inspection.regional[0, 1:])
 
 
-def test_without_a_memory_there_is_no_recall(fitted, drawn):
+def test_without_a_memory_there_is_no_distance(fitted, drawn):
     without = {"network.restoration.prototypes": 0, "network.restoration.regional_prototypes": 0}
     shown = drawn(fitted("uranet", **without), count=1)
     columns, _ = shown["restoration"]
-    assert list(columns) == ["Image", "Features, drawn", "Restored, drawn", "Residual", "Heat map"]
+    residuals = ["Residual", "Regional residual"]
+    assert list(columns) == ["Image", "Features, drawn", "Restored, drawn", *residuals, "Heat map"]
     assert list(shown) == FILES["uranet"]
 
 
