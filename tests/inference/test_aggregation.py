@@ -279,7 +279,7 @@ def test_calibrate_sets_review_tail_and_area_anew(saved, parts, tmp_path):
     shutil.copy(saved, model)
     good = tmp_path / "good"
     good.mkdir()
-    rng = np.random.default_rng(4)
+    rng = np.random.default_rng(4)  # of 3, the highest score lies above the estimate, which it then bounds
     from tests.conftest import textured
 
     for i in range(45):

@@ -9,7 +9,6 @@ from skimage.metrics import structural_similarity
 from torch import Generator, Tensor
 
 from unflaw.methods.layers import (
-    AttentionBlock,
     BayesianConv2d,
     gaussian_blur,
     gradient_magnitude,
@@ -21,6 +20,7 @@ from unflaw.methods.layers import (
     to_grid,
     to_tokens,
 )
+from unflaw.methods.restoration_attention import RestorationBlock
 
 
 def rng(seed: int = 0) -> Generator:
@@ -120,56 +120,60 @@ def test_without_bayes_it_is_a_plain_convolution():
 # Attention
 
 
-def transparent(width: int, heads: int) -> AttentionBlock:
-    """A block whose feed-forward part adds nothing."""
-    block = AttentionBlock(width, heads)
-    torch.nn.init.zeros_(block.mlp[-1].weight)
-    torch.nn.init.zeros_(block.mlp[-1].bias)
-    return block
-
-
 def test_attention_of_two_tokens_by_hand():
-    """Keys, queries and values are the tokens; normalised, (3, 1) is (1, −1) and (0, 2) is (−1, 1)."""
-    block = transparent(2, 1)
+    """Queries are the normalised surroundings, keys and values the tokens: (1, −1) and (−1, 1) both."""
+    block = RestorationBlock(2, 1, 2)
     with torch.no_grad():
-        block.qkv.weight.copy_(torch.eye(2).repeat(3, 1))
-        block.qkv.bias.zero_()
+        for part in (
+            block.mlp[-1].weight,
+            block.mlp[-1].bias,
+            block.query.bias,
+            block.keys_values.bias,
+            block.out.bias,
+        ):
+            part.zero_()
+        block.query.weight.copy_(torch.eye(2))
+        block.keys_values.weight.copy_(torch.eye(2).repeat(2, 1))
         block.out.weight.copy_(torch.eye(2))
-        block.out.bias.zero_()
-    x = torch.tensor([[[3.0, 1.0], [0.0, 2.0]]])
+    x, tokens = torch.tensor([[[3.0, 1.0], [0.0, 2.0]]]), torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]])
     # q·k is 2 for equal tokens and −2 for others, over √2; the weight of the own token is σ(4 / √2)
     own = 1 / (1 + math.exp(-4 / math.sqrt(2)))
     y = own - (1 - own)
     expected = torch.tensor([[[3 + y, 1 - y], [-y, 2 + y]]])
-    torch.testing.assert_close(block(x), expected, atol=1e-4, rtol=0)
+    everything = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    torch.testing.assert_close(block(x, tokens, everything), expected, atol=1e-4, rtol=0)
     only_first = torch.tensor([True, False]).view(1, 1, 1, 2)
     expected = torch.tensor([[[4.0, 0.0], [1.0, 1.0]]])
-    torch.testing.assert_close(block(x, only_first), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(block(x, tokens, only_first), expected, atol=1e-4, rtol=0)
 
 
-def test_attention_of_several_heads_against_the_formula():
-    block, x = AttentionBlock(12, 3), randn(2, 7, 12)
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_of_several_heads_against_the_formula(training):
+    """The same with and without gradients, which take another way."""
+    block, x, tokens = RestorationBlock(12, 3, 6), randn(2, 7, 12), randn(2, 7, 6, seed=2)
     allowed = torch.rand(2, 1, 1, 7, generator=rng(3)) > 0.4
     allowed[..., 0] = True
-    q, k, v = block.qkv(block.norm1(x)).chunk(3, dim=-1)
-    heads = []
-    for h in range(3):
-        part = slice(4 * h, 4 * h + 4)
-        logits = q[..., part] @ k[..., part].transpose(1, 2) / 2
-        logits = logits.masked_fill(~allowed[:, 0], -torch.inf)
-        heads.append(logits.softmax(-1) @ v[..., part])
-    y = x + block.out(torch.cat(heads, dim=-1))
-    torch.testing.assert_close(block(x, allowed), y + block.mlp(block.norm2(y)), atol=1e-5, rtol=1e-5)
+    with torch.set_grad_enabled(training):
+        q, (k, v) = block.query(block.norm1(x)), block.keys_values(tokens).chunk(2, dim=-1)
+        heads = []
+        for h in range(3):
+            part = slice(4 * h, 4 * h + 4)
+            logits = q[..., part] @ k[..., part].transpose(1, 2) / 2
+            logits = logits.masked_fill(~allowed[:, 0], -torch.inf)
+            heads.append(logits.softmax(-1) @ v[..., part])
+        y = x + block.out(torch.cat(heads, dim=-1))
+        expected = y + block.mlp(block.norm2(y))
+        torch.testing.assert_close(block(x, tokens, allowed), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_masked_keys_have_no_influence():
-    block, x = AttentionBlock(8, 2), randn(1, 5, 8)
+    block, x, tokens = RestorationBlock(8, 2, 8), randn(1, 5, 8), randn(1, 5, 8, seed=2)
     allowed = torch.tensor([True, True, False, True, False]).view(1, 1, 1, 5)
-    changed = x.clone()
+    changed = tokens.clone()
     changed[0, [2, 4]] = 100 * randn(2, 8, seed=1)
-    before, after = block(x, allowed), block(changed, allowed)
-    torch.testing.assert_close(before[0, [0, 1, 3]], after[0, [0, 1, 3]])
-    assert not torch.allclose(block(x)[0, 0], block(changed)[0, 0], atol=1e-3)  # unmasked they would have
+    torch.testing.assert_close(block(x, tokens, allowed), block(x, changed, allowed))
+    everything = torch.ones_like(allowed)  # unmasked they would have
+    assert not torch.allclose(block(x, tokens, everything)[0, 0], block(x, changed, everything)[0, 0], atol=1e-3)
 
 
 def test_positions_are_distinct_and_of_equal_length():

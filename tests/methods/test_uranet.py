@@ -63,7 +63,7 @@ def train(network: URANet, features: Tensor, textures: Tensor | None, steps: int
 def trained(tiny, features, textures) -> tuple[URANet, list[dict[str, float]]]:
     torch.manual_seed(0)
     network = URANet(tiny(**{"training.learning_rate": 3e-3, "network.perception.width": 32}), Weights.RANDOM)
-    return network, train(network, features, textures, 150)
+    return network, train(network, features, textures, 100)
 
 
 def batch_of(network: URANet, features: Tensor, textures: Tensor | None) -> Batch:

@@ -116,25 +116,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
 
-class AttentionBlock(Attention):
-    """Pre-norm transformer block: attention and a feed-forward part, each added to its input.
-
-    Args:
-        width, heads: As `Attention`.
-        ratio: Hidden width of the feed-forward part over `width`.
-    """
-
-    def __init__(self, width: int, heads: int, ratio: int = 2) -> None:
-        super().__init__(width, heads)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
-
-    def forward(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """x (N, T, width) → (N, T, width); `allowed` as in `Attention.forward`."""
-        x = x + super().forward(self.norm1(x), allowed)
-        return x + self.mlp(self.norm2(x))
-
-
 def greedy_coreset(tokens: Tensor, n: int, rng: Generator, sketch: int = 64, block: int = 256) -> Tensor:
     """Indices of n tokens that cover all: each next one is the farthest from those chosen (k-centre greedy).
 
