@@ -61,6 +61,9 @@ OWN: dict[str, dict[str, Any]] = {
     "nearest_neighbor": {"network.prototypes": 64, "network.regional_prototypes": 32},
     "mfrnet": {
         "network.k": (1, 2),
+        "network.n": 4,
+        "network.margin": 0,
+        "network.token_width": 8,
         "network.widths": (8, 16),
         "network.depth": 1,
         "network.heads": 2,

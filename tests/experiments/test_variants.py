@@ -23,7 +23,7 @@ def test_every_named_variant_is_another_configuration_with_a_reason(method):
         ("uranet", "no-memory", {"restoration": {"prototypes": 0}}),
         ("uranet", "tau-v-0.4", {"perception": {"deviation_threshold": 0.4, "mean_threshold": 0.5}}),
         ("uranet", "nearest_neighbor", {"method": "nearest_neighbor"}),
-        ("mfrnet", "k-2-4-8", {"k": (2, 4, 8), "n": 3}),
+        ("mfrnet", "k-2-4-8", {"k": (2, 4, 8), "n": 16}),
         ("mfrnet", "gms-only", {"pixel": 0, "ssim": 0, "gms": 1}),
         ("mfrnet", "nothing-hidden", {"masked": False}),
     ],

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from unflaw.config import Weights, make_config
 from unflaw.detector import Detector
-from unflaw.methods.feature_set import Context, FeatureSet
+from unflaw.methods.feature_set import FeatureSet
 from unflaw.methods.layers import gradient_magnitude_similarity, ssim_map
 from unflaw.methods.mfrnet import (
     SCALES,
@@ -68,7 +68,7 @@ def train(made: MFRNet, features: Tensor, steps: int) -> list[dict[str, float]]:
 def trained(tiny, features) -> tuple[MFRNet, list[dict[str, float]]]:
     torch.manual_seed(0)
     made = MFRNet(tiny("mfrnet", **{"training.learning_rate": 3e-3, "network.prototypes": 0}), Weights.RANDOM)
-    return made, train(made, features, 80)
+    return made, train(made, features, 300)
 
 
 @pytest.fixture(scope="module")
@@ -82,82 +82,155 @@ def remembering(tiny, features) -> MFRNet:
 # Crossed masks
 
 
-@given(side=st.integers(1, 40), k=st.integers(1, 40), n=st.integers(2, 9), seed=st.integers(0, 999))
-def test_masks_hide_every_cell_exactly_once(side, k, n, seed):
+@given(
+    side=st.integers(1, 40),
+    k=st.integers(1, 40),
+    n=st.sampled_from([2, 3, 4, 5, 9, 16]),
+    margin=st.integers(0, 5),
+    arrangement=st.sampled_from(["regular", "random"]),
+    seed=st.integers(0, 999),
+)
+def test_masks_keep_every_cell_exactly_once(side, k, n, margin, arrangement, seed):
     cells = math.ceil(side / k)
+    if arrangement == "regular":
+        n = math.isqrt(n) ** 2
     if k > side or n > cells**2:
         with pytest.raises(ValueError, match=r"network\.k"):
-            crossed_masks(side, k, n, rng(seed))
+            crossed_masks(side, k, n, rng(seed), margin, arrangement)
         return
-    masks = crossed_masks(side, k, n, rng(seed))
-    assert masks.shape == (n, side, side) and set(masks.unique().tolist()) <= {0.0, 1.0}
-    hidden = 1 - masks
-    assert torch.equal(hidden.sum(0), torch.ones(side, side))  # disjoint and complete
-    corners = hidden[:, ::k, ::k]
-    assert torch.equal(corners.repeat_interleave(k, 1).repeat_interleave(k, 2)[:, :side, :side], hidden)  # whole cells
-    shares = corners.sum((1, 2))
-    assert shares.sum() == cells**2 and shares.max() - shares.min() <= 1
+    visible, kept = crossed_masks(side, k, n, rng(seed), margin, arrangement)
+    for masks in (visible, kept):
+        assert masks.shape == (n, side, side) and set(masks.unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(kept.sum(0), torch.ones(side, side))  # disjoint and complete
+    corners = kept[:, ::k, ::k]
+    assert torch.equal(corners.repeat_interleave(k, 1).repeat_interleave(k, 2)[:, :side, :side], kept)  # whole cells
+    near = F.max_pool2d(kept[:, None], 2 * margin + 1, 1, margin)[:, 0]
+    assert not (visible * near).any()  # nothing within the margin is visible
+    inner = slice(margin, side - margin)
+    assert torch.equal(1 - visible[:, inner, inner], near[:, inner, inner])  # and nothing else is hidden
+    if arrangement == "random" and margin == 0:
+        shares = corners.sum((1, 2))
+        assert shares.sum() == cells**2 and shares.max() - shares.min() <= 1
 
 
-def test_masks_are_random_and_those_of_the_generator():
-    first = crossed_masks(12, 2, 3, rng(1))
-    assert torch.equal(first, crossed_masks(12, 2, 3, rng(1)))
-    assert not torch.equal(first, crossed_masks(12, 2, 3, rng(2)))
-    hidden = torch.stack([1 - crossed_masks(8, 2, 4, rng(seed)) for seed in range(400)]).mean(0)
-    torch.testing.assert_close(hidden, torch.full_like(hidden, 0.25), atol=0.1, rtol=0)
+def test_random_masks_are_those_of_the_generator():
+    def drawn(seed: int, side: int = 12, n: int = 3) -> Tensor:
+        return crossed_masks(side, 2, n, rng(seed)).kept
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+    kept = torch.stack([drawn(seed, 8, 4) for seed in range(400)]).mean(0)
+    torch.testing.assert_close(kept, torch.full_like(kept, 0.25), atol=0.1, rtol=0)
+
+
+def test_every_place_of_a_regular_mask_has_the_same_surroundings():
+    """Away from the border of the grid, what is visible around a cell that is kept is the same for all of them."""
+    visible, kept = crossed_masks(24, 2, 16, rng(), 2, "regular")
+    patterns = set()
+    padded = F.pad(visible, (6,) * 4, value=-1)
+    for mask, places in zip(padded, kept[:, ::2, ::2], strict=True):
+        for y, x in places.nonzero().tolist():
+            window = mask[2 * y : 2 * y + 14, 2 * x : 2 * x + 14]
+            if (window >= 0).all():
+                patterns.add(window.numpy().tobytes())
+    assert len(patterns) == 1
+    (pattern,) = patterns
+    seen = torch.frombuffer(bytearray(pattern), dtype=torch.float32).view(14, 14)
+    assert not seen[4:10, 4:10].any() and seen[2:4].any() and seen[:, 10:12].any()
 
 
 # The network
 
 
-@pytest.mark.parametrize("k", [(1,), (2,), (3,), (2, 4), (1, 2, 5)])
-@pytest.mark.parametrize("moment", ["training", "inspection"])
-def test_what_is_hidden_has_no_influence_on_its_own_restoration(tiny, features, k, moment):
-    """The derivative of F̂ at a cell with respect to F anywhere in the same mask's hidden cells is 0."""
-    made = network(tiny, k=k)
+def started(made: MFRNet) -> MFRNet:
+    """Every part has a say, as after training: what starts at 0 is drawn at random."""
     for parameter in made.parameters():
-        if parameter.requires_grad and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)  # the correction too
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"k": (1,), "n": 9},
+        {"k": (2,), "n": 16, "margin": 1},
+        {"k": (1, 2), "n": 4},
+        {"k": (3,), "n": 3, "arrangement": "random"},
+        {"k": (1, 2, 5), "n": 3, "arrangement": "random"},
+        {"k": (1,), "n": 9, "margin": 1, "arrangement": "random"},
+    ],
+)
+@pytest.mark.parametrize("moment", ["training", "inspection"])
+def test_what_is_hidden_has_no_influence_on_its_own_restoration(tiny, features, changes, moment):
+    """The derivative of F̂ at a cell with respect to F anywhere that the same mask hides is 0."""
+    made = started(network(tiny, **changes))
+    made.fit_memory(FeatureSet.of(features.half()), rng())
+    made = started(made)
     made.train(moment == "training")
     x = features[:2].clone().requires_grad_()
-    restored = made.restore(x, made.masks)
-    for which, masks in enumerate(made.masks):
-        for mask in masks:
-            hidden = mask == 0
-            (slope,) = torch.autograd.grad(restored[:, which][..., hidden].sum(), x, retain_graph=True)
-            assert not slope[..., hidden].any()
-            assert slope[..., ~hidden].abs().max() > 1e-4
+    restored = made.restore(x)
+    for which in range(len(made.kept)):
+        for visible, kept in zip(made.visible[which] > 0, made.kept[which] > 0, strict=True):
+            (slope,) = torch.autograd.grad(restored[:, which][..., kept].square().sum(), x, retain_graph=True)
+            assert not slope[..., ~visible].any()
+            if visible.any():
+                assert slope[..., visible].abs().max() > 1e-5
 
 
 def test_unmasked_it_sees_what_it_restores(tiny, features):
-    made = network(tiny, masked=False)
-    assert made.masks.shape == (1, 1, GRID, GRID) and made.masks.all()
+    made = started(network(tiny, masked=False))
+    assert made.visible.shape == made.kept.shape == (1, 1, GRID, GRID) and made.visible.all() and made.kept.all()
     x = features[:2].clone().requires_grad_()
-    restored = made.restore(x, made.masks)[:, 0, :, 3, 3].sum()
+    restored = made.restore(x)[:, 0, :, 3, 3].sum()
     (slope,) = torch.autograd.grad(restored, x)
     assert slope[:, :, 3, 3].abs().min() > 0
 
 
 def test_one_batch_is_what_the_formula_says(tiny, features):
-    """F̂ = Σ_i (1 − M_i) ⊙ R(M_i ⊙ F), mask by mask."""
-    made = network(tiny, k=(2, 3), n=3)
-    torch.nn.init.normal_(made.restoration.widen.weight, std=0.1)
+    """F̂ = Σ_i K_i ⊙ R(M_i ⊙ F), mask by mask, and R sees nothing but M_i ⊙ F."""
+    made = network(tiny, k=(2, 4), n=4)
+    made.fit_memory(FeatureSet.of(features.half()), rng())
+    made = started(made)
     with torch.no_grad():
-        together = made.restore(features[:3], made.masks)
+        together = made.restore(features[:3])
         assert together.shape == (3, 2, CHANNELS, GRID, GRID)
-        for which, masks in enumerate(made.masks):
-            parts = [(1 - m) * made.restoration(m * features[:3], m.expand(3, 1, -1, -1)) for m in masks]
+        for which in range(2):
+            pairs = zip(made.visible[which], made.kept[which], strict=True)
+            parts = [k * made.restoration(m * features[:3], *(t.expand(3, 1, -1, -1) for t in (m, k))) for m, k in pairs]
             torch.testing.assert_close(together[:, which], sum(parts), atol=1e-5, rtol=1e-4)
 
 
-def test_training_starts_at_blurred_surroundings(tiny):
-    made = network(tiny, k=(1,))
-    flat = torch.full((2, CHANNELS, GRID, GRID), 3.0)
+def test_training_starts_at_the_best_linear_restoration():
+    """Waves are a linear function of their surroundings: they are restored without any step, in new images too."""
+    place, side = torch.arange(24.0), 24
+    phases, mixed = 6.3 * torch.rand(48, 2, 6, generator=rng(1)), torch.randn(6, CHANNELS, generator=rng(2))
+    rows, columns = ((place * step + phases[:, i, :, None]).cos() for i, step in enumerate((0.25, 0.4)))
+    waves = torch.einsum("nky,nkx,kc->ncyx", rows, columns, mixed)
+    masks = crossed_masks(side, 2, 16, rng(), 2, "regular")
+    torch.manual_seed(0)
+    made = RestorationNetwork(CHANNELS, side, MFRNetOptions(widths=(32,), heads=2))
+    made.fit(waves[:40], [masks])
+    visible, kept = (m.expand(8, -1, -1, -1) for m in masks)
     with torch.no_grad():
-        torch.testing.assert_close(made.restore(flat, made.masks)[:, 0], flat)
-        ramp = torch.arange(float(GRID)).expand(1, CHANNELS, GRID, GRID)
-        restored = made.restore(ramp, made.masks)[:, 0]
-    assert (restored - ramp).abs().max() < 1.5 and (restored >= 0).all() and (restored <= GRID - 1).all()
+        error = (made(waves[40:], visible, kept) - waves[40:]).square()[..., 8:16, 8:16].sum()
+    assert error < 0.02 * waves[40:].square()[..., 8:16, 8:16].sum()
+
+
+def test_random_masks_leave_the_blocks_alone(tiny, features):
+    made = network(tiny, k=(1,), n=3, arrangement="random")
+    made.fit_memory(FeatureSet.of(features.half()), rng())
+    assert not made.restoration.linear.taps.any()
+    with torch.no_grad():
+        assert not made.restore(features).any()
+
+
+def test_few_images_are_enough_to_start_from(tiny, features):
+    made = network(tiny)
+    with torch.no_grad():
+        made.fit_memory(FeatureSet.of(features[:2].half()), rng())
+        found = made(features)
+    assert found.anomaly_maps.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -166,10 +239,10 @@ def test_training_starts_at_blurred_surroundings(tiny):
 def test_any_patch_and_any_number_of_scales_gives_back_the_grid(grid, patch, widths):
     options = MFRNetOptions(patch=patch, widths=widths, heads=2, depth=1)
     restoration = RestorationNetwork(5, grid, options)
-    x, visible = torch.randn(2, 5, grid, grid, generator=rng()), torch.ones(2, 1, grid, grid)
-    out = restoration(x, visible)
+    x, all_of_it = torch.randn(2, 5, grid, grid, generator=rng()), torch.ones(2, 1, grid, grid)
+    out = restoration(x, all_of_it, all_of_it)
     assert out.shape == x.shape
-    out.square().sum().backward()
+    (out - x).square().sum().backward()
     assert restoration.widen.weight.grad.abs().sum() > 0
 
 
@@ -203,40 +276,11 @@ def test_without_attention_what_is_far_has_no_influence():
 # The memory
 
 
-def test_what_is_hidden_is_filled_with_its_recall(tiny, features):
-    """Before training F̂ is the recall, and nothing else of a hidden cell is seen by what restores it."""
-    made = network(tiny, prototypes=64)
-    batch = made.fit_memory(FeatureSet.of(features.half()), rng())
-    recalled = batch["retrieved"].float()
-    with torch.no_grad():
-        torch.testing.assert_close(made.restore(features, made.masks, recalled), torch.stack([recalled] * 2, dim=1))
-    torch.nn.init.normal_(made.restoration.widen.weight, std=0.1)
-    x = features[:2].clone().requires_grad_()
-    restored = made.restore(x, made.masks, recalled[:2])
-    for which, masks in enumerate(made.masks):
-        hidden = masks[0] == 0
-        (slope,) = torch.autograd.grad(restored[:, which][..., hidden].sum(), x, retain_graph=True)
-        assert not slope[..., hidden].any() and slope[..., ~hidden].any()
-
-
-def test_training_fills_with_what_other_images_taught(tiny, features, monkeypatch):
-    made, filled = network(tiny, prototypes=64), []
-    tensors = {"features": features, **made.fit_memory(FeatureSet.of(features.half()), rng())}
-    restore = made.restore
-    monkeypatch.setattr(
-        made, "restore", lambda x, masks, recalled: filled.append(recalled) or restore(x, masks, recalled)
-    )
-    with torch.no_grad():
-        made.loss({name: t[3:6].float() for name, t in tensors.items()}, rng())
-    expected = made.memory(features[3:6], Context(training_rows=torch.arange(3, 6)))[0]
-    torch.testing.assert_close(filled[0], expected, atol=3e-3, rtol=3e-3)
-    assert (expected - made.memory(features[3:6])[0]).abs().max() > 0.01
-
-
 def test_distance_and_regions_join_the_evidence(remembering, features):
     with torch.no_grad():
         found, left_out = remembering(features), remembering(features, first_rows(features))
         plain = network_without_memory(remembering, features)
+    assert remembering.scored_maps == slice(1, 2)  # the distance judges the image
     assert remembering.n_maps == 2 and remembering.has_regional and found.anomaly_maps.shape == (12, 2, GRID, GRID)
     torch.testing.assert_close(found.anomaly_maps[:, :1], plain)
     torch.testing.assert_close(found.anomaly_maps[:, 1:], remembering.memory(features)[2])
@@ -246,9 +290,8 @@ def test_distance_and_regions_join_the_evidence(remembering, features):
 
 
 def network_without_memory(made: MFRNet, features: Tensor) -> Tensor:
-    """The root of the hybrid loss of F and what is restored from the recall, (N, 1, g, g)."""
-    restored = made.restore(features, made.masks, made.memory(features)[0])
-    terms = [made.compare(features, part) for part in restored.unbind(1)]
+    """The root of the hybrid loss of F and F̂, (N, 1, g, g)."""
+    terms = [made.compare(features, part) for part in made.restore(features).unbind(1)]
     return torch.stack([(term["pixel"] + term["ssim"] + term["gms"]).sqrt() for term in terms]).mean(0)
 
 
@@ -271,7 +314,7 @@ def test_the_evidence_is_the_root_of_the_loss_of_every_cell(trained, features):
     made = trained[0]
     with torch.no_grad():
         found = made(features)
-        restored, expected = made.restore(features, made.masks), 0.0
+        restored, expected = made.restore(features), 0.0
         for which in range(restored.shape[1]):
             x, y = features / made.scale, restored[:, which] / made.scale
             structure = 1 - ssim_map(x, y, WINDOW, (STABLE, STABLE))
@@ -291,7 +334,7 @@ def test_weights_of_the_terms_count_in_loss_and_evidence(tiny, features, weights
     made.fit_memory(FeatureSet.of(features.half()), rng())
     with torch.no_grad():
         terms, found = made.loss({"features": features}, rng()), made(features)
-        each = made.compare(features.repeat_interleave(2, 0), made.restore(features, made.masks).flatten(0, 1))
+        each = made.compare(features.repeat_interleave(2, 0), made.restore(features).flatten(0, 1))
     kept = {name: w for name, w in zip(("pixel", "ssim", "gms"), weights, strict=True) if w}
     assert terms.keys() == kept.keys() | {"loss"} and each.keys() == kept.keys()
     assert terms["loss"].item() == pytest.approx(sum(w * terms[name].item() for name, w in kept.items()), rel=1e-5)
@@ -324,23 +367,40 @@ def test_inspection_is_deterministic_and_of_each_image_alone(trained, features):
         found, again, alone = made(features), made(features), made(features[3:4])
     assert torch.equal(found.anomaly_maps, again.anomaly_maps)
     torch.testing.assert_close(found.anomaly_maps[3:4], alone.anomaly_maps, atol=1e-4, rtol=1e-4)
-    assert found.restored.shape == features.shape and "masks" in made.state_dict()
+    assert found.restored.shape == features.shape and {"visible", "kept"} <= made.state_dict().keys()
 
 
-def test_training_draws_new_masks_and_every_k(tiny, features, monkeypatch):
-    made, drawn = network(tiny, k=(2, 4)), []
-    restore = made.restore
-    monkeypatch.setattr(made, "restore", lambda x, masks, _: drawn.append(masks) or restore(x, masks))
+@pytest.mark.parametrize("arrangement", ["regular", "random"])
+def test_training_draws_masks_of_every_k_for_each_image(tiny, features, monkeypatch, arrangement):
+    made, drawn = network(tiny, k=(2, 4), arrangement=arrangement), []
+    restoration = made.restoration.forward
+    monkeypatch.setattr(
+        made.restoration, "forward", lambda x, visible, kept: drawn.append(visible) or restoration(x, visible, kept)
+    )
     with torch.no_grad():
         for seed in range(12):
             made.loss({"features": features}, rng(seed))
             made.loss({"features": features}, rng(seed))
-    assert all(masks.shape == (1, 3, GRID, GRID) for masks in drawn)
+    assert all(visible.shape == (12, 1, GRID, GRID) for visible in drawn)
     assert all(torch.equal(a, b) for a, b in zip(drawn[::2], drawn[1::2], strict=True))  # the generator decides
-    assert len({masks.numpy().tobytes() for masks in drawn}) > 10
-    blocks = F.avg_pool2d(torch.cat(drawn).flatten(0, 1)[:, None], 4).flatten(1)
+    each = [{mask.numpy().tobytes() for mask in visible} for visible in drawn]
+    assert max(map(len, each)) == 4  # images of one step have masks of their own
+    assert len(set.union(*each)) == 8 if arrangement == "regular" else len(set.union(*each)) > 20
+    blocks = F.avg_pool2d(torch.cat(drawn), 4).flatten(1)
     whole = ((blocks == 0) | (blocks == 1)).all(1)
     assert whole.any() and not whole.all()  # cells of four, and smaller ones
+
+
+def test_the_loss_is_of_what_is_kept(tiny, features):
+    """What is visible, and what only the margin hides, costs nothing."""
+    made = started(network(tiny, k=(1,), n=16, margin=1, ssim=0.0, gms=0.0))
+    with torch.no_grad():
+        loss = made.loss({"features": features}, rng(3))["loss"]
+        torch.randint(1, (1,), generator=(again := rng(3)))
+        which = torch.randint(16, (12,), generator=again)
+        visible, kept = made.visible[0][which][:, None], made.kept[0][which][:, None]
+        error = (made.restoration(features, visible, kept) - features).square().sum(1, keepdim=True)
+    torch.testing.assert_close(loss, (error * kept).sum() / kept.sum() / made.scale**2)
 
 
 def test_a_foreign_patch_stands_out(trained, features):
@@ -358,8 +418,9 @@ def test_a_foreign_patch_stands_out(trained, features):
 ABLATIONS = {
     "one k": {"k": (2,)},
     "odd k": {"k": (3,)},
-    "two masks": {"n": 2},
-    "many masks": {"n": 16},
+    "two masks": {"n": 2, "arrangement": "random"},
+    "many masks": {"n": 16, "margin": 1},
+    "random masks, a margin": {"n": 9, "k": (1,), "margin": 1, "arrangement": "random"},
     "no masks": {"masked": False},
     "no attention": {"attention": False},
     "no convolution": {"convolution": False},
@@ -384,7 +445,7 @@ def test_every_switch_trains_and_inspects(tiny, features, changes):
     "changes, named",
     [
         ({"network.k": (9,)}, r"cells of 9 .* grid of 8.*network\.k"),
-        ({"network.k": (8,)}, r"3 masks cannot share 1 cell;.*network\.n"),
+        ({"network.k": (8,)}, r"4 masks cannot share 1 cell;.*network\.n"),
         ({"network.patch": 3}, r"grid of 8 .* patches of 3.*multiple of 6"),
         ({"network.widths": (8, 8, 8, 8)}, r"grid of 8 .* halved 3 times.*multiple of 16"),
     ],
@@ -398,6 +459,8 @@ def test_settings_that_do_not_fit_the_grid_are_named(tiny, changes, named):
     "changes, named",
     [
         ({"network.n": 1}, r"network\.n"),
+        ({"network.n": 3}, r"3 masks cannot lie on a square lattice.*network\.n"),
+        ({"network.n": 9}, r"9 masks, mask cells of 2 and a margin of 2, everything is hidden.*network\.margin"),
         ({"network.k": ()}, r"network\.k"),
         ({"network.k": (2, 0)}, r"network\.k\.1"),
         ({"network.heads": 5}, "cut into 5 heads"),
@@ -414,6 +477,8 @@ def test_the_paper_profile_is_vgg_on_a_fine_grid():
     config = make_config("mfrnet", "paper")
     assert config.features.backbone.startswith("vgg16") and config.features.grid == 64
     assert config.network.widths > make_config("mfrnet").network.widths
+    masks = config.network
+    assert (masks.k, masks.n, masks.margin, masks.arrangement) == ((2,), 3, 0, "random")  # the paper's figure 3
     RestorationNetwork(4, 64, config.network.model_copy(update={"widths": (8, 16), "depth": 1}))
 
 
@@ -429,7 +494,8 @@ def test_it_finds_an_obvious_defect_and_is_saved_whole(parts, weights, tiny, tmp
     assert results[bad[0]].layers.keys() == {"restored"} and results[bad[0]].uncertainty is None
     made.save(tmp_path / "parts.safetensors")
     loaded = Detector.load(tmp_path / "parts.safetensors")
-    assert torch.equal(loaded.network.masks, made.network.masks)
+    assert torch.equal(loaded.network.kept, made.network.kept)
+    assert torch.equal(loaded.network.visible, made.network.visible)
     assert loaded.inspect(bad[0]).score == results[bad[0]].score
     again = Detector(config=config, weights=weights).fit(parts)
     assert again.inspect(bad[0]).score == results[bad[0]].score  # the same seed

@@ -80,7 +80,7 @@ def restoration(patch: int = 2, gap: int = 1, grid: int = GRID, **changes) -> RA
 
 def shaken(part: RAM) -> RAM:
     """With last layers that are not zero, so that both parts have a say."""
-    for layer in (part.widen, part.linear):
+    for layer in (part.widen, part.linear.linear):
         torch.nn.init.normal_(layer.weight, std=0.3, generator=rng(5))
     return part
 
@@ -231,7 +231,7 @@ def test_less_rank_restores_less(features):
 def test_attention_sees_only_what_is_unmarked(features, masked):
     """Masked attention; plain attention sees everything. The surroundings are left out here: they see marked places."""
     part = shaken(restoration(masked=masked))
-    torch.nn.init.zeros_(part.surroundings.weight)
+    torch.nn.init.zeros_(part.linear.surroundings.weight)
     x, marked = features[:2].float(), square()
     changed = x + 5 * marked * torch.randn(x.shape, generator=rng(6))
     elsewhere = x + 5 * (1 - marked) * torch.randn(x.shape, generator=rng(6))

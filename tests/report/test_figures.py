@@ -81,10 +81,6 @@ def path_of(parts: Path, name: list[str]) -> Path:
     return parts / "test" / name[0] / name[1]
 
 
-def recall(network: Any, features: Tensor) -> Tensor | None:
-    return None if network.memory is None else network.memory(features)[0]
-
-
 def features_of(detector: Any, paths: list[Path]) -> Tensor:
     pixels = [prepare(read(path), detector.config.preparation).pixels for path in paths]
     return detector.network.embed(torch.from_numpy(np.stack(pixels)))
@@ -150,17 +146,26 @@ def test_masks_are_the_detectors_disjoint_and_complete(fitted, drawn, parts):
     _, rows = drawn(detector, count=2)["masks"]
     assert [name[-1] for name, _ in rows] == ["k = 1", "k = 2"] * 2
     for i, (name, tiles) in enumerate(rows):
-        masks = detector.network.masks[i % 2]
+        visible_by, kept_by = detector.network.visible[i % 2], detector.network.kept[i % 2]
         image = detector.inspect(path_of(parts, name)).image
-        hidden = []
-        for number, mask in enumerate(masks, 1):
+        restored_by = []
+        for number, (mask, keeping) in enumerate(zip(visible_by, kept_by, strict=True), 1):
             visible, restored = tiles[f"Visible {number}"], tiles[f"Restored {number}, drawn"]
-            hidden.append(covered(visible))
-            assert np.array_equal(~hidden[-1], upright(mask))
-            assert np.array_equal(visible[~hidden[-1]], image[~hidden[-1]])
-            assert np.array_equal(covered(restored), ~hidden[-1])
-            assert np.array_equal(restored[hidden[-1]], tiles["Assembled, drawn"][hidden[-1]])
-        assert (np.sum(hidden, axis=0) == 1).all()
+            seen = ~covered(visible)
+            assert np.array_equal(seen, upright(mask))
+            assert np.array_equal(visible[seen], image[seen])
+            restored_by.append(~covered(restored))
+            assert np.array_equal(restored_by[-1], upright(keeping)) and not (restored_by[-1] & seen).any()
+            assert np.array_equal(restored[restored_by[-1]], tiles["Assembled, drawn"][restored_by[-1]])
+        assert (np.sum(restored_by, axis=0) == 1).all()
+
+
+def test_of_many_masks_the_first_are_shown(fitted, drawn):
+    changes = {"network.k": (1,), "network.n": 16, "network.margin": 1}
+    _, ((_, tiles), *_) = drawn(fitted("mfrnet", **changes), count=1)["masks"]
+    assert [name for name in tiles if name.startswith("Visible")] == [f"Visible {i}" for i in range(1, 5)]
+    seen, kept = ~covered(tiles["Visible 2"]), ~covered(tiles["Restored 2, drawn"])
+    assert not (seen & kept).any() and not (seen | kept).all()  # the margin is neither
 
 
 @pytest.mark.parametrize("prototypes", [32, 0])
@@ -169,7 +174,7 @@ def test_what_is_assembled_is_restored_by_that_k(prototypes, fitted, parts):
     network = detector.network
     features = features_of(detector, [parts / "test/square/000.png"])
     rows = network.visualize(features, network(features))["masks"]
-    both = network.restore(features, network.masks, recall(network, features))[0]
+    both = network.restore(features)[0]
     assert not torch.allclose(both[0], both[1], atol=1e-3)
     for (_, tiles), restored in zip(rows, both, strict=True):
         assert torch.allclose(tiles["Assembled, drawn"].values, restored, atol=1e-5)
@@ -201,11 +206,10 @@ def test_evidence_of_mfrnet_has_its_names(changes, headings, fitted, parts):
     maps = {heading: stage.values for heading, stage in tiles.items() if stage.kind == "map"}
     if network.memory is not None:
         assert torch.equal(maps.pop("Regional distance"), inspection.regional[0])
-        assert torch.equal(tiles["Retrieved, drawn"].values, network.memory(features)[0][0])
     assert list(maps) == headings
     evidence = torch.cat([shown for heading, shown in maps.items() if heading in ("Hybrid", "Distance to the memory")])
     assert torch.equal(evidence, inspection.anomaly_maps[0])
-    restored = network.restore(features, network.masks, recall(network, features))[0]
+    restored = network.restore(features)[0]
     terms = network.compare(features.expand_as(restored), restored)
     assert torch.allclose(maps["1 - GMS"], terms["gms"].mean(0), atol=1e-5)
 

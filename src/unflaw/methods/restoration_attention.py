@@ -5,19 +5,16 @@ Our reading of restoration "from global normal semantics": no place takes part i
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unflaw.config import Settings
-from unflaw.methods.layers import attend, sincos_positions, to_grid, to_tokens
+from unflaw.methods.layers import attend, sincos_positions, to_tokens
+from unflaw.methods.linear_restoration import LinearRestoration
 
 TAPS = 5  # side of the convolution that reads the surroundings of a token
-LIMIT = 5.0  # deviations of a component of a token: what is far from normal has no more say in its surroundings
-MOST_PATCHES = 2**16  # that the linear restoration is fitted to
 
 
 class Restoration(Settings):
@@ -106,94 +103,36 @@ class RAM(nn.Module):
 
     def __init__(self, channels: int, grid: int, options: Restoration, patch: int, gap: int) -> None:
         super().__init__()
-        width, outputs = options.width, channels * patch * patch
-        if grid % patch:
-            raise ValueError(f"the grid of {grid} cells cannot be cut into patches of {patch}; choose a divisor")
-        self.patch, self.masked, side = patch, options.masked, grid // patch
-        token_width = min(options.token_width, outputs)
+        width, outputs, side = options.width, channels * patch * patch, grid // patch
         gap = min(gap, side // 2)
-        self.dilation = max(gap, 1)
-        self.narrow = nn.Linear(outputs, token_width)
-        self.surroundings = nn.Conv2d(token_width, width, TAPS, dilation=self.dilation, padding=2 * self.dilation)
-        self.linear = nn.Linear(width, outputs)
+        self.masked = options.masked
+        self.linear = LinearRestoration(channels, grid, patch, options.token_width, width, TAPS, max(gap, 1))
+        self.linear.taps[TAPS // 2, TAPS // 2] = float(gap == 0)
+        token_width = self.linear.narrow.out_features
         self.locate = nn.Linear(width, width, bias=False)
         self.blocks = nn.ModuleList(RestorationBlock(width, options.heads, token_width) for _ in range(options.depth))
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, outputs)
-        for part in (self.locate.weight, self.linear.weight, self.linear.bias, self.widen.weight, self.widen.bias):
+        for part in (self.locate.weight, self.widen.weight, self.widen.bias):
             nn.init.zeros_(part)
 
-        taps, axis = torch.ones(TAPS, TAPS), torch.arange(side)
-        taps[TAPS // 2, TAPS // 2] = float(gap == 0)
+        axis = torch.arange(side)
         rows, columns = axis.repeat_interleave(side), axis.repeat(side)
         apart = torch.maximum(*((place[:, None] - place).abs() for place in (rows, columns)))
         self.positions: Tensor
-        self.taps: Tensor
         self.far: Tensor
-        self.scale: Tensor
         self.register_buffer("positions", sincos_positions(side, width), persistent=False)
-        self.register_buffer("taps", taps, persistent=False)
         self.register_buffer("far", apart >= gap, persistent=False)  # (T, T)
-        self.register_buffer("scale", torch.ones(outputs))
 
-    @torch.no_grad()
     def fit(self, features: Tensor) -> None:
-        """Fits the linear part to F (N, C, g, g) of good images, in closed form.
-
-        Tokens are principal components of patches; a ridge regression of rank `width` predicts a patch from the tokens
-        at the taps. It takes seconds and restores as well as hundreds of steps (docs/research.md).
-        """
-        patches = F.pixel_unshuffle(features[:: -(-features.shape[0] * self.far.shape[0] // MOST_PATCHES)], self.patch)
-        parts = patches.split(8)
-        n, outputs = patches[:, 0].numel(), patches.shape[1]
-        covariance = torch.zeros(outputs, outputs)
-        for part in parts:
-            rows = to_tokens(part.float()).flatten(0, 1)
-            covariance += rows.T @ rows / n
-        self.scale.copy_(covariance.diagonal().sqrt().clamp_min(1e-6))
-        energy, components = torch.linalg.eigh(covariance.double())
-        width = self.narrow.out_features
-        components = components[:, -width:] * energy[-width:].clamp_min(1e-9 * float(energy[-1])).rsqrt()
-        self.narrow.weight.copy_(components.T)
-        nn.init.zeros_(self.narrow.bias)
-
-        used = self.taps.flatten().nonzero()[:, 0]
-        size = width * len(used)
-        gram, product = torch.zeros(size, size), torch.zeros(size, outputs)
-        for part in parts:
-            rows = to_tokens(part.float()).flatten(0, 1)
-            seen = self._at_taps(self._tokens(part.float()), used)
-            gram += seen.T @ seen / n
-            product += seen.T @ rows / n
-        ridge = gram + 1e-3 * gram.diagonal().mean() * torch.eye(size)
-        solved = torch.linalg.solve(ridge, product)
-        energy, directions = torch.linalg.eigh((solved.T @ gram @ solved).double())
-        rank = min(self.linear.in_features, outputs)
-        root = energy[-rank:].clamp_min(1e-9 * float(energy[-1])).sqrt()
-        weights = (solved.double() @ directions[:, -rank:] / root).float()  # (size, rank), of outputs of variance 1
-        kernel = torch.zeros(rank, width, TAPS * TAPS)
-        kernel[..., used] = weights.view(len(used), width, rank).permute(2, 1, 0)
-        self.surroundings.weight[:rank] = kernel.unflatten(2, (TAPS, TAPS))
-        nn.init.zeros_(cast(Tensor, self.surroundings.bias))
-        self.linear.weight[:, :rank] = (directions[:, -rank:] * root).float()
-
-    def _tokens(self, patches: Tensor) -> Tensor:
-        """Patches (N, C·p², side, side) → tokens (N, token_width, side, side)."""
-        return to_grid(self.narrow(to_tokens(patches)).clamp(-LIMIT, LIMIT))
-
-    def _at_taps(self, content: Tensor, used: Tensor) -> Tensor:
-        """Input of the taps of `surroundings`, (N, token_width, side, side) → (N·T, taps · token_width)."""
-        d, side = self.dilation, content.shape[-1]
-        padded = F.pad(content, (2 * d,) * 4)
-        places = [(int(tap) // TAPS * d, int(tap) % TAPS * d) for tap in used]
-        return torch.cat([to_tokens(padded[..., y : y + side, x : x + side]) for y, x in places], dim=2).flatten(0, 1)
+        """Fits the linear part to F (N, C, g, g) of good images, in closed form (`LinearRestoration`)."""
+        self.linear.fit(features)
 
     def forward(self, features: Tensor, marked: Tensor) -> Tensor:
         """F (N, C, g, g) and marks (N, 1, g, g) in {0, 1} → F̂ (N, C, g, g)."""
-        hidden = F.max_pool2d(marked, self.patch)  # (N, 1, side, side): a patch is marked if any of its cells is
-        content = self._tokens(F.pixel_unshuffle(features, self.patch))
-        d, ring = self.dilation, self.surroundings
-        around = to_tokens(F.conv2d(content, ring.weight * self.taps, ring.bias, padding=2 * d, dilation=d))
+        hidden = F.max_pool2d(marked, self.linear.patch)  # a patch is marked if any of its cells is
+        content = self.linear.tokens(features)
+        around = self.linear.around(content)
         x, tokens = around + self.locate(self.positions), to_tokens(content)
         allowed = self.far[None, None]
         if self.masked:
@@ -201,5 +140,4 @@ class RAM(nn.Module):
             allowed = seen | (allowed & ~seen.any(-1, keepdim=True))  # all marked: rather from these than from nothing
         for block in self.blocks:
             x = block(x, tokens, allowed)
-        restored = self.linear(around) + self.widen(self.norm(x)) * self.scale
-        return F.pixel_shuffle(to_grid(restored), self.patch)
+        return self.linear.to_features(self.linear(around) + self.widen(self.norm(x)) * self.linear.scale)
