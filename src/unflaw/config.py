@@ -101,7 +101,9 @@ class Scoring(Settings):
     regional_top_fraction: float = Field(
         0.4, gt=0, le=1, description="fraction of highest cells whose mean is the regional score"
     )
-    regional_weight: float = Field(1.0, ge=0, description="weight of the regional score in the image score")
+    regional_weight: float = Field(
+        1.0, ge=0, description="of the regional score in the image score, as a multiple of its usual weight"
+    )
     regional_map_weight: float = Field(0.4, ge=0, description="weight of the regional map in the anomaly map")
 
 

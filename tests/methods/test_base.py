@@ -101,7 +101,7 @@ def test_the_map_is_the_mean_of_the_evidence_and_a_part_of_the_coarse_and_keeps_
     coarse = torch.full((2, method.n_regional, 4, 4), 3.0) if method.has_regional else None
     maps, scores = method.fuse(Inspection(flat, perceived, coarse))
     assert maps.shape == (2, 64, 64) and scores.shape == (2,)
-    torch.testing.assert_close(maps, torch.full((2, 64, 64), 2 + 0.5 * 3 if method.has_regional else 2.0))
+    torch.testing.assert_close(maps, torch.full((2, 64, 64), 2 + 0.5 * (1 - 0.5) * 3 if method.has_regional else 2.0))
     own = 2.0 if method.n_maps == 1 else 5.0  # with a memory the distance to it judges
     fine = torch.tensor([own, 9.0 if method.has_perceived else own])  # the larger of both
     torch.testing.assert_close(scores, (fine + 2 * 3) / 3 if method.has_regional else fine)
@@ -194,21 +194,29 @@ def test_fine_evidence_has_the_say_that_is_known_of_it(tiny):
     inspection = random_inspection(method)
     fine, coarse = method._image_scores(inspection, None)
     method.patch_weight.fill_(0.25)
-    torch.testing.assert_close(method.fuse(inspection)[1], (0.25 * fine + 2 * coarse) / 2.25)
+    torch.testing.assert_close(method.fuse(inspection)[1], (0.25 * fine + 1.5 * coarse) / 1.75)
+    method.patch_weight.fill_(1)
+    torch.testing.assert_close(method.fuse(inspection)[1], fine)
 
 
 @pytest.mark.parametrize(
     ("moves", "say"),
-    [([0.0] * 5, 1e-3), ([-4.0] * 5, 1e-3), ([0.5] * 5, 0.5), ([9.0] * 5, 1.0), ([90.0, 0, 0, 0, 0], 0.6)],
+    [
+        ([0.0] * 5, 1e-3),
+        ([-4.0] * 5, 1e-3),
+        ([0.2] * 5, 0.4),
+        ([9.0] * 5, 1.0),
+        ([90.0, 0, 0, 0, -9.0], 1.0),
+        ([0.9, 0, 0, 0, 0], 0.36),
+    ],
 )
-def test_fine_evidence_may_say_as_much_as_artificial_anomalies_move_it(tiny, monkeypatch, moves, say):
-    """In deviations of good images, of each image 3 at most."""
+def test_patches_judge_as_far_as_synthetic_anomalies_move_regions(tiny, monkeypatch, moves, say):
+    """In deviations of good images, of each image 3 at most; half a deviation is enough for patches alone."""
     method = create(tiny("nearest_neighbor"), Weights.RANDOM)
     good = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, GRID, GRID)  # of deviation √2
 
     def forward(features: Tensor, *_: object) -> Inspection:
-        coarse = torch.zeros(len(features), 1, GRID // 2, GRID // 2)
-        return Inspection(features[:, :1], regional=coarse)
+        return Inspection(torch.zeros(len(features), 1, GRID, GRID), regional=features[:, :1, ::2, ::2])
 
     def altered(features: Tensor, *_: object) -> Anomalies:
         moved = features + 2**0.5 * torch.tensor(moves).view(5, 1, 1, 1)
@@ -236,9 +244,10 @@ def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, nam
                 altered, before = method(row, made_of), method(features[i : i + 1].float(), made_of)
                 own_only = method(row, Context(training_rows=rows[i : i + 1]))
                 leaks.append((altered.anomaly_maps[:, -1] - own_only.anomaly_maps[:, -1]).max().item())
-                fine = (method._image_scores(found, None)[0] for found in (altered, before))
-                moved.append((next(fine) - next(fine)).clamp(0, 3).item())
-    assert method.patch_weight.item() == pytest.approx(np.clip(np.mean(moved), 1e-3, 1), rel=1e-3)
+                regional = (method._image_scores(found, None)[1] for found in (altered, before))
+                moved.append((next(regional) - next(regional)).clamp(0, 3).item())
+    assert method.patch_weight.item() == pytest.approx(np.clip(2 * np.mean(moved), 1e-3, 1), rel=1e-3)
+    assert np.mean(moved) > 0
     assert max(leaks) > 0.5  # leaving out the own image alone would not have been enough
 
 
@@ -283,6 +292,7 @@ def test_coarse_evidence_lies_where_its_cells_lie(tiny, grid):
         tiny("nearest_neighbor", **{"features.grid": grid, "scoring.regional_map_weight": 1.0, "scoring.smooth": 0}),
         Weights.RANDOM,
     )
+    method.patch_weight.fill_(0)
     coarse = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 1, 4, 4)
     maps = method.fuse(Inspection(torch.zeros(1, 1, grid, grid), regional=coarse))[0]
     rows = (torch.arange(64) + 0.5) / 64 * grid / 2 - 0.5

@@ -197,7 +197,9 @@ def test_one_batch_is_what_the_formula_says(tiny, features):
         assert together.shape == (3, 2, CHANNELS, GRID, GRID)
         for which in range(2):
             pairs = zip(made.visible[which], made.kept[which], strict=True)
-            parts = [k * made.restoration(m * features[:3], *(t.expand(3, 1, -1, -1) for t in (m, k))) for m, k in pairs]
+            parts = [
+                k * made.restoration(m * features[:3], *(t.expand(3, 1, -1, -1) for t in (m, k))) for m, k in pairs
+            ]
             torch.testing.assert_close(together[:, which], sum(parts), atol=1e-5, rtol=1e-4)
 
 

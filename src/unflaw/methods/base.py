@@ -25,6 +25,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 SYNTHETIC_ANOMALIES = 2  # per training image, used to estimate the weight of the patch score
 LEAST_PATCH_WEIGHT = 1e-3  # so that the patch score still decides where there is no other
+FULL_SHIFT = 0.5  # deviations by which synthetic anomalies move the regional score where the patch score decides alone
 
 # Paper-scale settings that all methods share: WideResNet-50 on a 64×64 grid. Steps and learning rate are ours.
 PAPER: dict[str, Any] = {
@@ -127,7 +128,7 @@ class Method(nn.Module, ABC):
         self.patch_weight: Tensor
         self.register_buffer("normal", torch.tensor([0.0, 1.0]).repeat(n_maps + self.n_regional, 1))
         self.register_buffer("normal_scores", torch.tensor([0.0, 1.0]).repeat(n_statistics, 1))
-        self.register_buffer("patch_weight", torch.tensor(1.0))
+        self.register_buffer("patch_weight", torch.tensor(0.5))
 
     def make_extractor(self, weights: WeightSource) -> Extractor:
         """Creates the part that turns images into F. A method on pixels overrides it."""
@@ -190,10 +191,12 @@ class Method(nn.Module, ABC):
         """After training: fits the normal range of maps and scores to some training images of a category.
 
         It is the mean and deviation of each map and each statistic of the image score. With a regional memory, also the
-        weight of the patch score: its mean shift by synthetic anomalies, in normal deviations, at most 3 for an image
-        and 1 in all. If synthetic anomalies barely raise the patch score, the regional score dominates. An altered
-        image is compared with the same image unaltered, both without the prototypes of the images that it is made of:
-        altered cells would be found in the memory that they come from. Our own; docs/research.md, section 17.
+        weight of the patch score: the mean shift of the *regional* score by small synthetic anomalies, in normal
+        deviations, at most 3 for an image, over `FULL_SHIFT`, and at most 1. Where they move even the regional score,
+        good images are so alike that single cells can be relied on; where images differ as wholes, such as anatomies,
+        they do not, and regions judge. An altered image is compared with the same image unaltered, both without the
+        prototypes of the images that it is made of: altered cells would be found in the memory that they come from.
+        Our own; docs/research.md, section 28.
 
         Writes `normalization_buffers`, and no others.
 
@@ -211,10 +214,13 @@ class Method(nn.Module, ABC):
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
         self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
         if self.has_regional:
-            self.patch_weight.copy_(self._shift(features, context, self._image_scores(inspection, valid)[0]))
+            regional = self._image_scores(inspection, valid)[1]
+            assert regional is not None
+            weight = self._regional_shift(features, context, regional) / FULL_SHIFT
+            self.patch_weight.copy_(weight.clamp(LEAST_PATCH_WEIGHT, 1))
 
-    def _shift(self, features: Tensor, context: Context, unaltered: Tensor) -> Tensor:
-        """Mean shift of the patch score by synthetic anomalies, (); see `fit_normalization`.
+    def _regional_shift(self, features: Tensor, context: Context, unaltered: Tensor) -> Tensor:
+        """Mean shift of the regional score by synthetic anomalies, (); see `fit_normalization`.
 
         `unaltered`: the scores before, (N,).
         """
@@ -222,17 +228,19 @@ class Method(nn.Module, ABC):
         rows = context.training_rows
         assert rows is not None
 
-        def patch_scores(features: Tensor, context: Context) -> Tensor:
-            return self._image_scores(self._inspected(features, context), context.valid)[0]
+        def scores(features: Tensor, context: Context) -> Tensor:
+            found = self._image_scores(self._inspected(features, context), context.valid)[1]
+            assert found is not None
+            return found
 
         for _ in range(SYNTHETIC_ANOMALIES):
             made, before = synthesise(features.float(), None, options, rng), unaltered.clone()
             made_of = Context(context.valid, torch.stack([rows, rows[made.origin]], dim=1))
             mixed = (made.origin != torch.arange(len(rows))).nonzero()[:, 0]  # with another image
             if len(mixed):
-                before[mixed] = patch_scores(features[mixed], made_of[mixed])
-            shifts.append((patch_scores(made.features, made_of) - before).clamp(0, 3))
-        return torch.cat(shifts).mean().clamp(LEAST_PATCH_WEIGHT, 1)
+                before[mixed] = scores(features[mixed], made_of[mixed])
+            shifts.append((scores(made.features, made_of) - before).clamp(0, 3))
+        return torch.cat(shifts).mean()
 
     def _inspected(self, features: Tensor, context: Context) -> Inspection:
         """Output for many images, a few at a time; without `restored`."""
@@ -309,14 +317,14 @@ class Method(nn.Module, ABC):
     def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Raw maps → anomaly maps at canvas size, (N, S, S), and image scores (N,).
 
-        The map is the mean of the anomaly maps, each in deviations from its normal mean, plus `regional_map_weight`
-        times the same of the regional maps; bilinear, then a Gaussian.
+        The map is the mean of the anomaly maps, each in deviations from its normal mean, plus `regional_map_weight` ·
+        (1 − w) times the same of the regional maps; bilinear, then a Gaussian.
 
         The image score is a weighted mean of a patch score and, where there is a regional map, a regional score, both
-        in deviations above normal. The patch score, of weight `patch_weight`, is the mean of the highest
-        `top_fractions` of the mean of `scored_maps` or the same of `perceived`, whichever is larger. The regional
-        score, of weight `regional_weight`, is the mean of the highest `regional_top_fraction` of the regional maps'
-        mean.
+        in deviations above normal, of weights w and `regional_weight` · (1 − w), where w is `patch_weight`. The patch
+        score is the mean of the highest `top_fractions` of the mean of `scored_maps` or the same of `perceived`,
+        whichever is larger. The regional score is the mean of the highest `regional_top_fraction` of the regional
+        maps' mean.
 
         Args:
             inspection: Of N images.
@@ -330,13 +338,15 @@ class Method(nn.Module, ABC):
             regional = None if regional is None else torch.where(coarser(valid), regional, 0.0)
         scores, regional_scores = self._image_scores(inspection, valid)
         if regional_scores is not None:
-            both = self.patch_weight * scores + scoring.regional_weight * regional_scores
-            scores = both / (self.patch_weight + scoring.regional_weight)
+            regional_weight = scoring.regional_weight * (1 - self.patch_weight)
+            both = self.patch_weight * scores + regional_weight * regional_scores
+            scores = both / (self.patch_weight + regional_weight)
         canvas = F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)
         if regional is not None and scoring.regional_map_weight:
             side = round(size * 2 * regional.shape[-1] / maps.shape[-1])  # more than the canvas where the grid is odd
             wide = F.interpolate(regional[:, None], (side, side), mode="bilinear", align_corners=False)
-            canvas = canvas + scoring.regional_map_weight * wide[..., :size, :size]
+            weight = scoring.regional_map_weight * (1 - self.patch_weight)
+            canvas = canvas + weight * wide[..., :size, :size]
         return gaussian_blur(canvas, scoring.smooth * size / 256)[:, 0], scores
 
     def _image_scores(self, inspection: Inspection, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
