@@ -202,16 +202,16 @@ def test_fine_evidence_has_the_say_that_is_known_of_it(tiny):
 @pytest.mark.parametrize(
     ("moves", "say"),
     [
-        ([0.0] * 5, 1e-3),
-        ([-4.0] * 5, 1e-3),
+        ([0.0] * 5, 0.2),
+        ([-4.0] * 5, 0.2),
         ([0.2] * 5, 0.4),
-        ([9.0] * 5, 1.0),
-        ([90.0, 0, 0, 0, -9.0], 1.0),
+        ([9.0] * 5, 0.8),
+        ([90.0, 0, 0, 0, -9.0], 0.8),
         ([0.9, 0, 0, 0, 0], 0.36),
     ],
 )
 def test_patches_judge_as_far_as_synthetic_anomalies_move_regions(tiny, monkeypatch, moves, say):
-    """In deviations of good images, of each image 3 at most; half a deviation is enough for patches alone."""
+    """In deviations of good images, of each image 3 at most; .4 of a deviation gives patches most of the say."""
     method = create(tiny("nearest_neighbor"), Weights.RANDOM)
     good = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, GRID, GRID)  # of deviation √2
 
@@ -229,8 +229,9 @@ def test_patches_judge_as_far_as_synthetic_anomalies_move_regions(tiny, monkeypa
 
 
 @pytest.mark.parametrize("name", ["nearest_neighbor", "uranet"])
-def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, name):
+def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, name, monkeypatch):
     """With real synthesis: were the other image's cells still in the memory, altered cells would be at distance 0."""
+    monkeypatch.setattr(base, "PATCH_WEIGHTS", (0.0, 9.0))
     method = create(tiny(name, **{"network.prototypes": 640} if name == "nearest_neighbor" else {}), Weights.RANDOM)
     features = learned(method)
     method.fit_normalization(features, first_rows(features))
@@ -246,8 +247,7 @@ def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, nam
                 leaks.append((altered.anomaly_maps[:, -1] - own_only.anomaly_maps[:, -1]).max().item())
                 regional = (method._image_scores(found, None)[1] for found in (altered, before))
                 moved.append((next(regional) - next(regional)).clamp(0, 3).item())
-    assert method.patch_weight.item() == pytest.approx(np.clip(2 * np.mean(moved), 1e-3, 1), rel=1e-3)
-    assert np.mean(moved) > 0
+    assert method.patch_weight.item() == pytest.approx(2 * np.mean(moved), rel=1e-3) and np.mean(moved) > 0.01
     assert max(leaks) > 0.5  # leaving out the own image alone would not have been enough
 
 

@@ -24,8 +24,8 @@ Batch = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
 SYNTHETIC_ANOMALIES = 2  # per training image, used to estimate the weight of the patch score
-LEAST_PATCH_WEIGHT = 1e-3  # so that the patch score still decides where there is no other
-FULL_SHIFT = 0.5  # deviations by which synthetic anomalies move the regional score where the patch score decides alone
+PATCH_WEIGHTS = 0.2, 0.8  # least and most: both scores always have a fifth of the say
+FULL_SHIFT = 0.5  # shift of the regional score, in deviations, that would give the patch score a weight of 1
 
 # Paper-scale settings that all methods share: WideResNet-50 on a 64×64 grid. Steps and learning rate are ours.
 PAPER: dict[str, Any] = {
@@ -192,7 +192,7 @@ class Method(nn.Module, ABC):
 
         It is the mean and deviation of each map and each statistic of the image score. With a regional memory, also the
         weight of the patch score: the mean shift of the *regional* score by small synthetic anomalies, in normal
-        deviations, at most 3 for an image, over `FULL_SHIFT`, and at most 1. Where they move even the regional score,
+        deviations, at most 3 for an image, over `FULL_SHIFT`, from .2 to .8. Where they move even the regional score,
         good images are so alike that single cells can be relied on; where images differ as wholes, such as anatomies,
         they do not, and regions judge. An altered image is compared with the same image unaltered, both without the
         prototypes of the images that it is made of: altered cells would be found in the memory that they come from.
@@ -217,7 +217,7 @@ class Method(nn.Module, ABC):
             regional = self._image_scores(inspection, valid)[1]
             assert regional is not None
             weight = self._regional_shift(features, context, regional) / FULL_SHIFT
-            self.patch_weight.copy_(weight.clamp(LEAST_PATCH_WEIGHT, 1))
+            self.patch_weight.copy_(weight.clamp(*PATCH_WEIGHTS))
 
     def _regional_shift(self, features: Tensor, context: Context, unaltered: Tensor) -> Tensor:
         """Mean shift of the regional score by synthetic anomalies, (); see `fit_normalization`.
