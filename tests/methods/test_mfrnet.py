@@ -227,6 +227,16 @@ def test_random_masks_leave_the_blocks_alone(tiny, features):
         assert not made.restore(features).any()
 
 
+def test_where_no_tap_lies_on_the_grid_the_blocks_are_alone():
+    """Two by two tokens, whose only visible neighbours would be beyond the border."""
+    x, masks = torch.randn(6, 5, 4, 4, generator=rng()), crossed_masks(4, 2, 4, rng(), 2, "regular")
+    made = RestorationNetwork(5, 4, MFRNetOptions(widths=(8,), heads=2))
+    made.fit(x, [masks])
+    visible, kept = (m.expand(6, -1, -1, -1) for m in masks)
+    with torch.no_grad():
+        assert made.linear.taps.any() and not made(x, visible, kept).any()
+
+
 def test_few_images_are_enough_to_start_from(tiny, features):
     made = network(tiny)
     with torch.no_grad():

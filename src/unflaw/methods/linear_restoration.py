@@ -80,7 +80,8 @@ class LinearRestoration(nn.Module):
         width = self.narrow.out_features
         nn.init.zeros_(self.surroundings.weight)
         nn.init.zeros_(cast(Tensor, self.surroundings.bias))
-        if not len(used):  # nothing to restore from
+        nn.init.zeros_(self.linear.weight)
+        if not len(used):
             return
         size = width * len(used)
         gram, product = torch.zeros(size, size), torch.zeros(size, outputs)
@@ -89,6 +90,8 @@ class LinearRestoration(nn.Module):
             seen = self._at_taps(self.tokens(part.float()), used)
             gram += seen.T @ seen / n
             product += seen.T @ rows / n
+        if not gram.any():  # no tap ever lies on the grid
+            return
         rank = min(self.linear.in_features, outputs)
         weights, back = reduced_rank_regression(gram, product, rank)
         kernel = torch.zeros(rank, width, self.taps.numel())

@@ -400,7 +400,7 @@ class MFRNet(Method):
         """F (N, C, g, g) → F̂ by the masks of each k, (N, K, C, g, g)."""
         restored = []
         for masks in zip(self.visible, self.kept, strict=True):
-            visible, kept = (m.expand(len(features), -1, -1, -1) for m in masks)
+            visible, kept = (m.expand(features.shape[0], -1, -1, -1) for m in masks)
             restored.append(self.restoration(features, visible, kept))
         return torch.stack(restored, dim=1)
 
