@@ -45,7 +45,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Output detector file (.safetensors).")],
     method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
     profile: Annotated[
-        str, typer.Option(help="Profile of settings: cpu, paper, or restoration (uranet without its memories).")
+        str, typer.Option(help="Profile of settings: cpu, paper, or restoration (uranet and mfrnet without memories).")
     ] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
@@ -156,7 +156,7 @@ def fleet(
     out: Annotated[Path, typer.Option(help="Output folder: CATEGORY.safetensors, fleet.md, .csv and .json.")],
     method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
     profile: Annotated[
-        str, typer.Option(help="Profile of settings: cpu, paper, or restoration (uranet without its memories).")
+        str, typer.Option(help="Profile of settings: cpu, paper, or restoration (uranet and mfrnet without memories).")
     ] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,

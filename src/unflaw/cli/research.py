@@ -129,7 +129,7 @@ def benchmark(
     ] = None,
     size: Annotated[list[int] | None, typer.Option(help="Side in pixels; may be repeated.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds: 0 to SEEDS - 1; by default 3.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Profile: cpu, paper, or restoration (uranet).")] = None,
+    profile: Annotated[str | None, typer.Option(help="Profile: cpu, paper, or restoration (uranet, mfrnet).")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of all methods that have it.")] = None,
     peer: Annotated[
         list[str] | None,

@@ -104,11 +104,17 @@ class UIAPM(nn.Module):
         return x
 
     def draws(self, features: Tensor) -> Tensor:
-        """F (N, C, g, g) → logits (N, S, g, g) of the frozen draws; one draw if not Bayesian."""
-        x = self.narrow(features)
-        for layer in self.bayesian_layers():
-            x = layer(F.relu(x))
-        return x
+        """F (N, C, g, g) → logits (N, S, g, g) of the frozen draws; one draw if not Bayesian.
+
+        Images one by one: convolutions round differently in other batches, and U counts in its deviations on good
+        images, which may be small.
+        """
+        narrow, found = self.narrow(features), []
+        for x in (narrow,) if torch.compiler.is_exporting() else narrow.split(1):
+            for layer in self.bayesian_layers():
+                x = layer(F.relu(x))  # noqa: PLW2901
+            found.append(x)
+        return torch.cat(found)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """F (N, C, g, g) → mean map U and uncertainty map V, both (N, 1, g, g): mean and deviation of S draws."""
