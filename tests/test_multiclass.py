@@ -130,7 +130,8 @@ def test_a_threshold_is_what_the_hold_out_of_its_category_gives(both, weights, t
 
 
 def test_the_memory_of_a_category_leaves_out_the_image_itself(tiny):
-    """Normal range of a category: distances of its training images to all tokens of its others, by brute force."""
+    """Normal range of a category: distances of its training images to all tokens of its others, less a quarter of
+    their spacing among themselves, by brute force."""
     made = unfitted(tiny)
     cache = named(list("aabbabababbbabbabbbb"), torch.Generator().manual_seed(0))
     learn(made, cache)
@@ -141,7 +142,9 @@ def test_the_memory_of_a_category_leaves_out_the_image_itself(tiny):
         found = []
         for row in rows:
             others = tokens[[other for other in rows if other != row]].flatten(0, 1)
-            found.append(torch.cdist(tokens[row], others).amin(1))
+            apart, nearest = torch.cdist(tokens[row], others).min(1)
+            spacing = torch.cdist(others[nearest], others).sort(1).values[:, 1:5].mean(1)
+            found.append((apart - 0.25 * spacing).clamp_min(0))
         distance = torch.cat(found)
         mean, deviation = made.network_of(name).normal[0].tolist()
         assert mean == pytest.approx(float(distance.mean()), rel=1e-3)

@@ -13,7 +13,6 @@ from unflaw.methods import base, create
 from unflaw.methods.base import Inspection, Method
 from unflaw.methods.feature_set import Context, FeatureSet
 from unflaw.methods.nearest import NearestNeighbor
-from unflaw.methods.synthesis import Anomalies, Synthesis, synthesise
 from unflaw.methods.uranet import URANet
 
 pytestmark = pytest.mark.slow
@@ -199,56 +198,69 @@ def test_fine_evidence_has_the_say_that_is_known_of_it(tiny):
     torch.testing.assert_close(method.fuse(inspection)[1], fine)
 
 
-@pytest.mark.parametrize(
-    ("moves", "say"),
-    [
-        ([0.0] * 5, 0.2),
-        ([-4.0] * 5, 0.2),
-        ([0.2] * 5, 0.4),
-        ([9.0] * 5, 0.8),
-        ([90.0, 0, 0, 0, -9.0], 0.8),
-        ([0.9, 0, 0, 0, 0], 0.36),
-    ],
-)
-def test_patches_judge_as_far_as_synthetic_anomalies_move_regions(tiny, monkeypatch, moves, say):
-    """In deviations of good images, of each image 3 at most; .4 of a deviation gives patches most of the say."""
+def differing(between: float, images: int = 400, cells: int = 16) -> Tensor:
+    """Maps (N, 4, 4) of variance 1, of which a share lies between images."""
+    rng = torch.Generator().manual_seed(0)
+    own = torch.randn(images, 1, generator=rng)
+    return (between**0.5 * own + (1 - between) ** 0.5 * torch.randn(images, cells, generator=rng)).view(-1, 4, 4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.37, 0.9])
+def test_share_of_variance_between_images(share):
+    maps = differing(share)
+    everywhere, each = torch.ones_like(maps, dtype=torch.bool), torch.arange(len(maps))
+    found = base.variance_between(maps, everywhere, each)
+    assert found.item() == pytest.approx(share + (1 - share) / 16, abs=0.05)  # a mean of 16 cells varies by itself
+    torch.testing.assert_close(base.variance_between(7 * maps - 3, everywhere, each), found)
+    half = torch.zeros_like(everywhere)
+    half[:, :2] = True
+    garbled = torch.where(half, maps, 1e3)
+    torch.testing.assert_close(
+        base.variance_between(garbled, half, each), base.variance_between(maps[:, :2], half[:, :2], each)
+    )
+
+
+def test_windows_of_an_image_are_not_images():
+    """A window over the rim of a part differs from one over its middle in every image alike."""
+    maps = differing(0.0) + torch.arange(400).remainder(4).view(-1, 1, 1)
+    everywhere = torch.ones_like(maps, dtype=torch.bool)
+    assert base.variance_between(maps, everywhere, torch.arange(400)) > 0.5
+    assert base.variance_between(maps, everywhere, torch.arange(400) // 4) < 0.05
+    assert base.variance_between(maps[:4], everywhere[:4], torch.zeros(4)) == 0  # one image says nothing
+    assert base.variance_between(0 * maps, everywhere, torch.arange(400)) == 0
+
+
+@pytest.mark.parametrize(("share", "weight"), [(0.0, 1.0), (0.1, 0.75), (0.2, 0.5), (0.4, 0.0), (0.9, 0.0)])
+def test_patches_weigh_less_the_more_good_images_differ_as_wholes(tiny, monkeypatch, share, weight):
     method = create(tiny("nearest_neighbor"), Weights.RANDOM)
-    good = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, GRID, GRID)  # of deviation √2
+    maps = differing(share)[:, None].repeat(1, 1, 64, 64)  # many cells: their mean tells the image's own level
+    maps = maps[..., :64, :64]
 
-    def forward(features: Tensor, *_: object) -> Inspection:
-        return Inspection(torch.zeros(len(features), 1, GRID, GRID), regional=features[:, :1, ::2, ::2])
-
-    def altered(features: Tensor, *_: object) -> Anomalies:
-        moved = features + 2**0.5 * torch.tensor(moves).view(5, 1, 1, 1)
-        return Anomalies(moved, torch.ones(5, 1, GRID, GRID), torch.arange(5))
+    def forward(features: Tensor, context: Context) -> Inspection:
+        rows = context.training_rows
+        return Inspection(torch.zeros(len(rows), 1, GRID, GRID), regional=maps[rows])
 
     monkeypatch.setattr(method, "forward", forward)
-    monkeypatch.setattr(base, "synthesise", altered)
-    method.fit_normalization(good.half(), first_rows(good.half()))
-    assert method.patch_weight.item() == pytest.approx(say, abs=1e-3)
-
-
-@pytest.mark.parametrize("name", ["nearest_neighbor", "uranet"])
-def test_anomalies_are_not_measured_against_the_image_they_are_made_of(tiny, name, monkeypatch):
-    """With real synthesis: were the other image's cells still in the memory, altered cells would be at distance 0."""
-    monkeypatch.setattr(base, "PATCH_WEIGHTS", (0.0, 9.0))
-    method = create(tiny(name, **{"network.prototypes": 640} if name == "nearest_neighbor" else {}), Weights.RANDOM)
-    features = learned(method)
+    monkeypatch.setattr(method, "_images", lambda context, n: torch.arange(n))
+    features = torch.zeros(len(maps), 4, GRID, GRID).half()
     method.fit_normalization(features, first_rows(features))
-    rows, moved, leaks = torch.arange(len(features)), [], []
-    rng, options = torch.Generator().manual_seed(0), Synthesis(clean=0)
-    with torch.no_grad():
-        for _ in range(base.SYNTHETIC_ANOMALIES):
-            made = synthesise(features.float(), None, options, rng)
-            for i, row in enumerate(made.features.split(1)):
-                made_of = Context(training_rows=torch.tensor([[i, int(made.origin[i])]]))
-                altered, before = method(row, made_of), method(features[i : i + 1].float(), made_of)
-                own_only = method(row, Context(training_rows=rows[i : i + 1]))
-                leaks.append((altered.anomaly_maps[:, -1] - own_only.anomaly_maps[:, -1]).max().item())
-                regional = (method._image_scores(found, None)[1] for found in (altered, before))
-                moved.append((next(regional) - next(regional)).clamp(0, 3).item())
-    assert method.patch_weight.item() == pytest.approx(2 * np.mean(moved), rel=1e-3) and np.mean(moved) > 0.01
-    assert max(leaks) > 0.5  # leaving out the own image alone would not have been enough
+    own = maps.flatten(1).mean(1).var()
+    expected = 1 - own / (own + maps.flatten(1).var(1, correction=0).mean()) / 0.4
+    assert method.patch_weight.item() == pytest.approx(max(0.0, expected.item()), abs=1e-4)
+    assert method.patch_weight.item() == pytest.approx(weight, abs=0.25)
+
+
+def test_the_weight_counts_images_by_the_memory(tiny):
+    """Rows are windows; the memory knows the image of each."""
+    method = create(tiny("nearest_neighbor"), Weights.RANDOM)
+    features = torch.randn(12, method.features.channels, GRID, GRID, generator=torch.Generator().manual_seed(0)).half()
+    features *= torch.arange(12).remainder(3).add(1).view(-1, 1, 1, 1)
+    weights = []
+    for images in (torch.arange(12), torch.arange(12) // 3):
+        method.fit_memory(FeatureSet(features, images), torch.Generator().manual_seed(0))
+        method.fit_normalization(features, first_rows(features))
+        weights.append(method.patch_weight.item())
+    assert weights[0] < weights[1] - 0.1
 
 
 def strips() -> Tensor:
@@ -346,7 +358,7 @@ def test_training_images_are_not_judged_by_what_they_taught(tiny, name):
     """With their own prototypes they would look far more usual than new ones."""
     method = create(tiny(name), Weights.RANDOM)
     features = learned(method, 48)
-    new = torch.randn(16, *features.shape[1:], generator=torch.Generator().manual_seed(9))
+    new = torch.randn(64, *features.shape[1:], generator=torch.Generator().manual_seed(9))
     method.fit_normalization(features, first_rows(features))
     distances = [method.n_maps - 1, method.n_maps + method.n_regional - 1]  # last of the fine and of the coarse
     with torch.no_grad():
@@ -433,8 +445,8 @@ def test_lookup_is_the_distance_to_the_memory(tiny):
     everything, rows = torch.cat([3 * features[:4], features[:2]]).float(), torch.arange(4)[[0, 1, 2, 3, 0, 1]]
     for context in (Context(), Context(added_rows=rows)):
         found = method(everything, context)
-        retrieved, distance, least = method.memory(everything, context)
-        assert torch.equal(found.anomaly_maps, least) and torch.equal(found.restored, retrieved)
+        retrieved, distance, least, scored = method.memory(everything, context)
+        assert torch.equal(found.anomaly_maps, scored) and torch.equal(found.restored, retrieved)
         assert torch.equal(found.regional, method.regional_memory(everything, context))
         assert not torch.equal(least, distance)
     assert not torch.equal(method(everything).regional, method(everything, context).regional)

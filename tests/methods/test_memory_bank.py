@@ -88,7 +88,7 @@ def test_of_more_images_than_it_can_look_at_it_takes_some(monkeypatch, features)
 def test_distances_are_those_of_a_full_search(features):
     memory = filled(features)
     tokens = torch.randn(10 * CHUNK + 1, CHANNELS, generator=rng(2))  # more than one chunk, the last one smaller
-    _, distance, least = memory.retrieve(tokens)
+    _, distance, least, _ = memory.retrieve(tokens)
     assert distance.shape == (len(tokens),)
     expected = brute_force(tokens, memory.prototypes)[0]
     torch.testing.assert_close(distance, expected, atol=1e-3, rtol=1e-4)
@@ -148,7 +148,7 @@ def test_what_an_image_taught_is_left_out_for_it(features):
     """As if only the others had been there, wherever in a batch it stands."""
     memory = filled(features)
     rows = torch.tensor([2, 0, 3])
-    recalled, distance, least = memory(features[rows], Context(training_rows=rows))
+    recalled, distance, least, _ = memory(features[rows], Context(training_rows=rows))
     for i, row in enumerate(rows.tolist()):
         tokens, others = as_tokens(features[row : row + 1]), not_of(features[row], memory.prototypes)
         expected = attention(memory, tokens, others)
@@ -185,7 +185,7 @@ def test_fewer_tokens_than_prototypes_fill_the_memory(features):
     few = features[:2, :, :2, :2]
     memory = filled(few, size=20)
     assert len(memory.prototypes.unique(dim=0)) == 8
-    recalled, distance, _ = memory(few)
+    recalled, distance, *_ = memory(few)
     assert recalled.isfinite().all()
     torch.testing.assert_close(distance, torch.zeros(2, 1, 2, 2), atol=2e-3, rtol=0)
     rows = torch.arange(2)
@@ -208,7 +208,7 @@ def test_a_memory_of_next_to_nothing_works(features, size):
     memory = filled(features, size=size)
     memory.add_prototypes(FeatureSet.of(features), rng())
     expected = brute_force(as_tokens(features), memory.prototypes)[0]
-    _, distance, least = memory(features)
+    _, distance, least, _ = memory(features)
     torch.testing.assert_close(distance.flatten(), expected, atol=3e-3, rtol=1e-4)
     assert torch.equal(least, distance)
     assert all(t.isfinite().all() for t in memory(features, Context(training_rows=torch.arange(4))))
@@ -253,7 +253,7 @@ def test_what_an_image_added_is_left_out_for_it(windows):
     memory.fit(FeatureSet.of(known), rng)
     memory.add_prototypes(FeatureSet(held, images), rng)
     rows = torch.tensor([2, 0, 3, 1])
-    mixture, distance, least = memory(held[rows], Context(added_rows=rows))
+    mixture, distance, least, _ = memory(held[rows], Context(added_rows=rows))
     assert (least > memory(held[rows])[2]).any()
     assert all(torch.equal(a, b) for a, b in zip((mixture, distance), memory(held[rows])[:2], strict=True))
     for row, found in zip(rows.tolist(), least, strict=True):
@@ -265,8 +265,65 @@ def test_what_an_image_added_is_left_out_for_it(windows):
     memory.add_prototypes(
         FeatureSet(held, torch.zeros(4, dtype=torch.long)), rng
     )  # all of one image: nothing that was added is left
-    _, distance, least = memory(held, Context(added_rows=torch.arange(4)))
+    _, distance, least, _ = memory(held, Context(added_rows=torch.arange(4)))
     assert torch.equal(least, distance)
+
+
+def crowded(prototypes: Tensor, others: Tensor) -> Tensor:
+    """Mean distance of each prototype to the 4 nearest others, by sorting all of them."""
+    return torch.cdist(prototypes, others).sort(1).values[:, 1:5].mean(1)
+
+
+def test_the_scored_distance_counts_for_less_where_prototypes_lie_far_apart(features):
+    memory = filled(features)
+    torch.testing.assert_close(memory.spacing, crowded(memory.prototypes, memory.prototypes))
+    tokens = torch.randn(300, CHANNELS, generator=rng(3))
+    apart = torch.cdist(tokens, memory.prototypes)
+    expected = apart.amin(1) - 0.25 * memory.spacing[apart.argmin(1)]
+    torch.testing.assert_close(memory.retrieve(tokens).scored, expected.clamp_min(0), atol=1e-3, rtol=1e-3)
+    known = memory(features).scored
+    assert (known >= 0).all() and (known == 0).any()  # a prototype itself is not nearer than at home
+
+
+def test_spacing_leaves_out_what_an_image_taught(features):
+    """As if only the others had been there."""
+    memory, row = filled(features), 2
+    others = not_of(features[row], memory.prototypes)
+    tokens = as_tokens(features[row : row + 1])
+    apart = torch.cdist(tokens, others)
+    expected = apart.amin(1) - 0.25 * crowded(others, others)[apart.argmin(1)]
+    found = memory(features[row : row + 1], Context(training_rows=torch.tensor([row]))).scored
+    torch.testing.assert_close(found.flatten(), expected.clamp_min(0), atol=1e-3, rtol=1e-3)
+
+
+def test_prototypes_added_can_only_lower_the_scored_distance(features):
+    memory, new = filled(features), 3 * torch.randn(300, CHANNELS, generator=rng(3))
+    before = memory.retrieve(new).scored
+    memory.add_prototypes(FeatureSet.of(3 * features[:2]), rng(2))
+    torch.testing.assert_close(
+        memory.added_spacing, crowded(memory.added, torch.cat([memory.prototypes, memory.added]))
+    )
+    after = memory.retrieve(new).scored
+    assert (after <= before).all() and (after < before - 0.1).any()
+    apart = torch.cdist(new, memory.added)
+    added = apart.amin(1) - 0.25 * memory.added_spacing[apart.argmin(1)]
+    torch.testing.assert_close(after, torch.minimum(before, added.clamp_min(0)), atol=1e-3, rtol=1e-3)
+    rows = torch.zeros(300, dtype=torch.long)
+    own = memory.retrieve(new, added_rows=rows).scored
+    assert (own >= after - 1e-6).all() and (own > after + 1e-3).any()
+    memory.select_category(0)
+    assert not memory.added_spacing.any()
+    torch.testing.assert_close(memory.retrieve(new).scored, before)
+
+
+def test_repeated_prototypes_are_no_neighbours_of_themselves(features):
+    few = features[:2, :, :2, :2]
+    memory = filled(few, size=20)
+    distinct = as_tokens(few)
+    expected = crowded(distinct, distinct)
+    for prototype, found in zip(memory.prototypes, memory.spacing, strict=True):
+        assert found.item() == pytest.approx(expected[(distinct == prototype).all(1)].item(), rel=1e-4)
+    assert not filled(features[:1, :, :1, :1], size=4).spacing.any()  # one token has no neighbour
 
 
 def test_training_rows_mean_training_images_also_after_extending(features):
@@ -326,6 +383,12 @@ def judge(features: Tensor, size: int = 20) -> RegionalMemoryBank:
     return made
 
 
+def as_scored(regions: Tensor, prototypes: Tensor, spacing: Tensor) -> Tensor:
+    """Distance to the nearest prototype, less a quarter of its spacing."""
+    apart = torch.cdist(as_tokens(regions), prototypes)
+    return (apart.amin(1) - 0.25 * spacing[apart.argmin(1)]).clamp_min(0)
+
+
 @pytest.mark.parametrize("side", [8, 7])
 def test_a_judge_says_how_far_the_nearest_known_region_is(features, side):
     """Those of the image itself left out, for one of training."""
@@ -335,11 +398,14 @@ def test_a_judge_says_how_far_the_nearest_known_region_is(features, side):
     assert all((as_tokens(regions) == p).all(1).any() for p in prototypes)
     found, new = made(cut), made(2 * cut)
     assert found.shape == (4, 1, 4, 4)
-    torch.testing.assert_close(found.flatten(), brute_force(as_tokens(regions), prototypes)[0], atol=1e-3, rtol=0)
-    torch.testing.assert_close(new.flatten(), brute_force(as_tokens(2 * regions), prototypes)[0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.flatten(), as_scored(regions, prototypes, made.memory.spacing), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        new.flatten(), as_scored(2 * regions, prototypes, made.memory.spacing), atol=1e-3, rtol=0
+    )
     rows = torch.tensor([3, 1])
     for row, alone in zip(rows.tolist(), made(cut[rows], Context(training_rows=rows)), strict=True):
-        expected = brute_force(as_tokens(regions[row : row + 1]), not_of(regions[row], prototypes))[0]
+        others = not_of(regions[row], prototypes)
+        expected = as_scored(regions[row : row + 1], others, crowded(others, others))
         torch.testing.assert_close(alone.flatten(), expected, atol=1e-3, rtol=0)
 
 
@@ -370,8 +436,8 @@ def test_extending_a_judge_can_only_lower_what_it_says(features):
     after = made(held), made(new)
     assert all((a <= b).all() for a, b in zip(after, before, strict=True))
     assert after[0].mean() < 0.9 * before[0].mean()
-    known = torch.cat([made.memory.prototypes, made.memory.added])
-    expected = brute_force(as_tokens(regions_of(new)), known)[0]
+    kept = (made.memory.prototypes, made.memory.spacing), (made.memory.added, made.memory.added_spacing)
+    expected = torch.minimum(*(as_scored(regions_of(new), *bank) for bank in kept))
     torch.testing.assert_close(after[1].flatten(), expected, atol=1e-3, rtol=0)
 
 
@@ -379,5 +445,5 @@ def test_no_tokens_are_recalled_as_none_of_several_categories_too():
     memory = MemoryBank(16, 4)
     rng = torch.Generator().manual_seed(0)
     memory.fit(FeatureSet.of(torch.randn(8, 4, 4, 4, generator=rng), categories=torch.tensor([0] * 4 + [1] * 4)), rng)
-    mixture, distance, least = memory.retrieve(torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.long))
-    assert mixture.shape == (0, 4) and distance.shape == least.shape == (0,)
+    mixture, distance, least, scored = memory.retrieve(torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.long))
+    assert mixture.shape == (0, 4) and distance.shape == least.shape == scored.shape == (0,)

@@ -295,7 +295,7 @@ def test_distance_and_regions_join_the_evidence(remembering, features):
     assert remembering.scored_maps == slice(1, 2)  # the distance judges the image
     assert remembering.n_maps == 2 and remembering.has_regional and found.anomaly_maps.shape == (12, 2, GRID, GRID)
     torch.testing.assert_close(found.anomaly_maps[:, :1], plain)
-    torch.testing.assert_close(found.anomaly_maps[:, 1:], remembering.memory(features)[2])
+    torch.testing.assert_close(found.anomaly_maps[:, 1:], remembering.memory(features).scored)
     assert torch.equal(found.regional, remembering.regional_memory(features))
     assert left_out.anomaly_maps[:, 1].mean() > found.anomaly_maps[:, 1].mean()
     assert left_out.regional.mean() > found.regional.mean()

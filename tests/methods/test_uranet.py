@@ -296,7 +296,7 @@ def test_inspection_is_what_the_contract_says(trained, features):
     assert found.restored.shape == features.shape
     (residual, least), perceived = found.anomaly_maps.unbind(1), found.perceived[:, 0]
     torch.testing.assert_close(residual, (features.float() - found.restored).norm(dim=1))
-    torch.testing.assert_close(least, network.memory(features.float())[2][:, 0])
+    torch.testing.assert_close(least, network.memory(features.float()).scored[:, 0])
     torch.testing.assert_close(perceived.sigmoid(), found.layers["mean"][:, 0], atol=2e-6, rtol=1e-4)
     regions = network.features.to_regions(features.float())
     with torch.no_grad():
@@ -391,11 +391,11 @@ def test_what_was_learned_after_calibration_speaks_for_an_image_and_never_agains
         found = extended(everything)
         mean, _ = extended.perception(seen_by(extended, everything))
         calmed, _ = extended.perception(seen_by(extended, everything, which=2))
-        _, distance, least = extended.memory(everything)
+        _, distance, least, scored = extended.memory(everything)
     assert (calmed < mean).any() and not torch.equal(least, distance)
     expected = torch.minimum(mean, calmed).clamp(1e-6, 1 - 1e-6)
     torch.testing.assert_close(found.perceived.sigmoid(), expected, atol=1e-6, rtol=1e-3)
-    assert torch.equal(found.anomaly_maps[:, 1:2], least)
+    assert torch.equal(found.anomaly_maps[:, 1:2], scored)
     torch.testing.assert_close(found.layers["mean"], mean)  # the mask is that of before, and so is the residual
     with torch.no_grad():
         restored = extended.restoration(everything, found.layers["mask"])
@@ -435,7 +435,7 @@ def test_training_images_are_recalled_and_judged_without_themselves(trained, fea
     x = features[rows].float()
     with torch.no_grad():
         found, plain = network(x, Context(training_rows=rows)), network(x)
-    distance = network.memory(x, Context(training_rows=rows))[1]
+    distance = network.memory(x, Context(training_rows=rows)).scored
     assert torch.equal(found.anomaly_maps[:, 1:2], distance)
     assert torch.equal(found.regional[:, 1:], network.regional_memory(x, Context(training_rows=rows)))
     assert torch.equal(found.regional[:, 0], plain.regional[:, 0])  # restored from the image alone
@@ -443,7 +443,9 @@ def test_training_images_are_recalled_and_judged_without_themselves(trained, fea
         (plain.anomaly_maps[:, 1], found.anomaly_maps[:, 1]),
         (plain.regional[:, 1], found.regional[:, 1]),
     ):
-        assert (left_out >= with_itself - 3e-3).all() and left_out.mean() > 1.05 * with_itself.mean()
+        assert left_out.mean() > 1.05 * with_itself.mean()
+    left_out, with_itself = (network.memory(x, c).distance for c in (Context(training_rows=rows), Context()))
+    assert (left_out >= with_itself - 3e-3).all() and left_out.mean() > 1.05 * with_itself.mean()
     with torch.no_grad():
         restored = network.restoration(x, found.layers["mask"])
     torch.testing.assert_close(found.restored, restored)
@@ -453,7 +455,7 @@ def test_what_is_cached_of_an_image_is_recalled_without_itself(tiny, features):
     many = torch.cat([features, features.flip(0) + 0.05 * torch.randn(features.shape, generator=rng(8)).half()])
     network = URANet(tiny(), Weights.RANDOM)
     batch = batch_of(network, many, None)
-    recalled, distance, _ = network.memory(many.float(), first_rows(many))
+    recalled, distance, *_ = network.memory(many.float(), first_rows(many))
     assert set(batch) == {"features", "retrieved", "distance", "row"}
     assert batch["row"].tolist() == list(range(24))
     assert batch["retrieved"].shape == many.shape and batch["distance"].shape == (24, 1, GRID, GRID)
@@ -474,7 +476,7 @@ def test_altered_cells_are_recalled_anew_and_the_others_are_cached(trained, feat
         anew = torch.empty_like(found)
         for i, x in enumerate(anomalies.features.split(1)):
             made_of = torch.tensor([rows[i], rows[anomalies.origin[i]]]).expand(GRID**2, 2)
-            mixture, distance, _ = network.memory.retrieve(to_tokens(x)[0], made_of)
+            mixture, distance, *_ = network.memory.retrieve(to_tokens(x)[0], made_of)
             mixture, distance = to_grid(mixture[None]), distance.view(1, 1, GRID, GRID)
             anew[i] = network._distances(distance, length(x - mixture))[0]
         plain = seen_by(network, anomalies.features)

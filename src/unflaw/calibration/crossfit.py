@@ -131,7 +131,7 @@ def memory_distances(network: Method, cache: Cache, rows: Sequence[int], *, excl
         return found
     for part in torch.tensor(rows).split(8):
         chosen, context = part.tolist(), Context(training_rows=part if exclude_own else None)
-        distance = memory(cache.features[part][..., ::2, ::2].float(), context)[1][:, 0]
+        distance = memory(cache.features[part][..., ::2, ::2].float(), context).distance[:, 0]
         inside = cache.cells(network.features.grid, chosen)
         inside = None if inside is None else inside[..., ::2, ::2]
         scores = top_fraction_mean(distance, network.config.scoring.top_fractions, inside, network.window).mean(1)

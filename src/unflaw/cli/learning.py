@@ -300,7 +300,7 @@ def demo(
         from unflaw.datasets.synthetic import is_whole, make_demo_data
         from unflaw.io.files import holding, make_folder
 
-        data, model = out / "gravel", out / "detector.safetensors"
+        data, model = out / "bricks", out / "detector.safetensors"
         make_folder(out)
         with holding(out):
             if not is_whole(data):
@@ -309,7 +309,7 @@ def demo(
             typer.echo(f"{data}: {found} to learn from; defects are synthetic, on real textures")
             train(data=[data], out=model, seed=seed)
             note = (
-                "The defects are synthetic, drawn on a real photograph of gravel: this shows that the parts work "
+                "The defects are synthetic, drawn on a real photograph of brickwork: this shows that the parts work "
                 "together."
             )
             run_evaluation(model, [data], out / "metrics.json", out / "report.html", notes=[note])

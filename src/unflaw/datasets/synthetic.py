@@ -1,4 +1,4 @@
-"""Demo data set, made offline: photographs of gravel with synthetic defects."""
+"""Demo data set, made offline: a photograph of brickwork with synthetic defects."""
 
 from collections.abc import Callable
 from functools import cache
@@ -17,18 +17,18 @@ _PIECE_SIDE = 128  # side of the pieces cut from the photograph, pixels
 # Disjoint parts of the photograph (rows, columns): pieces of one part overlap each other, so calibration on pieces of
 # the training part would be too optimistic.
 _PARTS = {
-    "train": np.s_[:, :272],
-    "validation": np.s_[:256, 272:],
-    "test": np.s_[256:, 272:],
+    "train": np.s_[:, :256],
+    "validation": np.s_[:256, 256:],
+    "test": np.s_[256:, 256:],
 }
 
-README = """Gravel: a small data set for visual anomaly detection in the layout of MVTec AD, made by unflaw.
+README = """Bricks: a small data set for visual anomaly detection in the layout of MVTec AD, made by unflaw.
 
 The images are cut from a real photograph: those under train/ from its left half, those under validation/ and test/
-from the upper and the lower part of its right half, so that no stone is in two of them. THE DEFECTS ARE SYNTHETIC;
+from the upper and the lower part of its right half, so that no brick is in two of them. THE DEFECTS ARE SYNTHETIC;
 ground_truth/ holds their masks. Results show that a method works, not how good it is.
 
-Photographs, all from the package scikit-image and all CC0: `gravel` (CC0Textures), which every image shows; `brick`
+Photographs, all from the package scikit-image and all CC0: `brick` (CC0Textures), which every image shows; `gravel`
 (CC0Textures) and `coffee` (Rachel Michetti), of which the foreign matter is cut.
 Seed: {seed}
 """
@@ -55,13 +55,13 @@ def make_demo_data(out: str | Path, seed: int = 0) -> Path:
         raise FileExistsError(f"{out}: the folder is not empty; name a new one")
     write_text(begun, "An interrupted run has left this folder; the same command writes all of it again.\n")
     rng = np.random.default_rng(seed)
-    gravel = _photograph("gravel")
+    brick = _photograph("brick")
     for part, count in (("train", N_TRAIN), ("validation", N_VALIDATION), ("test", N_GOOD)):
         for i in range(count):
-            _write(out / f"{part}/good/{i:03d}.png", _piece(rng, gravel[_PARTS[part]]), rng)
+            _write(out / f"{part}/good/{i:03d}.png", _piece(rng, brick[_PARTS[part]]), rng)
     for kind, flaw in FLAWS.items():
         for i in range(N_PER_DEFECT):
-            image = _piece(rng, gravel[_PARTS["test"]])
+            image = _piece(rng, brick[_PARTS["test"]])
             changed, alpha = flaw(rng, image)
             mask = alpha > 0.15  # the visible part of a soft edge
             _write(out / f"test/{kind}/{i:03d}.png", image + alpha[..., None] * (changed - image), rng)
@@ -131,22 +131,22 @@ def stain(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def missing(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Remove stones, so that the ground between them is bare."""
+    """Break a piece out, so that the rough inside shows."""
     ground = gaussian_filter(image, (9, 9, 0)) * rng.uniform(0.7, 0.95)
-    sand = gaussian_filter(rng.normal(size=(SIZE, SIZE, 1)), (1.2, 1.2, 0))
-    return ground + 0.02 * sand / sand.std(), _blob(rng, rng.uniform(14, 36), 5)
+    grain = gaussian_filter(rng.normal(size=(SIZE, SIZE, 1)), (1.2, 1.2, 0))
+    return ground + 0.06 * grain / grain.std(), _blob(rng, rng.uniform(14, 36), 2)
 
 
 def foreign(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Draw an object from another photograph, with its shadow."""
     alpha = _blob(rng, rng.uniform(10, 30), 2)
-    matter = _piece(rng, _photograph(str(rng.choice(["brick", "coffee"]))))
+    matter = _piece(rng, _photograph(str(rng.choice(["gravel", "coffee"]))))
     shadow = 0.6 * gaussian_filter(shift(alpha, (4, 3)), 2)
     return matter * alpha[..., None], np.maximum(alpha, shadow)  # the shadow is black
 
 
 def colour(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tint stones like rust, like moss, or bluish."""
+    """Tint a spot like rust, like moss, or bluish."""
     tints = [(1.15, 0.98, 0.8), (0.92, 1.06, 0.82), (0.86, 0.97, 1.12)]
     return image * rng.choice(tints), _blob(rng, rng.uniform(18, 45), 6)
 

@@ -17,15 +17,12 @@ from unflaw.features.extractor import Extractor, FeatureExtractor, PixelExtracto
 from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
 from unflaw.methods.layers import coarser, gaussian_blur
 from unflaw.methods.memory_bank import MemoryBank, RegionalMemoryBank
-from unflaw.methods.synthesis import Synthesis, synthesise
 from unflaw.methods.visualization import Stage, Stages
 
 Batch = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
-SYNTHETIC_ANOMALIES = 2  # per training image, used to estimate the weight of the patch score
-PATCH_WEIGHTS = 0.2, 0.8  # least and most: both scores always have a fifth of the say
-FULL_SHIFT = 0.5  # shift of the regional score, in deviations, that would give the patch score a weight of 1
+DIFFERENT_IMAGES = 0.4  # share of the variance of the regional map between images that leaves the patch score no weight
 
 # Paper-scale settings that all methods share: WideResNet-50 on a 64×64 grid. Steps and learning rate are ours.
 PAPER: dict[str, Any] = {
@@ -191,12 +188,9 @@ class Method(nn.Module, ABC):
         """After training: fits the normal range of maps and scores to some training images of a category.
 
         It is the mean and deviation of each map and each statistic of the image score. With a regional memory, also the
-        weight of the patch score: the mean shift of the *regional* score by small synthetic anomalies, in normal
-        deviations, at most 3 for an image, over `FULL_SHIFT`, from .2 to .8. Where they move even the regional score,
-        good images are so alike that single cells can be relied on; where images differ as wholes, such as anatomies,
-        they do not, and regions judge. An altered image is compared with the same image unaltered, both without the
-        prototypes of the images that it is made of: altered cells would be found in the memory that they come from.
-        Our own; docs/research.md, section 28.
+        weight of the patch score: 1 − v / .4, at least 0, where v is the share of the variance of the regional map that
+        lies between images and not within them. Where good images are alike, single cells can be relied on; where they
+        differ as wholes, such as anatomies, regions judge. Our own; docs/research.md, section 29.
 
         Writes `normalization_buffers`, and no others.
 
@@ -213,34 +207,16 @@ class Method(nn.Module, ABC):
         statistics = self._statistics(inspection, valid)
         deviation = statistics.std(0, correction=0).clamp_min(1e-3)
         self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
-        if self.has_regional:
-            regional = self._image_scores(inspection, valid)[1]
-            assert regional is not None
-            weight = self._regional_shift(features, context, regional) / FULL_SHIFT
-            self.patch_weight.copy_(weight.clamp(*PATCH_WEIGHTS))
+        if (regional := self._standardised(inspection)[1]) is not None:
+            inside = torch.ones_like(regional, dtype=torch.bool) if valid is None else coarser(valid)
+            share = variance_between(regional, inside, self._images(context, len(regional)))
+            self.patch_weight.copy_((1 - share / DIFFERENT_IMAGES).clamp(0, 1))
 
-    def _regional_shift(self, features: Tensor, context: Context, unaltered: Tensor) -> Tensor:
-        """Mean shift of the regional score by synthetic anomalies, (); see `fit_normalization`.
-
-        `unaltered`: the scores before, (N,).
-        """
-        rng, options, shifts = Generator().manual_seed(0), Synthesis(clean=0), []
-        rows = context.training_rows
-        assert rows is not None
-
-        def scores(features: Tensor, context: Context) -> Tensor:
-            found = self._image_scores(self._inspected(features, context), context.valid)[1]
-            assert found is not None
-            return found
-
-        for _ in range(SYNTHETIC_ANOMALIES):
-            made, before = synthesise(features.float(), None, options, rng), unaltered.clone()
-            made_of = Context(context.valid, torch.stack([rows, rows[made.origin]], dim=1))
-            mixed = (made.origin != torch.arange(len(rows))).nonzero()[:, 0]  # with another image
-            if len(mixed):
-                before[mixed] = scores(features[mixed], made_of[mixed])
-            shifts.append((scores(made.features, made_of) - before).clamp(0, 3))
-        return torch.cat(shifts).mean()
+    def _images(self, context: Context, n: int) -> Tensor:
+        """(N,) the image that each of N training rows shows: several are windows of the same."""
+        if self.regional_memory is None or context.training_rows is None:
+            return torch.arange(n)
+        return self.regional_memory.memory.images[context.training_rows]
 
     def _inspected(self, features: Tensor, context: Context) -> Inspection:
         """Output for many images, a few at a time; without `restored`."""
@@ -268,7 +244,7 @@ class Method(nn.Module, ABC):
     @property
     def category_buffers(self) -> tuple[str, ...]:
         """Names of the buffers that each category has for itself: the normal range, and memories."""
-        own = ("prototypes", "added", "radius")
+        own = ("prototypes", "added", "radius", "spacing", "added_spacing")
         return *self.normalization_buffers, *(f"{name}.{buffer}" for name in self._memory_banks() for buffer in own)
 
     def category_state(self) -> dict[str, Tensor]:
@@ -394,6 +370,24 @@ def _joined(found: Sequence[Inspection], name: str) -> Tensor | None:
     """One map of all images; None where there is none."""
     parts = [getattr(inspection, name) for inspection in found]
     return None if parts[0] is None else torch.cat(parts)
+
+
+def variance_between(maps: Tensor, inside: Tensor, images: Tensor) -> Tensor:
+    """Share of the variance of maps that lies between images: the intraclass correlation, () in [0, 1].
+
+    Args:
+        maps: (N, h, h).
+        inside: (N, h, h) bool, the cells that count.
+        images: (N,) the image that each map belongs to.
+
+    Returns:
+        The variance of the means of images, over the sum of it and the mean variance within an image; 0 for one image.
+    """
+    cells = [maps[images == image][inside[images == image]] for image in images.unique()]
+    cells = [c for c in cells if len(c)] or [maps.new_zeros(1)]
+    means, within = (torch.stack(found) for found in ([c.mean() for c in cells], [c.var(correction=0) for c in cells]))
+    between = means.var() if len(means) > 1 else means.new_zeros(())
+    return between / (between + within.mean()).clamp_min(1e-12)
 
 
 def top_fraction_mean(maps: Tensor, fractions: Sequence[float], valid: Tensor | None = None, window: int = 3) -> Tensor:

@@ -18,6 +18,25 @@ MOST_TOKENS = (
     2**20
 )  # tokens that prototypes are chosen from: those of whole images, drawn at random where there are more
 FAR = 1e4  # coordinate of missing prototypes, far from every token
+DENSITY = 0.25  # share of the spacing of the nearest prototype that is subtracted from the distance to it
+SPACED = 4  # nearest other prototypes whose mean distance is the spacing of a prototype
+
+
+class Retrieved(NamedTuple):
+    """Output of a memory for T tokens, or for the cells of N images.
+
+    Attributes:
+        mixture: Attended mixture of prototypes, (T, C) or (N, C, g, g).
+        distance: To the nearest prototype, (T,) or (N, 1, g, g).
+        extended: To the nearest prototype, those added included, likewise.
+        scored: The same less `DENSITY` of the spacing of the prototype, at least 0, likewise: where normal tokens lie
+            far apart, a distance means less (local density as in REB, arXiv 2308.12577; docs/research.md, section 29).
+    """
+
+    mixture: Tensor
+    distance: Tensor
+    extended: Tensor
+    scored: Tensor
 
 
 class Bank(NamedTuple):
@@ -27,11 +46,25 @@ class Bank(NamedTuple):
         prototypes: (M, C).
         source_images: (M,) int64, the image that each prototype comes from; None where that is not known any more.
         radius: (), the median distance of training tokens to the nearest prototype from another image.
+        spacing: (M,), the mean distance of each prototype to its `SPACED` nearest others.
+        nearby: (M, K), distances of each prototype to its nearest others; None where that is not known any more.
+        nearby_rows: (M, K) int64, the rows of these others.
     """
 
     prototypes: Tensor
     source_images: Tensor | None
     radius: Tensor
+    spacing: Tensor
+    nearby: Tensor | None = None
+    nearby_rows: Tensor | None = None
+
+    def spacing_without(self, rows: Tensor, excluded: Tensor | None) -> Tensor:
+        """Spacing of prototypes (T,) as if the excluded ones, (T, M) bool, did not exist, (T,)."""
+        if excluded is None or self.nearby is None or self.nearby_rows is None:
+            return self.spacing[rows]
+        others = ~excluded.gather(1, self.nearby_rows[rows])
+        others &= others.cumsum(1) <= SPACED
+        return (self.nearby[rows] * others).sum(1) / others.sum(1).clamp_min(1)
 
 
 class MemoryBank(nn.Module):
@@ -56,14 +89,18 @@ class MemoryBank(nn.Module):
         self.register_buffer("prototypes", torch.zeros(size, channels))
         self.register_buffer("added", torch.full((size // 4, channels), FAR))
         self.register_buffer("radius", torch.ones(()))
+        self.spacing: Tensor
+        self.added_spacing: Tensor
+        self.register_buffer("spacing", torch.zeros(size))
+        self.register_buffer("added_spacing", torch.zeros(size // 4))
         self.end_training()
 
     def end_training(self) -> None:
         """Drops the data that only training needs: the banks, and which image each prototype comes from."""
         self.banks: list[Bank] = []
-        self._categories = self._images = torch.zeros(0, dtype=torch.long)  # of the rows that `fit` saw
+        self._categories = self.images = torch.zeros(0, dtype=torch.long)  # of the rows that `fit` saw
         self._added_sources: Tensor | None = None  # (M / 4,), the image that each of `added` comes from
-        self._added_images = self._images  # of the rows that `add_prototypes` saw
+        self._added_images = self.images  # of the rows that `add_prototypes` saw
 
     @torch.no_grad()
     def fit(self, data: FeatureSet, rng: Generator) -> None:
@@ -72,7 +109,7 @@ class MemoryBank(nn.Module):
         The buffers then hold those of the first category.
         """
         rows = torch.zeros(len(data.features), dtype=torch.long)
-        self._categories, self._images = rows if data.categories is None else data.categories, data.images
+        self._categories, self.images = rows if data.categories is None else data.categories, data.images
         self.banks = []
         for category in self._categories.unique().tolist():
             self.banks.append(self._fit(data, (self._categories == category).nonzero()[:, 0], rng))
@@ -85,8 +122,11 @@ class MemoryBank(nn.Module):
         tokens, source_images, _ = _tokens(data, rows)
         size = len(self.prototypes)
         chosen = greedy_coreset(tokens, size, rng)
-        chosen = chosen.repeat(-(-size // len(chosen)))[:size]
-        bank = Bank(tokens[chosen], source_images[chosen], torch.ones(()))
+        fill = torch.arange(size) % len(chosen)
+        apart, others = nearest_others(tokens[chosen], tokens[chosen], 4 * SPACED)
+        spacing, chosen = apart[:, :SPACED].mean(1), chosen[fill]
+        nearby = (spacing[fill], apart[fill], others[fill])
+        bank = Bank(tokens[chosen], source_images[chosen], torch.ones(()), *nearby)
         sample = own[torch.randperm(n, generator=rng)[: max(2, 2**14 // cells)]]
         queries, _, of = _tokens(data, sample)
         return bank._replace(radius=self._search(queries, bank, of[:, None], None)[1].clamp_min(1e-6).median())
@@ -95,7 +135,9 @@ class MemoryBank(nn.Module):
         """During training: copies the bank of a category to the buffers, without prototypes added later."""
         self.prototypes.copy_(self.banks[category].prototypes)
         self.radius.copy_(self.banks[category].radius)
+        self.spacing.copy_(self.banks[category].spacing)
         self.added.fill_(FAR)
+        self.added_spacing.zero_()
         self._added_sources = None
 
     def unit(self, training_rows: Tensor | None = None) -> Tensor:
@@ -110,15 +152,17 @@ class MemoryBank(nn.Module):
     def add_prototypes(self, data: FeatureSet, rng: Generator) -> None:
         """Adds M / 4 prototypes out of held-out images (ours).
 
-        They serve the distance only, which they can only lower. From then on `Context.added_rows` excludes prototypes
-        from some of these images.
+        They serve the distances `extended` and `scored` only, which they can only lower. From then on
+        `Context.added_rows` excludes prototypes from some of these images.
         """
         self.added.fill_(FAR)
         tokens, source_images, _ = _tokens(data, torch.arange(len(data.features)))
-        distance = torch.cat([self.retrieve(part)[2] for part in tokens.split(2**13)])
+        distance = torch.cat([self.retrieve(part).extended for part in tokens.split(2**13)])
         unknown = distance.argsort(descending=True)[: 16 * len(self.added)]
         chosen = unknown[greedy_coreset(tokens[unknown], len(self.added), rng)]
         self.added[: len(chosen)] = tokens[chosen]
+        others = torch.cat([self.prototypes, tokens[chosen]])
+        self.added_spacing[: len(chosen)] = nearest_others(tokens[chosen], others, SPACED)[0].mean(1)
         self._added_images = data.images
         self._added_sources = torch.full((len(self.added),), -1)
         self._added_sources[: len(chosen)] = source_images[chosen]
@@ -137,13 +181,13 @@ class MemoryBank(nn.Module):
         retrieved, self._file = allocate(tuple(features.shape), budget)
         distance = torch.empty(len(features), 1, *features.shape[2:])
         for rows in torch.arange(len(features)).split(16):
-            mixture, distance[rows], _ = self(features[rows].float(), Context(training_rows=rows))
-            retrieved[rows] = mixture.to(retrieved.dtype)
+            found = self(features[rows].float(), Context(training_rows=rows))
+            retrieved[rows], distance[rows] = found.mixture.to(retrieved.dtype), found.distance
         return {"retrieved": retrieved, "distance": distance, "row": torch.arange(len(features))}
 
     def retrieve(
         self, tokens: Tensor, training_rows: Tensor | None = None, added_rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Retrieved:
         """Attention to the nearest prototypes, and distances.
 
         The mixture is dot-product attention whose keys have the bias −‖p‖²: a soft nearest neighbour that needs no
@@ -155,17 +199,13 @@ class MemoryBank(nn.Module):
                 these are all prototypes. The category of the first row is searched.
             added_rows: (T,) rows that `add_prototypes` saw; prototypes that their images added are excluded.
 
-        Returns:
-            The attended mixture of prototypes (T, C), the distance to the nearest one (T,), and the distance to the
-            nearest one with those added (T,).
-
         Raises:
             RuntimeError: Rows are given, but where prototypes come from is not known.
         """
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
             if training_rows is None or not self.banks:
-                bank = Bank(self.prototypes, None, self.radius)
+                bank = Bank(self.prototypes, None, self.radius, self.spacing)
                 return self._search(tokens, bank, training_rows, added_rows)
             if len(self.banks) < 2 or not len(tokens):
                 return self._search(tokens, self.banks[0], training_rows, added_rows)
@@ -177,12 +217,9 @@ class MemoryBank(nn.Module):
                 if len(own)
             ]
             order = torch.cat(rows).argsort()
-            mixture, distance, least = (torch.cat(part)[order] for part in zip(*found, strict=True))
-            return mixture, distance, least
+            return Retrieved(*(torch.cat(part)[order] for part in zip(*found, strict=True)))
 
-    def _search(
-        self, tokens: Tensor, bank: Bank, training_rows: Tensor | None, added_rows: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _search(self, tokens: Tensor, bank: Bank, training_rows: Tensor | None, added_rows: Tensor | None) -> Retrieved:
         """`retrieve` with the prototypes of one bank."""
         keys, added_keys = _keys(bank.prototypes), _keys(self.added)
         if training_rows is None and added_rows is None:
@@ -193,8 +230,7 @@ class MemoryBank(nn.Module):
                 excluded = None if training_rows is None else self._excluded(bank, training_rows[rows])
                 excluded_added = None if added_rows is None else self._excluded_added(added_rows[rows])
                 parts.append(self._search_chunk(tokens[rows], bank, keys, added_keys, excluded, excluded_added))
-        mixture, distance, least = (torch.cat(part) for part in zip(*parts, strict=True))
-        return mixture, distance, least
+        return Retrieved(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def _excluded(self, bank: Bank, rows: Tensor) -> Tensor:
         """(T, L) rows → (T, M) bool, the prototypes of their images, unless these are all prototypes."""
@@ -203,7 +239,7 @@ class MemoryBank(nn.Module):
                 "leave-one-out needs to know which training image each prototype comes from; a network knows it until "
                 "its training has ended, a loaded one never does"
             )
-        images, inverse = self._images[rows].unique(dim=0, return_inverse=True)
+        images, inverse = self.images[rows].unique(dim=0, return_inverse=True)
         own = (bank.source_images == images[..., None]).any(1)  # many tokens exclude the same images
         return (own & ~own.all(1, keepdim=True))[inverse]
 
@@ -221,7 +257,7 @@ class MemoryBank(nn.Module):
         added_keys: Tensor,
         excluded: Tensor | None = None,
         excluded_added: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Retrieved:
         """`retrieve` of a chunk. Neighbours are found by a matrix product; distances are computed from differences.
 
         The product gives differences of large squares: small distances would vanish in rounding, and differently in
@@ -234,7 +270,8 @@ class MemoryBank(nn.Module):
         weights = (closest * (self.sharpness / bank.radius.square())).softmax(1)
         neighbours = bank.prototypes[nearest]  # (T, k, C)
         mixture = torch.einsum("tk,tkc->tc", weights, neighbours)
-        least = distance = (tokens - neighbours[:, 0]).norm(dim=1)
+        extended = distance = (tokens - neighbours[:, 0]).norm(dim=1)
+        scored = distance - DENSITY * bank.spacing_without(nearest[:, 0], excluded)
         if self.added.shape[0]:
             closeness = _closeness(tokens, added_keys)
             if excluded_added is not None:
@@ -243,11 +280,12 @@ class MemoryBank(nn.Module):
             apart = (tokens - self.added[place[:, 0]]).norm(dim=1)
             if excluded_added is not None:
                 apart = apart.masked_fill(best[:, 0] == -torch.inf, torch.inf)
-            least = torch.minimum(distance, apart)
-        return mixture, distance, least
+            extended = torch.minimum(distance, apart)
+            scored = torch.minimum(scored, apart - DENSITY * self.added_spacing[place[:, 0]])
+        return Retrieved(mixture, distance, extended, scored.clamp_min(0))
 
-    def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> tuple[Tensor, Tensor, Tensor]:
-        """F (N, C, g, g) → output of `retrieve` for its tokens: (N, C, g, g) and twice (N, 1, g, g)."""
+    def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Retrieved:
+        """F (N, C, g, g) → output of `retrieve` for its tokens, on the grid."""
         tokens, training_rows, added_rows = to_tokens(features), context.training_rows, context.added_rows
         cells = tokens.shape[1]
         if training_rows is not None:
@@ -256,8 +294,24 @@ class MemoryBank(nn.Module):
             added_rows = added_rows.repeat_interleave(cells)
         found = self.retrieve(tokens.flatten(0, 1), training_rows, added_rows)
         mixture, *distances = (part.unflatten(0, (features.shape[0], -1)) for part in found)
-        distance, least = (to_grid(d[..., None]) for d in distances)
-        return to_grid(mixture), distance, least
+        return Retrieved(to_grid(mixture), *(to_grid(distance[..., None]) for distance in distances))
+
+
+def nearest_others(prototypes: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest others of each prototype: distances and rows of `others`, (M, k); of a single one, 0 and itself.
+
+    Args:
+        prototypes: (M, C).
+        others: (K, C), the prototypes themselves among them. Where there are fewer than k, all of them are returned.
+    """
+    if len(others) < 2:
+        return torch.zeros(len(prototypes), 1), torch.zeros(len(prototypes), 1, dtype=torch.long)
+    keys, k = _keys(others), min(k, len(others) - 1)
+    rows = torch.cat([largest(_closeness(part, keys), k + 1)[1][:, 1:] for part in prototypes.split(CHUNK)])
+    distances = [
+        (p[:, None] - others[r]).norm(dim=2) for p, r in zip(prototypes.split(16), rows.split(16), strict=True)
+    ]
+    return torch.cat(distances), rows
 
 
 def _tokens(data: FeatureSet, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,8 +361,8 @@ class RegionalMemoryBank(nn.Module):
         self.memory.add_prototypes(self._regional(data), rng)
 
     def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Tensor:
-        """F (N, C, g, g) → distance to the nearest known region, (N, 1, ⌈g/2⌉, ⌈g/2⌉)."""
-        return self.memory(self._regions(features, context.valid), context)[2]
+        """F (N, C, g, g) → distance to the nearest known region as it is scored, (N, 1, ⌈g/2⌉, ⌈g/2⌉)."""
+        return cast(Retrieved, self.memory(self._regions(features, context.valid), context)).scored
 
     def _regions(self, features: Tensor, valid: Tensor | None) -> Tensor:
         coarse = self._coarsen(features)

@@ -362,7 +362,7 @@ class MFRNet(Method):
 
     def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
         """Maps and restored features are means over k."""
-        distance = [] if self.memory is None else [self.memory(features, context)[2]]
+        distance = [] if self.memory is None else [self.memory(features, context).scored]
         restored = self.restore(features)  # (N, K, C, g, g)
         n_sets = restored.shape[1]
         terms = self.compare(features.repeat_interleave(n_sets, 0), restored.flatten(0, 1))

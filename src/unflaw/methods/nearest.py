@@ -43,8 +43,8 @@ class NearestNeighbor(Method):
 
     def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
         assert self.memory is not None
-        retrieved, _, distance = self.memory(features, context)
-        return Inspection(distance, regional=self.regional_distance(features, context), restored=retrieved)
+        found = self.memory(features, context)
+        return Inspection(found.scored, regional=self.regional_distance(features, context), restored=found.mixture)
 
     def visualize(self, features: Tensor, inspection: Inspection) -> Stages:
         assert inspection.restored is not None

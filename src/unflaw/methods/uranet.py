@@ -277,12 +277,12 @@ class URANet(Method):
     def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Inspection:
         distances, inputs = [], [features]
         if self.memory is not None:
-            retrieved, distance, least = self.memory(features, context)
-            distances = [least]
+            retrieved, distance, extended, scored = self.memory(features, context)
+            distances = [scored]
             if self.sees_distance:
                 retrieval_residual = length(features - retrieved)
                 # prototypes added after calibration may lower the score of an image, never raise it
-                inputs = [self._distances(d, retrieval_residual, context.training_rows) for d in (distance, least)]
+                inputs = [self._distances(d, retrieval_residual, context.training_rows) for d in (distance, extended)]
         logits = self.perception.draws(inputs[0])
         mean, deviation = self.perception.moments(logits)
         final = self.perception.masks(mean, deviation)[1]
@@ -290,8 +290,8 @@ class URANet(Method):
         perceived = None
         if self.has_perceived:
             perceived = mean_logit(logits)
-            for extended in inputs[1:]:
-                perceived = torch.minimum(perceived, mean_logit(self.perception.draws(extended)))
+            for extended_input in inputs[1:]:
+                perceived = torch.minimum(perceived, mean_logit(self.perception.draws(extended_input)))
         return Inspection(
             torch.cat([length(features - restored), *distances], dim=1),
             perceived,
@@ -391,7 +391,7 @@ class URANet(Method):
         made_of = torch.stack([rows, rows[anomalies.origin]], dim=1)
         of = altered.cpu() // (len(tokens) // len(rows))
         with torch.no_grad():
-            mixture, distance, _ = self.memory.retrieve(tokens[altered], made_of[of])
+            mixture, distance, *_ = self.memory.retrieve(tokens[altered], made_of[of])
         retrieval_residual = (tokens[altered] - mixture).norm(dim=1)
         anew = self._distances(distance.view(-1, 1, 1, 1), retrieval_residual.view(-1, 1, 1, 1), rows[of]).flatten(1)
         return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
