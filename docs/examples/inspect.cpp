@@ -33,7 +33,8 @@ int main(int argc, char** argv) {
     if (metadata.contains("categories") || preparation.at("fit") != "stretch" || !preparation.at("tile").is_null() ||
         !preparation.at("roi").is_null())
         throw std::runtime_error("this example does not support categories, padding, tiles and regions of interest");
-    const int size = preparation.at("size");
+    const auto& size = preparation.at("size");  // the side of a square, or width and height
+    const int across = size.is_array() ? size.at(0) : size, down = size.is_array() ? size.at(1) : size;
     const auto& calibration = metadata.at("calibration");
     const double threshold = calibration.at("threshold");
     const double review = calibration.value("review_threshold", threshold);
@@ -46,9 +47,9 @@ int main(int argc, char** argv) {
     if (format != "P6" || largest != 255 || width < 1 || height < 1) throw std::runtime_error("not a binary PPM of 8 bits");
     std::vector<uint8_t> rgb(size_t(3) * width * height);
     if (!file.read(reinterpret_cast<char*>(rgb.data()), std::streamsize(rgb.size()))) throw std::runtime_error("too short");
-    std::vector<float> pixels = unflaw::prepare(rgb, width, height, size);
+    std::vector<float> pixels = unflaw::prepare(rgb, width, height, across, down);
 
-    const std::array<int64_t, 4> shape{1, 3, size, size};
+    const std::array<int64_t, 4> shape{1, 3, down, across};
     const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
     const Ort::Value image = Ort::Value::CreateTensor<float>(memory, pixels.data(), pixels.size(), shape.data(), 4);
     const char* inputs[] = {"images"};
@@ -56,7 +57,7 @@ int main(int argc, char** argv) {
     auto results = session.Run(Ort::RunOptions{}, inputs, &image, 1, outputs, 2);
 
     const float score = results[0].GetTensorData<float>()[0];
-    const float* map = results[1].GetTensorData<float>();  // size × size, row by row
+    const float* map = results[1].GetTensorData<float>();  // down × across, row by row
     std::cout << (score > threshold ? "defect" : score > review ? "review" : "good") << ' ' << score << ' '
-              << *std::max_element(map, map + size_t(size) * size) << '\n';
+              << *std::max_element(map, map + size_t(down) * across) << '\n';
 }

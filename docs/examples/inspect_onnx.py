@@ -14,14 +14,15 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 metadata = json.loads(session.get_modelmeta().custom_metadata_map["unflaw"])
 preparation = metadata["config"]["preparation"]
-size = preparation["size"]
+size = preparation["size"]  # the side of a square, or width and height
+size = (size, size) if isinstance(size, int) else tuple(size)
 if "categories" in metadata or preparation["fit"] != "stretch" or preparation["tile"] or preparation["roi"]:
     sys.exit("this example does not support categories, padding, tiles and regions of interest; unflaw.load does")
 calibration = metadata["calibration"]
 review = calibration.get("review_threshold", float("inf"))
 
 for path in sys.argv[2:]:
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB").resize(size, Image.Resampling.BILINEAR)
     pixels = np.asarray(image).transpose(2, 0, 1)[None] / np.float32(255)
     score, anomaly_map = session.run(["score", "map"], {"images": pixels})
     verdict = "defect" if score[0] > calibration["threshold"] else "review" if score[0] > review else "good"

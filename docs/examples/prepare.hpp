@@ -54,16 +54,17 @@ inline std::vector<uint8_t> resample(const std::vector<uint8_t>& from, int befor
     return to;
 }
 
-// (height, width, 3) bytes → (3, size, size) in [0, 1].
-inline std::vector<float> prepare(const std::vector<uint8_t>& rgb, int width, int height, int size) {
-    std::vector<uint8_t> square;
-    if (height > 100 * width && size < height)  // Pillow resizes the columns of long and thin images first
-        square = resample(resample(rgb, 1, height, size, width * 3), size, width, size, 3);
+// (height, width, 3) bytes → (3, down, across) in [0, 1].
+inline std::vector<float> prepare(const std::vector<uint8_t>& rgb, int width, int height, int across, int down) {
+    std::vector<uint8_t> resized;
+    if (height > down && height - down > 2 * (width - across))  // Pillow 13 resizes the columns first
+        resized = resample(resample(rgb, 1, height, down, width * 3), down, width, across, 3);
     else
-        square = resample(resample(rgb, height, width, size, 3), 1, height, size, size * 3);
-    std::vector<float> pixels(size_t(3) * size * size);
+        resized = resample(resample(rgb, height, width, across, 3), 1, height, down, across * 3);
+    const int n = across * down;
+    std::vector<float> pixels(size_t(3) * n);
     for (int c = 0; c < 3; ++c)
-        for (int i = 0; i < size * size; ++i) pixels[size_t(c) * size * size + i] = square[size_t(i) * 3 + c] / 255.0f;
+        for (int i = 0; i < n; ++i) pixels[size_t(c) * n + i] = resized[size_t(i) * 3 + c] / 255.0f;
     return pixels;
 }
 

@@ -130,6 +130,7 @@ class Detector(BasePredictor):
     def _take(self, fitted: Fitted) -> Detector:
         """Takes over the result of a training."""
         self.network, self.display = fitted.network, fitted.display
+        self.config = fitted.network.config  # `fit` chooses a canvas where none was given
         self.categories_, self.record_ = fitted.categories, fitted.record
         return self
 
@@ -296,7 +297,7 @@ class Detector(BasePredictor):
     def compute(self, images: Sequence[ModelInput], category: str) -> Outputs:
         """Computes the outputs of the network for windows of images of a category; see `BasePredictor.compute`."""
         network = self.network_of(category)
-        inside = cells([image.window for image in images], network.features.grid)
+        inside = cells([image.window for image in images], network.features.shape)
         found = Graph(network, self.display)(stack(images), inside)
         return Outputs.of({name: values.numpy() for name, values in found.items()})
 

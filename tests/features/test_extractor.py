@@ -83,9 +83,9 @@ def test_smoothing_is_a_mean_of_neighbours(images):
 
 def test_resize_by_area_and_bilinear():
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    assert resize(x, 4) is x
-    assert resize(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
-    assert resize(x[..., :2, :2], 4)[0, 0, 0].tolist() == [0, 0.25, 0.75, 1]
+    assert resize(x, (4, 4)) is x
+    assert resize(x, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert resize(x[..., :2, :2], (4, 4))[0, 0, 0].tolist() == [0, 0.25, 0.75, 1]
 
 
 # Standardisation and reduction
@@ -417,11 +417,12 @@ def test_a_saved_state_brings_back_the_same_features(weights, images, tmp_path, 
 
 def test_pixels_are_features_as_they_are(images):
     whole, half = PixelExtractor(64, None, 3), PixelExtractor(64, 32, 3)
-    assert torch.equal(whole(images), images) and (whole.grid, whole.channels) == (64, 3)
+    assert torch.equal(whole(images), images) and (whole.shape, whole.channels) == ((64, 64), 3)
     raw = half.aggregate(images)
     torch.testing.assert_close(raw, torch.nn.functional.avg_pool2d(images, 2))
     assert torch.equal(half.fit(raw).project(raw), raw) and torch.equal(half(images), raw)
-    assert PixelExtractor(64, 128, 3).grid == 64  # never more than there is
+    assert PixelExtractor(64, 128, 3).shape == (64, 64)  # never more than there is
+    assert PixelExtractor((96, 64), 32, 3).shape == (32, 48)
     assert not half.state_dict() and not list(half.parameters())
 
 
@@ -447,7 +448,7 @@ def windowed(tmp_path_factory):
 
 def test_levels_with_channels_last_are_those_of_the_whole_model(windowed):
     config = Features(backbone=WINDOWED, levels=(1, 2), grid=14, smooth=1, components=None)
-    extractor = FeatureExtractor(config, windowed, 224)
+    extractor = FeatureExtractor(config, windowed, (224, 224))
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     raw = extractor.aggregate(images)
     assert raw.shape == (2, 192 + 384, 14, 14)
@@ -457,10 +458,12 @@ def test_levels_with_channels_last_are_those_of_the_whole_model(windowed):
         found = whole.forward_intermediates(
             (images - extractor.mean) / extractor.deviation, indices=[1, 2], intermediates_only=True
         )
-    expected = torch.cat([resize(found[0], 14), found[1]], 1)
+    expected = torch.cat([resize(found[0], (14, 14)), found[1]], 1)
     torch.testing.assert_close(raw, expected, atol=1e-4, rtol=1e-4)
     assert "state_dict" not in extractor.backbone.pretrained_cfg
-    with pytest.raises(WeightsError, match=rf"{WINDOWED} takes images of 224 × 224 pixels, not of 256; .*--size 224"):
+    with pytest.raises(
+        WeightsError, match=rf"{WINDOWED} takes images of 224 × 224 pixels, not of 256 × 256; .*--size 224"
+    ):
         FeatureExtractor(config, Weights.RANDOM, 256)
 
 

@@ -263,6 +263,42 @@ def test_the_weight_counts_images_by_the_memory(tiny):
     assert weights[0] < weights[1] - 0.1
 
 
+@pytest.mark.parametrize(
+    ("shape", "starts"),
+    [((6, 6), [0]), ((4, 8), [0, 2, 4]), ((9, 4), [0, 1, 3, 5]), ((4, 5), [0, 1]), ((1, 3), [0, 1, 2])],
+)
+def test_square_parts_cover_a_map_and_overlap(shape, starts):
+    maps, side = torch.rand(2, *shape), min(shape)
+    parts = base.square_parts(maps)
+    assert [p.shape for p in parts] == [(2, side, side)] * len(starts)
+    for part, start in zip(parts, starts, strict=True):
+        axis = 1 if shape[0] > shape[1] else 2
+        assert torch.equal(part, maps.narrow(axis, start, side))
+    steps = np.diff([*starts])
+    assert (steps <= max(1, side // 2)).all() and starts[-1] + side == max(shape)
+
+
+def test_a_defect_counts_the_same_however_long_the_product_is(tiny):
+    """The same cells on a square and on a strip of four squares."""
+    settings = {"scoring.top_fractions": SHARES, "scoring.regional_top_fraction": COARSE_SHARE}
+    square, strip = (
+        create(tiny("nearest_neighbor", **settings, **{"preparation.size": size}), Weights.RANDOM)
+        for size in (64, (256, 64))
+    )
+    assert strip.features.shape == (8, 32)
+    small, coarse = evidence(1), evidence(1, seed=1)[..., :4, :4]
+    for place in range(4):
+        long, regions = torch.zeros(5, 1, 8, 32), torch.zeros(5, 1, 4, 16)
+        long[..., 8 * place : 8 * place + 8], regions[..., 4 * place : 4 * place + 4] = small, coarse
+        found, expected = (
+            strip.fuse(Inspection(long, regional=regions)),
+            square.fuse(Inspection(small, regional=coarse)),
+        )
+        assert found[0].shape == (5, 64, 256)
+        assert (found[1] >= expected[1] - 1e-5).all()  # another part may lie better
+        torch.testing.assert_close(found[1], expected[1], rtol=0.2, atol=0)
+
+
 def strips() -> Tensor:
     """Valid cells of five images of different size in a batch."""
     valid = torch.zeros(5, GRID, GRID, dtype=torch.bool)

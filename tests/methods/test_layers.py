@@ -177,12 +177,18 @@ def test_masked_keys_have_no_influence():
 
 
 def test_positions_are_distinct_and_of_equal_length():
-    positions = sincos_positions(8, 32)
+    positions = sincos_positions((8, 8), 32)
     assert positions.shape == (64, 32)
     torch.testing.assert_close(positions.square().sum(1), torch.full((64,), 16.0))
     assert torch.cdist(positions, positions).fill_diagonal_(9).min() > 0.1
     # rows before columns, as `to_tokens` flattens: neighbours in a row share the half that tells the row
     assert torch.equal(positions[0, :16], positions[7, :16]) and torch.equal(positions[0, 16:], positions[56, 16:])
+
+
+def test_positions_of_a_rectangle_are_a_part_of_those_of_a_square():
+    wide, tall, square = (sincos_positions(shape, 32) for shape in ((4, 8), (8, 4), (8, 8)))
+    assert torch.equal(wide.view(4, 8, 32), square.view(8, 8, 32)[:4])
+    assert torch.equal(tall.view(8, 4, 32), square.view(8, 8, 32)[:, :4])
 
 
 # Coreset
@@ -254,9 +260,9 @@ def test_coreset_leaves_the_tokens_alone_and_depends_on_the_generator_only():
 
 
 def test_tokens_and_grid_are_inverse():
-    features = randn(2, 3, 4, 4)
+    features = randn(2, 3, 5, 4)
     tokens = to_tokens(features)
-    assert torch.equal(to_grid(tokens), features)
+    assert torch.equal(to_grid(tokens, (5, 4)), features)
     assert torch.equal(tokens[1, 4 * 2 + 3], features[1, :, 2, 3])  # row by row
 
 

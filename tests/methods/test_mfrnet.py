@@ -83,39 +83,40 @@ def remembering(tiny, features) -> MFRNet:
 
 
 @given(
-    side=st.integers(1, 40),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
     k=st.integers(1, 40),
     n=st.sampled_from([2, 3, 4, 5, 9, 16]),
     margin=st.integers(0, 5),
     arrangement=st.sampled_from(["regular", "random"]),
     seed=st.integers(0, 999),
 )
-def test_masks_keep_every_cell_exactly_once(side, k, n, margin, arrangement, seed):
-    cells = math.ceil(side / k)
+def test_masks_keep_every_cell_exactly_once(rows, columns, k, n, margin, arrangement, seed):
+    cells = math.ceil(rows / k) * math.ceil(columns / k)
     if arrangement == "regular":
         n = math.isqrt(n) ** 2
-    if k > side or n > cells**2:
+    if k > min(rows, columns) or n > cells:
         with pytest.raises(ValueError, match=r"network\.k"):
-            crossed_masks(side, k, n, rng(seed), margin, arrangement)
+            crossed_masks((rows, columns), k, n, rng(seed), margin, arrangement)
         return
-    visible, kept = crossed_masks(side, k, n, rng(seed), margin, arrangement)
+    visible, kept = crossed_masks((rows, columns), k, n, rng(seed), margin, arrangement)
     for masks in (visible, kept):
-        assert masks.shape == (n, side, side) and set(masks.unique().tolist()) <= {0.0, 1.0}
-    assert torch.equal(kept.sum(0), torch.ones(side, side))  # disjoint and complete
+        assert masks.shape == (n, rows, columns) and set(masks.unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(kept.sum(0), torch.ones(rows, columns))  # disjoint and complete
     corners = kept[:, ::k, ::k]
-    assert torch.equal(corners.repeat_interleave(k, 1).repeat_interleave(k, 2)[:, :side, :side], kept)  # whole cells
+    assert torch.equal(corners.repeat_interleave(k, 1).repeat_interleave(k, 2)[:, :rows, :columns], kept)  # whole cells
     near = F.max_pool2d(kept[:, None], 2 * margin + 1, 1, margin)[:, 0]
     assert not (visible * near).any()  # nothing within the margin is visible
-    inner = slice(margin, side - margin)
-    assert torch.equal(1 - visible[:, inner, inner], near[:, inner, inner])  # and nothing else is hidden
+    y, x = slice(margin, rows - margin), slice(margin, columns - margin)
+    assert torch.equal(1 - visible[:, y, x], near[:, y, x])  # and nothing else is hidden
     if arrangement == "random" and margin == 0:
         shares = corners.sum((1, 2))
-        assert shares.sum() == cells**2 and shares.max() - shares.min() <= 1
+        assert shares.sum() == cells and shares.max() - shares.min() <= 1
 
 
 def test_random_masks_are_those_of_the_generator():
     def drawn(seed: int, side: int = 12, n: int = 3) -> Tensor:
-        return crossed_masks(side, 2, n, rng(seed)).kept
+        return crossed_masks((side, side), 2, n, rng(seed)).kept
 
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
@@ -125,7 +126,7 @@ def test_random_masks_are_those_of_the_generator():
 
 def test_every_place_of_a_regular_mask_has_the_same_surroundings():
     """Away from the border of the grid, what is visible around a cell that is kept is the same for all of them."""
-    visible, kept = crossed_masks(24, 2, 16, rng(), 2, "regular")
+    visible, kept = crossed_masks((24, 24), 2, 16, rng(), 2, "regular")
     patterns = set()
     padded = F.pad(visible, (6,) * 4, value=-1)
     for mask, places in zip(padded, kept[:, ::2, ::2], strict=True):
@@ -209,9 +210,9 @@ def test_training_starts_at_the_best_linear_restoration():
     phases, mixed = 6.3 * torch.rand(48, 2, 6, generator=rng(1)), torch.randn(6, CHANNELS, generator=rng(2))
     rows, columns = ((place * step + phases[:, i, :, None]).cos() for i, step in enumerate((0.25, 0.4)))
     waves = torch.einsum("nky,nkx,kc->ncyx", rows, columns, mixed)
-    masks = crossed_masks(side, 2, 16, rng(), 2, "regular")
+    masks = crossed_masks((side, side), 2, 16, rng(), 2, "regular")
     torch.manual_seed(0)
-    made = RestorationNetwork(CHANNELS, side, MFRNetOptions(widths=(32,), heads=2))
+    made = RestorationNetwork(CHANNELS, (side, side), MFRNetOptions(widths=(32,), heads=2))
     made.fit(waves[:40], [masks])
     visible, kept = (m.expand(8, -1, -1, -1) for m in masks)
     with torch.no_grad():
@@ -229,8 +230,8 @@ def test_random_masks_leave_the_blocks_alone(tiny, features):
 
 def test_where_no_tap_lies_on_the_grid_the_blocks_are_alone():
     """Two by two tokens, whose only visible neighbours would be beyond the border."""
-    x, masks = torch.randn(6, 5, 4, 4, generator=rng()), crossed_masks(4, 2, 4, rng(), 2, "regular")
-    made = RestorationNetwork(5, 4, MFRNetOptions(widths=(8,), heads=2))
+    x, masks = torch.randn(6, 5, 4, 4, generator=rng()), crossed_masks((4, 4), 2, 4, rng(), 2, "regular")
+    made = RestorationNetwork(5, (4, 4), MFRNetOptions(widths=(8,), heads=2))
     made.fit(x, [masks])
     visible, kept = (m.expand(6, -1, -1, -1) for m in masks)
     with torch.no_grad():
@@ -246,12 +247,21 @@ def test_few_images_are_enough_to_start_from(tiny, features):
 
 
 @pytest.mark.parametrize(
-    "grid, patch, widths", [(8, 2, (8, 12)), (12, 3, (8,)), (12, 1, (4, 8, 12)), (9, 3, (8,)), (4, 1, (8, 8, 8))]
+    "shape, patch, widths",
+    [
+        ((8, 8), 2, (8, 12)),
+        ((12, 12), 3, (8,)),
+        ((12, 12), 1, (4, 8, 12)),
+        ((9, 9), 3, (8,)),
+        ((4, 4), 1, (8, 8, 8)),
+        ((8, 20), 2, (8, 12)),
+        ((12, 4), 1, (4, 8, 12)),
+    ],
 )
-def test_any_patch_and_any_number_of_scales_gives_back_the_grid(grid, patch, widths):
+def test_any_patch_and_any_number_of_scales_gives_back_the_grid(shape, patch, widths):
     options = MFRNetOptions(patch=patch, widths=widths, heads=2, depth=1)
-    restoration = RestorationNetwork(5, grid, options)
-    x, all_of_it = torch.randn(2, 5, grid, grid, generator=rng()), torch.ones(2, 1, grid, grid)
+    restoration = RestorationNetwork(5, shape, options)
+    x, all_of_it = torch.randn(2, 5, *shape, generator=rng()), torch.ones(2, 1, *shape)
     out = restoration(x, all_of_it, all_of_it)
     assert out.shape == x.shape
     (out - x).square().sum().backward()
@@ -261,13 +271,13 @@ def test_any_patch_and_any_number_of_scales_gives_back_the_grid(grid, patch, wid
 def test_a_block_has_two_branches_beside_each_other():
     x = torch.randn(2, 16, 8, generator=rng())
     torch.manual_seed(0)
-    both = HybridBlock(8, MFRNetOptions(heads=2))
+    both = HybridBlock(8, MFRNetOptions(heads=2), (4, 4))
     normal = both.norm1(x)
     grid = normal.transpose(1, 2).view(2, 8, 4, 4)
     mixed = x + both.attention(normal) + both.convolution(grid).flatten(2).transpose(1, 2)
     torch.testing.assert_close(both(x), mixed + both.mlp(both.norm2(mixed)))
     for options, gone in ((MFRNetOptions(attention=False), "attention"), (MFRNetOptions(convolution=False), "convol")):
-        single = HybridBlock(8, options)
+        single = HybridBlock(8, options, (4, 4))
         assert single(x).shape == x.shape
         assert not [name for name, _ in single.named_parameters() if name.startswith(gone)]
 
@@ -277,7 +287,7 @@ def test_without_attention_what_is_far_has_no_influence():
     for attention in (True, False):
         torch.manual_seed(0)
         options = MFRNetOptions(attention=attention, heads=2)
-        blocks = torch.nn.Sequential(HybridBlock(8, options), HybridBlock(8, options))
+        blocks = torch.nn.Sequential(HybridBlock(8, options, (8, 8)), HybridBlock(8, options, (8, 8)))
         x = torch.randn(1, 64, 8, generator=rng(), requires_grad=True)
         (slope,) = torch.autograd.grad(blocks(x)[0, 0].sum(), x)
         reached = slope[0].abs().sum(1).view(8, 8) > 0
@@ -491,7 +501,7 @@ def test_the_paper_profile_is_vgg_on_a_fine_grid():
     assert config.network.widths > make_config("mfrnet").network.widths
     masks = config.network
     assert (masks.k, masks.n, masks.margin, masks.arrangement) == ((2,), 3, 0, "random")  # the paper's figure 3
-    RestorationNetwork(4, 64, config.network.model_copy(update={"widths": (8, 16), "depth": 1}))
+    RestorationNetwork(4, (64, 64), config.network.model_copy(update={"widths": (8, 16), "depth": 1}))
 
 
 # With everything around it

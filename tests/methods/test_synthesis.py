@@ -36,7 +36,7 @@ def textures() -> Tensor:
 
 def test_perlin_noise_fills_its_range_and_never_leaves_it():
     for scale in range(6):
-        noise = perlin(64, 32, scale, rng(scale))
+        noise = perlin(64, (32, 32), scale, rng(scale))
         assert noise.shape == (64, 32, 32)
         assert noise.abs().max() <= 1 + 1e-5
         assert noise.max() > 0.4 and noise.min() < -0.4
@@ -44,23 +44,31 @@ def test_perlin_noise_fills_its_range_and_never_leaves_it():
 
 
 def test_perlin_noise_gets_finer_with_the_scale():
-    steps = [perlin(64, 64, scale, rng()).diff(dim=-1).abs().mean() for scale in (0, 2, 5)]
+    steps = [perlin(64, (64, 64), scale, rng()).diff(dim=-1).abs().mean() for scale in (0, 2, 5)]
     assert 1.5 * steps[0] < steps[1] and 1.5 * steps[1] < steps[2]
     # at scale 0 a row crosses one cell of the lattice: a smooth curve with few turns, where its steps change sign
-    turns = perlin(64, 64, 0, rng()).diff(dim=-1).sign().diff(dim=-1) != 0
+    turns = perlin(64, (64, 64), 0, rng()).diff(dim=-1).sign().diff(dim=-1) != 0
     assert turns.float().sum(-1).mean() < 4
 
 
 def test_perlin_noise_is_a_function_of_the_generator_and_works_on_a_side_below_its_frequency():
-    assert torch.equal(perlin(4, 16, 5, rng(3)), perlin(4, 16, 5, rng(3)))
-    assert not torch.equal(perlin(4, 16, 5, rng(3)), perlin(4, 16, 5, rng(4)))
-    assert perlin(8, 4, 7, rng()).isfinite().all()
+    assert torch.equal(perlin(4, (16, 16), 5, rng(3)), perlin(4, (16, 16), 5, rng(3)))
+    assert not torch.equal(perlin(4, (16, 16), 5, rng(3)), perlin(4, (16, 16), 5, rng(4)))
+    assert perlin(8, (4, 4), 7, rng()).isfinite().all()
+
+
+def test_perlin_noise_of_a_rectangle():
+    noise = perlin(64, (16, 48), 3, rng())
+    assert noise.shape == (64, 16, 48) and noise.abs().max() <= 1 + 1e-5 and noise.max() > 0.4
+    slow = perlin(64, (16, 48), 0, rng())
+    turns = [(slow.diff(dim=axis).sign().diff(dim=axis) != 0).float().sum(axis).mean() for axis in (1, 2)]
+    assert max(turns) < 4  # one cell of the lattice across either side
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.99, 5.0])
 @pytest.mark.parametrize("max_scale", [0, 5])
 def test_masks_are_never_empty(threshold, max_scale):
-    masks = perlin_masks(200, 16, Synthesis(threshold=threshold, max_scale=max_scale), rng())
+    masks = perlin_masks(200, (16, 16), Synthesis(threshold=threshold, max_scale=max_scale), rng())
     assert masks.shape == (200, 1, 16, 16)
     assert set(masks.unique().tolist()) == {0.0, 1.0}
     assert (masks.flatten(1).sum(1) >= 1).all()

@@ -72,10 +72,10 @@ def batch_of(network: URANet, features: Tensor, textures: Tensor | None) -> Batc
     }
 
 
-def restoration(patch: int = 2, gap: int = 1, grid: int = GRID, **changes) -> RAM:
+def restoration(patch: int = 2, gap: int = 1, shape: tuple[int, int] = (GRID, GRID), **changes) -> RAM:
     torch.manual_seed(0)
     options = Restoration(**{"width": 24, "heads": 2, "depth": 2, **changes})
-    return RAM(CHANNELS, grid, options, patch, gap).eval()
+    return RAM(CHANNELS, shape, options, patch, gap).eval()
 
 
 def shaken(part: RAM) -> RAM:
@@ -160,16 +160,15 @@ def test_untrained_restoration_is_the_mean(features):
 @pytest.mark.parametrize(("patch", "gap", "depth"), [(2, 1, 2), (2, 2, 2), (1, 3, 3), (1, 1, 0)])
 def test_no_place_takes_part_in_its_own_restoration(patch, gap, depth):
     """Nor do those nearer than the gap, whatever the weights: so no path through the network can copy an anomaly."""
-    part = shaken(restoration(patch, gap, 16, depth=depth))
-    x, marked = torch.randn(1, CHANNELS, 16, 16, generator=rng(1)), torch.zeros(1, 1, 16, 16)
-    side, changed = 16 // patch, x.clone()
-    row, column = side // 2, side // 2 - 1
+    part = shaken(restoration(patch, gap, (12, 16), depth=depth))
+    x, marked = torch.randn(1, CHANNELS, 12, 16, generator=rng(1)), torch.zeros(1, 1, 12, 16)
+    rows, columns, changed = 12 // patch, 16 // patch, x.clone()
+    row, column = rows // 2, columns // 2 - 1
     changed[..., row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] += 5
     with torch.no_grad():
         difference = (part(changed, marked) - part(x, marked)).abs().amax(1, keepdim=True)
     moved = F.max_pool2d(difference, patch)[0, 0] > 1e-5
-    place = torch.arange(side)
-    near = torch.maximum((place - row).abs()[:, None], (place - column).abs()) < gap
+    near = torch.maximum((torch.arange(rows) - row).abs()[:, None], (torch.arange(columns) - column).abs()) < gap
     assert not moved[near].any() and near[row, column]
     assert moved[row + gap, column] and (depth == 0 or moved[~near].all())  # attention reaches all that may see it
 
@@ -477,7 +476,7 @@ def test_altered_cells_are_recalled_anew_and_the_others_are_cached(trained, feat
         for i, x in enumerate(anomalies.features.split(1)):
             made_of = torch.tensor([rows[i], rows[anomalies.origin[i]]]).expand(GRID**2, 2)
             mixture, distance, *_ = network.memory.retrieve(to_tokens(x)[0], made_of)
-            mixture, distance = to_grid(mixture[None]), distance.view(1, 1, GRID, GRID)
+            mixture, distance = to_grid(mixture[None], (GRID, GRID)), distance.view(1, 1, GRID, GRID)
             anew[i] = network._distances(distance, length(x - mixture))[0]
         plain = seen_by(network, anomalies.features)
     assert (anomalies.origin != torch.arange(12)).any()

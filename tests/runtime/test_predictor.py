@@ -231,12 +231,12 @@ MAIN = """
 #include <cstdio>
 #include <iostream>
 int main() {
-    int width, height, size;
-    std::cin >> width >> height >> size;
+    int width, height, across, down;
+    std::cin >> width >> height >> across >> down;
     std::cin.get();
     std::vector<uint8_t> rgb(size_t(3) * width * height);
     std::cin.read(reinterpret_cast<char*>(rgb.data()), std::streamsize(rgb.size()));
-    const auto pixels = unflaw::prepare(rgb, width, height, size);
+    const auto pixels = unflaw::prepare(rgb, width, height, across, down);
     std::fwrite(pixels.data(), 4, pixels.size(), stdout);
 }
 """
@@ -249,13 +249,13 @@ def test_the_preparation_in_cpp_is_that_of_unflaw(tmp_path):
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{EXAMPLES}"]
     subprocess.run(["g++", *flags, str(tmp_path / "main.cpp"), "-o", str(program)], check=True)
     rng = np.random.default_rng(3)
-    for width, height in ((64, 64), (500, 333), (3, 500), (1, 1), (90, 31), (2000, 7)):
+    for width, height in ((64, 64), (500, 333), (3, 500), (1, 1), (90, 31), (31, 90), (60, 100), (2000, 7)):
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        given = f"{width} {height} 64\n".encode() + image.tobytes()
-        pixels = np.frombuffer(
-            subprocess.run([program], input=given, capture_output=True, check=True).stdout, np.float32
-        )
-        np.testing.assert_array_equal(pixels.reshape(3, 64, 64), prepare(image, Preparation(size=64)).pixels)
+        for size in ((64, 64), (96, 32), (32, 200)):
+            given = f"{width} {height} {size[0]} {size[1]}\n".encode() + image.tobytes()
+            done = subprocess.run([program], input=given, capture_output=True, check=True)
+            pixels = np.frombuffer(done.stdout, np.float32).reshape(3, *size[::-1])
+            np.testing.assert_array_equal(pixels, prepare(image, Preparation(size=size)).pixels)
 
 
 def test_the_python_example_needs_no_unflaw(exported, detector, parts):

@@ -49,7 +49,7 @@ def feature_set(cache: Cache, network: Method, textures: Tensor | None = None) -
     """The features of a cache in the form that methods take."""
     numbers = {name: number for number, name in enumerate(cache.rows())}
     categories = torch.tensor([numbers[name] for name in cache.categories])
-    return FeatureSet(cache.features, cache.image_numbers, cache.cells(network.features.grid), categories, textures)
+    return FeatureSet(cache.features, cache.image_numbers, cache.cells(network.features.shape), categories, textures)
 
 
 def stitched_maps(
@@ -66,10 +66,10 @@ def stitched_maps(
         features: Returns F of some windows, by rows.
         context: Rows of the images if they are training or held-out images.
     """
-    size, stitcher = (network.config.preparation.size,) * 2, None
+    size, stitcher = network.config.preparation.canvas[::-1], None
     for rows in torch.arange(len(windows)).split(8):
         shown = [windows[row] for row in rows.tolist()]
-        inside = cells(shown, network.features.grid)
+        inside = cells(shown, network.features.shape)
         inspection = network(features(rows), replace(context[rows], valid=inside))
         maps, scores = network.fuse(inspection, inside)
         found = {"map": maps.numpy()}
@@ -88,7 +88,7 @@ def fit_normalization(network: Method, train: Cache, number: int, rows: Sequence
     network.select_category(number)
     chosen = train.mixed(rows)[:NORMALIZED_ON]
     first = torch.tensor(chosen)
-    network.fit_normalization(train.features[first], Context(train.cells(network.features.grid, chosen), first))
+    network.fit_normalization(train.features[first], Context(train.cells(network.features.shape, chosen), first))
 
 
 @torch.inference_mode()
@@ -132,7 +132,7 @@ def memory_distances(network: Method, cache: Cache, rows: Sequence[int], *, excl
     for part in torch.tensor(rows).split(8):
         chosen, context = part.tolist(), Context(training_rows=part if exclude_own else None)
         distance = memory(cache.features[part][..., ::2, ::2].float(), context).distance[:, 0]
-        inside = cache.cells(network.features.grid, chosen)
+        inside = cache.cells(network.features.shape, chosen)
         inside = None if inside is None else inside[..., ::2, ::2]
         scores = top_fraction_mean(distance, network.config.scoring.top_fractions, inside, network.window).mean(1)
         for row, score in zip(chosen, scores.tolist(), strict=True):  # an image scores as its highest window does

@@ -67,6 +67,9 @@ WeightFile = Annotated[
         help="Backbone weights (.safetensors or .pth), or random for random weights (./random is a file).",
     ),
 ]
+Size = Annotated[
+    str | None, typer.Option(help="Canvas that images are resized to, in pixels: 256, or width x height as 512x224.")
+]
 Category = Annotated[str | None, typer.Option(help="Category of the images, for a detector with several.")]
 ModelFile = Annotated[Path, typer.Argument(help="Detector file (.safetensors, or exported: .onnx, .xml).")]
 TrainedFile = Annotated[Path, typer.Argument(help="Detector file (.safetensors).")]

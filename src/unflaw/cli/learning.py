@@ -13,6 +13,7 @@ from unflaw.cli.common import (
     METHODS,
     Category,
     Several,
+    Size,
     TrainedFile,
     WeightFile,
     app,
@@ -50,7 +51,7 @@ def train(
     backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
     levels: Annotated[str | None, typer.Option(help="Feature levels, such as 1,2,3.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    size: Size = None,
     fit: Annotated[str | None, typer.Option(help="Resizing: stretch, or pad to keep the aspect ratio.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed; same seed, same machine: same detector.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requested false-alarm rate, such as 0.01.")] = None,
@@ -143,6 +144,7 @@ def train(
                 return
             detector.save(out)
             checkpoint.unlink(missing_ok=True)  # only now: if the disk is full, --resume needs it
+        report_problems([said for said in [detector.record_.get("canvas")] if said])
         report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
         report_problems(describe_outliers(detector.record_))
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}
@@ -160,7 +162,7 @@ def fleet(
     ] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    size: Size = None,
     seed: Annotated[int | None, typer.Option(help="Random seed; same seed, same machine: same detectors.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requested false-alarm rate, such as 0.01.")] = None,
     setting: Setting = None,

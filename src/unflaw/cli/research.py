@@ -127,7 +127,9 @@ def benchmark(
     backbone: Annotated[
         list[str] | None, typer.Option(help="Any timm model, or MODEL=WEIGHTS with a file or random; may be repeated.")
     ] = None,
-    size: Annotated[list[int] | None, typer.Option(help="Side in pixels; may be repeated.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Canvas in pixels: 256, or width x height as 512x224; may be repeated.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds: 0 to SEEDS - 1; by default 3.")] = None,
     profile: Annotated[str | None, typer.Option(help="Profile: cpu, paper, or restoration (uranet, mfrnet).")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of all methods that have it.")] = None,

@@ -38,6 +38,7 @@ from unflaw.methods import create
 from unflaw.methods.synthesis import texture_files
 from unflaw.postprocessing.regions import find_regions
 from unflaw.postprocessing.results import Region, Result
+from unflaw.training.canvas import fit_canvas
 from unflaw.training.loop import seeded
 
 BATCH = 16  # images that pass the backbone together
@@ -74,7 +75,7 @@ class FeatureFile:
         self.preparation, count = preparation, 0
         for path in dict.fromkeys(paths):
             self.rows[path] = range(count, count := count + count_windows(path, preparation))
-        raw = extractor.aggregate(torch.zeros(1, 3, preparation.size, preparation.size)).shape[1:]
+        raw = extractor.aggregate(torch.zeros(1, 3, *preparation.canvas[::-1])).shape[1:]
         thumbnail, described = (3, THUMBNAIL, THUMBNAIL), ("described", "<f2", len(STATISTICS))
         content = ("content", "S64")  # SHA-256 of the file, in hex
         fields = [("raw", "<f4", tuple(raw)), ("size", "<i4", 2), ("thumbnail", "u1", thumbnail), described, content]
@@ -222,6 +223,7 @@ class ExperimentRunner:
         Raises:
             TrainingError, WeightsError, ValueError: See `Detector`, `Detector.fit` and `FeatureFile`.
         """
+        config, _ = fit_canvas(config, [sample.path for sample in dataset.train])
         extractor, path = self._extractor(config)[0], self.path(config, dataset)
         if self._last is None or self._last[0] != path:
             self._last = None
@@ -247,7 +249,7 @@ class ExperimentRunner:
         makes: dict[str, Any] = {
             "format": 2,
             "kind": type(extractor).__name__,
-            "grid": extractor.grid,
+            "grid": extractor.shape,
             "weights": weights,
         }
         if isinstance(extractor, FeatureExtractor):

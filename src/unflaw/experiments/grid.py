@@ -16,6 +16,7 @@ from unflaw import registry
 from unflaw.config import Config, Weights, WeightSource, applies, make_config
 from unflaw.datasets import Dataset
 from unflaw.experiments.variants import FULL, Variant, choose, named, parse, written
+from unflaw.training.canvas import fit_canvas
 
 if TYPE_CHECKING:
     from unflaw.experiments.feature_store import ExperimentRunner
@@ -32,7 +33,7 @@ class Grid(BaseModel):
     data: list[Path] = Field(min_length=1)
     variants: list[str] = Field([], description="names, or 'name: setting=value; …'; full is always there")
     backbones: list[str] = Field([], description="NAME or NAME=WEIGHTS, a file or random; none: the default one")
-    sizes: list[int] = Field([], description="sides in pixels; none: the default one")
+    sizes: list[int | str] = Field([], description="256, or 512x224, in pixels; none: the default one")
     seeds: int = Field(3, ge=1, le=10_000, description="the seeds 0 to seeds - 1")
     profile: str = "cpu"
     settings: dict[str, Any] = Field({}, description="dotted settings, of all methods that have them")
@@ -63,7 +64,7 @@ class Run:
     method: str
     variant: Variant
     backbone: str
-    size: int
+    size: int | str
     config: Config
     weights: WeightSource
     settings: str
@@ -81,7 +82,7 @@ class Run:
         return "" if _on_pixels(self.config.method) else self.config.features.backbone
 
     @property
-    def row(self) -> tuple[str, str, str, str, int]:
+    def row(self) -> tuple[str, str, str, str, int | str]:
         """Runs that differ by their seeds alone are one row of the table."""
         return self.dataset.name, self.method, self.variant.name, self.backbone, self.size
 
@@ -182,6 +183,9 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
             trained = variant.changes.get("method", ours)  # a variant can be another method
             if variant != FULL:
                 config = variant.config(ours, common if _on_pixels(trained) else with_backbone, seed, profile)
+            if not peer:
+                good = [sample.path for sample in dataset.train]
+                cell, config = fit_canvas(cell, good)[0], fit_canvas(config, good)[0]
             file = "" if _on_pixels(trained) else weights
             runner = runners.setdefault(file, ExperimentRunner(Path(), Weights.parse(file or None)))
             digest = _digest(runner, variant, config, dataset)
@@ -192,7 +196,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
                 method=f"anomalib {method}" if peer else method,
                 variant=variant,
                 backbone="" if _on_pixels(ours) else cell.features.backbone,
-                size=cell.preparation.size,
+                size=cell.preparation.size if isinstance(cell.preparation.size, int) else cell.preparation.size_text,
                 config=config,
                 weights=runner.weights,
                 settings=written(grid.peers[method] if peer else settings[method]),

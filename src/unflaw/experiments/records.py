@@ -66,7 +66,7 @@ class Record(Finished):
     variant: str = "full"
     overrides: str = ""
     backbone: str
-    size: int | None = None
+    size: int | str | None = None
     seed: int
     weights: str
     settings: str = ""

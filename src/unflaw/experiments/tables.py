@@ -85,7 +85,7 @@ def by_run(runs: Sequence[Run], records: Mapping[str, Record]) -> DataFrame:
     rows = []
     for run in runs:
         record = records.get(run.digest)
-        row = dict(zip(KEYS, run.row, strict=True)) | {"seed": run.seed, "finished": record is not None}
+        row: dict[str, Any] = dict(zip(KEYS, run.row, strict=True)) | {"seed": run.seed, "finished": record is not None}
         row |= {"overrides": run.variant.overrides, "why": run.variant.why} | dict.fromkeys(FIGURES)
         rows.append(row | (_figures(record) if record else {}))
     return pandas().DataFrame(rows).astype(dict.fromkeys(FIGURES, float))

@@ -77,18 +77,18 @@ def _absent(name: str, state: Mapping[str, Tensor]) -> list[str]:
     return [key for key in model.state_dict() if key not in state and not key.startswith(classifier)]
 
 
-def check_size(backbone: nn.Module, name: str, size: int) -> None:
+def check_size(backbone: nn.Module, name: str, canvas: tuple[int, int]) -> None:
     """Raises: WeightsError: The backbone takes images of another size only."""
     cfg: Any = getattr(backbone, "pretrained_cfg", {})
     if not cfg.get("fixed_input_size"):
         return
     try:
         with torch.no_grad():
-            backbone(torch.zeros(1, 3, size, size))
+            backbone(torch.zeros(1, 3, *canvas[::-1]))
     except (AssertionError, RuntimeError) as error:
         side = cfg["input_size"][-1]
         raise WeightsError(
-            f"{name} takes images of {side} × {side} pixels, not of {size}; give --size {side}"
+            f"{name} takes images of {side} × {side} pixels, not of {canvas[0]} × {canvas[1]}; give --size {side}"
         ) from error
 
 

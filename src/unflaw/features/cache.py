@@ -32,12 +32,12 @@ FITTED_ON = 64  # number of images (or half a gigabyte of features) for standard
 
 
 def stack(prepared: Sequence[ModelInput]) -> Tensor:
-    """Stacks prepared images to (N, 3, S, S) float32 in [0, 1]."""
+    """Stacks prepared images to (N, 3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.stack([p.pixels for p in prepared]))
 
 
-def cells(windows: Sequence[Window], grid: int) -> Tensor | None:
-    """(N, grid, grid) bool: cells of windows that touch what counts of the image; None if all must."""
+def cells(windows: Sequence[Window], grid: tuple[int, int]) -> Tensor | None:
+    """(N, rows, columns) bool: cells of windows that touch what counts of the image; None if all must."""
     if not windows or windows[0].layout.preparation.covers:
         return None
     return torch.from_numpy(np.stack([window.cells(grid) for window in windows]))
@@ -123,8 +123,8 @@ class Cache:
 
         return sorted(rows, key=turn)
 
-    def cells(self, grid: int, rows: Sequence[int] | None = None) -> Tensor | None:
-        """`cells` of some rows, or all, for a grid of the given side."""
+    def cells(self, grid: tuple[int, int], rows: Sequence[int] | None = None) -> Tensor | None:
+        """`cells` of some rows, or all, for a grid of the given rows and columns."""
         shown = self.windows if rows is None else [self.windows[row] for row in rows]
         return cells(shown, grid)
 

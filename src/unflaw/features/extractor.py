@@ -5,6 +5,7 @@ The backbone is frozen, so each image passes it once; everything after that work
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from unflaw.config import Features, WeightSource
 from unflaw.features.backbones import check_size, create_backbone
+from unflaw.imaging.tiling import grid_shape
 from unflaw.io.words import count
 
 REGIONAL_COMPONENTS = 64  # principal components of the coarsest level, for the regional memory
@@ -29,19 +31,26 @@ class FeatureExtractor(nn.Module):
         weights: `.safetensors` or `.pth` file with the backbone's state_dict. None: an installed package
             (`WEIGHT_PACKAGES`), else the hub of timm. `Weights.RANDOM` (for tests) and `Weights.LATER` (weights come
             with a detector file) load nothing.
-        size: Side of the canvas in pixels, to check; some transformers take images of one size only.
+        size: Canvas in pixels, width and height or the side of a square (default); checked, since some transformers
+            take images of one size only.
+
+    Attributes:
+        shape: Rows and columns of the grid: `config.grid` cells along the shorter side, about square.
 
     Raises:
         WeightsError: See `create_backbone`, or the backbone takes no images of this size.
     """
 
-    def __init__(self, config: Features, weights: WeightSource = None, size: int | None = None) -> None:
+    def __init__(
+        self, config: Features, weights: WeightSource = None, size: int | tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.config = config
-        self.grid = config.grid
+        canvas = (size, size) if isinstance(size, int) else size or (1, 1)
+        self.shape = grid_shape(config.grid, canvas, math.gcd(config.grid, 4))
         self.backbone = create_backbone(config.backbone, config.levels, weights).eval().requires_grad_(False)
         if size is not None:
-            check_size(self.backbone, config.backbone, size)
+            check_size(self.backbone, config.backbone, canvas)
         self._channels_last = getattr(self.backbone, "output_fmt", None) == Format.NHWC  # as windowed transformers do
         self.backbone.to(memory_format=torch.channels_last)
         feature_info: Any = self.backbone.feature_info
@@ -65,13 +74,13 @@ class FeatureExtractor(nn.Module):
     def aggregate(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → (N, C_raw, g, g): smooths and resizes each level (see `resize`)."""
         x = ((images - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
-        g, k = self.config.grid, self.config.smooth
+        k = self.config.smooth
         place = next(self.backbone.parameters()).device  # in training, only the backbone may be on another device
         given = self.backbone(x.to(place))
         if self._channels_last:
             given = [f.permute(0, 3, 1, 2) for f in given]
         levels = [F.avg_pool2d(f, k, 1, k // 2) if k > 1 else f for f in given]
-        return torch.cat([resize(f.float(), g) for f in levels], dim=1).to(images.device)
+        return torch.cat([resize(f.float(), self.shape) for f in levels], dim=1).to(images.device)
 
     @torch.no_grad()
     def fit(self, raw: Tensor) -> FeatureExtractor:
@@ -146,29 +155,31 @@ class PixelExtractor(nn.Module):
     """Returns images themselves as F (N, 3, g, g) in [0, 1]: the `FeatureExtractor` of methods on pixels.
 
     Args:
-        size: Side of the canvas in pixels.
-        side: Side g of the grid, at most `size`; None: `size`.
+        size: Canvas in pixels: width and height, or the side of a square.
+        side: Pixels along the shorter side of the grid, at most those of the canvas; None: all of them.
         halvings: Number of times that the method halves the side.
 
     Raises:
-        ValueError: The side is not divisible by 2 ** halvings.
+        ValueError: The shorter side is not divisible by 2 ** halvings.
     """
 
     channels = 3
 
-    def __init__(self, size: int, side: int | None, halvings: int) -> None:
+    def __init__(self, size: int | tuple[int, int], side: int | None, halvings: int) -> None:
         super().__init__()
-        self.grid = min(side or size, size)
+        canvas = (size, size) if isinstance(size, int) else size
+        shorter = min(side or min(canvas), *canvas)
         self.backbone = nn.Module()  # none
-        if self.grid % 2**halvings:
+        if shorter % 2**halvings:
             raise ValueError(
-                f"a side of {self.grid} pixels cannot be halved {count(halvings, 'time')}; "
+                f"a side of {shorter} pixels cannot be halved {count(halvings, 'time')}; "
                 f"choose a multiple of {2**halvings} for preparation.size or network.side"
             )
+        self.shape = grid_shape(shorter, canvas, 2**halvings, most=2**24)
 
     def aggregate(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → (N, 3, g, g)."""
-        return resize(images, self.grid)
+        return resize(images, self.shape)
 
     def fit(self, raw: Tensor) -> PixelExtractor:
         """Learns nothing."""
@@ -186,10 +197,11 @@ class PixelExtractor(nn.Module):
 Extractor = FeatureExtractor | PixelExtractor
 
 
-def resize(features: Tensor, side: int) -> Tensor:
-    """(N, C, h, w) → (N, C, side, side): mean of blocks if `side` divides the width, else bilinear."""
-    if features.shape[-1] == side:
+def resize(features: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(N, C, h, w) → (N, C, *shape): mean of blocks if both sides can be divided, else bilinear."""
+    h, w = features.shape[2:]
+    if (h, w) == shape:
         return features
-    if features.shape[-1] % side == 0:
-        return F.avg_pool2d(features, features.shape[-1] // side)
-    return F.interpolate(features, (side, side), mode="bilinear", align_corners=False)
+    if h % shape[0] == 0 and w % shape[1] == 0:
+        return F.avg_pool2d(features, (h // shape[0], w // shape[1]))
+    return F.interpolate(features, shape, mode="bilinear", align_corners=False)

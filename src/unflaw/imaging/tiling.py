@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from math import ceil, inf
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from unflaw.io.brief import brief
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are outside
 ROI_SIDE = 1024  # largest side of a mask in the detector file
 MAP_PIXELS = 2**22  # largest map; larger canvases have maps at a fraction of their resolution
+MOST_CELLS = 2**16  # of a feature grid
+Side = Annotated[int, Field(ge=32, le=4096)]
 _PNG = "data:image/png;base64,"
 
 
@@ -30,11 +34,12 @@ class Preparation(BaseModel):
     """Options for resizing images to the canvas of a detector.
 
     `stretch` fills the canvas and changes the aspect ratio; `pad` keeps it, centres the image and repeats its edges.
-    `tile` keeps the aspect ratio too, and pads an image smaller than a tile at the right and below.
+    `tile` keeps the aspect ratio too, and pads an image smaller than a tile at the right and below. For elongated
+    products, a canvas of their aspect ratio keeps small defects visible.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    size: int = Field(256, ge=32, le=4096, description="side of the square canvas, pixels")
+    size: Side | tuple[Side, Side] = Field(256, description="canvas, pixels: side of a square, or width and height")
     fit: Literal["stretch", "pad"] = "stretch"
     tile: int | None = Field(
         None, ge=8, description="side of the square tiles that an image is cut into, its pixels; None: no tiles"
@@ -44,6 +49,18 @@ class Preparation(BaseModel):
         None,
         description="region of interest: x0, y0, x1, y1, in pixels or, up to 1, in shares of the sides; or a mask file",
     )
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _sides(cls, size: Any) -> Any:
+        size = parse_size(size) if isinstance(size, str) else size
+        return size[0] if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1] else size
+
+    @model_validator(mode="after")
+    def _tiles_are_square(self) -> Preparation:
+        if self.tile is not None and not isinstance(self.size, int):
+            raise ValueError(f"tiles are square; give one side for preparation.size, not {self.size_text}")
+        return self
 
     @field_validator("roi")
     @classmethod
@@ -61,9 +78,52 @@ class Preparation(BaseModel):
         return roi
 
     @property
+    def canvas(self) -> tuple[int, int]:
+        """Width and height of the canvas."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def size_text(self) -> str:
+        """The size as `parse_size` takes it: 256, or 512x224."""
+        return str(self.size) if isinstance(self.size, int) else f"{self.size[0]}x{self.size[1]}"
+
+    @property
     def covers(self) -> bool:
         """True if every image fills its canvas."""
         return self.fit == "stretch" and self.tile is None and not isinstance(self.roi, str)
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """Parses `256`, the side of a square, or `512x224`, width and height. Raises ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,6})(?:\s*[x×,]\s*(\d{1,6}))?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"{text!r} is no size; give a side such as 256, or width x height such as 512x224")
+    width, height = int(found[1]), int(found[2] or found[1])
+    return width if width == height else (width, height)
+
+
+def grid_shape(shorter: int, canvas: tuple[int, int], multiple: int = 1, most: int = MOST_CELLS) -> tuple[int, int]:
+    """Rows and columns of a grid of about square cells.
+
+    Args:
+        shorter: Cells along the shorter side of the canvas.
+        canvas: Width and height in pixels.
+        multiple: The number of cells along the longer side is one of it.
+        most: Largest number of cells.
+
+    Raises:
+        ValueError: The grid has too many cells.
+    """
+    least = min(canvas)
+    columns, rows = (
+        shorter if side == least else max(1, round(shorter * side / least / multiple)) * multiple for side in canvas
+    )
+    if rows * columns > most:
+        raise ValueError(
+            f"a canvas of {canvas[0]} × {canvas[1]} pixels has {rows} × {columns} cells, which are too many; lower "
+            "features.grid, or choose a canvas that is less elongated"
+        )
+    return rows, columns
 
 
 def _encoded_mask(path: str) -> str:
@@ -120,20 +180,26 @@ class Window(NamedTuple):
     @property
     def box(self) -> Box:
         """The part of the window that the image fills."""
-        (x, y), size = self.place, self.layout.preparation.size
+        (x, y), (width, height) = self.place, self.layout.preparation.canvas
         x0, y0, x1, y1 = self.layout.filled
-        return max(x0 - x, 0), max(y0 - y, 0), min(x1 - x, size), min(y1 - y, size)
+        return max(x0 - x, 0), max(y0 - y, 0), min(x1 - x, width), min(y1 - y, height)
 
-    def cells(self, grid: int) -> np.ndarray:
-        """Cells of a grid over the window that overlap the image or its region of interest, (grid, grid) bool."""
-        size, (x, y), (x0, y0, x1, y1) = self.layout.preparation.size, self.place, self.box
-        counts = np.zeros((size, size), bool)
+    def cells(self, grid: int | Sequence[int]) -> np.ndarray:
+        """Cells of a grid over the window that overlap the image or its region of interest, (rows, columns) bool.
+
+        `grid`: rows and columns; a number stands for both.
+        """
+        (width, height), (x, y), (x0, y0, x1, y1) = self.layout.preparation.canvas, self.place, self.box
+        shape = (grid, grid) if isinstance(grid, int) else tuple(grid)
+        counts = np.zeros((height, width), bool)
         counts[y0:y1, x0:x1] = self.layout.region((x + x0, y + y0, x + x1, y + y1), (x1 - x0, y1 - y0))
         sums = np.pad(counts.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        start = np.arange(grid) * size // grid
-        end = -(-np.arange(1, grid + 1) * size // grid)
-        rows = sums[end] - sums[start]
-        return (rows[:, end] - rows[:, start]) > 0
+        (top, bottom), (left, right) = (
+            (np.arange(n) * side // n, -(-np.arange(1, n + 1) * side // n))
+            for n, side in zip(shape, (height, width), strict=True)
+        )
+        rows = sums[bottom] - sums[top]
+        return (rows[:, right] - rows[:, left]) > 0
 
 
 class TilingGeometry:
@@ -153,27 +219,33 @@ class TilingGeometry:
 
     def __init__(self, width: int, height: int, preparation: Preparation) -> None:
         self.original_size, self.preparation = (width, height), preparation
-        size = preparation.size
+        size = preparation.canvas
         self.crop = _crop(width, height, preparation.roi)
         x0, y0, x1, y1 = self.crop
         w, h = x1 - x0, y1 - y0
         self.step = 1
         if preparation.tile is None:
-            across = down = size
+            across, down = size
             if preparation.fit == "pad":
-                across, down = (max(1, round(side * size / max(w, h))) for side in (w, h))
-            left, top = (size - across) // 2, (size - down) // 2
-            self.canvas = size, size
+                wider = w * size[1] > h * size[0]  # than the canvas
+                limit, side = (size[0], w) if wider else (size[1], h)
+                across, down = (max(1, round(length * limit / side)) for length in (w, h))
+            left, top = (size[0] - across) // 2, (size[1] - down) // 2
+            self.canvas = size
         else:
-            across, down = (max(1, round(side * size / preparation.tile)) for side in (w, h))
+            side = size[0]
+            across, down = (max(1, round(length * side / preparation.tile)) for length in (w, h))
             left = top = 0
-            divisors = [step for step in range(1, size + 1) if size % step == 0]
+            divisors = [step for step in range(1, side + 1) if side % step == 0]
             fits = [step for step in divisors if across * down <= MAP_PIXELS * step**2]
-            self.step = next(iter(fits), size)
-            wide, high = (max(size, -(-side // self.step) * self.step) for side in (across, down))
+            self.step = next(iter(fits), side)
+            wide, high = (max(side, -(-length // self.step) * self.step) for length in (across, down))
             self.canvas = wide, high
         self.filled: Box = (left, top, left + across, top + down)
-        self.columns, self.rows = (_window_starts(side, size, preparation.overlap, self.step) for side in self.canvas)
+        self.columns, self.rows = (
+            _window_starts(length, side, preparation.overlap, self.step)
+            for length, side in zip(self.canvas, size, strict=True)
+        )
         self.places = [(x, y) for y in self.rows for x in self.columns]
         if isinstance(preparation.roi, str) and len(self.places) > 1:
             used = [Window(self, number).cells(32).any() for number in range(len(self.places))]

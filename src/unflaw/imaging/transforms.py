@@ -27,7 +27,7 @@ from unflaw.io.brief import brief
 class ModelInput:
     """The pixels of a window of an image."""
 
-    pixels: np.ndarray  # (3, size, size) float32 in [0, 1]
+    pixels: np.ndarray  # (3, H, W) float32 in [0, 1], as large as the canvas or a tile
     window: Window
 
     @property
@@ -36,7 +36,7 @@ class ModelInput:
         return self.window.box
 
     def image(self) -> np.ndarray:
-        """Convert the pixels to (size, size, 3) uint8."""
+        """Convert the pixels to (H, W, 3) uint8."""
         return (self.pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8)
 
     @property
@@ -78,9 +78,9 @@ def _geometry(image: np.ndarray, preparation: Preparation) -> TilingGeometry:
 
 
 def _model_input(image: np.ndarray, window: Window) -> ModelInput:
-    (x, y), (x0, y0, x1, y1), side = window.place, window.box, window.layout.preparation.size
+    (x, y), (x0, y0, x1, y1), (width, height) = window.place, window.box, window.layout.preparation.canvas
     pixels = _resize(image, window.layout, (x + x0, y + y0, x + x1, y + y1))
-    pixels = np.pad(pixels, ((0, 0), (y0, side - y1), (x0, side - x1)), mode="edge")
+    pixels = np.pad(pixels, ((0, 0), (y0, height - y1), (x0, width - x1)), mode="edge")
     return ModelInput(np.ascontiguousarray(pixels), window)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -115,10 +115,13 @@ class _Record(BaseModel):
     calibrations: list[_CalibrationRecord] = []
 
 
+_Side = Annotated[int, Field(ge=1, le=4096)]
+
+
 class _Exported(BaseModel):
     to: str
     precision: str
-    grid: int = Field(ge=1, le=4096)
+    grid: _Side | tuple[_Side, _Side]  # rows and columns; one number stands for both
     weights: str = ""
 
 

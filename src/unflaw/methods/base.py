@@ -129,7 +129,7 @@ class Method(nn.Module, ABC):
 
     def make_extractor(self, weights: WeightSource) -> Extractor:
         """Creates the part that turns images into F. A method on pixels overrides it."""
-        return FeatureExtractor(self.config.features, weights, self.config.preparation.size)
+        return FeatureExtractor(self.config.features, weights, self.config.preparation.canvas)
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → F (N, C, g, g), without gradient."""
@@ -209,8 +209,10 @@ class Method(nn.Module, ABC):
         self.normal_scores.copy_(torch.stack([statistics.mean(0), deviation], dim=-1))
         if (regional := self._standardised(inspection)[1]) is not None:
             inside = torch.ones_like(regional, dtype=torch.bool) if valid is None else coarser(valid)
-            share = variance_between(regional, inside, self._images(context, len(regional)))
-            self.patch_weight.copy_((1 - share / DIFFERENT_IMAGES).clamp(0, 1))
+            images = self._images(context, len(regional))
+            parts = zip(square_parts(regional), square_parts(inside), strict=True)
+            shares = [variance_between(part, counts, images) for part, counts in parts]
+            self.patch_weight.copy_((1 - torch.stack(shares).mean() / DIFFERENT_IMAGES).clamp(0, 1))
 
     def _images(self, context: Context, n: int) -> Tensor:
         """(N,) the image that each of N training rows shows: several are windows of the same."""
@@ -291,7 +293,7 @@ class Method(nn.Module, ABC):
         return bool(memories)
 
     def fuse(self, inspection: Inspection, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Raw maps → anomaly maps at canvas size, (N, S, S), and image scores (N,).
+        """Raw maps → anomaly maps at canvas size, (N, H, W), and image scores (N,).
 
         The map is the mean of the anomaly maps, each in deviations from its normal mean, plus `regional_map_weight` ·
         (1 − w) times the same of the regional maps; bilinear, then a Gaussian.
@@ -300,13 +302,13 @@ class Method(nn.Module, ABC):
         in deviations above normal, of weights w and `regional_weight` · (1 − w), where w is `patch_weight`. The patch
         score is the mean of the highest `top_fractions` of the mean of `scored_maps` or the same of `perceived`,
         whichever is larger. The regional score is the mean of the highest `regional_top_fraction` of the regional
-        maps' mean.
+        maps' mean. On a canvas that is no square, each statistic is that of the square part where it is highest.
 
         Args:
             inspection: Of N images.
             valid: (N, g, g) bool, the cells that cover the image; None: all.
         """
-        scoring, size = self.config.scoring, self.config.preparation.size
+        scoring, (width, height) = self.config.scoring, self.config.preparation.canvas
         every, regional = self._standardised(inspection)
         maps = every.mean(1)
         if valid is not None:  # what does not count must not blur into what does
@@ -317,13 +319,14 @@ class Method(nn.Module, ABC):
             regional_weight = scoring.regional_weight * (1 - self.patch_weight)
             both = self.patch_weight * scores + regional_weight * regional_scores
             scores = both / (self.patch_weight + regional_weight)
-        canvas = F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)
+        canvas = F.interpolate(maps[:, None], (height, width), mode="bilinear", align_corners=False)
         if regional is not None and scoring.regional_map_weight:
-            side = round(size * 2 * regional.shape[-1] / maps.shape[-1])  # more than the canvas where the grid is odd
-            wide = F.interpolate(regional[:, None], (side, side), mode="bilinear", align_corners=False)
+            sides = zip((height, width), regional.shape[1:], maps.shape[1:], strict=True)
+            shape = [round(side * 2 * half / whole) for side, half, whole in sides]  # above the canvas if a side is odd
+            wide = F.interpolate(regional[:, None], shape, mode="bilinear", align_corners=False)
             weight = scoring.regional_map_weight * (1 - self.patch_weight)
-            canvas = canvas + weight * wide[..., :size, :size]
-        return gaussian_blur(canvas, scoring.smooth * size / 256)[:, 0], scores
+            canvas = canvas + weight * wide[..., :height, :width]
+        return gaussian_blur(canvas, scoring.smooth * min(width, height) / 256)[:, 0], scores
 
     def _image_scores(self, inspection: Inspection, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Patch score and regional score of each image, (N,) each, in deviations above normal."""
@@ -347,12 +350,19 @@ class Method(nn.Module, ABC):
         """Statistics of the image score, (N, Q): top fractions of the map, of `perceived` and of the regional map."""
         scoring = self.config.scoring
         maps, regional = self._standardised(inspection)
-        found = [top_fraction_mean(maps[:, self.scored_maps].mean(1), scoring.top_fractions, valid, self.window)]
+
+        def highest(maps: Tensor, fractions: Sequence[float], valid: Tensor | None, window: int = 3) -> Tensor:
+            parts = square_parts(maps)
+            inside = [None] * len(parts) if valid is None else square_parts(valid)
+            found = [top_fraction_mean(m, fractions, v, window) for m, v in zip(parts, inside, strict=True)]
+            return torch.stack(found).amax(0)
+
+        found = [highest(maps[:, self.scored_maps].mean(1), scoring.top_fractions, valid, self.window)]
         if inspection.perceived is not None:
-            found.append(top_fraction_mean(inspection.perceived[:, 0], scoring.top_fractions, valid, self.window))
+            found.append(highest(inspection.perceived[:, 0], scoring.top_fractions, valid, self.window))
         if regional is not None:
             inside = None if valid is None else coarser(valid)
-            found.append(top_fraction_mean(regional, (scoring.regional_top_fraction,), inside))
+            found.append(highest(regional, (scoring.regional_top_fraction,), inside))
         return torch.cat(found, dim=1)
 
 
@@ -388,6 +398,18 @@ def variance_between(maps: Tensor, inside: Tensor, images: Tensor) -> Tensor:
     means, within = (torch.stack(found) for found in ([c.mean() for c in cells], [c.var(correction=0) for c in cells]))
     between = means.var() if len(means) > 1 else means.new_zeros(())
     return between / (between + within.mean()).clamp_min(1e-12)
+
+
+def square_parts(maps: Tensor) -> list[Tensor]:
+    """Square parts (N, s, s) of maps (N, rows, columns) along their longer side, which overlap by half at least.
+
+    What is measured on whole images is measured on these: a defect would otherwise count for less, the longer the
+    product is. Squares are one part.
+    """
+    side, axis = min(maps.shape[1:]), 1 if maps.shape[1] > maps.shape[2] else 2
+    further = maps.shape[axis] - side
+    count = -(-further // max(1, side // 2))
+    return [maps.narrow(axis, further * i // max(1, count), side) for i in range(count + 1)]
 
 
 def top_fraction_mean(maps: Tensor, fractions: Sequence[float], valid: Tensor | None = None, window: int = 3) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class DisplayDecoder(nn.Module):
-    """F (N, C, g, g) → image (N, 3, 128, 128), about [0, 1]: convolutions and two pixel shuffles.
+    """F (N, C, rows, columns) → image (N, 3, 128, 128), about [0, 1]: convolutions and two pixel shuffles.
 
-    Trained on good images by the mean absolute error against thumbnails.
+    Trained on good images by the mean absolute error against thumbnails, which are square whatever the canvas.
     """
 
     def __init__(self, channels: int, width: int = 64, side: int = 128) -> None:
@@ -27,6 +27,6 @@ class DisplayDecoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         drawn = self.layers(features)
-        if drawn.shape[-1] == self.side:
+        if drawn.shape[2:] == (self.side, self.side):
             return drawn
         return F.interpolate(drawn, (self.side, self.side), mode="bilinear", align_corners=False)

@@ -107,14 +107,16 @@ class DRAEM(Method):
         super().__init__(config, weights)
         options = self.options
         self.uses_textures = options.synthesis.textures > 0
-        self.window = 2 * round(21 * self.features.grid / 512) + 1  # published: 21 of 256 pixels, then the maximum
+        self.window = (
+            2 * round(21 * min(self.features.shape) / 512) + 1
+        )  # published: 21 of 256 pixels, then the maximum
         self.reconstructive = UNet(3, 3, options.reconstructive, 4, skips=False)
         self.discriminative = UNet(6, 2, options.discriminative, 5, skips=True)
         self.textures: Tensor | None = None
         self.to(memory_format=torch.channels_last)  # a third less time per step
 
     def make_extractor(self, weights: WeightSource) -> PixelExtractor:
-        return PixelExtractor(self.config.preparation.size, self.options.side, halvings=5)
+        return PixelExtractor(self.config.preparation.canvas, self.options.side, halvings=5)
 
     def fit_memory(self, data: FeatureSet, rng: Generator) -> Batch:
         self.textures = data.textures
@@ -187,6 +189,8 @@ def focal_loss(logits: Tensor, mask: Tensor) -> Tensor:
 def augment(texture: Tensor, rng: Generator) -> Tensor:
     """A texture (3, g, g) in [0, 1], turned, moved, and altered by three of seven functions drawn at random (3.3)."""
     turns, dy, dx = (int(torch.randint(high, (1,), generator=rng)) for high in (4, *texture.shape[1:]))
+    if texture.shape[1] != texture.shape[2]:  # a quarter turn would not fit
+        turns = turns // 2 * 2
     texture = texture.rot90(turns, (1, 2)).roll((dy, dx), (1, 2))
     for i in torch.randperm(len(_ALTERATIONS), generator=rng)[:AUGMENTATIONS].tolist():
         texture = _ALTERATIONS[i](texture, float(torch.rand(1, generator=rng))).clamp(0, 1)

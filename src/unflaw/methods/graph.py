@@ -21,28 +21,28 @@ class Graph(nn.Module):
     def __init__(self, network: Method, display: DisplayDecoder | None) -> None:
         super().__init__()
         self.network, self.display = network, display
-        self.size = network.config.preparation.size
+        self.size = network.config.preparation.canvas[::-1]
 
     def forward(self, images: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
-        """Prepared images (N, 3, S, S) in [0, 1] → outputs by name.
+        """Prepared images (N, 3, H, W) in [0, 1] → outputs by name.
 
         Args:
             images: On the canvas, float32.
-            cells: (N, g, g) bool, the feature cells that count (`Window.cells`); None: all.
+            cells: (N, rows, columns) bool, the feature cells that count (`Window.cells`); None: all.
 
         Returns:
-            "map" (N, S, S) and "score" (N,), float32, raw; then, if the method has them, "mean", "uncertainty" and
-            "mask", each (N, S, S) float32 in [0, 1], and "restored" (N, S, S, 3) uint8.
+            "map" (N, H, W) and "score" (N,), float32, raw; then, if the method has them, "mean", "uncertainty" and
+            "mask", each (N, H, W) float32 in [0, 1], and "restored" (N, H, W, 3) uint8.
         """
         inspection = self.network(self.network.embed(images), Context(cells))
         maps, scores = self.network.fuse(inspection, cells)
         found = {"map": maps, "score": scores}
         for name, layer in inspection.layers.items():
             mode = "nearest" if name == "mask" else "bilinear"
-            found[name] = F.interpolate(layer.float(), (self.size,) * 2, mode=mode)[:, 0]
+            found[name] = F.interpolate(layer.float(), self.size, mode=mode)[:, 0]
         drawn = self._restored_image(inspection)
         if drawn is not None:
-            canvas = F.interpolate(drawn, (self.size,) * 2, mode="bilinear").clamp(0, 1)
+            canvas = F.interpolate(drawn, self.size, mode="bilinear").clamp(0, 1)
             found["restored"] = (canvas * 255).round().byte().permute(0, 2, 3, 1)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -77,12 +78,12 @@ def coarser(valid: Tensor) -> Tensor:
     return F.max_pool2d(valid.float()[:, None], 2, ceil_mode=True)[:, 0] > 0
 
 
-def sincos_positions(side: int, width: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions of a side×side token grid, (side², width); width divisible by 4."""
+def sincos_positions(shape: tuple[int, int], width: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions of a grid of tokens, (rows · columns, width); width divisible by 4."""
     omega = 10000 ** -(torch.arange(width // 4) / (width / 4))
-    angles = torch.arange(side)[:, None] * omega
+    angles = torch.arange(max(shape))[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width/2)
-    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+    rows, columns = axis[: shape[0], None].expand(-1, shape[1], -1), axis[None, : shape[1]].expand(shape[0], -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
@@ -186,15 +187,13 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def to_tokens(features: Tensor) -> Tensor:
-    """(N, C, g, g) → (N, g², C)."""
+    """(N, C, rows, columns) → (N, rows · columns, C)."""
     return features.flatten(2).transpose(1, 2)
 
 
-def to_grid(tokens: Tensor) -> Tensor:
-    """(N, g², C) → (N, C, g, g)."""
-    n, t, c = tokens.shape
-    side = math.isqrt(t)
-    return tokens.transpose(1, 2).reshape(n, c, side, side)
+def to_grid(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """(N, T, C) → (N, C, rows, columns), `shape` the rows and columns of the T tokens."""
+    return tokens.transpose(1, 2).unflatten(2, (shape[0], shape[1]))
 
 
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:

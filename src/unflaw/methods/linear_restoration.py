@@ -28,8 +28,9 @@ class LinearRestoration(nn.Module):
     restores as well as hundreds of steps (docs/research.md).
 
     Args:
-        channels, grid: C and g.
-        patch: p, a divisor of g.
+        channels: C.
+        shape: Rows and columns of the grid.
+        patch: p, a divisor of both.
         token_width: Channels of a token; at most C·p² are used.
         width: Channels of the surroundings.
         side: Odd side of the convolution, in taps.
@@ -41,13 +42,21 @@ class LinearRestoration(nn.Module):
     """
 
     def __init__(
-        self, channels: int, grid: int, patch: int, token_width: int, width: int, side: int, dilation: int = 1
+        self,
+        channels: int,
+        shape: tuple[int, int],
+        patch: int,
+        token_width: int,
+        width: int,
+        side: int,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         outputs = channels * patch**2
-        if grid % patch:
-            raise ValueError(f"the grid of {grid} cells cannot be cut into patches of {patch}; choose a divisor")
+        if shape[0] % patch or shape[1] % patch:
+            raise ValueError(f"the grid of {min(shape)} cells cannot be cut into patches of {patch}; choose a divisor")
         self.patch, self.dilation = patch, dilation
+        self.shape = shape[0] // patch, shape[1] // patch  # of the tokens
         self.narrow = nn.Linear(outputs, min(token_width, outputs))
         self.surroundings = nn.Conv2d(
             self.narrow.out_features, width, side, dilation=dilation, padding=side // 2 * dilation
@@ -65,7 +74,7 @@ class LinearRestoration(nn.Module):
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
         """Fits all parameters to F (N, C, g, g) of good images."""
-        tokens_of_each = (features.shape[-1] // self.patch) ** 2
+        tokens_of_each = self.shape[0] * self.shape[1]
         parts = features[:: -(-features.shape[0] * tokens_of_each // MOST_PATCHES)].split(8)
         n, outputs = sum(map(len, parts)) * tokens_of_each, self.scale.numel()
         covariance = torch.zeros(outputs, outputs)
@@ -104,8 +113,8 @@ class LinearRestoration(nn.Module):
         return to_tokens(F.pixel_unshuffle(features, self.patch))
 
     def tokens(self, features: Tensor) -> Tensor:
-        """(N, C, g, g) → (N, token_width, side, side), within ±`LIMIT` deviations."""
-        return to_grid(self.narrow(self.patches(features)).clamp(-LIMIT, LIMIT))
+        """(N, C, g, g) → (N, token_width, *shape), within ±`LIMIT` deviations."""
+        return to_grid(self.narrow(self.patches(features)).clamp(-LIMIT, LIMIT), self.shape)
 
     def around(self, tokens: Tensor) -> Tensor:
         """`tokens` → the surroundings of each place, (N, T, width). Nothing in the hole has any influence."""
@@ -119,14 +128,14 @@ class LinearRestoration(nn.Module):
 
     def to_features(self, patches: Tensor) -> Tensor:
         """(N, T, C·p²) → (N, C, g, g)."""
-        return F.pixel_shuffle(to_grid(patches), self.patch)
+        return F.pixel_shuffle(to_grid(patches, self.shape), self.patch)
 
     def _at_taps(self, tokens: Tensor, used: Tensor) -> Tensor:
-        """Input of the taps of `surroundings`, (N, token_width, side, side) → (N·T, taps · token_width)."""
-        d, side, reach = self.dilation, tokens.shape[-1], len(self.taps)
+        """Input of the taps of `surroundings`, (N, token_width, *shape) → (N·T, taps · token_width)."""
+        d, (rows, columns), reach = self.dilation, self.shape, len(self.taps)
         padded = F.pad(tokens, (reach // 2 * d,) * 4)
         places = [(int(tap) // reach * d, int(tap) % reach * d) for tap in used]
-        return torch.cat([to_tokens(padded[..., y : y + side, x : x + side]) for y, x in places], dim=2).flatten(0, 1)
+        return torch.cat([to_tokens(padded[..., y : y + rows, x : x + columns]) for y, x in places], 2).flatten(0, 1)
 
 
 def principal_components(covariance: Tensor, width: int) -> Tensor:

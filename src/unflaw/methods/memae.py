@@ -81,7 +81,7 @@ class MemAE(Method):
     def __init__(self, config: Config, weights: WeightSource = None) -> None:
         super().__init__(config, weights)
         options = self.options
-        self.window = 2 * round(21 * self.features.grid / 512) + 1  # as DRAEM's
+        self.window = 2 * round(21 * min(self.features.shape) / 512) + 1  # as DRAEM's
         sides = list(pairwise([3, *options.widths]))
         self.encoder = nn.Sequential(*(_halve(a, b) for a, b in sides))
         self.addressed_memory = AddressedMemory(options.items, options.widths[-1], options.shrinkage)
@@ -90,7 +90,7 @@ class MemAE(Method):
         self.decoder = nn.Sequential(*(_double(b, a) for a, b in inner), last)
 
     def make_extractor(self, weights: WeightSource) -> PixelExtractor:
-        return PixelExtractor(self.config.preparation.size, self.options.side, halvings=len(self.options.widths))
+        return PixelExtractor(self.config.preparation.canvas, self.options.side, halvings=len(self.options.widths))
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
         """Mean squared error and the entropy of addressing, summed over items (section 3.4)."""
@@ -116,8 +116,9 @@ class MemAE(Method):
 
     def _restore(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, g, g) → restored (N, 3, g, g), addressing weights (N, T, M) of the T places of the code."""
-        mixed, weights = self.addressed_memory(to_tokens(self.encoder(images)))
-        return self.decoder(to_grid(mixed)).float(), weights.float()
+        code = self.encoder(images)
+        mixed, weights = self.addressed_memory(to_tokens(code))
+        return self.decoder(to_grid(mixed, code.shape[2:])).float(), weights.float()
 
 
 def _halve(a: int, b: int) -> nn.Sequential:

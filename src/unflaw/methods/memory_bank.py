@@ -294,7 +294,8 @@ class MemoryBank(nn.Module):
             added_rows = added_rows.repeat_interleave(cells)
         found = self.retrieve(tokens.flatten(0, 1), training_rows, added_rows)
         mixture, *distances = (part.unflatten(0, (features.shape[0], -1)) for part in found)
-        return Retrieved(to_grid(mixture), *(to_grid(distance[..., None]) for distance in distances))
+        shape = features.shape[2:]
+        return Retrieved(to_grid(mixture, shape), *(to_grid(distance[..., None], shape) for distance in distances))
 
 
 def nearest_others(prototypes: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:

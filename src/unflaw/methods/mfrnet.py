@@ -112,7 +112,7 @@ class CrossedMasks(NamedTuple):
     The K_i are disjoint and together complete; M_i is 0 wherever K_i is 1.
 
     Attributes:
-        visible, kept: (n, side, side) float.
+        visible, kept: (n, *shape) float.
     """
 
     visible: Tensor
@@ -120,16 +120,21 @@ class CrossedMasks(NamedTuple):
 
 
 def crossed_masks(
-    side: int, k: int, n: int, rng: Generator, margin: int = 0, arrangement: Literal["regular", "random"] = "random"
+    shape: tuple[int, int],
+    k: int,
+    n: int,
+    rng: Generator,
+    margin: int = 0,
+    arrangement: Literal["regular", "random"] = "random",
 ) -> CrossedMasks:
     """Crossed-mask generator: the grid of k×k cells is split into n subsets; mask i restores the i-th and hides it.
 
     Random subsets are the paper's; their sizes differ by one cell at most where there is no margin. A regular subset is
     a lattice: every √n-th cell of every √n-th row, so that all places have the same surroundings. Where k does not
-    divide the side, the last cells are smaller.
+    divide a side, the last cells are smaller.
 
     Args:
-        side: Of the grid.
+        shape: Rows and columns of the grid.
         k: Side of a mask cell.
         n: Number of masks; a square number if they are regular.
         rng: Draws random subsets.
@@ -137,25 +142,26 @@ def crossed_masks(
             went on.
 
     Raises:
-        ValueError: k larger than the side, or more masks than cells.
+        ValueError: k larger than the shorter side, or more masks than cells.
     """
-    if k > side:
-        raise ValueError(f"mask cells of {k} are larger than the grid of {side}; choose a smaller network.k")
-    cells = -(-side // k)
-    if n > cells**2:
-        raise ValueError(f"{n} masks cannot share {count(cells**2, 'cell')}; choose a smaller network.n or network.k")
+    if k > min(shape):
+        raise ValueError(f"mask cells of {k} are larger than the grid of {min(shape)}; choose a smaller network.k")
+    rows, columns = (-(-side // k) for side in shape)
+    if n > rows * columns:
+        cells = count(rows * columns, "cell")
+        raise ValueError(f"{n} masks cannot share {cells}; choose a smaller network.n or network.k")
     beyond = -(-margin // k)  # mask cells on each side of the grid, so that its border is like the rest
-    cells += 2 * beyond
+    rows, columns = rows + 2 * beyond, columns + 2 * beyond
     if arrangement == "regular":
-        period, place = math.isqrt(n), torch.arange(cells)
-        subset = place[:, None] % period * period + place % period
+        period = math.isqrt(n)
+        subset = torch.arange(rows)[:, None] % period * period + torch.arange(columns) % period
     else:
-        subset = torch.randperm(cells**2, generator=rng).view(cells, cells) % n
+        subset = torch.randperm(rows * columns, generator=rng).view(rows, columns) % n
     subset = subset.repeat_interleave(k, 0).repeat_interleave(k, 1)
     kept = (subset == torch.arange(n).view(-1, 1, 1)).float()
     hidden = F.max_pool2d(kept[:, None], 2 * margin + 1, 1, margin)[:, 0]
-    inside = slice(beyond * k, beyond * k + side)
-    return CrossedMasks(1 - hidden[:, inside, inside], kept[:, inside, inside])
+    y, x = (slice(beyond * k, beyond * k + side) for side in shape)
+    return CrossedMasks(1 - hidden[:, y, x], kept[:, y, x])
 
 
 class HybridBlock(nn.Module):
@@ -164,20 +170,21 @@ class HybridBlock(nn.Module):
     Both branches see the same normalised tokens, and their sum is added to the input (our reading).
     """
 
-    def __init__(self, width: int, options: MFRNetOptions) -> None:
+    def __init__(self, width: int, options: MFRNetOptions, shape: tuple[int, int]) -> None:
         super().__init__()
+        self.shape = shape
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, options.heads) if options.attention else None
         self.convolution = nn.Conv2d(width, width, 3, padding=1) if options.convolution else None
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, T, width) → (N, T, width), the T tokens a square grid."""
+        """(N, T, width) → (N, T, width), the T tokens a grid of `shape`."""
         normal = self.norm1(x)
         if self.attention is not None:
             x = x + self.attention(normal)
         if self.convolution is not None:
-            x = x + to_tokens(self.convolution(to_grid(normal)))
+            x = x + to_tokens(self.convolution(to_grid(normal, self.shape)))
         return x + self.mlp(self.norm2(x))
 
 
@@ -194,35 +201,40 @@ class RestorationNetwork(nn.Module):
 
     Args:
         channels: C.
-        grid: g.
+        shape: Rows and columns of the grid.
         options: Sizes and switches.
     """
 
-    def __init__(self, channels: int, grid: int, options: MFRNetOptions) -> None:
+    def __init__(self, channels: int, shape: tuple[int, int], options: MFRNetOptions) -> None:
         super().__init__()
         p, widths = options.patch, options.widths
         multiple = p * 2 ** (len(widths) - 1)
-        if grid % multiple:
+        if shape[0] % multiple or shape[1] % multiple:
             raise ValueError(
-                f"the grid of {grid} cells cannot be cut into patches of {p} and halved "
+                f"the grid of {min(shape)} cells cannot be cut into patches of {p} and halved "
                 f"{count(len(widths) - 1, 'time')}; "
                 f"choose a multiple of {multiple} for features.grid, another network.patch or fewer network.widths"
             )
-        self.linear = LinearRestoration(channels, grid, p, options.token_width, widths[0], TAPS).requires_grad_(False)
+        self.linear = LinearRestoration(channels, shape, p, options.token_width, widths[0], TAPS).requires_grad_(False)
         self.embed = nn.Linear(self.linear.narrow.out_features + 1, widths[0])
-        *finer, coarsest = (nn.Sequential(*(HybridBlock(w, options) for _ in range(options.depth))) for w in widths)
+        rows, columns = self.linear.shape
+        self.shapes = [(rows >> scale, columns >> scale) for scale in range(len(widths))]  # of the tokens, per scale
+
+        def blocks(scale: int) -> nn.Sequential:
+            made = (HybridBlock(widths[scale], options, self.shapes[scale]) for _ in range(options.depth))
+            return nn.Sequential(*made)
+
+        *finer, coarsest = map(blocks, range(len(widths)))
         self.encoder, self.bottom = nn.ModuleList(finer), coarsest
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, 2) for a, b in pairwise(widths))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in pairwise(widths))
-        self.decoder = nn.ModuleList(
-            nn.Sequential(*(HybridBlock(w, options) for _ in range(options.depth))) for w in widths[:-1]
-        )
+        self.decoder = nn.ModuleList(map(blocks, range(len(widths) - 1)))
         self.norm = nn.LayerNorm(widths[0])
         self.widen = nn.Linear(widths[0], channels * p**2)
         nn.init.zeros_(self.widen.weight)
         nn.init.zeros_(self.widen.bias)
         self.positions: Tensor
-        self.register_buffer("positions", sincos_positions(grid // p, widths[0]), persistent=False)
+        self.register_buffer("positions", sincos_positions(self.shapes[0], widths[0]), persistent=False)
 
     @torch.no_grad()
     def fit(self, features: Tensor, masks: Sequence[CrossedMasks]) -> None:
@@ -248,13 +260,13 @@ class RestorationNetwork(nn.Module):
         x = self.embed(to_tokens(torch.cat([seen, share.to(seen)], dim=1))) + self.positions
         x = x + to_tokens(wanted) * around.repeat_interleave(m, 0)
         skipped = []
-        for blocks, down in zip(self.encoder, self.down, strict=True):
+        for blocks, down, shape in zip(self.encoder, self.down, self.shapes, strict=False):
             x = blocks(x)
             skipped.append(x)
-            x = to_tokens(down(to_grid(x)))
+            x = to_tokens(down(to_grid(x, shape)))
         x = self.bottom(x)
-        for blocks, up in zip(reversed(self.decoder), reversed(self.up), strict=True):
-            x = blocks(to_tokens(up(to_grid(x))) + skipped.pop())
+        for blocks, up, shape in zip(reversed(self.decoder), reversed(self.up), reversed(self.shapes), strict=False):
+            x = blocks(to_tokens(up(to_grid(x, shape))) + skipped.pop())
         correction = linear.to_features(self.widen(self.norm(x)) * linear.scale) * kept
         return linear.to_features(linear(around)) + correction.unflatten(0, (-1, m)).sum(1)
 
@@ -326,7 +338,7 @@ class MFRNet(Method):
         if options.prototypes:
             self.scored_maps = slice(1, 2)  # the residual shows where; the distance tells better whether
         self.terms = {name: w for name in ("pixel", "ssim", "gms") if (w := getattr(options, name))}
-        self.restoration = RestorationNetwork(self.features.channels, self.features.grid, options)
+        self.restoration = RestorationNetwork(self.features.channels, self.features.shape, options)
         drawn = self._draw_all(torch.Generator().manual_seed(0))
         self.visible: Tensor
         self.kept: Tensor
@@ -426,7 +438,7 @@ class MFRNet(Method):
 
     def _draw(self, k: int, rng: Generator) -> CrossedMasks:
         """The n masks of one k; unmasked: one that hides nothing and keeps everything."""
-        grid, options = self.features.grid, self.options
+        shape, options = self.features.shape, self.options
         if not options.masked:
-            return CrossedMasks(torch.ones(1, grid, grid), torch.ones(1, grid, grid))
-        return crossed_masks(grid, k, options.n, rng, options.margin, options.arrangement)
+            return CrossedMasks(torch.ones(1, *shape), torch.ones(1, *shape))
+        return crossed_masks(shape, k, options.n, rng, options.margin, options.arrangement)

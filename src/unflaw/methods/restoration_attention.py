@@ -96,17 +96,17 @@ class RAM(nn.Module):
 
     Args:
         channels: C.
-        grid: g.
+        shape: Rows and columns of the grid.
         options: Sizes and switches.
-        patch, gap: Instead of those of the options. A gap larger than half the side of the tokens is taken as that.
+        patch, gap: Instead of those of the options. The gap is at most half the shorter side, in tokens.
     """
 
-    def __init__(self, channels: int, grid: int, options: Restoration, patch: int, gap: int) -> None:
+    def __init__(self, channels: int, shape: tuple[int, int], options: Restoration, patch: int, gap: int) -> None:
         super().__init__()
-        width, outputs, side = options.width, channels * patch * patch, grid // patch
-        gap = min(gap, side // 2)
+        width, outputs = options.width, channels * patch * patch
+        gap = min(gap, min(shape) // patch // 2)
         self.masked = options.masked
-        self.linear = LinearRestoration(channels, grid, patch, options.token_width, width, TAPS, max(gap, 1))
+        self.linear = LinearRestoration(channels, shape, patch, options.token_width, width, TAPS, max(gap, 1))
         self.linear.taps[TAPS // 2, TAPS // 2] = float(gap == 0)
         token_width = self.linear.narrow.out_features
         self.locate = nn.Linear(width, width, bias=False)
@@ -116,12 +116,12 @@ class RAM(nn.Module):
         for part in (self.locate.weight, self.widen.weight, self.widen.bias):
             nn.init.zeros_(part)
 
-        axis = torch.arange(side)
-        rows, columns = axis.repeat_interleave(side), axis.repeat(side)
+        tokens = self.linear.shape
+        rows, columns = torch.arange(tokens[0]).repeat_interleave(tokens[1]), torch.arange(tokens[1]).repeat(tokens[0])
         apart = torch.maximum(*((place[:, None] - place).abs() for place in (rows, columns)))
         self.positions: Tensor
         self.far: Tensor
-        self.register_buffer("positions", sincos_positions(side, width), persistent=False)
+        self.register_buffer("positions", sincos_positions(tokens, width), persistent=False)
         self.register_buffer("far", apart >= gap, persistent=False)  # (T, T)
 
     def fit(self, features: Tensor) -> None:

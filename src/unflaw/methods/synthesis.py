@@ -57,20 +57,20 @@ class Anomalies:
     origin: Tensor
 
 
-def perlin(n: int, side: int, max_scale: int, rng: Generator) -> Tensor:
-    """Perlin noise (n, side, side) in about [-1, 1], with frequency 2^0 … 2^max_scale drawn per axis and sample.
+def perlin(n: int, shape: tuple[int, int], max_scale: int, rng: Generator) -> Tensor:
+    """Perlin noise (n, *shape) in about [-1, 1], with frequency 2^0 … 2^max_scale drawn per axis and sample.
 
     Values are those of classic gradient noise with quintic fade, times √2 so that the theoretical range is [-1, 1].
     """
     made = []
     exponents = torch.randint(0, max_scale + 1, (n, 2), generator=rng).tolist()
     for ey, ex in exponents:
-        cells = torch.tensor([2**ey, 2**ex]).clamp_max(side)
+        cells = torch.minimum(torch.tensor([2**ey, 2**ex]), torch.tensor(shape))
         angles = torch.rand((int(cells[0]) + 1, int(cells[1]) + 1), generator=rng) * 2 * torch.pi
         # one extra random phase per axis: otherwise noise is always 0 on the lines of the lattice
         phases = [torch.rand(1, generator=rng) for _ in range(2)]
-        parts = zip(phases, cells.tolist(), strict=True)
-        y, x = ((torch.arange(side) + phase) / side * c * (1 - 1e-6) for phase, c in parts)
+        parts = zip(shape, phases, cells.tolist(), strict=True)
+        y, x = ((torch.arange(side) + phase) / side * c * (1 - 1e-6) for side, phase, c in parts)
         y, x = y.clamp_max(float(cells[0]) - 1e-4), x.clamp_max(float(cells[1]) - 1e-4)
         y0, x0 = y.long(), x.long()
         fy, fx = y - y0, x - x0
@@ -85,12 +85,12 @@ def perlin(n: int, side: int, max_scale: int, rng: Generator) -> Tensor:
     return torch.stack(made) * 2**0.5
 
 
-def perlin_masks(n: int, side: int, config: Synthesis, rng: Generator) -> Tensor:
-    """M, (n, 1, side, side) in {0, 1}: where Perlin noise exceeds the threshold; never empty.
+def perlin_masks(n: int, shape: tuple[int, int], config: Synthesis, rng: Generator) -> Tensor:
+    """M, (n, 1, *shape) in {0, 1}: where Perlin noise exceeds the threshold; never empty.
 
     Where nothing exceeds the threshold it is lowered to a tenth below that sample's maximum.
     """
-    noise = perlin(n, side, config.max_scale, rng)
+    noise = perlin(n, shape, config.max_scale, rng)
     peak = noise.flatten(1).amax(1)
     threshold = torch.minimum(torch.full_like(peak, config.threshold), peak - 0.1 * peak.abs())
     return (noise >= threshold.view(-1, 1, 1)).float()[:, None]
@@ -98,7 +98,7 @@ def perlin_masks(n: int, side: int, config: Synthesis, rng: Generator) -> Tensor
 
 def _others(features: Tensor, step: int, rng: Generator) -> Tensor:
     """Features of another image of the batch, `step` before, moved to other places."""
-    dy, dx = torch.randint(0, features.shape[-1], (2,), generator=rng).tolist()
+    dy, dx = torch.randint(0, max(features.shape[2:]), (2,), generator=rng).tolist()  # `roll` goes round
     return features.roll(step, 0).roll((dy, dx), dims=(2, 3))
 
 
@@ -147,12 +147,12 @@ def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng
         config: Sources and strength.
         rng: The only source of randomness.
     """
-    n, _, side, _ = features.shape
+    n, shape = len(features), (features.shape[2], features.shape[3])
     own, step = torch.arange(n), int(torch.randint(1, max(n, 2), (1,), generator=rng))
     made = sources(features, textures, step, rng)
     weights = torch.tensor([getattr(config, name) for name in made])
     if weights.sum() == 0 or config.clean == 1:
-        return Anomalies(features, torch.zeros(n, 1, side, side).to(features), own)
+        return Anomalies(features, torch.zeros(n, 1, *shape).to(features), own)
     choice, foreign = torch.multinomial(weights, n, replacement=True, generator=rng), torch.zeros_like(features)
     for i, make in enumerate(made.values()):
         chosen = (choice == i).view(-1, 1, 1, 1)
@@ -160,7 +160,7 @@ def synthesise(features: Tensor, textures: Tensor | None, config: Synthesis, rng
             foreign = torch.where(chosen.to(features.device), make(), foreign)
     low, high = config.strength
     beta = low + (high - low) * torch.rand(n, 1, 1, 1, generator=rng)
-    mask = perlin_masks(n, side, config, rng)
+    mask = perlin_masks(n, shape, config, rng)
     mask = (mask * (torch.rand(n, 1, 1, 1, generator=rng) >= config.clean)).to(features)
     origin = torch.where(choice == 0, (own - step) % n, own)  # `others` is the first source
     return Anomalies(blend(features, foreign, mask, beta.to(features)), mask, origin)
@@ -174,7 +174,7 @@ def texture_files(folder: str | Path, limit: int = 32) -> list[Path]:
 
 
 def texture_images(folder: str | Path | None, preparation: Preparation) -> list[np.ndarray]:
-    """Prepared texture images (3, S, S), of a folder or those packaged with scikit-image.
+    """Prepared texture images (3, H, W), of a folder or those packaged with scikit-image.
 
     A region of interest is a matter of the product's images, and left out.
     """

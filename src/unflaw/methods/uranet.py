@@ -238,14 +238,14 @@ class URANet(Method):
             self.scored_maps = slice(1, 2)  # the residual shows where; the distance tells better whether
         self.uses_textures = options.synthesis.textures > 0
         self.weight_samples = options.perception.draws if options.perception.bayesian else 1
-        channels, grid = self.features.channels, config.features.grid
+        channels, shape = self.features.channels, self.features.shape
         self.sees_distance = sizes.prototypes > 0 and options.perception.input == "distance"
         self.perception = UIAPM(2 if self.sees_distance else channels, options.perception)
-        self.restoration = RAM(channels, grid, sizes, sizes.patch, sizes.gap)
+        self.restoration = RAM(channels, shape, sizes, sizes.patch, sizes.gap)
         self.regional_restoration = None
         if sizes.regional:
-            regions = cast(FeatureExtractor, self.features).regional_channels, -(-grid // 2)
-            self.regional_restoration = RAM(*regions, sizes, 1, sizes.regional_gap)
+            regional, halves = cast(FeatureExtractor, self.features).regional_channels, [-(-n // 2) for n in shape]
+            self.regional_restoration = RAM(regional, (halves[0], halves[1]), sizes, 1, sizes.regional_gap)
         self.textures: Tensor | None = None
         self.n_images = 1
 
@@ -340,10 +340,10 @@ class URANet(Method):
 
         Foreign features are shown by the cells of the images that they come from; jitter comes from none.
         """
-        options, side = self.options.synthesis, self.features.grid
+        options, shape = self.options.synthesis, self.features.shape
         bank = None if textures is None else self.embed(textures)
-        bank_cells = None if textures is None else _cells(textures, side)
-        clean, cells = self.embed(images), _cells(images, side)
+        bank_cells = None if textures is None else _cells(textures, shape)
+        clean, cells = self.embed(images), _cells(images, shape)
         made = sources(clean, bank, 1, rng)
         names = [n for n in ("textures", "others", "shuffles", "jitter") if n in made and getattr(options, n)]
         rows: list[Row] = []
@@ -353,7 +353,7 @@ class URANet(Method):
                 sources(grid, others, 1, Generator().manual_seed(seed))[name]()[i]
                 for grid, others in ((clean, bank), (cells, bank_cells))
             )
-            mask = perlin_masks(1, side, options, rng)[0]
+            mask = perlin_masks(1, shape, options, rng)[0]
             tiles = {"Good image": Stage("image", images[i]), "Mask M, the label": Stage("mask", mask)}
             if name != "jitter":
                 tiles["Foreign T, its source"] = Stage("image", F.pixel_shuffle(shown, math.isqrt(len(shown) // 3)))
@@ -394,7 +394,8 @@ class URANet(Method):
             mixture, distance, *_ = self.memory.retrieve(tokens[altered], made_of[of])
         retrieval_residual = (tokens[altered] - mixture).norm(dim=1)
         anew = self._distances(distance.view(-1, 1, 1, 1), retrieval_residual.view(-1, 1, 1, 1), rows[of]).flatten(1)
-        return to_grid(to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2))
+        tokens = to_tokens(seen).flatten(0, 1).index_copy(0, altered, anew.to(seen)).view(len(seen), -1, 2)
+        return to_grid(tokens, seen.shape[2:])
 
     @torch.no_grad()
     def fit_normalization(self, features: Tensor, context: Context) -> None:
@@ -416,10 +417,10 @@ def _coarser(marked: Tensor) -> Tensor:
     return F.max_pool2d(marked, 2, ceil_mode=True)
 
 
-def _cells(images: Tensor, side: int) -> Tensor:
-    """Images (N, 3, S, S) as a grid whose cells hold their pixels, (N, 3·m², side, side); m about S / side."""
-    m = max(1, images.shape[-1] // side)
-    return F.pixel_unshuffle(F.interpolate(images, (m * side, m * side), mode="bilinear"), m)
+def _cells(images: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Images (N, 3, H, W) as a grid whose cells hold their pixels, (N, 3·m², *shape); m about H / rows."""
+    m = max(1, images.shape[-2] // shape[0])
+    return F.pixel_unshuffle(F.interpolate(images, (m * shape[0], m * shape[1]), mode="bilinear"), m)
 
 
 def mean_logit(logits: Tensor) -> Tensor:

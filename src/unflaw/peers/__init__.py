@@ -98,6 +98,8 @@ def run_peer(
         if not samples:
             raise TrainingError(f"{dataset.name}: there are no {part} images")
     preparation = preparation.model_copy(update={"tile": None})  # peers take whole images
+    if not isinstance(preparation.size, int):
+        raise ValueError(f"anomalib's methods are run on square images; a size of {preparation.size_text} is none")
     _run(python, "-c", _HAS_ANOMALIB)
     model = create_backbone(backbone, levels or LEVELS[method], weights)
     feature_info: Any = model.feature_info
@@ -152,13 +154,13 @@ def run_peer(
 def _write_images(
     samples: Sequence[Sample], preparation: Preparation, file: Path, skipped: list[tuple[str, str]], progress: Progress
 ) -> tuple[list[Sample], list[Box]]:
-    """Write prepared images to a file, (N, S, S, 3) uint8; return the samples that could be read and their boxes.
+    """Write prepared images to a file, (N, H, W, 3) uint8; return the samples that could be read and their boxes.
 
     `prepare` resizes 8-bit images in 8 bits, so only deeper images are rounded. The other samples are added to
     `skipped`.
     """
-    size = preparation.size
-    pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (len(samples), size, size, 3))
+    width, height = preparation.canvas
+    pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (len(samples), height, width, 3))
     kept: list[Sample] = []
     boxes: list[Box] = []
     images = ahead(lambda sample: try_prepare(sample.path, preparation), samples)

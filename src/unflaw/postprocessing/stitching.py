@@ -28,9 +28,9 @@ class TileStitcher:
     """Accumulator of the maps of the windows of one image; `layout` is its geometry."""
 
     def __init__(self, layout: TilingGeometry) -> None:
-        size = layout.preparation.size
         self.layout, self.scores = layout, list[float]()
-        self._across, self._down = (weights(s, size, layout.step) for s in (layout.columns, layout.rows))
+        starts = zip((layout.columns, layout.rows), layout.preparation.canvas, strict=True)
+        self._across, self._down = (weights(begun, side, layout.step) for begun, side in starts)
         self._blended: dict[str, np.ndarray] = {}
         self._types: dict[str, np.dtype] = {}
 
@@ -44,11 +44,11 @@ class TileStitcher:
 
         Args:
             score: Image score of the window.
-            found: Maps (size, size) or images (size, size, 3) by name; uint8 stays uint8, "mask" stays 0 and 1.
+            found: Maps (H, W) of the window or images (H, W, 3) by name; uint8 stays uint8, "mask" stays 0 and 1.
         """
-        layout, size = self.layout, self.layout.preparation.size
+        layout, (width, height) = self.layout, self.layout.preparation.canvas
         (x, y), step = layout.places[len(self.scores)], layout.step
-        here = np.s_[y // step : (y + size) // step, x // step : (x + size) // step]
+        here = np.s_[y // step : (y + height) // step, x // step : (x + width) // step]
         weight = np.outer(self._down[layout.rows.index(y)][here[0]], self._across[layout.columns.index(x)][here[1]])
         for name, values in found.items():
             if name not in self._blended:
@@ -56,7 +56,7 @@ class TileStitcher:
                 self._types[name] = values.dtype
             smaller = values
             if step > 1:
-                smaller = values.reshape(size // step, step, size // step, step, *values.shape[2:]).mean((1, 3))
+                smaller = values.reshape(height // step, step, width // step, step, *values.shape[2:]).mean((1, 3))
             self._blended[name][here] += smaller * weight.reshape(*weight.shape, *[1] * (values.ndim - 2))
         self.scores.append(score)
 

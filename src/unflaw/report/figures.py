@@ -92,7 +92,7 @@ def write_figures(
         if good:
             lines |= _training_lines(detector, _shuffled(good, seed)[:TRAINING_IMAGES], seed, category)
         for figure, found in lines.items():
-            drawn = _draw(found, scale, detector.config.preparation.size, width)
+            drawn = _draw(found, scale, detector.config.preparation.canvas, width)
             write_png(out / f"{figure}.png", drawn, drawn=True)
         progress("figures", len(samples) + 1, len(samples) + 1, None)
     return [out / f"{figure}.png" for figure in lines]
@@ -146,7 +146,7 @@ def _inspection_lines(detector: Detector, sample: Sample, scale: Scale, category
     last = {_HEAT_MAP: _as_stage(outline(heat, truth)[here])}
     name = [*label(result).split("/"), f"verdict {result.verdict}", f"p {result.p_value:.2g}"]
     features, image = network.embed(stack([shown])), result.image[here]
-    inspection = network(features, Context(cells([shown.window], network.features.grid)))
+    inspection = network(features, Context(cells([shown.window], network.features.shape)))
     return {
         figure: [
             _Line([*name, line] if line else name, first | _drawable(detector, stages, image) | last, shown.box)
@@ -158,8 +158,8 @@ def _inspection_lines(detector: Detector, sample: Sample, scale: Scale, category
 
 def _on_map(window: ModelInput) -> tuple[slice, slice]:
     """Return the part of an image's map that a window covers."""
-    (x, y), step, size = window.window.place, window.layout.step, window.layout.preparation.size
-    return slice(y // step, (y + size) // step), slice(x // step, (x + size) // step)
+    (x, y), step, size = window.window.place, window.layout.step, window.layout.preparation.canvas
+    return slice(y // step, (y + size[1]) // step), slice(x // step, (x + size[0]) // step)
 
 
 def _training_lines(
@@ -172,7 +172,7 @@ def _training_lines(
         textures = torch.from_numpy(np.stack(texture_images(detector.config.training.textures, preparation)))
     tiles = [list(windows(read(sample.path), preparation)) for sample in samples]
     images = stack([of_image[len(of_image) // 2] for of_image in tiles])
-    whole = (0, 0, preparation.size, preparation.size)
+    whole = (0, 0, *preparation.canvas)
     return {
         figure: [_Line([name], _drawable(detector, stages), whole) for name, stages in rows]
         for figure, rows in network.visualize_training(images, textures, Generator().manual_seed(seed)).items()
@@ -197,7 +197,7 @@ def _as_stage(image: np.ndarray) -> Stage:
     return Stage("image", torch.from_numpy(image).permute(2, 0, 1) / 255)
 
 
-def _draw(lines: Sequence[_Line], scale: Scale, size: int, width: int) -> Image.Image:
+def _draw(lines: Sequence[_Line], scale: Scale, size: tuple[int, int], width: int) -> Image.Image:
     """Draw one figure: all rows, with one colour scale for each column."""
     columns: list[Column] = []
     tiles: list[dict[str, np.ndarray]] = [{} for _ in lines]
@@ -219,11 +219,11 @@ def _draw(lines: Sequence[_Line], scale: Scale, size: int, width: int) -> Image.
     return sheet(columns, [(line.name, shown) for line, shown in zip(lines, tiles, strict=True)], notes, width)
 
 
-def _on_canvas(values: Tensor, size: int, kind: str, valid: Box) -> np.ndarray:
+def _on_canvas(values: Tensor, size: tuple[int, int], kind: str, valid: Box) -> np.ndarray:
     """Resize (C, H, W) to the canvas, masks by nearest neighbour, and crop it to the valid part, (h, w, C)."""
     mode = "nearest" if kind == "mask" else "bilinear"
     x0, y0, x1, y1 = valid
-    return F.interpolate(values[None].float(), (size, size), mode=mode)[0, :, y0:y1, x0:x1].permute(1, 2, 0).numpy()
+    return F.interpolate(values[None].float(), size[::-1], mode=mode)[0, :, y0:y1, x0:x1].permute(1, 2, 0).numpy()
 
 
 def _coloured(values: np.ndarray, kind: str, limit: float) -> np.ndarray:

@@ -94,7 +94,7 @@ def export(
         del node.metadata_props[:]  # source locations of torch's code
         node.doc_string = ""
     exported: dict[str, Any] = {"to": to, "precision": precision, "opset": OPSET, "unflaw": __version__}
-    exported["grid"] = detector.network.features.grid
+    exported["grid"] = detector.network.features.shape
     if detector.network.weight_samples > 1:
         exported["draws"] = detector.network.weight_samples
     metadata = detector.metadata() | {"exported": exported}
@@ -113,15 +113,15 @@ def to_onnx(detector: Detector) -> ModelProto:
     networks = [category.network for category in detector.categories_.values()]
     whole = Graph(networks[0], detector.display)
     graph: Graph | ByCategory = whole
-    size = detector.config.preparation.size
     batch = torch.export.Dim("N", min=1)
-    arguments: dict[str, tuple[Tensor, Any]] = {"images": (torch.rand(2, 3, size, size), {0: batch})}
+    arguments: dict[str, tuple[Tensor, Any]] = {
+        "images": (torch.rand(2, 3, *detector.config.preparation.canvas[::-1]), {0: batch})
+    }
     if len(networks) > 1:
         graph = ByCategory(whole, [network.category_state() for network in networks])
         arguments["category"] = (torch.tensor(0), None)
     if not detector.config.preparation.covers:
-        grid = detector.network.features.grid
-        arguments["cells"] = (torch.ones(2, grid, grid, dtype=torch.bool), {0: batch})
+        arguments["cells"] = (torch.ones(2, *detector.network.features.shape, dtype=torch.bool), {0: batch})
     inputs = tuple(example for example, _ in arguments.values())
     shapes: Any = tuple(dynamic for _, dynamic in arguments.values())
     with torch.no_grad(), warnings.catch_warnings():

@@ -66,12 +66,12 @@ class ExportedDetector(BasePredictor):
         return Outputs.of({name: np.concatenate([run[name] for run in runs]) for name in runs[0]})
 
 
-def graph_feeds(images: Sequence[ModelInput], grid: int, inputs: Sequence[str], category: int = 0) -> Feeds:
+def graph_feeds(images: Sequence[ModelInput], grid: Sequence[int], inputs: Sequence[str], category: int = 0) -> Feeds:
     """Return the arrays for the inputs of a graph by name.
 
     Args:
         images: N windows of one category.
-        grid: Cells of the feature grid along a side.
+        grid: Rows and columns of the feature grid.
         inputs: Names of the inputs that the graph has.
         category: Number of the category.
     """

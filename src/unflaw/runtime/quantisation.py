@@ -44,7 +44,7 @@ def quantise(model: ModelProto, images: Sequence[ModelInput]) -> ModelProto:
     if not convolutions:
         raise DetectorError("this method has no backbone that could compute in 8 bits; export it in fp32 or fp16")
     dimensions = {node.name: node.type.tensor_type.shape.dim for node in model.graph.input}
-    grid = dimensions["cells"][1].dim_value if "cells" in dimensions else 1
+    grid = [side.dim_value for side in dimensions["cells"][1:]] if "cells" in dimensions else [1, 1]
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:

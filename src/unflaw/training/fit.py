@@ -30,6 +30,7 @@ from unflaw.methods import Method, create
 from unflaw.methods.decoder import DisplayDecoder
 from unflaw.methods.synthesis import texture_images
 from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
+from unflaw.training.canvas import fit_canvas
 from unflaw.training.decoder import fit_display
 from unflaw.training.loop import seeded, step_rng, train
 from unflaw.training.splits import (
@@ -84,6 +85,7 @@ def fit(
     # Select: decide which images take part. Of copies, one counts: a training image must not calibrate as well.
     given, validation, category_of = resolve_data(data)
     images, validation, copies = without_copies(given, validation, category_of, content_keys(category_of))
+    config, canvas = fit_canvas(config, images)
     with seeded(settings.seed):  # the same start, however often `fit` is called
         network = create(config, Weights.LATER).eval()
     network.features.backbone = backbone
@@ -127,6 +129,7 @@ def fit(
         "good_images": cache.count,
         "digest": digest(dict.fromkeys(cache.paths), contents),
         "seen": sorted(content[:SHORT] for content in contents.values()),
+        **({"canvas": canvas} if canvas else {}),
         "skipped": copies + cache.skipped + (held.skipped if held else []),
         **fitted.record,
         "seconds": {
