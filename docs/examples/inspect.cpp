@@ -37,7 +37,9 @@ int main(int argc, char** argv) {
     const int across = size.is_array() ? size.at(0) : size, down = size.is_array() ? size.at(1) : size;
     const auto& calibration = metadata.at("calibration");
     const double threshold = calibration.at("threshold");
-    const double review = calibration.value("review_threshold", threshold);
+    const bool few = calibration.value("review_only", false);  // too few good images to call anything defective
+    const bool band = !few && calibration.contains("review_threshold") && !calibration.at("review_threshold").is_null();
+    const double review = band ? double(calibration.at("review_threshold")) : threshold;
 
     std::ifstream file(argv[2], std::ios::binary);
     std::string format;
@@ -58,6 +60,6 @@ int main(int argc, char** argv) {
 
     const float score = results[0].GetTensorData<float>()[0];
     const float* map = results[1].GetTensorData<float>();  // down × across, row by row
-    std::cout << (score > threshold ? "defect" : score > review ? "review" : "good") << ' ' << score << ' '
+    std::cout << (score > threshold && !few ? "defect" : score > review ? "review" : "good") << ' ' << score << ' '
               << *std::max_element(map, map + size_t(down) * across) << '\n';
 }

@@ -204,9 +204,7 @@ def test_a_folder_that_cannot_hold_features_is_named(parts, tiny, tmp_path):
 def test_what_cannot_be_learned_from_is_said_as_ever(parts, tiny, tmp_path):
     dataset = load_dataset(parts)
     with pytest.raises(TrainingError, match="too few to learn from"):
-        ExperimentRunner(tmp_path, Weights.RANDOM).fit(
-            tiny("nearest_neighbor", **SMALL), replace(dataset, train=dataset.train[:5])
-        )
+        ExperimentRunner(tmp_path, Weights.RANDOM).fit(tiny("memae"), replace(dataset, train=dataset.train[:5]))
     with pytest.raises(ValueError, match="patches of 3"):
         ExperimentRunner(tmp_path, Weights.RANDOM).fit(
             tiny("uranet", **SMALL | {"network.restoration.patch": 3}), dataset

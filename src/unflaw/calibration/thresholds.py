@@ -47,6 +47,8 @@ class Calibration(BaseModel):
         tail: Fitted tail of the scores, which estimates rates below the smallest certified one.
         out_of_fold: True: scores are out of fold or leave-one-out, but the detector learned from all images. Rates are
             then approximate; see `crossfit` for what is proved.
+        review_only: True: there are too few images to call anything defective; what scores above `threshold` is for
+            review.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -65,6 +67,7 @@ class Calibration(BaseModel):
     minimum_area: float = 0.0
     tail: conformal.Tail | None = None
     out_of_fold: bool = False
+    review_only: bool = False
 
     @property
     def scale(self) -> Scale:
@@ -115,11 +118,12 @@ class Calibration(BaseModel):
         With `review_uncertain`, a defect whose first region is dominated by uncertainty is for review, too. That only
         moves verdicts from "defect" to "review", so both rates still hold.
         """
-        if score > self.threshold:
+        if score > self.threshold and not self.review_only:
             uncertainty = regions[0].uncertainty if self.review_uncertain and regions else None
             limit = self.uncertainty_threshold
             return "defect" if uncertainty is None or limit is None or uncertainty <= limit else "review"
-        return "review" if self.review_threshold is not None and score > self.review_threshold else "good"
+        limit = self.threshold if self.review_only or self.review_threshold is None else self.review_threshold
+        return "review" if score > limit else "good"
 
     def describe(self) -> str:
         """Describes the rates in one sentence."""
@@ -132,7 +136,7 @@ class Calibration(BaseModel):
         Returns:
             "asked_rate", None if labelled defects set the threshold; "n", the number of good images; "n_defects", the
             number of labelled defects that set the threshold; "smallest_rate", 1 / (n + 1); and the attributes and
-            properties "rate", "certified", "estimated", "out_of_fold", "review_rate" and "miss_rate".
+            properties "rate", "certified", "estimated", "out_of_fold", "review_rate", "review_only" and "miss_rate".
         """
         return {
             "asked_rate": None if self.defects else self.asked_rate,
@@ -145,6 +149,7 @@ class Calibration(BaseModel):
             "review_rate": self.review_rate,
             "miss_rate": self.miss_rate,
             "n_defects": len(self.defects),
+            "review_only": self.review_only,
         }
 
     def describe_achievable_rate(self) -> str:
@@ -160,6 +165,13 @@ class Calibration(BaseModel):
 
     def _guarantee(self) -> str:
         n = len(self.scores)
+        if self.review_only:
+            need = conformal.needed(self.asked_rate)
+            return (
+                f"{count(n, 'good image')}: too few to call anything defective, so what is unlike "
+                f"{'it' if n == 1 else 'them'} is for review; `unflaw calibrate` with other good images gives "
+                f"verdicts, with {need} of them at a false-alarm rate of {self.asked_rate:.2%}"
+            )
         if self.defects:
             found = sum(score > self.threshold for score in self.defects)
             by = (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
-from typing import IO
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -193,7 +193,13 @@ class Part:
 Source = Callable[[Sequence[Input], int], Iterator[Part]]  # images, and their number per part
 
 
-def read_parts(extractor: Extractor, preparation: Preparation) -> Source:
+class Aggregator(Protocol):
+    """The part of an extractor that computes raw features."""
+
+    def aggregate(self, images: Tensor) -> Tensor: ...
+
+
+def read_parts(extractor: Aggregator, preparation: Preparation) -> Source:
     """Source that reads images from files and passes them through the backbone."""
 
     tiled = preparation.tile is not None
@@ -361,14 +367,16 @@ def build_cache(
             purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
             few = f"{count(found, 'good image')} {'is' if found == 1 else 'are'}"
             raise TrainingError(f"{of}{few} too few to {purpose}{reasons}")
-        own = images[torch.tensor([each == name for each in names])]
-        if fit and bool((own == own[:1]).all()):
+        rows = [row for row, each in enumerate(names) if each == name]
+        own = images[rows]
+        several = sum(category.get(path, "") == name for path in paths) > 1
+        if fit and several and bool((own == own[:1]).all()):
             raise TrainingError(f"{of}all good images are identical; give images of different parts")
     if first:
         fit_first()
     assert features is not None
-    rows = features[:filled], images, windows, torch.cat(described), kept
-    return Cache(*rows, sorted(skipped), names, contents, file)
+    whole = features[:filled], images, windows, torch.cat(described), kept
+    return Cache(*whole, sorted(skipped), names, contents, file)
 
 
 def _shuffled(paths: Sequence[Input], category: Mapping[Input, str], seed: int) -> list[Input]:

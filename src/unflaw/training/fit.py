@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unflaw import registry
 from unflaw._version import __version__
 from unflaw.calibration.crossfit import cross_fit, find_outliers, fit_normalization, leave_one_out, score_held_out
 from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
 from unflaw.config import Config, Weights
 from unflaw.datasets.samples import SHORT, content_keys, digest
 from unflaw.errors import TrainingError
-from unflaw.features.cache import Cache, Source, build_cache
+from unflaw.features.cache import MINIMUM, Cache, Source, build_cache
 from unflaw.features.extractor import PixelExtractor
 from unflaw.io.progress import Progress, silent
 from unflaw.io.words import count
@@ -32,6 +33,7 @@ from unflaw.methods.synthesis import texture_images
 from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 from unflaw.training.canvas import fit_canvas
 from unflaw.training.decoder import fit_display
+from unflaw.training.few import few_config, fit_few, read_views
 from unflaw.training.loop import seeded, step_rng, train
 from unflaw.training.splits import (
     Category,
@@ -83,9 +85,13 @@ def fit(
     started, settings = time.perf_counter(), config.training
 
     # Select: decide which images take part. Of copies, one counts: a training image must not calibrate as well.
-    given, validation, category_of = resolve_data(data)
-    images, validation, copies = without_copies(given, validation, category_of, content_keys(category_of))
+    found, validation, category_of = resolve_data(data)
+    images, validation, copies = without_copies(found, validation, category_of, content_keys(category_of))
     config, canvas = fit_canvas(config, images)
+    few = len({category_of[path] for path in images}) == 1 and len(images) < MINIMUM
+    few = few and not registry.method_class(config.method).on_pixels
+    if few:
+        config, progress = few_config(config), silent
     with seeded(settings.seed):  # the same start, however often `fit` is called
         network = create(config, Weights.LATER).eval()
     network.features.backbone = backbone
@@ -98,25 +104,30 @@ def fit(
         preparation=config.preparation,
         budget=settings.cache_gb * 2**30,
         categories=category_of,
-        source=source,
         group=group,
     )
     calibrated = {category_of[path] for path in images} <= {category_of[path] for path in validation}
     held_out = 0.0 if calibrated or config.calibration.folds else config.calibration.holdout
     with group.hosting(backbone):
         try:
-            cache = build(images, seed=settings.seed, held_out=held_out, progress=progress)
+            given = read_views(network.features, config.preparation, settings.seed) if few else source
+            cache = build(images, seed=settings.seed, held_out=held_out, progress=progress, source=given)
         except TrainingError as error:
             if not copies:
                 raise
             does = "does" if len(copies) == 1 else "do"
             copied = "1 file is a copy" if len(copies) == 1 else f"{len(copies)} files are copies"
             raise TrainingError(f"{error}; {copied} of others and {does} not count") from error
-        held = build(validation, fit=False) if validation else None
+        held = build(validation, fit=False, source=source) if validation else None
         embedded = network.embed(torch.from_numpy(np.stack(textures))) if textures else None
     cached = time.perf_counter()
 
-    fitted = fit_cached(network, cache, held, textures=embedded, progress=progress, checkpoint=checkpoint, group=group)
+    if few:
+        fitted = _fit_few(network, cache, held)
+    else:
+        fitted = fit_cached(
+            network, cache, held, textures=embedded, progress=progress, checkpoint=checkpoint, group=group
+        )
 
     contents = cache.content_of() | (held.content_of() if held else {})
     processes = f", {group.size} processes" if group.size > 1 else ""
@@ -126,7 +137,7 @@ def fit(
         "machine": f"{platform.machine()}, {count(torch.get_num_threads(), 'thread')}{processes}",
         "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "weights": weights,
-        "good_images": cache.count,
+        "good_images": len(set(cache.paths)),
         "digest": digest(dict.fromkeys(cache.paths), contents),
         "seen": sorted(content[:SHORT] for content in contents.values()),
         **({"canvas": canvas} if canvas else {}),
@@ -139,6 +150,22 @@ def fit(
         },
     }
     return Fitted(fitted.network, fitted.display, fitted.categories, record)
+
+
+def _fit_few(network: Method, cache: Cache, validation: Cache | None) -> Fitted:
+    """`fit_cached` for fewer than `MINIMUM` images and their views. A validation part calibrates as usual."""
+    options, name = network.config.calibration, cache.categories[0]
+    calibration = fit_few(network, cache)
+    if validation is not None:
+        rng = step_rng(network.config.training.seed, 2**31 + 1)
+        scores, learned_too = score_held_out(network, validation, options, rng, random=False)
+        calibration = scores.calibrate(options, out_of_fold=learned_too)
+    reference = build_drift_reference(cache, range(len(cache)), validation, network.config.training.seed)
+    category = Category(calibration, network.with_category(network.category_state()), reference)
+    held = {"held_out": 0 if validation is None else validation.count}
+    counts = {"categories": {name: {"good_images": len(set(cache.paths)), **held}}} if name else {}
+    record = {"history": [], **held, "strangest": [], "strangest_among": ALL, **counts}
+    return Fitted(network, None, {name: category}, record)
 
 
 def fit_cached(
