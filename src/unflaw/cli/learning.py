@@ -46,7 +46,8 @@ def train(
     out: Annotated[Path, typer.Option(help="Output detector file (.safetensors).")],
     method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
     profile: Annotated[
-        str, typer.Option(help="Profile of settings: cpu, paper, or restoration (uranet and mfrnet without memories).")
+        str,
+        typer.Option(help="Profile of settings: cpu, paper, dino, or restoration (uranet, mfrnet without memories)."),
     ] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,
@@ -158,7 +159,8 @@ def fleet(
     out: Annotated[Path, typer.Option(help="Output folder: CATEGORY.safetensors, fleet.md, .csv and .json.")],
     method: Annotated[str, typer.Option(help=METHODS)] = "uranet",
     profile: Annotated[
-        str, typer.Option(help="Profile of settings: cpu, paper, or restoration (uranet and mfrnet without memories).")
+        str,
+        typer.Option(help="Profile of settings: cpu, paper, dino, or restoration (uranet, mfrnet without memories)."),
     ] = "cpu",
     backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
     weights: WeightFile = None,

@@ -131,7 +131,9 @@ def benchmark(
         list[str] | None, typer.Option(help="Canvas in pixels: 256, or width x height as 512x224; may be repeated.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds: 0 to SEEDS - 1; by default 3.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Profile: cpu, paper, or restoration (uranet, mfrnet).")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Profile: cpu, paper, dino, restoration (uranet, mfrnet).")
+    ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of all methods that have it.")] = None,
     peer: Annotated[
         list[str] | None,

@@ -211,7 +211,7 @@ class ExperimentRunner:
     def __init__(self, folder: Path, weights: WeightSource = None, limit: float | None = None) -> None:
         self.folder, self.weights, self.limit = folder, weights, limit
         self._extractors: dict[tuple[Any, ...], tuple[Extractor, str]] = {}
-        self._backbones: dict[tuple[str, tuple[int, ...]], tuple[nn.Module, str]] = {}
+        self._backbones: dict[tuple[Any, ...], tuple[nn.Module, str]] = {}
         self._last: tuple[Path, FeatureFile] | None = None
         self._fingerprints: dict[Dataset, str] = {}
 
@@ -279,10 +279,10 @@ class ExperimentRunner:
         return self._extractors[key]
 
     def _backbone(self, config: Config) -> tuple[nn.Module, str]:
-        key = config.features.backbone, config.features.levels
+        key = config.features.backbone, config.features.levels, config.preparation.canvas
         if key not in self._backbones:
             with seeded(0):
-                backbone = FeatureExtractor(config.features, self.weights).backbone
+                backbone = FeatureExtractor(config.features, self.weights, config.preparation.canvas).backbone
             digest = hashlib.sha256()
             for tensor in backbone.state_dict().values():
                 digest.update(tensor.contiguous().numpy().tobytes())

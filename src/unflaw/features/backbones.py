@@ -12,6 +12,8 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from unflaw.config import Weights, WeightSource
@@ -29,8 +31,17 @@ class WeightsError(RuntimeError):
     """Weights for a backbone are missing or do not fit. The message names the remedies."""
 
 
-def create_backbone(name: str, levels: tuple[int, ...], weights: WeightSource = None) -> nn.Module:
+def create_backbone(
+    name: str, levels: tuple[int, ...], weights: WeightSource = None, canvas: tuple[int, int] | None = None
+) -> nn.Module:
     """Creates a timm backbone that returns the given levels, with weights loaded.
+
+    Args:
+        name: Any timm model that supports `features_only`.
+        levels: Indices of its levels; of a plain vision transformer, of its blocks.
+        weights: See `FeatureExtractor`.
+        canvas: Width and height in pixels. A plain vision transformer is made for images of `patched_shape`, and its
+            learned positions are resampled when weights are loaded. Other backbones do not need it.
 
     Raises:
         WeightsError: Unknown backbone, missing or unfitting weights.
@@ -46,20 +57,26 @@ def create_backbone(name: str, levels: tuple[int, ...], weights: WeightSource = 
         there = _levels(name)
         remedy = f"it has 0 to {there - 1}, name some with --levels" if there else "choose another --backbone"
         raise WeightsError(f"{name} does not give the levels {', '.join(map(str, levels))}; {remedy}") from error
+    made_for: dict[str, Any] = {}
+    if canvas is not None and (patch := patch_of(model)):
+        made_for["img_size"] = patched_shape(canvas, patch)
+        model = timm.create_model(name, features_only=True, out_indices=levels, pretrained=False, **made_for)
     if isinstance(weights, Weights):
         return model
     if weights is None and not _package_file(name):
-        return _from_hub(name, levels)
+        return _from_hub(name, levels, made_for)
     state, source = (_read_state(Path(weights)), weights) if weights else (_package_state(name), _package_file(name))
     try:
-        missing, _ = model.load_state_dict(state, strict=False)
-        if missing and not (missing := _absent(name, state)):  # some models have other names with `features_only`
+        missing = _absent(name, state) if made_for else model.load_state_dict(state, strict=False)[0]
+        # timm's own way of loading resamples positions, and knows other names that some models have here
+        if not missing if made_for else missing and not (missing := _absent(name, state)):
             model = timm.create_model(
                 name,
                 features_only=True,
                 out_indices=levels,
                 pretrained=True,
                 pretrained_cfg_overlay={"state_dict": state},
+                **made_for,
             )
             cast(dict, model.pretrained_cfg).pop("state_dict")
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -77,10 +94,24 @@ def _absent(name: str, state: Mapping[str, Tensor]) -> list[str]:
     return [key for key in model.state_dict() if key not in state and not key.startswith(classifier)]
 
 
+def patch_of(backbone: nn.Module) -> int | None:
+    """Side of the patches of a plain vision transformer, such as DINOv2 and DINOv3, in pixels; None for others."""
+    inner: Any = getattr(backbone, "model", backbone)
+    if not isinstance(inner, VisionTransformer | Eva):
+        return None
+    return int(inner.patch_embed.patch_size[0])
+
+
+def patched_shape(canvas: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Rows and columns of pixels that can be cut into patches, next to those of a canvas (width, height)."""
+    width, height = (max(1, round(side / patch)) * patch for side in canvas)
+    return height, width
+
+
 def check_size(backbone: nn.Module, name: str, canvas: tuple[int, int]) -> None:
     """Raises: WeightsError: The backbone takes images of another size only."""
     cfg: Any = getattr(backbone, "pretrained_cfg", {})
-    if not cfg.get("fixed_input_size"):
+    if not cfg.get("fixed_input_size") or patch_of(backbone):
         return
     try:
         with torch.no_grad():
@@ -101,9 +132,9 @@ def _levels(name: str) -> int:
         return 0
 
 
-def _from_hub(name: str, levels: tuple[int, ...]) -> nn.Module:
+def _from_hub(name: str, levels: tuple[int, ...], made_for: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(name, features_only=True, out_indices=levels, pretrained=True)
+        return timm.create_model(name, features_only=True, out_indices=levels, pretrained=True, **made_for)
     except Exception as error:  # errors of the hub's client vary
         raise WeightsError(
             f"no weights for {name}: the hub gave none ({type(error).__name__}: {str(error).splitlines()[0][:120]}). "

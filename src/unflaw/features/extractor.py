@@ -14,7 +14,7 @@ from timm.layers.format import Format
 from torch import Tensor, nn
 
 from unflaw.config import Features, WeightSource
-from unflaw.features.backbones import check_size, create_backbone
+from unflaw.features.backbones import check_size, create_backbone, patch_of, patched_shape
 from unflaw.imaging.tiling import grid_shape
 from unflaw.io.words import count
 
@@ -48,9 +48,11 @@ class FeatureExtractor(nn.Module):
         self.config = config
         canvas = (size, size) if isinstance(size, int) else size or (1, 1)
         self.shape = grid_shape(config.grid, canvas, math.gcd(config.grid, 4))
-        self.backbone = create_backbone(config.backbone, config.levels, weights).eval().requires_grad_(False)
-        if size is not None:
+        known = None if size is None else canvas
+        self.backbone = create_backbone(config.backbone, config.levels, weights, known).eval().requires_grad_(False)
+        if known is not None:
             check_size(self.backbone, config.backbone, canvas)
+        self._patch = patch_of(self.backbone)
         self._channels_last = getattr(self.backbone, "output_fmt", None) == Format.NHWC  # as windowed transformers do
         self.backbone.to(memory_format=torch.channels_last)
         feature_info: Any = self.backbone.feature_info
@@ -73,7 +75,12 @@ class FeatureExtractor(nn.Module):
     @torch.no_grad()
     def aggregate(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → (N, C_raw, g, g): smooths and resizes each level (see `resize`)."""
-        x = ((images - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
+        x = (images - self.mean) / self.deviation
+        if self._patch is not None:  # a transformer takes whole patches
+            whole = patched_shape((images.shape[3], images.shape[2]), self._patch)
+            if whole != tuple(images.shape[2:]):
+                x = F.interpolate(x, whole, mode="bilinear", align_corners=False)
+        x = x.contiguous(memory_format=torch.channels_last)
         k = self.config.smooth
         place = next(self.backbone.parameters()).device  # in training, only the backbone may be on another device
         given = self.backbone(x.to(place))

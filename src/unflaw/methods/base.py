@@ -33,6 +33,12 @@ PAPER: dict[str, Any] = {
     "training.batch": 16,
     "training.learning_rate": 1e-4,
 }
+# A vision transformer: patches of 14 pixels give the same 32 × 32 cells. Blocks and size are ours, and not measured.
+DINO: dict[str, Any] = {
+    "features.backbone": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "features.levels": (3, 7, 11),
+    "preparation.size": 448,
+}
 LEVEL_VARIANTS = (
     ("level-1: features.levels=[1]", "the finest level alone"),
     ("level-2: features.levels=[2]", "the middle level alone"),
@@ -89,7 +95,7 @@ class Method(nn.Module, ABC):
     """
 
     options_class: ClassVar[type[MethodOptions]]
-    profiles: ClassVar[dict[str, dict[str, Any]]] = {"cpu": {}, "paper": PAPER}
+    profiles: ClassVar[dict[str, dict[str, Any]]] = {"cpu": {}, "paper": PAPER, "dino": DINO}
     variants: ClassVar[tuple[tuple[str, str], ...]] = ()
     on_pixels: ClassVar[bool] = False
     normalization_buffers: ClassVar[tuple[str, ...]] = ("normal", "normal_scores", "patch_weight")

@@ -29,7 +29,7 @@ from torch import Generator, Tensor, nn
 
 from unflaw.config import Config, MethodOptions, WeightSource
 from unflaw.io.words import count
-from unflaw.methods.base import LEVEL_VARIANTS, PAPER, Batch, Inspection, Method
+from unflaw.methods.base import DINO, LEVEL_VARIANTS, PAPER, Batch, Inspection, Method
 from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
 from unflaw.methods.layers import (
     Attention,
@@ -275,13 +275,17 @@ class RestorationNetwork(nn.Module):
 RESTORATION: dict[str, Any] = {"network.prototypes": 0, "network.regional_prototypes": 0}
 
 
+CPU: dict[str, Any] = {"training.steps": 150, "training.batch": 8, "training.learning_rate": 2e-3}
+
+
 class MFRNet(Method):
     """Assembly; see the module. The hybrid loss of every cell is the anomaly map, beside the distance to the memory."""
 
     options_class = MFRNetOptions
     options: MFRNetOptions
     profiles = {  # noqa: RUF012
-        "cpu": {"training.steps": 150, "training.batch": 8, "training.learning_rate": 2e-3},
+        "cpu": CPU,
+        "dino": CPU | DINO,
         "restoration": RESTORATION | {"training.steps": 1500, "training.batch": 8, "training.learning_rate": 4e-3},
         "paper": PAPER
         | RESTORATION

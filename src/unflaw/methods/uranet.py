@@ -30,7 +30,7 @@ from torch import Generator, Tensor, nn
 
 from unflaw.config import Config, MethodOptions, Settings, WeightSource
 from unflaw.features.extractor import FeatureExtractor
-from unflaw.methods.base import LEVEL_VARIANTS, PAPER, Batch, Inspection, Method
+from unflaw.methods.base import DINO, LEVEL_VARIANTS, PAPER, Batch, Inspection, Method
 from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
 from unflaw.methods.layers import BayesianConv2d, to_grid, to_tokens
 from unflaw.methods.restoration_attention import RAM, Restoration
@@ -148,6 +148,9 @@ RESTORATION: dict[str, Any] = {
 }
 
 
+CPU: dict[str, Any] = {"training.steps": 200, "training.batch": 8, "training.learning_rate": 1e-3}
+
+
 class URANet(Method):
     """Assembly; see the module."""
 
@@ -155,7 +158,8 @@ class URANet(Method):
     options: URANetOptions
     normalization_buffers = (*Method.normalization_buffers, "perception.thresholds")
     profiles = {  # noqa: RUF012
-        "cpu": {"training.steps": 200, "training.batch": 8, "training.learning_rate": 1e-3},
+        "cpu": CPU,
+        "dino": CPU | DINO,
         "restoration": RESTORATION
         | {
             "network.restoration.regional": True,

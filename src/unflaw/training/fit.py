@@ -23,6 +23,7 @@ from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
 from unflaw.config import Config, Weights
 from unflaw.datasets.samples import SHORT, content_keys, digest
 from unflaw.errors import TrainingError
+from unflaw.features.backbones import patch_of
 from unflaw.features.cache import MINIMUM, Cache, Source, build_cache
 from unflaw.features.extractor import PixelExtractor
 from unflaw.io.progress import Progress, silent
@@ -87,7 +88,9 @@ def fit(
     # Select: decide which images take part. Of copies, one counts: a training image must not calibrate as well.
     found, validation, category_of = resolve_data(data)
     images, validation, copies = without_copies(found, validation, category_of, content_keys(category_of))
-    config, canvas = fit_canvas(config, images)
+    canvas = ""
+    if patch_of(backbone) is None:  # positions of plain transformers were resampled for the canvas of the configuration
+        config, canvas = fit_canvas(config, images)
     few = len({category_of[path] for path in images}) == 1 and len(images) < MINIMUM
     few = few and not registry.method_class(config.method).on_pixels
     if few:
