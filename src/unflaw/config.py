@@ -41,7 +41,9 @@ class Settings(BaseModel):
 class Features(Settings):
     """Frozen backbone and aggregation."""
 
-    backbone: str = Field("tf_efficientnet_lite0", description="any timm model that supports features_only")
+    backbone: str = Field(
+        "tf_efficientnet_lite0", description="any timm model that supports features_only, or two or more, as in a+b"
+    )
     levels: tuple[Annotated[int, Field(ge=0, le=64)], ...] = Field(
         (1, 2, 3), min_length=1, max_length=64, description="timm feature indices; 1, 2, 3 have strides 4, 8, 16"
     )
@@ -182,7 +184,7 @@ class Weights(enum.Enum):
     LATER = "later"  # untrained: weights come with a detector file, or with another backbone
 
     @classmethod
-    def parse(cls, text: str | Path | None) -> WeightSource:
+    def parse(cls, text: str | Path | None) -> OneWeightSource:
         """Parses weights of the command line and of grids: `random` is RANDOM, `./random` is a file."""
         return cls.RANDOM if text == cls.RANDOM.value else text
 
@@ -191,12 +193,16 @@ class Weights(enum.Enum):
         """Returns the name of a source: "default", "random", "later" or its path; if `short`, its file name."""
         if source is None or isinstance(source, Weights):
             return "default" if source is None else source.value
+        if isinstance(source, Mapping):
+            return "+".join(f"{backbone}={Weights.name_of(own, short)}" for backbone, own in source.items())
         name = Path(source).name if short else str(source)
         return f"./{name}" if name in ("default", *(known.value for known in Weights)) else name
 
 
 # Backbone weights: a file (.safetensors or .pth), or None: an installed package, else the hub of timm.
-WeightSource = str | Path | Weights | None
+OneWeightSource = str | Path | Weights | None
+# Those of several backbones by name; backbones that are not named have the default.
+WeightSource = OneWeightSource | Mapping[str, OneWeightSource]
 
 
 def make_config(method: str = "uranet", profile: str = "cpu", changes: dict[str, Any] | None = None) -> Config:

@@ -364,7 +364,10 @@ def test_the_packaged_weights_are_what_is_loaded():
     made = FeatureExtractor(Features())
     first = next(iter(packaged.values()))
     assert torch.equal(next(made.backbone.parameters()), first)
-    assert made.mean.flatten().tolist() == made.deviation.flatten().tolist() == [0.5] * 3
+    seen = []
+    made.backbone.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    made.aggregate(torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64))
+    assert seen[0][0, :, 0, 0].tolist() == [-1, 0, 1]  # its own mean and deviation are .5
 
 
 @needs_package
@@ -454,10 +457,9 @@ def test_levels_with_channels_last_are_those_of_the_whole_model(windowed):
     assert raw.shape == (2, 192 + 384, 14, 14)
     whole = timm.create_model(WINDOWED, pretrained=False).eval()
     whole.load_state_dict(load_file(windowed))
+    mean, deviation = (torch.tensor(whole.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
-        found = whole.forward_intermediates(
-            (images - extractor.mean) / extractor.deviation, indices=[1, 2], intermediates_only=True
-        )
+        found = whole.forward_intermediates((images - mean) / deviation, indices=[1, 2], intermediates_only=True)
     expected = torch.cat([resize(found[0], (14, 14)), found[1]], 1)
     torch.testing.assert_close(raw, expected, atol=1e-4, rtol=1e-4)
     assert "state_dict" not in extractor.backbone.pretrained_cfg

@@ -11,18 +11,10 @@ from torch import Generator, Tensor
 
 from unflaw.config import Weights, make_config
 from unflaw.detector import Detector
+from unflaw.methods.crossed_masks import HybridBlock, MFRNetOptions, RestorationNetwork, crossed_masks
 from unflaw.methods.feature_set import FeatureSet
 from unflaw.methods.layers import gradient_magnitude_similarity, ssim_map
-from unflaw.methods.mfrnet import (
-    SCALES,
-    STABLE,
-    WINDOW,
-    HybridBlock,
-    MFRNet,
-    MFRNetOptions,
-    RestorationNetwork,
-    crossed_masks,
-)
+from unflaw.methods.mfrnet import SCALES, STABLE, WINDOW, MFRNet
 from unflaw.training.loop import optimise
 
 pytestmark = pytest.mark.slow

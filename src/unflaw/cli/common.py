@@ -17,6 +17,7 @@ from unflaw import registry
 from unflaw.parallel.launch import report_failure
 
 if TYPE_CHECKING:
+    from unflaw.config import WeightSource
     from unflaw.datasets import Dataset
     from unflaw.detector import Detector
     from unflaw.inference.base import BasePredictor
@@ -60,11 +61,18 @@ Several = Annotated[
 METHODS = f"Method: {', '.join(registry.names())}."
 
 WeightFile = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--weights",
         metavar="FILE",
-        help="Backbone weights (.safetensors or .pth), or random for random weights (./random is a file).",
+        help="Backbone weights (.safetensors or .pth), or random for random weights (./random is a file). "
+        "Of several backbones: NAME=FILE, may be repeated.",
+    ),
+]
+BackboneNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backbone", help="Backbone: any timm model that supports features_only. Repeated: several see each image."
     ),
 ]
 Size = Annotated[
@@ -139,6 +147,26 @@ def said(text: object) -> str:
     """Escapes what is not printable, such as terminal control codes or bytes that are no UTF-8 in file names."""
     legible = str(text).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in legible)
+
+
+def weights_of(given: list[str] | None, backbone: str) -> WeightSource:
+    """Parses `--weights`: a file or `random`, or NAME=FILE for each of several backbones, which `backbone` joins by +.
+
+    Raises:
+        ValueError: Several weights of one backbone, or without the names of theirs.
+    """
+    from unflaw.config import OneWeightSource, Weights
+
+    names = backbone.split("+")
+    by_name: dict[str, OneWeightSource] = {}
+    for text in given or []:
+        name, equals, file = text.partition("=")
+        if not (equals and name in names):
+            if len(given or []) > 1:
+                raise ValueError(f"--weights {text}: of several, each needs its backbone, as in {names[0]}=FILE")
+            return Weights.parse(text)
+        by_name[name] = Weights.parse(file)
+    return by_name or None
 
 
 def report_problems(problems: Any) -> None:

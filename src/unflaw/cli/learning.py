@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from unflaw.cli.common import (
     METHODS,
+    BackboneNames,
     Category,
     Several,
     Size,
@@ -27,6 +29,7 @@ from unflaw.cli.common import (
     report_problems,
     said,
     setting_of,
+    weights_of,
     writable,
 )
 from unflaw.io.words import count
@@ -49,7 +52,7 @@ def train(
         str,
         typer.Option(help="Profile of settings: cpu, paper, dino, or restoration (uranet, mfrnet without memories)."),
     ] = "cpu",
-    backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
+    backbone: BackboneNames = None,
     weights: WeightFile = None,
     levels: Annotated[str | None, typer.Option(help="Feature levels, such as 1,2,3.")] = None,
     size: Size = None,
@@ -75,7 +78,7 @@ def train(
     Example:  unflaw train --data parts/good --out parts.safetensors
     """
     changes: dict[str, Any] = {
-        "features.backbone": backbone,
+        "features.backbone": "+".join(backbone) if backbone else None,
         "features.levels": levels_of(levels),
         "preparation.size": size,
         "preparation.fit": fit,
@@ -98,7 +101,7 @@ def train(
         return "stopped before a step was saved; the same command starts over"
 
     with errors(stopped):
-        from unflaw.config import Weights, make_config
+        from unflaw.config import make_config
         from unflaw.io.files import holding, steps_of
 
         config = make_config(method, profile, changes | dict(map(setting_of, setting or [])))
@@ -133,7 +136,7 @@ def train(
                 report_dataset_problems(datasets)
                 if not resume:
                     checkpoint.unlink(missing_ok=True)
-            detector = Detector(config=config, weights=Weights.parse(weights))
+            detector = Detector(config=config, weights=weights_of(weights, config.features.backbone))
             if textures and not detector.network.uses_textures:
                 raise ValueError(
                     f"--textures {textures}: {method} uses no textures with these settings; leave --textures out"
@@ -162,7 +165,7 @@ def fleet(
         str,
         typer.Option(help="Profile of settings: cpu, paper, dino, or restoration (uranet, mfrnet without memories)."),
     ] = "cpu",
-    backbone: Annotated[str | None, typer.Option(help="Backbone: any timm model that supports features_only.")] = None,
+    backbone: BackboneNames = None,
     weights: WeightFile = None,
     size: Size = None,
     seed: Annotated[int | None, typer.Option(help="Random seed; same seed, same machine: same detectors.")] = None,
@@ -182,7 +185,7 @@ def fleet(
     Example:  unflaw fleet products --out detectors --method nearest_neighbor
     """
     changes: dict[str, Any] = {
-        "features.backbone": backbone,
+        "features.backbone": "+".join(backbone) if backbone else None,
         "preparation.size": size,
         "training.seed": seed,
         "calibration.false_alarm_rate": rate,
@@ -193,7 +196,7 @@ def fleet(
             raise ValueError(f"--engine {engine}: choose processes or ray")
         if address is not None and engine != "ray":
             raise ValueError("--address needs a Ray cluster; add --engine ray")
-        from unflaw.config import Weights, make_config
+        from unflaw.config import make_config
         from unflaw.experiments.per_category import (
             WorkerConfig,
             members,
@@ -204,14 +207,17 @@ def fleet(
         )
 
         changes |= dict(map(setting_of, setting or []))
-        source = Weights.parse(weights)
         if engine == "ray":  # its workers have other working folders
             data, out = data.absolute(), out.absolute()
             cache = cache and cache.absolute()
-            source = Path(source).absolute() if isinstance(source, str) else source
             if textures := changes.get("training.textures"):
                 changes["training.textures"] = str(Path(str(textures)).absolute())
         config = make_config(method, profile, changes)
+        source = weights_of(weights, config.features.backbone)
+        if engine == "ray":
+            named = source if isinstance(source, Mapping) else {"": source}
+            absolute = {name: Path(own).absolute() if isinstance(own, str) else own for name, own in named.items()}
+            source = absolute if isinstance(source, Mapping) else absolute[""]
         found, failed = members(data)
         report_dataset_problems(found)
         from unflaw.detector import Detector

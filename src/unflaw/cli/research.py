@@ -97,6 +97,8 @@ def ablate(
             for item in variants:
                 typer.echo(f"{item.name}: {item.overrides}\n    {item.why}")
             return
+        if len(weights or []) > 1:
+            raise ValueError("weights of several backbones: use `unflaw benchmark --backbone A=FILE+B=FILE`")
         if not data or out is None:
             raise ValueError("name the data with --data and a folder for the results with --out")
         from unflaw.experiments.grid import read_grid
@@ -105,7 +107,7 @@ def ablate(
             "methods": [method],
             "data": data,
             "variants": [*(item.name for item in variants if item in named(method)), *(variant or [])],
-            "backbones": [f"{backbone or ''}={weights or ''}"],
+            "backbones": [f"{backbone or ''}={(weights or [''])[0]}"],
             "seeds": seeds,
             # the decoder that draws restored images takes no part in any figure
             "settings": {"training.display_steps": 0} | dict(map(setting_of, setting or [])),
@@ -125,7 +127,10 @@ def benchmark(
         typer.Option(help="Named variant, or 'name: setting=value; …', beside full; may be repeated."),
     ] = None,
     backbone: Annotated[
-        list[str] | None, typer.Option(help="Any timm model, or MODEL=WEIGHTS with a file or random; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Any timm model, or MODEL=WEIGHTS with a file or random; A+B: both at once. May be repeated."
+        ),
     ] = None,
     size: Annotated[
         list[str] | None, typer.Option(help="Canvas in pixels: 256, or width x height as 512x224; may be repeated.")

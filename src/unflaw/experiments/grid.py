@@ -32,7 +32,9 @@ class Grid(BaseModel):
     methods: list[str] = ["uranet"]
     data: list[Path] = Field(min_length=1)
     variants: list[str] = Field([], description="names, or 'name: setting=value; …'; full is always there")
-    backbones: list[str] = Field([], description="NAME or NAME=WEIGHTS, a file or random; none: the default one")
+    backbones: list[str] = Field(
+        [], description="NAME or NAME=WEIGHTS, a file or random, or several joined by +; none: the default one"
+    )
     sizes: list[int | str] = Field([], description="256, or 512x224, in pixels; none: the default one")
     seeds: int = Field(3, ge=1, le=10_000, description="the seeds 0 to seeds - 1")
     profile: str = "cpu"
@@ -151,6 +153,8 @@ def _beside(folder: Path, field: str, text: str) -> str:
     """The path of a data set, or `NAME` or `NAME=WEIGHTS` of a backbone, with paths as seen from here."""
     if field == "data":
         return str(folder / text)
+    if len(parts := text.split("+")) > 1 and not (folder / text.partition("=")[2]).is_file():
+        return "+".join(_beside(folder, field, part) for part in parts)
     name, equals, path = text.partition("=")
     if not equals or path == Weights.RANDOM.value or not ("/" in path or (folder / path).exists()):
         return text
@@ -167,7 +171,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
 
     _check(grid, datasets)
     settings, variants = _settings(grid), _variants(grid)
-    backbones = [backbone.partition("=")[::2] for backbone in grid.backbones] or [("", "")]
+    backbones = [_names_and_weights(backbone) for backbone in grid.backbones] or [("", "")]
     runners: dict[str, ExperimentRunner] = {}  # by weights
     runs: dict[tuple[Any, ...], Run] = {}
     for dataset, method in product(datasets, variants):
@@ -187,7 +191,7 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
                 good = [sample.path for sample in dataset.train]
                 cell, config = fit_canvas(cell, good)[0], fit_canvas(config, good)[0]
             file = "" if _on_pixels(trained) else weights
-            runner = runners.setdefault(file, ExperimentRunner(Path(), Weights.parse(file or None)))
+            runner = runners.setdefault(file, ExperimentRunner(Path(), _weight_source(file, name)))
             digest = _digest(runner, variant, config, dataset)
             if peer:
                 digest = hashlib.sha256(json.dumps([digest, *peer[:2]], sort_keys=True).encode()).hexdigest()
@@ -207,6 +211,22 @@ def plan(grid: Grid, datasets: Sequence[Dataset]) -> list[Run]:
             if runs.setdefault((*run.row, seed), run).digest != digest:
                 raise ValueError(f"{name}: has two weight files; a table holds one, give each an --out of its own")
     return list(runs.values())
+
+
+def _names_and_weights(text: str) -> tuple[str, str]:
+    """`A`, `A=FILE` and `A=FILE+B` as names joined by + and the text of their weights; "" for the default ones."""
+    parts = [part.partition("=")[::2] for part in text.split("+")]
+    first, _, weights = text.partition("=")
+    if len(parts) == 1 or not all(name for name, _ in parts) or (weights and Path(weights).exists()):
+        return first, weights
+    return "+".join(name for name, _ in parts), "+".join(f"{n}={w}" for n, w in parts if w)
+
+
+def _weight_source(text: str, name: str) -> WeightSource:
+    """The weights of `_names_and_weights`."""
+    if "+" not in name or not text:
+        return Weights.parse(text or None)
+    return {own: Weights.parse(file) for own, _, file in (part.partition("=") for part in text.split("+"))}
 
 
 def _on_pixels(method: str) -> bool:
@@ -240,6 +260,8 @@ def _check(grid: Grid, datasets: Sequence[Dataset]) -> None:
     if grid.peers:
         from unflaw.peers import INSTALL, LEVELS
 
+        if several := [text for text in grid.backbones if "+" in _names_and_weights(text)[0]]:
+            raise ValueError(f"backbone {several[0]}: anomalib's methods take one; leave --peer out, or name one")
         if unknown := [peer for peer in grid.peers if peer not in LEVELS]:
             raise ValueError(f"unknown peer {unknown[0]!r}; there are {', '.join(LEVELS)}")
         if grid.peer_python is None:

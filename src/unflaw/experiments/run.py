@@ -164,6 +164,7 @@ def _measure_peer(run: Run, progress: Progress) -> dict[str, Any]:
     from unflaw.peers import run_peer
 
     assert run.peer is not None
+    assert not isinstance(run.weights, Mapping)  # `plan` refuses several backbones
     method, options, python = run.peer
     done = run_peer(
         python,

@@ -10,13 +10,15 @@ from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers.format import Format
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from unflaw.config import Weights, WeightSource
+from unflaw.config import OneWeightSource, Weights, WeightSource
 from unflaw.io.words import count
 
 # Packages with ImageNet weights, as `backbone: (package, path of the weight file inside)`. Their tensors have the order
@@ -31,8 +33,63 @@ class WeightsError(RuntimeError):
     """Weights for a backbone are missing or do not fit. The message names the remedies."""
 
 
-def create_backbone(
+class Backbones(nn.ModuleList):
+    """Several backbones that see the same images; levels of one follow those of another."""
+
+
+def create_backbones(
     name: str, levels: tuple[int, ...], weights: WeightSource = None, canvas: tuple[int, int] | None = None
+) -> nn.Module:
+    """Creates the backbone of a name, or `Backbones` of names joined by `+`.
+
+    Args:
+        name, levels, canvas: See `create_backbone`; all backbones give the same levels.
+        weights: See `create_backbone`; of several backbones, a mapping by name.
+
+    Raises:
+        WeightsError: See `create_backbone`, or weights do not say which backbone they are of.
+    """
+    names = name.split("+")
+    by_name = weights if isinstance(weights, Mapping) else {}
+    if unknown := [other for other in by_name if other not in names]:
+        raise WeightsError(f"there are weights of {unknown[0]}, which is none of the backbones {', '.join(names)}")
+    if len(names) > 1 and isinstance(weights, str | Path):
+        raise WeightsError(f"{weights}: of which of {', '.join(names)}? Give --weights {names[0]}={weights}")
+    if len(set(names)) < len(names):
+        raise WeightsError(f"{name}: a backbone is named twice; name each once")
+    common = None if isinstance(weights, Mapping) else weights
+    made = [create_backbone(each, levels, by_name.get(each, common), canvas) for each in names]
+    return made[0] if len(made) == 1 else Backbones(made)
+
+
+def level_channels(backbone: nn.Module) -> list[list[int]]:
+    """Channels of the levels of each backbone."""
+    if isinstance(backbone, Backbones):
+        return [level_channels(part)[0] for part in backbone]
+    feature_info: Any = backbone.feature_info
+    return [list(feature_info.channels())]
+
+
+def compute_levels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """Levels (N, C, h, w) of images (N, 3, H, W) in [0, 1], normalised as each backbone was trained."""
+    if isinstance(backbone, Backbones):
+        return [level for part in backbone for level in compute_levels(part, images)]
+    cfg: Any = backbone.pretrained_cfg
+    mean, deviation = (images.new_tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    x = (images - mean) / deviation
+    if patch := patch_of(backbone):  # a transformer takes whole patches
+        whole = patched_shape((images.shape[3], images.shape[2]), patch)
+        if whole != tuple(images.shape[2:]):
+            x = F.interpolate(x, whole, mode="bilinear", align_corners=False)
+    place = next(backbone.parameters()).device  # in training, only the backbone may be on another device
+    levels = backbone(x.contiguous(memory_format=torch.channels_last).to(place))
+    if getattr(backbone, "output_fmt", None) == Format.NHWC:  # as windowed transformers do
+        levels = [level.permute(0, 3, 1, 2) for level in levels]
+    return levels
+
+
+def create_backbone(
+    name: str, levels: tuple[int, ...], weights: OneWeightSource = None, canvas: tuple[int, int] | None = None
 ) -> nn.Module:
     """Creates a timm backbone that returns the given levels, with weights loaded.
 
@@ -96,6 +153,8 @@ def _absent(name: str, state: Mapping[str, Tensor]) -> list[str]:
 
 def patch_of(backbone: nn.Module) -> int | None:
     """Side of the patches of a plain vision transformer, such as DINOv2 and DINOv3, in pixels; None for others."""
+    if isinstance(backbone, Backbones):
+        return next(filter(None, map(patch_of, backbone)), None)
     inner: Any = getattr(backbone, "model", backbone)
     if not isinstance(inner, VisionTransformer | Eva):
         return None
@@ -110,6 +169,10 @@ def patched_shape(canvas: tuple[int, int], patch: int) -> tuple[int, int]:
 
 def check_size(backbone: nn.Module, name: str, canvas: tuple[int, int]) -> None:
     """Raises: WeightsError: The backbone takes images of another size only."""
+    if isinstance(backbone, Backbones):
+        for part, own in zip(backbone, name.split("+"), strict=True):
+            check_size(part, own, canvas)
+        return
     cfg: Any = getattr(backbone, "pretrained_cfg", {})
     if not cfg.get("fixed_input_size") or patch_of(backbone):
         return

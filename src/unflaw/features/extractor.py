@@ -6,15 +6,13 @@ The backbone is frozen, so each image passes it once; everything after that work
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.format import Format
 from torch import Tensor, nn
 
 from unflaw.config import Features, WeightSource
-from unflaw.features.backbones import check_size, create_backbone, patch_of, patched_shape
+from unflaw.features.backbones import check_size, compute_levels, create_backbones, level_channels
 from unflaw.imaging.tiling import grid_shape
 from unflaw.io.words import count
 
@@ -49,23 +47,17 @@ class FeatureExtractor(nn.Module):
         canvas = (size, size) if isinstance(size, int) else size or (1, 1)
         self.shape = grid_shape(config.grid, canvas, math.gcd(config.grid, 4))
         known = None if size is None else canvas
-        self.backbone = create_backbone(config.backbone, config.levels, weights, known).eval().requires_grad_(False)
+        self.backbone = create_backbones(config.backbone, config.levels, weights, known).eval().requires_grad_(False)
         if known is not None:
             check_size(self.backbone, config.backbone, canvas)
-        self._patch = patch_of(self.backbone)
-        self._channels_last = getattr(self.backbone, "output_fmt", None) == Format.NHWC  # as windowed transformers do
         self.backbone.to(memory_format=torch.channels_last)
-        feature_info: Any = self.backbone.feature_info
-        self.level_channels: list[int] = feature_info.channels()
+        by_backbone = level_channels(self.backbone)
+        self.level_channels = [channels for own in by_backbone for channels in own]
+        self._backbones = len(by_backbone)
         raw = sum(self.level_channels)
         self.channels = min(config.components or raw, raw)
-        cfg: Any = self.backbone.pretrained_cfg
-        self.mean: Tensor
-        self.deviation: Tensor
         self.centre: Tensor
         self.basis: Tensor
-        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(cfg["std"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("centre", torch.zeros(raw))
         self.register_buffer("basis", torch.eye(raw, self.channels))  # standardisation is folded into it
         self.regional_basis: Tensor
@@ -75,17 +67,8 @@ class FeatureExtractor(nn.Module):
     @torch.no_grad()
     def aggregate(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] → (N, C_raw, g, g): smooths and resizes each level (see `resize`)."""
-        x = (images - self.mean) / self.deviation
-        if self._patch is not None:  # a transformer takes whole patches
-            whole = patched_shape((images.shape[3], images.shape[2]), self._patch)
-            if whole != tuple(images.shape[2:]):
-                x = F.interpolate(x, whole, mode="bilinear", align_corners=False)
-        x = x.contiguous(memory_format=torch.channels_last)
         k = self.config.smooth
-        place = next(self.backbone.parameters()).device  # in training, only the backbone may be on another device
-        given = self.backbone(x.to(place))
-        if self._channels_last:
-            given = [f.permute(0, 3, 1, 2) for f in given]
+        given = compute_levels(self.backbone, images)
         levels = [F.avg_pool2d(f, k, 1, k // 2) if k > 1 else f for f in given]
         return torch.cat([resize(f.float(), self.shape) for f in levels], dim=1).to(images.device)
 
@@ -121,23 +104,28 @@ class FeatureExtractor(nn.Module):
         return self
 
     def _fit_regional(self, basis: Tensor, covariance: Tensor) -> None:
-        """Fits the projection of F to components of its last level.
+        """Fits the projection of F to components of its last level, of several backbones of the last level of each.
 
         From orthonormal `basis` (C_raw, C) and the covariance of F (C, C).
 
-        ‖F·B‖ is the length of the last level's part of F where B·Bᵀ = basisᵀ·I_last·basis; principal components of
+        ‖F·B‖ is the length of these levels' part of F where B·Bᵀ = basisᵀ·I_last·basis; principal components of
         F·B follow.
         """
-        last = basis[-self.level_channels[-1] :].double()
+        levels = basis.split(self.level_channels)
+        each = len(levels) // self._backbones
+        last = torch.cat(levels[each - 1 :: each]).double()
         values, vectors = torch.linalg.eigh(last.T @ last)
         root = vectors * values.clamp_min(0).sqrt()
         _, components = torch.linalg.eigh(root.T @ covariance.double() @ root)
         self.regional_basis = (root @ components[:, -self.regional_channels :].flip(1)).float().contiguous()
 
     def _level_shares(self) -> list[float]:
-        """Weights of the levels, with sum 1; the first is repeated or left out to match their number."""
-        n, given = len(self.level_channels), self.config.level_weights
-        weights = (given[:1] * n + given)[-n:]
+        """Weights of the levels, with sum 1; the first is repeated or left out to match their number.
+
+        Backbones have equal shares.
+        """
+        n, given = len(self.level_channels) // self._backbones, self.config.level_weights
+        weights = (given[:1] * n + given)[-n:] * self._backbones
         return [weight / sum(weights) for weight in weights]
 
     def project(self, raw: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from unflaw.config import WeightSource
+from unflaw.config import OneWeightSource
 from unflaw.datasets import Dataset, Sample
 from unflaw.errors import ImageError, TrainingError
 from unflaw.evaluation.accumulate import Measurement
@@ -65,7 +65,7 @@ def run_peer(
     preparation: Preparation,
     *,
     backbone: str = "resnet18",
-    weights: WeightSource = None,
+    weights: OneWeightSource = None,
     levels: tuple[int, ...] | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
