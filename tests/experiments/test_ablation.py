@@ -232,13 +232,16 @@ def test_a_run_that_fails_is_named_and_ends_no_other(dataset, features, tmp_path
             raise TaskError(f"{type(error).__name__}: {error}") from error
 
     monkeypatch.setattr(module, "_in_own_process", run)
-    data = [replace(dataset, train=dataset.train[:5], name="few"), dataset]
+    empty = tmp_path / "empty.png"
+    empty.write_bytes(b"")
+    broken = replace(dataset, train=(replace(dataset.train[0], path=empty),), name="broken")
+    data = [broken, dataset]
     grid = Grid(methods=["nearest_neighbor"], data=[Path("parts")], backbones=["=random"], seeds=1, settings=COMMON)
     records, failed = run_experiment(plan(grid, data), tmp_path, lambda *_: None)
     assert [record.data for record in records] == ["parts"]
     ((name, reason),) = failed.items()
-    assert name == "few, nearest_neighbor, test_efficientnet, 64 pixels, seed 0"
-    assert reason.startswith("TrainingError: 5 good images")
+    assert name == "broken, nearest_neighbor, test_efficientnet, 64 pixels, seed 0"
+    assert reason.startswith("TrainingError: 0 good images") and "empty.png" in reason
 
 
 # What an ablation says

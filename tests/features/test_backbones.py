@@ -98,6 +98,7 @@ def test_a_detector_with_both(parts, weights, tiny, tmp_path):
 def test_weights_on_the_command_line():
     assert weights_of(None, "resnet18") is None and weights_of([], BOTH) is None
     assert weights_of(["a=b.pth"], "resnet18") == "a=b.pth"  # a file of that name
+    assert weights_of(["a.pth", "b.pth"], "resnet18") == "b.pth"  # the last one, as with other options
     assert weights_of(["random"], BOTH) is Weights.RANDOM
     assert weights_of(["resnet18=a.pth"], BOTH) == {"resnet18": "a.pth"}
     assert weights_of(["resnet18=random", f"{SECOND}=b"], BOTH) == {"resnet18": Weights.RANDOM, SECOND: "b"}

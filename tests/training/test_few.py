@@ -48,6 +48,7 @@ def test_few_images_give_reviews_and_never_defects(n, good, bad, parts, weights,
     images = "1 good image: too few" if n == 1 else f"{n} good images: too few"
     assert calibration.describe().startswith(images) and "99 of them" in calibration.describe()
     assert detector.record_["good_images"] == n
+    assert "too few to train on: nearest_neighbor instead of uranet" in detector.record_["few"]
     detector.save(tmp_path / "few.safetensors")
     again = unflaw.load(tmp_path / "few.safetensors")
     assert again.calibration_ == calibration and again.inspect(bad[0]).score == detector.inspect(bad[0]).score

@@ -159,14 +159,16 @@ def weights_of(given: list[str] | None, backbone: str) -> WeightSource:
 
     names = backbone.split("+")
     by_name: dict[str, OneWeightSource] = {}
+    common: OneWeightSource = None
     for text in given or []:
         name, equals, file = text.partition("=")
-        if not (equals and name in names):
-            if len(given or []) > 1:
+        if equals and name in names:
+            by_name[name] = Weights.parse(file)
+        else:
+            common = Weights.parse(text)
+            if by_name or (len(names) > 1 and len(given or []) > 1):
                 raise ValueError(f"--weights {text}: of several, each needs its backbone, as in {names[0]}=FILE")
-            return Weights.parse(text)
-        by_name[name] = Weights.parse(file)
-    return by_name or None
+    return by_name or common
 
 
 def report_problems(problems: Any) -> None:

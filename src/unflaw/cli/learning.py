@@ -148,7 +148,7 @@ def train(
                 return
             detector.save(out)
             checkpoint.unlink(missing_ok=True)  # only now: if the disk is full, --resume needs it
-        report_problems([said for said in [detector.record_.get("canvas")] if said])
+        report_problems(detector.record_[key] for key in ("few", "canvas") if key in detector.record_)
         report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
         report_problems(describe_outliers(detector.record_))
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}

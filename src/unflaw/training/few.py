@@ -21,6 +21,7 @@ from unflaw.features.cache import Cache, Part, Source, read_parts
 from unflaw.features.extractor import Extractor
 from unflaw.imaging.inputs import Input
 from unflaw.imaging.tiling import Preparation
+from unflaw.io.words import count
 from unflaw.methods import Method
 from unflaw.methods.feature_set import Context
 from unflaw.methods.nearest import NearestNeighborOptions
@@ -35,6 +36,14 @@ def few_config(config: Config) -> Config:
     """The configuration for few images: the distance to a memory, with the features of the method asked for."""
     training = config.training.model_copy(update={"display_steps": 0})
     return config.model_copy(update={"network": NearestNeighborOptions(), "training": training})
+
+
+def describe_few(n: int, method: str) -> str:
+    """Says in one sentence what became of the method that was asked for."""
+    instead = "" if method == NearestNeighborOptions().method else f" instead of {method}"
+    few = f"{count(n, 'good image')} {'is' if n == 1 else 'are'}"
+    them = "it" if n == 1 else "them"
+    return f"{few} too few to train on: nearest_neighbor{instead} compares with {them} and mild views"
 
 
 def altered(images: Tensor, rng: Generator) -> Tensor:

@@ -34,7 +34,7 @@ from unflaw.methods.synthesis import texture_images
 from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 from unflaw.training.canvas import fit_canvas
 from unflaw.training.decoder import fit_display
-from unflaw.training.few import few_config, fit_few, read_views
+from unflaw.training.few import describe_few, few_config, fit_few, read_views
 from unflaw.training.loop import seeded, step_rng, train
 from unflaw.training.splits import (
     Category,
@@ -93,6 +93,7 @@ def fit(
         config, canvas = fit_canvas(config, images)
     few = len({category_of[path] for path in images}) == 1 and len(images) < MINIMUM
     few = few and not registry.method_class(config.method).on_pixels
+    asked = config.method
     if few:
         config, progress = few_config(config), silent
     with seeded(settings.seed):  # the same start, however often `fit` is called
@@ -144,6 +145,7 @@ def fit(
         "digest": digest(dict.fromkeys(cache.paths), contents),
         "seen": sorted(content[:SHORT] for content in contents.values()),
         **({"canvas": canvas} if canvas else {}),
+        **({"few": describe_few(len(images), asked)} if few else {}),
         "skipped": copies + cache.skipped + (held.skipped if held else []),
         **fitted.record,
         "seconds": {
