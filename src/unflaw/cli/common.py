@@ -165,6 +165,8 @@ def weights_of(given: list[str] | None, backbone: str) -> WeightSource:
         if equals and name in names:
             by_name[name] = Weights.parse(file)
         else:
+            if equals and len(names) > 1 and not Path(text).exists():
+                raise ValueError(f"--weights {text}: {name} is none of the backbones {', '.join(names)}")
             common = Weights.parse(text)
             if by_name or (len(names) > 1 and len(given or []) > 1):
                 raise ValueError(f"--weights {text}: of several, each needs its backbone, as in {names[0]}=FILE")

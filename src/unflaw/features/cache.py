@@ -364,7 +364,8 @@ def build_cache(
         if found < (MINIMUM if fit else 1):
             broken = [reason for path, reason in skipped if named.get(path, "") == name]
             reasons = f"; {len(broken)} could not be read, first: {broken[0]}" if broken else ""
-            purpose = f"learn from: at least {MINIMUM} needed" if fit else "calibrate with"
+            least = f"at least {MINIMUM} needed by this method, or for several categories; nearest_neighbor takes fewer"
+            purpose = f"learn from: {least}" if fit else "calibrate with"
             few = f"{count(found, 'good image')} {'is' if found == 1 else 'are'}"
             raise TrainingError(f"{of}{few} too few to {purpose}{reasons}")
         rows = [row for row, each in enumerate(names) if each == name]

@@ -54,6 +54,9 @@ class Preparation(BaseModel):
     @classmethod
     def _sides(cls, size: Any) -> Any:
         size = parse_size(size) if isinstance(size, str) else size
+        sides = size if isinstance(size, list | tuple) else [size]
+        if not all(isinstance(side, int) and 32 <= side <= 4096 for side in sides):
+            raise ValueError("each side needs 32 to 4096 pixels, as in 256 or 512x224")
         return size[0] if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1] else size
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ MOST_TOKENS = (
 )  # tokens that prototypes are chosen from: those of whole images, drawn at random where there are more
 FAR = 1e4  # coordinate of missing prototypes, far from every token
 DENSITY = 0.25  # share of the spacing of the nearest prototype that is subtracted from the distance to it
+CANDIDATES = 4  # nearest prototypes of which one gives the scored distance
 SPACED = 4  # nearest other prototypes whose mean distance is the spacing of a prototype
 
 
@@ -29,8 +30,10 @@ class Retrieved(NamedTuple):
         mixture: Attended mixture of prototypes, (T, C) or (N, C, g, g).
         distance: To the nearest prototype, (T,) or (N, 1, g, g).
         extended: To the nearest prototype, those added included, likewise.
-        scored: The same less `DENSITY` of the spacing of the prototype, at least 0, likewise: where normal tokens lie
-            far apart, a distance means less (local density as in REB, arXiv 2308.12577; docs/research.md, section 29).
+        scored: The smallest distance to one of the `CANDIDATES` nearest prototypes less `DENSITY` of its spacing, those
+            added included, at least 0, likewise: where normal tokens lie far apart, a distance means less (density as
+            in REB, arXiv 2308.12577; docs/research.md, section 29). Being a minimum, it does not jump where two
+            prototypes are about equally near, which runtimes may order differently.
     """
 
     mixture: Tensor
@@ -59,12 +62,13 @@ class Bank(NamedTuple):
     nearby_rows: Tensor | None = None
 
     def spacing_without(self, rows: Tensor, excluded: Tensor | None) -> Tensor:
-        """Spacing of prototypes (T,) as if the excluded ones, (T, M) bool, did not exist, (T,)."""
+        """Spacing of prototypes (T, k) as if the excluded ones, (T, M) bool, did not exist, (T, k)."""
         if excluded is None or self.nearby is None or self.nearby_rows is None:
             return self.spacing[rows]
-        others = ~excluded.gather(1, self.nearby_rows[rows])
-        others &= others.cumsum(1) <= SPACED
-        return (self.nearby[rows] * others).sum(1) / others.sum(1).clamp_min(1)
+        near = self.nearby_rows[rows]  # (T, k, K)
+        others = ~excluded.gather(1, near.flatten(1)).view(near.shape)
+        others &= others.cumsum(2) <= SPACED
+        return (self.nearby[rows] * others).sum(2) / others.sum(2).clamp_min(1)
 
 
 class MemoryBank(nn.Module):
@@ -266,22 +270,27 @@ class MemoryBank(nn.Module):
         closeness = _closeness(tokens, keys)
         if excluded is not None:
             closeness = closeness.masked_fill(excluded.to(closeness.device), -torch.inf)
-        closest, nearest = largest(closeness, self.neighbours)
-        weights = (closest * (self.sharpness / bank.radius.square())).softmax(1)
+        k = self.neighbours
+        closest, nearest = largest(closeness, min(max(k, CANDIDATES), closeness.shape[1]))
+        weights = (closest[:, :k] * (self.sharpness / bank.radius.square())).softmax(1)
         neighbours = bank.prototypes[nearest]  # (T, k, C)
-        mixture = torch.einsum("tk,tkc->tc", weights, neighbours)
-        extended = distance = (tokens - neighbours[:, 0]).norm(dim=1)
-        scored = distance - DENSITY * bank.spacing_without(nearest[:, 0], excluded)
+        mixture = torch.einsum("tk,tkc->tc", weights, neighbours[:, :k])
+        apart = (tokens[:, None] - neighbours[:, :CANDIDATES]).norm(dim=2)
+        extended = distance = apart[:, 0]
+        candidates = apart - DENSITY * bank.spacing_without(nearest[:, :CANDIDATES], excluded)
+        if excluded is not None:  # the nearest one is never excluded
+            candidates = candidates.masked_fill(closest[:, :CANDIDATES] == -torch.inf, torch.inf)
+        scored = candidates.amin(1)
         if self.added.shape[0]:
             closeness = _closeness(tokens, added_keys)
             if excluded_added is not None:
                 closeness = closeness.masked_fill(excluded_added.to(closeness.device), -torch.inf)
-            best, place = largest(closeness, 1)
-            apart = (tokens - self.added[place[:, 0]]).norm(dim=1)
+            best, place = largest(closeness, min(CANDIDATES, closeness.shape[1]))
+            apart = (tokens[:, None] - self.added[place]).norm(dim=2)
             if excluded_added is not None:
-                apart = apart.masked_fill(best[:, 0] == -torch.inf, torch.inf)
-            extended = torch.minimum(distance, apart)
-            scored = torch.minimum(scored, apart - DENSITY * self.added_spacing[place[:, 0]])
+                apart = apart.masked_fill(best == -torch.inf, torch.inf)
+            extended = torch.minimum(distance, apart[:, 0])
+            scored = torch.minimum(scored, (apart - DENSITY * self.added_spacing[place]).amin(1))
         return Retrieved(mixture, distance, extended, scored.clamp_min(0))
 
     def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Retrieved:

@@ -145,7 +145,7 @@ def fit(
         "digest": digest(dict.fromkeys(cache.paths), contents),
         "seen": sorted(content[:SHORT] for content in contents.values()),
         **({"canvas": canvas} if canvas else {}),
-        **({"few": describe_few(len(images), asked)} if few else {}),
+        **({"few": describe_few(len(set(cache.paths)), asked)} if few else {}),
         "skipped": copies + cache.skipped + (held.skipped if held else []),
         **fitted.record,
         "seconds": {
@@ -165,7 +165,9 @@ def _fit_few(network: Method, cache: Cache, validation: Cache | None) -> Fitted:
         rng = step_rng(network.config.training.seed, 2**31 + 1)
         scores, learned_too = score_held_out(network, validation, options, rng, random=False)
         calibration = scores.calibrate(options, out_of_fold=learned_too)
-    reference = build_drift_reference(cache, range(len(cache)), validation, network.config.training.seed)
+    reference = None  # so few images do not tell what others usually look like
+    if validation is not None:
+        reference = build_drift_reference(cache, range(len(cache)), validation, network.config.training.seed)
     category = Category(calibration, network.with_category(network.category_state()), reference)
     held = {"held_out": 0 if validation is None else validation.count}
     counts = {"categories": {name: {"good_images": len(set(cache.paths)), **held}}} if name else {}
