@@ -38,8 +38,8 @@ from unflaw.features.cache import Cache, cells
 from unflaw.imaging.tiling import Window
 from unflaw.io.words import count
 from unflaw.methods import Method
-from unflaw.methods.base import top_fraction_mean
 from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
+from unflaw.methods.statistics import top_fraction_mean
 from unflaw.postprocessing.stitching import TileStitcher
 
 NORMALIZED_ON = 64  # maximum number of training images for `Method.fit_normalization`

@@ -1,4 +1,4 @@
-"""Frozen backbone and aggregation: images (N, 3, S, S) → one feature grid F (N, C, g, g).
+"""Frozen backbone and aggregation: images (N, 3, H, W) → one feature grid F (N, C, g, g).
 
 The backbone is frozen, so each image passes it once; everything after that works on F.
 """
@@ -66,7 +66,7 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def aggregate(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) in [0, 1] → (N, C_raw, g, g): smooths and resizes each level (see `resize`)."""
+        """(N, 3, H, W) in [0, 1] → (N, C_raw, g, g): smooths and resizes each level (see `resize`)."""
         k = self.config.smooth
         given = compute_levels(self.backbone, images)
         levels = [F.avg_pool2d(f, k, 1, k // 2) if k > 1 else f for f in given]
@@ -138,7 +138,7 @@ class FeatureExtractor(nn.Module):
         return F.conv2d(pooled, self.regional_basis.T[..., None, None])
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) in [0, 1] → F (N, C, g, g)."""
+        """(N, 3, H, W) in [0, 1] → F (N, C, g, g)."""
         return self.project(self.aggregate(images))
 
     def train(self, mode: bool = True) -> FeatureExtractor:
@@ -173,7 +173,7 @@ class PixelExtractor(nn.Module):
         self.shape = grid_shape(shorter, canvas, 2**halvings, most=2**24)
 
     def aggregate(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) in [0, 1] → (N, 3, g, g)."""
+        """(N, 3, H, W) in [0, 1] → (N, 3, g, g)."""
         return resize(images, self.shape)
 
     def fit(self, raw: Tensor) -> PixelExtractor:
@@ -185,7 +185,7 @@ class PixelExtractor(nn.Module):
         return raw
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) in [0, 1] → F (N, 3, g, g)."""
+        """(N, 3, H, W) in [0, 1] → F (N, 3, g, g)."""
         return self.aggregate(images)
 
 

@@ -19,7 +19,7 @@ REDUCED = 4  # reduction from which small defects may vanish
 
 
 def fit_canvas(config: Config, images: Sequence[Input]) -> tuple[Config, str]:
-    """Chooses a rectangular canvas for elongated images, if neither size nor fit nor tile is given.
+    """Chooses a rectangular canvas for elongated images, if none of size, fit, tile and roi is given.
 
     A square would shrink elongated images along their longer side, and thin defects across it would vanish. The shorter
     side stays that of the default canvas, unless the longer one would exceed `LONGEST`. Cells of the feature grid keep
