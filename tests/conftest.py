@@ -44,6 +44,10 @@ TINY: dict[str, Any] = {
     "training.steps": 12,
     "training.batch": 4,
     "training.display_steps": 3,
+    # of so few images, all would calibrate
+    "calibration.fewest": 0,
+    "calibration.groups": "none",
+    "calibration.reserve": 0.0,
 }
 TINY_URANET: dict[str, Any] = {
     "network.perception.width": 8,

@@ -113,9 +113,20 @@ class CalibrationOptions(Settings):
     """Calibration images, and the rates that they are calibrated for."""
 
     holdout: float = Field(0.2, gt=0, lt=1, description="share of the good images kept out of training")
+    groups: str = Field(
+        "auto",
+        min_length=1,
+        description="images that stay together: auto finds bursts and near-copies; none; or a pattern of their paths",
+    )
     folds: int = Field(0, ge=0, description="number of folds for cross-fitting on all images, 2 or more; 0: a hold-out")
+    fewest: int = Field(
+        20, ge=0, description="with fewer groups held out, training images calibrate, too, leave-one-out in the memory"
+    )
     false_alarm_rate: float = Field(0.01, gt=0, lt=1, description="requested share of good images called defective")
     review_rate: float = Field(0.05, ge=0, lt=1, description="share of good images not called good; 0: no review")
+    reserve: float = Field(
+        1.0, ge=0, le=100, description="multiple of the estimated reserve of the threshold for other sessions; 0: none"
+    )
     review_uncertain: bool = Field(False, description="review defects that are dominated by uncertainty")
     minimum_area: float = Field(0.0, ge=0, lt=1, description="smallest area of a region, as a share of the image")
     extrapolate_tail: bool = Field(False, description="estimate thresholds for rates that the images cannot certify")

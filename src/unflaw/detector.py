@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unflaw.calibration.commission import describe_commissioning
 from unflaw.calibration.drift import Reference, references
 from unflaw.calibration.recalibrate import recalibrate
 from unflaw.calibration.thresholds import Calibration, calibrations
@@ -19,7 +20,7 @@ from unflaw.config import CalibrationOptions, Config, Weights, WeightSource, mak
 from unflaw.errors import DetectorError
 from unflaw.features.backbones import WeightsError
 from unflaw.features.cache import Source, cells, stack
-from unflaw.imaging.inputs import ImageLike, inputs
+from unflaw.imaging.inputs import ImageLike, Input, inputs
 from unflaw.imaging.transforms import ModelInput
 from unflaw.inference.base import BasePredictor, Outputs
 from unflaw.io.detector_file import FORMAT, first_fault, read_metadata
@@ -193,6 +194,66 @@ class Detector(BasePredictor):
             TrainingError: There is no readable good image, or one is a training image or, with `append`, counts
                 already. DetectorError: See `select`. ValueError: See `thresholds.calibrate`.
         """
+        return self._recalibrate(
+            list(inputs(good, "good image")),
+            list(inputs(defects, "defective image")),
+            category=category,
+            options=CalibrationOptions.model_validate(self.config.calibration.model_dump() | settings),
+            rate=rate,
+            miss_rate=miss_rate,
+            cost_ratio=cost_ratio,
+            append=append,
+            progress=progress,
+        )
+
+    def commission(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        share: float = 0.05,
+        category: str | None = None,
+        progress: Progress = silent,
+    ) -> str:
+        """Moves the calibration to a new session, such as another line or light, by its first images.
+
+        They are presumed good; `calibration.commission` says what is assumed. The drift reference is theirs from now
+        on. `record_["calibrations"]` gets an entry with "suspects", the paths of presumed defects.
+
+        Args:
+            images: At least 5, as in `inspect_many`; 30 to 100 are usual.
+            share: Largest share of defects expected among them, in [0, 1); 0: they were all reviewed.
+            category: Name, for a detector with several categories.
+            progress: See `fit`.
+
+        Returns:
+            A sentence on the rate that follows.
+
+        Raises:
+            TrainingError: There are too few images, or one trained or calibrates the detector already. DetectorError:
+                See `select`.
+        """
+        if not 0 <= share < 1:
+            raise ValueError(f"a share of defects must lie between 0 and 1, such as 0.05, not {share:g}")
+        before = self.select(category)
+        after = self._recalibrate(
+            list(inputs(images, "image")), [], category=category, suspected=share, progress=progress
+        )
+        done = self.record_["calibrations"][-1]
+        return describe_commissioning(done["good"], before, after, len(done["suspects"]))
+
+    def _recalibrate(
+        self,
+        good: list[Input],
+        defects: list[Input],
+        *,
+        category: str | None,
+        options: CalibrationOptions | None = None,
+        append: bool = False,
+        suspected: float | None = None,
+        progress: Progress,
+        **rates: float | None,
+    ) -> Calibration:
+        """`recalibrate` of one category, whose calibration, drift reference and record are replaced."""
         name = self.category(category)
         own = self.categories_[name]
         made = recalibrate(
@@ -200,15 +261,16 @@ class Detector(BasePredictor):
             own.calibration,
             own.reference,
             self.record_,
-            list(inputs(good, "good image")),
-            list(inputs(defects, "defective image")),
+            good,
+            defects,
             category=name,
-            options=CalibrationOptions.model_validate(self.config.calibration.model_dump() | settings),
-            rate=rate,
-            miss_rate=miss_rate,
-            cost_ratio=cost_ratio,
+            options=options or self.config.calibration,
+            rate=rates.get("rate"),
+            miss_rate=rates.get("miss_rate"),
+            cost_ratio=rates.get("cost_ratio"),
             append=append,
             progress=progress,
+            suspected=suspected,
         )
         self.categories_[name] = own._replace(calibration=made.calibration, reference=made.reference)
         self.record_ = made.record

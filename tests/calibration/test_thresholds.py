@@ -177,7 +177,9 @@ def test_the_numbers_say_what_the_sentence_does():
         "review_rate": 0.05,
         "miss_rate": None,
         "n_defects": 0,
+        "n_images": None,
         "review_only": False,
+        "reserve": 0.0,
     }
     few = calibrate(scores[:5], scores[:5], 0.0, 0.01, out_of_fold=True).numbers()
     assert (few["asked_rate"], few["rate"], few["n"], few["certified"], few["out_of_fold"]) == (

@@ -66,6 +66,26 @@ def certifiable(n: int, rate: float = 0.0) -> Certificate:
     return Certificate(n, k / (n + 1), float(stats.beta.ppf(0.95, k, n + 1 - k)))
 
 
+def chance_of_alarms(alarms: int, images: int, n: int, rate: float) -> float:
+    """Probability of so many false alarms, or more, if good images are exchangeable with n calibration images.
+
+    Among `images` new ones, the number above the k-th largest of n scores follows a beta-binomial distribution, which
+    includes how lucky the calibration was. Below 1 / (n + 1), where rates are estimates, it is taken as binomial.
+
+    Args:
+        alarms: Number of false alarms.
+        images: Number of good images that were inspected.
+        n: Number of calibration images.
+        rate: Rate of the threshold.
+    """
+    from scipy import stats
+
+    if rate < 1 / (n + 1) - 1e-12:
+        return float(stats.binom.sf(alarms - 1, images, rate))
+    k = min(rank(n, rate), n)
+    return float(stats.betabinom.sf(alarms - 1, images, k, n + 1 - k))
+
+
 def needed(rate: float, k: int = 1, method: Combination = "bonferroni") -> int:
     """Smallest number of good images that certifies a rate in (0, 1); for k > 1, that of k images combined (`combine`).
 

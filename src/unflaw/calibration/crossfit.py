@@ -49,7 +49,8 @@ def feature_set(cache: Cache, network: Method, textures: Tensor | None = None) -
     """The features of a cache in the form that methods take."""
     numbers = {name: number for number, name in enumerate(cache.rows())}
     categories = torch.tensor([numbers[name] for name in cache.categories])
-    return FeatureSet(cache.features, cache.image_numbers, cache.cells(network.features.shape), categories, textures)
+    valid, groups = cache.cells(network.features.shape), torch.tensor(cache.groups)
+    return FeatureSet(cache.features, cache.image_numbers, valid, categories, textures, groups)
 
 
 def stitched_maps(
@@ -102,6 +103,7 @@ def score_cached(
         context: Rows of the images whose prototypes are excluded.
     """
     found.paths += [str(cache.paths[row]) for row in cache.heads()]
+    found.groups += [cache.groups[row] for row in cache.heads()]
     for stitcher in stitched_maps(network, cache.windows, lambda rows: cache.features[rows].float(), context):
         score, maps = stitcher.result()
         found.add(score, maps["map"], stitcher.layout.box, maps.get("uncertainty"), stitcher.layout.counted)
@@ -219,9 +221,9 @@ def cross_fit(
     """
     rows = {name: own for name, own in train.rows().items() if name not in excluded}
     for name, own in rows.items():
-        if (heads := len(train.heads(own))) < max(options.folds, 4):
+        if (groups := len({train.groups[row] for row in own})) < max(options.folds, 4):
             of = f"{name}: " if name else ""
-            few = count(heads, "image")
+            few = count(groups, "image" if groups == len(train.heads(own)) else "group of images")
             raise TrainingError(f"{of}{few} cannot make {options.folds} folds; lower calibration.folds")
     found = {name: CalibrationScores(options.minimum_area) for name in rows}
     for fold in range(options.folds):
@@ -237,6 +239,6 @@ def cross_fit(
 
 
 def _fold(cache: Cache, rows: Sequence[int], fold: int, folds: int) -> list[int]:
-    """Rows of one fold: every `folds`-th image of `rows`, with all its windows."""
-    first = torch.tensor([cache.windows[row].number == 0 for row in rows])
-    return [row for row, number in zip(rows, (first.cumsum(0) - 1).tolist(), strict=True) if number % folds == fold]
+    """Rows of one fold: every `folds`-th group of `rows`, with all its images and windows."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(cache.groups[row] for row in rows))}
+    return [row for row in rows if numbers[cache.groups[row]] % folds == fold]

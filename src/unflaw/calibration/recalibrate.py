@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unflaw.calibration.commission import move
 from unflaw.calibration.drift import Reference
 from unflaw.calibration.outliers import ALL, outliers
 from unflaw.calibration.thresholds import Calibration, CalibrationScores
@@ -48,6 +49,7 @@ def recalibrate(
     cost_ratio: float | None,
     append: bool,
     progress: Progress,
+    suspected: float | None = None,
 ) -> Recalibrated:
     """Recalibrates one category of a detector; see `Detector.calibrate` for the other arguments and the errors.
 
@@ -58,6 +60,8 @@ def recalibrate(
         record: Record of the detector.
         category: Name; "" for a detector of a single category.
         options: Options of the detector with changed settings.
+        suspected: Largest share of defects among the good images; the calibration is then moved to them
+            (`commission.move`). None: they replace or, with `append`, join the present one.
     """
     contents = {path: sha256_if_readable(path) for path in [*good, *defects]}
     (good, good_again), (defects, defects_again) = distinct(good, contents), distinct(defects, contents)
@@ -73,32 +77,24 @@ def recalibrate(
     digests = {contents[path][:SHORT]: path for path in good if contents[path]}
     if both := [path for path in defects if contents[path][:SHORT] in digests]:
         raise TrainingError(f"{both[0]}: is among the good images and among the defective ones; decide which it is")
-    known_already = counted(record, category) if append else set()
+    moved = suspected is not None
+    known_already = counted(record, category) if append or moved else set()
     if known := [path for short, path in digests.items() if short in known_already]:
         raise TrainingError(
             f"{known[0]}: this image{_more(known)} calibrated the detector before and would count twice; leave out "
-            "such images, or calibrate without append"
+            "such images, or calibrate with them alone, without append"
         )
-    found, missable, described = CalibrationScores(options.minimum_area), list[float](), list[np.ndarray]()
-    total = len(skipped) + sum(map(len, paths))
-    for kind, part in enumerate(paths):
-        for path, outcome in zip(part, inspect(part), strict=True):
-            if not isinstance(outcome, Result):
-                skipped.append([str(path), str(outcome)])
-            elif kind == 0:
-                found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty, outcome.counted)
-                found.paths.append(str(path))
-                described += [] if outcome.described is None else [outcome.described]
-            else:
-                missable.append(outcome.score)
-            progress("calibrating", len(found.scores) + len(missable) + len(skipped), total, None)
+    found, missable, described = _scores(inspect, good, defects, skipped, options.minimum_area, progress)
     if not found.scores:
         raise TrainingError("; ".join(["there are no good images to calibrate with", *(why for _, why in skipped)]))
-    strangest = outliers(dict(zip(found.paths, found.scores, strict=True)))
-    if append:
+    strangest, suspects = outliers(dict(zip(found.paths, found.scores, strict=True))), list[str]()
+    if suspected is not None:
+        before, suspects = move(before, found, suspected)
+    new = len(found.scores)
+    if append or moved:
         found.merge(before)
     by_defects: dict[str, Any] = {"defects": missable, "miss_rate": miss_rate, "cost_ratio": cost_ratio}
-    after = found.calibrate(options, rate=rate, out_of_fold=append and before.out_of_fold, **by_defects)
+    after = found.calibrate(options, rate=rate, out_of_fold=moved or (append and before.out_of_fold), **by_defects)
     if described and reference is not None:  # drift is measured against the new images
         described += list(reference.described) if append else []
         reference = Reference(np.random.default_rng(0).permutation(described))
@@ -106,10 +102,11 @@ def recalibrate(
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **({"category": category} if category else {}),
-        "good": len(found.scores) - (len(before.scores) if append else 0),
+        "good": new,
         "defects": len(missable),
         "skipped": skipped,
-        "kept": len(before.scores) if append else 0,
+        "kept": len(found.scores) - new,
+        **({"commissioned": True, "suspects": suspects} if moved else {}),
         "digest": digest([path for part in paths for path in part], contents),
         "images": sorted(short for short, path in digests.items() if str(path) not in left_out),
         "threshold": after.threshold,
@@ -124,6 +121,31 @@ def recalibrate(
     }:  # the same command again, such as after a power cut
         history.pop()
     return Recalibrated(after, reference, {**record, "calibrations": [*history, entry]})
+
+
+def _scores(
+    inspect: Callable[[Sequence[Input]], Iterable[Result | ImageError]],
+    good: Sequence[Input],
+    defects: Sequence[Input],
+    skipped: list[list[str]],
+    minimum_area: float,
+    progress: Progress,
+) -> tuple[CalibrationScores, list[float], list[np.ndarray]]:
+    """Scores of good images, scores of defects, and statistics of good images; adds unreadable ones to `skipped`."""
+    found, missable, described = CalibrationScores(minimum_area), list[float](), list[np.ndarray]()
+    total = len(skipped) + len(good) + len(defects)
+    for defective, part in enumerate((good, defects)):
+        for path, outcome in zip(part, inspect(part), strict=True):
+            if not isinstance(outcome, Result):
+                skipped.append([str(path), str(outcome)])
+            elif defective:
+                missable.append(outcome.score)
+            else:
+                found.add(outcome.score, outcome.map, outcome.valid, outcome.uncertainty, outcome.counted)
+                found.paths.append(str(path))
+                described += [] if outcome.described is None else [outcome.described]
+            progress("calibrating", len(found.scores) + len(missable) + len(skipped), total, None)
+    return found, missable, described
 
 
 def _more(known: Sequence[Input]) -> str:

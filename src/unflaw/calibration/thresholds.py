@@ -18,6 +18,8 @@ from unflaw.io.words import count
 from unflaw.postprocessing.regions import region_level
 from unflaw.postprocessing.results import Region, Scale, Verdict
 
+CONTRADICTION = 0.005  # chance of the false alarms of an evaluation, below which they contradict the promise
+
 
 @brief
 class Calibration(BaseModel):
@@ -27,11 +29,13 @@ class Calibration(BaseModel):
     `rate` (split conformal prediction, valid for every n). The smallest rate that n images can certify is 1 / (n + 1).
 
     Attributes:
-        scores: Image scores of the calibration images, ascending.
+        scores: Image scores of the calibration images, ascending; of images in groups the highest of each group.
         asked_rate: Requested false-alarm rate.
         rate: False-alarm rate of `threshold`: at most the requested one, or the smallest that n images can certify.
             It is smaller than that only as an estimate from `tail`.
-        threshold: Images that score above it are defective.
+        threshold: Images that score above it are defective. The reserve is part of it.
+        reserve: What was added to the threshold that the images give, in units of the score: an estimate for other
+            sessions, see `reserve`. Images that score in between are for review, if there is review.
         pixel_threshold: Threshold of the anomaly map. At most a share `rate` of good images, or the smallest certified
             share, shows any region above it.
         low: Median of the map values, the zero of the heat-map scale.
@@ -47,6 +51,8 @@ class Calibration(BaseModel):
         tail: Fitted tail of the scores, which estimates rates below the smallest certified one.
         out_of_fold: True: scores are out of fold or leave-one-out, but the detector learned from all images. Rates are
             then approximate; see `crossfit` for what is proved.
+        images: Number of images in the groups; None: each image stands for itself. p-values and rates count groups: at
+            most the stated share of groups has any such image, and so of images of new groups.
         review_only: True: there are too few images to call anything defective; what scores above `threshold` is for
             review.
     """
@@ -67,6 +73,8 @@ class Calibration(BaseModel):
     minimum_area: float = 0.0
     tail: conformal.Tail | None = None
     out_of_fold: bool = False
+    images: int | None = None
+    reserve: float = 0.0
     review_only: bool = False
 
     @property
@@ -128,20 +136,41 @@ class Calibration(BaseModel):
     def describe(self) -> str:
         """Describes the rates in one sentence."""
         review = "" if self.review_rate is None else f"; with those for review {self.review_rate:.2%}"
-        return self._guarantee() + review
+        return self._guarantee() + review + self._reserved()
+
+    def check(self, alarms: int, images: int) -> tuple[float, str]:
+        """Compares false alarms among other good images with the promised rate.
+
+        Args:
+            alarms: Number of good images called defective.
+            images: Number of good images.
+
+        Returns:
+            The probability of so many alarms or more if the promise holds for these images, and a sentence.
+        """
+        chance = conformal.chance_of_alarms(alarms, images, len(self.scores), self.rate)
+        seen = f"{alarms} of {count(images, 'good image')} called defective, {self.rate:.2%} promised"
+        if chance >= CONTRADICTION:
+            return chance, f"promise kept: {seen}" + ("" if alarms else ", none seen")
+        return chance, (
+            f"PROMISE BROKEN: {seen} (p = {chance:.1g}): these images are not like those that calibrated; "
+            f"`unflaw commission MODEL DIR` with good images like these sets the threshold anew"
+        )
 
     def numbers(self) -> dict[str, Any]:
         """The numbers behind `describe`, for JSON.
 
         Returns:
             "asked_rate", None if labelled defects set the threshold; "n", the number of good images; "n_defects", the
-            number of labelled defects that set the threshold; "smallest_rate", 1 / (n + 1); and the attributes and
-            properties "rate", "certified", "estimated", "out_of_fold", "review_rate", "review_only" and "miss_rate".
+            number of labelled defects that set the threshold; "smallest_rate", 1 / (n + 1); "n_images", the number of
+            images if "n" counts groups of them; and the attributes and properties
+            "rate", "certified", "estimated", "out_of_fold", "review_rate", "review_only" and "miss_rate".
         """
         return {
             "asked_rate": None if self.defects else self.asked_rate,
             "rate": self.rate,
             "n": len(self.scores),
+            "n_images": self.images,
             "certified": self.certified,
             "smallest_rate": self.smallest,
             "estimated": self.estimated,
@@ -150,6 +179,7 @@ class Calibration(BaseModel):
             "miss_rate": self.miss_rate,
             "n_defects": len(self.defects),
             "review_only": self.review_only,
+            "reserve": self.reserve,
         }
 
     def describe_achievable_rate(self) -> str:
@@ -157,11 +187,26 @@ class Calibration(BaseModel):
         found = conformal.certifiable(len(self.scores))
         words = "give about" if self.out_of_fold else "could certify" if self.defects else "certify"
         more = ", ".join(f"{rate:.2%} takes {conformal.needed(rate)}" for rate in (0.01, 0.001) if rate < found.rate)
-        good = count(found.n, "good image")
+        good = self._counted("good image")
         return (
             f"{good} {words} {found.rate:.2%} at best, on average over calibrations; 95 of 100 "
             f"calibrations stay below {found.unlucky:.2%}" + (f"; {more}" if more else "")
         )
+
+    def _reserved(self) -> str:
+        """What the reserve means, for `describe`; empty if there is none."""
+        if not self.reserve:
+            return ""
+        between = "" if self.review_threshold is None else "; scores within it are for review"
+        return (
+            f". The threshold has an estimated reserve of {self.reserve:.3g} for light, focus and noise of other days"
+            f"{between}"
+        )
+
+    def _counted(self, image: str) -> str:
+        """How many images calibrate: "12 good images", or "12 groups of 60 good images"."""
+        n = len(self.scores)
+        return count(n, image) if self.images is None else f"{count(n, 'group')} of {count(self.images, image)}"
 
     def _guarantee(self) -> str:
         n = len(self.scores)
@@ -182,9 +227,9 @@ class Calibration(BaseModel):
             are = "is" if found == 1 else "are"
             return (
                 f"{by} by {count(len(self.defects), 'labelled defect')}, of which {found} {are} found; "
-                f"false-alarm rate about {self.rate:.2%}, from {count(n, 'good image')}"
+                f"false-alarm rate about {self.rate:.2%}, from {self._counted('good image')}"
             )
-        images = count(n, "cross-validated good image" if self.out_of_fold else "good image")
+        images = self._counted("cross-validated good image" if self.out_of_fold else "good image")
         images += "" if self.out_of_fold else " outside of training"
         if self.certified:
             return f"false-alarm rate {self.rate:.2%} or less, certified by {images}"
@@ -195,7 +240,8 @@ class Calibration(BaseModel):
             return f"false-alarm rate {self.rate:.2%}, estimated from the tail of the scores ({fit}); {smallest}"
         if self.rate <= self.asked_rate:
             return f"false-alarm rate about {self.rate:.2%}, from {images}"
-        return f"{smallest}, not the {self.asked_rate:.2%} asked for; {conformal.needed(self.asked_rate)} would"
+        would = f"{conformal.needed(self.asked_rate)} {'' if self.images is None else 'groups '}would"
+        return f"{smallest}, not the {self.asked_rate:.2%} asked for; {would}"
 
 
 class CalibrationScores:
@@ -207,6 +253,7 @@ class CalibrationScores:
     Attributes:
         scores: Image scores.
         paths: Paths of the images, as far as they are known.
+        groups: Number of the group of each image, as far as there are groups.
         peaks: `region_level` of each anomaly map.
         medians: Median of each anomaly map.
         max_uncertainty: Largest value of each uncertainty map; empty if there are none.
@@ -216,6 +263,7 @@ class CalibrationScores:
         self.minimum_area = minimum_area
         self.scores: list[float] = []
         self.paths: list[str] = []
+        self.groups: list[int] = []
         self.peaks: list[float] = []
         self.medians: list[float] = []
         self.max_uncertainty: list[float] = []
@@ -237,6 +285,18 @@ class CalibrationScores:
         if uncertainty is not None:
             self.max_uncertainty.append(float(uncertainty[inside].max()))
 
+    def leave_out(self, numbers: Sequence[int]) -> None:
+        """Removes images by their numbers, in the order in which they were added."""
+        for name, values in vars(self).items():
+            if isinstance(values, list):
+                setattr(self, name, [value for i, value in enumerate(values) if i not in set(numbers)])
+
+    def extend(self, others: CalibrationScores) -> None:
+        """Adds the scores of other images, whose groups have other numbers."""
+        for name, values in vars(others).items():
+            if isinstance(values, list):
+                getattr(self, name).extend(values)
+
     def merge(self, before: Calibration) -> None:
         """Adds the scores of another calibration; call it after all images are added.
 
@@ -253,19 +313,38 @@ class CalibrationScores:
             self.max_uncertainty += _merged_values(before.uncertainty_threshold, n, uncertain, self.max_uncertainty)
 
     def calibrate(self, options: CalibrationOptions, *, rate: float | None = None, **more: Any) -> Calibration:
-        """Calls `calibrate` with the options, another rate if one is given, and further arguments."""
-        return calibrate(
-            self.scores,
-            self.peaks,
+        """Calls `calibrate` with the options, another rate if one is given, and further arguments.
+
+        Of each group of images the highest values count.
+        """
+        numbers, images = self._groups(), len(self.scores)
+        grouped = len(set(numbers)) < images
+        found = calibrate(
+            _highest(self.scores, numbers),
+            _highest(self.peaks, numbers),
             float(np.median(self.medians)) if self.medians else 0.0,
             options.false_alarm_rate if rate is None else rate,
             review_rate=options.review_rate,
-            max_uncertainty=self.max_uncertainty,
+            max_uncertainty=_highest(self.max_uncertainty, numbers),
             review_uncertain=options.review_uncertain,
             minimum_area=self.minimum_area,
             extrapolate_tail=options.extrapolate_tail,
             **more,
         )
+        return found.model_copy(update={"images": images}) if grouped else found
+
+    def _groups(self) -> list[int]:
+        """Group of each score; what has none, such as scores of a calibration before, is a group of its own."""
+        further = max(self.groups, default=-1) + 1
+        return [*self.groups, *range(further, further + len(self.scores) - len(self.groups))]
+
+
+def _highest(values: Sequence[float], groups: Sequence[int]) -> list[float]:
+    """The highest value of each group, in the order in which groups appear."""
+    found: dict[int, float] = {}
+    for value, group in zip(values, groups, strict=False):  # not all maps have an uncertainty
+        found[group] = max(value, found.get(group, -math.inf))
+    return list(found.values())
 
 
 def _merged_values(threshold: float, n: int, above: int, seen: Sequence[float]) -> list[float]:
@@ -297,6 +376,7 @@ def calibrate(
     minimum_area: float = 0.0,
     extrapolate_tail: bool = False,
     out_of_fold: bool = False,
+    reserve: float = 0.0,
     defects: Sequence[float] = (),
     miss_rate: float | None = None,
     cost_ratio: float | None = None,
@@ -319,6 +399,8 @@ def calibrate(
         extrapolate_tail: Estimate the threshold if n images cannot certify the rate, down to a tenth of 1 / (n + 1).
             It is never below the highest score. Fewer than 40 images have no tail.
         out_of_fold: See `Calibration`.
+        reserve: Expected rise of scores in another session (`reserve.reserve_of`), in units of the score, ≥ 0; it has
+            no effect if defects set the threshold.
         defects: Image scores of defective images.
         miss_rate: Share of defects that may be missed, in (0, 1): a defect exchangeable with those given is missed with
             at most this probability (split conformal prediction, for every number of defects).
@@ -346,7 +428,10 @@ def calibrate(
         certified = max(asked, certified / conformal.MAX_EXTRAPOLATION)
         threshold = max(threshold, tail.threshold(certified))
     reviewed = conformal.rank(n, review_rate)
-    band = reviewed > k and good[-reviewed] < threshold
+    lowest = good[-reviewed] if reviewed > k else threshold
+    reserve = 0.0 if by_defects else reserve
+    threshold += reserve
+    band = review_rate > 0 and lowest < threshold
     uncertain = reviewed if review_rate else min(k, conformal.rank(n, rate))
     return Calibration(
         scores=tuple(good),
@@ -357,8 +442,8 @@ def calibrate(
         low=low,
         defects=tuple(sorted(defects)) if by_defects else (),
         miss_rate=guaranteed,
-        review_rate=reviewed / (n + 1) if band else None,
-        review_threshold=good[-reviewed] if band else None,
+        review_rate=max(reviewed, k) / (n + 1) if band else None,
+        review_threshold=lowest if band else None,
         uncertainty_threshold=sorted(max_uncertainty)[-min(uncertain, len(max_uncertainty))]
         if max_uncertainty
         else None,
@@ -366,6 +451,7 @@ def calibrate(
         minimum_area=minimum_area,
         tail=tail,
         out_of_fold=out_of_fold,
+        reserve=reserve,
     )
 
 

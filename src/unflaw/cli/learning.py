@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +35,9 @@ from unflaw.cli.common import (
 from unflaw.io.words import count
 from unflaw.parallel.launch import launch, launched, watch_parent
 
+if TYPE_CHECKING:
+    from unflaw.detector import Detector
+
 # names of Fabric → `training.precision`
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 _KNOWN = {"accelerator": ("auto", "cpu", "gpu"), "strategy": ("auto", "ddp")}
@@ -60,6 +63,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Random seed; same seed, same machine: same detector.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requested false-alarm rate, such as 0.01.")] = None,
     tail: Annotated[bool, typer.Option("--extrapolate-tail", help=_TAIL)] = False,
+    groups: Annotated[
+        str | None, typer.Option(help="Images that belong together: a pattern of their paths, auto, or none.")
+    ] = None,
     textures: Annotated[Path | None, typer.Option(help="Folder of texture images for artificial anomalies.")] = None,
     setting: Setting = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from OUT.checkpoint after an interruption.")] = False,
@@ -87,6 +93,7 @@ def train(
         "training.precision": _PRECISIONS.get(precision or "", precision),
         "training.textures": str(textures) if textures else None,
         "calibration.false_alarm_rate": rate,
+        "calibration.groups": groups,
         "calibration.extrapolate_tail": tail or None,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -148,7 +155,7 @@ def train(
                 return
             detector.save(out)
             checkpoint.unlink(missing_ok=True)  # only now: if the disk is full, --resume needs it
-        report_problems(detector.record_[key] for key in ("few", "canvas") if key in detector.record_)
+        report_problems(detector.record_[key] for key in ("few", "canvas", "groups") if key in detector.record_)
         report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
         report_problems(describe_outliers(detector.record_))
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}
@@ -290,11 +297,75 @@ def calibrate(
                 progress=progress,
                 **{name: value for name, value in asked.items() if value is not None},
             )
-        detector.save(out or model)
+        _replace(detector, model, out)
         done = detector.record_["calibrations"][-1]
         report_problems(f"skipped {reason}" for _, reason in done["skipped"])
         report_problems(describe_outliers(done, "calibrate"))
         typer.echo(f"{out or model}: {found.describe()}; threshold {found.threshold:.4g}")
+
+
+@app.command()
+def commission(
+    model: TrainedFile,
+    images: Annotated[list[Path], typer.Argument(help="First images of the new session, or folders of them.")],
+    out: Annotated[Path | None, typer.Option(help="Output detector file; default: replace MODEL.")] = None,
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest share of defects expected among them; 0: all were reviewed.")
+    ] = 0.05,
+    category: Category = None,
+) -> None:
+    """Set the threshold by the first 30 to 100 parts of a new session: another line, camera, light or day.
+
+    They are presumed good. The calibration moves to them, and nothing is trained. `unflaw undo` takes it back.
+
+    Example:  unflaw commission parts.safetensors line2/first
+    """
+    with errors(), ExitStack() as held:
+        if share == 1:
+            raise ValueError("--share 1: not all images can be defects; give a share such as 0.05")
+        from unflaw.io.files import holding
+
+        writable(model) if out is None else detector_file(out)
+        held.enter_context(holding(out or model))
+        detector = load_trained(model)
+        with progress_bars() as progress:
+            said_ = detector.commission(images_in(images), share=share, category=category, progress=progress)
+        _replace(detector, model, out)
+        done = detector.record_["calibrations"][-1]
+        report_problems(f"skipped {reason}" for _, reason in done["skipped"])
+        report_problems(f"{path}: presumed defective and left out; look at it" for path in done["suspects"])
+        typer.echo(f"{out or model}: {said_}; threshold {done['threshold']:.4g}")
+
+
+@app.command()
+def undo(model: TrainedFile) -> None:
+    """Take the last calibration, commissioning or teaching of a detector back, up to five of them.
+
+    Example:  unflaw undo parts.safetensors
+    """
+    with errors():
+        from unflaw.io.detector_file import read_metadata
+        from unflaw.io.files import holding
+        from unflaw.io.versions import undo as undo_
+        from unflaw.io.versions import versions_of
+
+        writable(model)
+        with holding(model):
+            kept = undo_(model)
+        done = read_metadata(model)["record"].get("calibrations", [])
+        last = f"calibrated {done[-1]['when']}" if done else "as it was trained"
+        typer.echo(
+            f"{model}: back to the version of {kept.stem}, {last}; {count(len(versions_of(model)), 'earlier one')}"
+        )
+
+
+def _replace(detector: Detector, model: Path, out: Path | None) -> None:
+    """Saves a changed detector; the version that it replaces is kept for `undo`."""
+    from unflaw.io.versions import keep_version
+
+    if (out or model).exists():
+        keep_version(out or model)
+    detector.save(out or model)
 
 
 @app.command()

@@ -37,7 +37,7 @@ _LAYOUTS = """Read are:
     good images in validation/good/*, where there are any, calibrate
   - public benchmarks as they unpack: `unflaw datasets` lists them
   - a folder of good images, with no folders of images inside
-  - a table (.csv) with the columns path, label[, mask][, defect][, split]"""
+  - a table (.csv) with the columns path, label[, mask][, defect][, split][, group]"""
 
 
 def load_dataset(path: str | Path) -> Dataset:

@@ -38,6 +38,7 @@ class Sample:
     mask: Path | None = None  # an image of the same size, nonzero at the defect; or a folder of one per region
     defect: str = "good"  # "good", or the kind of defect
     regions: tuple[Saturated, ...] = ()  # if the data set defines saturations
+    group: str = ""  # what belongs together, such as images of one part or batch; "": not named
 
 
 @dataclass(frozen=True)

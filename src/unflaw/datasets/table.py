@@ -33,14 +33,17 @@ class _RowError(ValueError):
 
 
 def read_table(path: Path, tree: Tree) -> Splits:
-    """Read a table of the columns path, label[, mask][, defect][, split]: UTF-8, with commas, semicolons or tabs.
+    """Read a table in UTF-8 of the columns path, label[, mask][, defect][, split][, group].
+
+    Cells are separated by commas, semicolons or tabs.
 
     Paths are absolute or relative to the table, with slashes or backslashes. Labels are GOOD_LABELS or DEFECT_LABELS,
     splits are `train`, `validation` or `test`. Empty rows are ignored. Unusable rows are left out and reported, and so
     are all rows of a file that is listed both as good and as defective.
 
     Rows without a split are test rows if they are defective. If the table has any defective row, so is every fifth good
-    row, counted down the table, so that rows appended later change no split. The defect of good rows is ignored.
+    row, counted down the table, so that rows appended later change no split. The defect of good rows is ignored. Images
+    with the same group belong together (`calibration.groups`).
 
     Raises:
         TableError: The suffix or the first line is not that of such a table.
@@ -113,7 +116,7 @@ def _sample_of_row(texts: dict[str, str], folder: Path, extra: bool) -> tuple[Sa
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long
         raise _RowError("no such file", name, "paths are absolute or relative to the folder of the table")
     at = _resolve(folder, mask) if mask else None
-    return Sample(path, value, at, (defect or "defect") if value else "good"), split
+    return Sample(path, value, at, (defect or "defect") if value else "good", group=texts.get("group", "")), split
 
 
 def _label_value(label: str) -> int | None:

@@ -94,12 +94,16 @@ def evaluate(
     started_metrics = time.perf_counter()
     risks, curves = risk(rows, calibration)
     verdicts = Counter((row["verdict"], bool(row["label"])) for row in rows)
+    n_good = sum(not row["label"] for row in rows)
+    chance, promise = calibration.check(verdicts["defect", False], n_good)
     metrics: dict[str, Any] = {
         **measured.metrics(),
         "false_alarms": verdicts["defect", False],
         "missed": verdicts["good", True],
         "review_good": verdicts["review", False],
         "review_defective": verdicts["review", True],
+        "promise": promise if n_good and not (calibration.defects or calibration.review_only) else None,
+        "promise_p_value": chance,
         "risk": risks,
         "skipped": skipped,
         "problems": [*dataset.problems, *measured.problems],

@@ -14,7 +14,7 @@ def lines(metrics: Mapping[str, Any]) -> str:
     known = defined([metrics])
     kinds = [[name for name in known if name.startswith(kind)] for kind in ("image", "pixel", ("au", "spro"))]
     shown = ["  ".join(f"{name} {_number(metrics[name])}" for name in names) for names in kinds]
-    return "\n".join([*shown, _verdicts(metrics), *_regions(metrics), metrics["calibration"]])
+    return "\n".join([*shown, _verdicts(metrics), *_regions(metrics), metrics["calibration"], *_promise(metrics)])
 
 
 def table(metrics: Mapping[str, Mapping[str, Any]], mean: Mapping[str, float | None]) -> str:
@@ -24,7 +24,9 @@ def table(metrics: Mapping[str, Mapping[str, Any]], mean: Mapping[str, float | N
         "  ".join([name.ljust(side), *(_number(row[key]).rjust(len(key)) for key in mean)])
         for name, row in [*metrics.items(), ("mean", mean)]
     ]
-    verdicts = [f"{name}: {_verdicts(row)}; {row['calibration']}" for name, row in metrics.items()]
+    verdicts = [
+        "; ".join([f"{name}: {_verdicts(row)}", row["calibration"], *_promise(row)]) for name, row in metrics.items()
+    ]
     return "\n".join(["  ".join([" " * side, *mean]), *rows, *verdicts])
 
 
@@ -39,6 +41,10 @@ def _verdicts(metrics: Mapping[str, Any]) -> str:
         f"{metrics['missed']} missed of {count(metrics['n_images'] - metrics['n_good'], 'defective one')}, "
         f"for review {metrics['review_good']} good and {count(metrics['review_defective'], 'defective one')}"
     )
+
+
+def _promise(metrics: Mapping[str, Any]) -> list[str]:
+    return [metrics["promise"]] if metrics.get("promise") else []
 
 
 def _regions(metrics: Mapping[str, Any]) -> list[str]:

@@ -80,6 +80,7 @@ class Cache:
         skipped: `(path, reason)` of images that could not be read.
         categories: Category of each row; by default "".
         contents: SHA-256 of the file of each row, in hex; by default "", unknown.
+        groups: Number of the group of each row (`calibration.groups`); by default each image is its own.
     """
 
     features: Tensor
@@ -90,11 +91,13 @@ class Cache:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
     contents: list[str] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
     _file: IO[bytes] | None = None
 
     def __post_init__(self) -> None:
         self.categories = self.categories or [""] * len(self.paths)
         self.contents = self.contents or [""] * len(self.paths)
+        self.groups = self.groups or self.image_numbers.tolist()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -143,6 +146,7 @@ class Cache:
             paths=self.paths[part],
             categories=self.categories[part],
             contents=self.contents[part],
+            groups=self.groups[part],
         )
 
     def rows(self) -> dict[str, list[int]]:
@@ -167,7 +171,8 @@ class Cache:
         index = torch.tensor(rows)
         paths, windows = [self.paths[row] for row in rows], [self.windows[row] for row in rows]
         own = features, self.thumbnails[index], windows, self.described[index], paths, self.skipped
-        return Cache(*own, [self.categories[row] for row in rows], [self.contents[row] for row in rows], file)
+        categories, contents = [self.categories[row] for row in rows], [self.contents[row] for row in rows]
+        return Cache(*own, categories, contents, [self.groups[row] for row in rows], file)
 
 
 @brief
@@ -377,7 +382,7 @@ def build_cache(
         fit_first()
     assert features is not None
     whole = features[:filled], images, windows, torch.cat(described), kept
-    return Cache(*whole, sorted(skipped), names, contents, file)
+    return Cache(*whole, sorted(skipped), names, contents, [], file)
 
 
 def _shuffled(paths: Sequence[Input], category: Mapping[Input, str], seed: int) -> list[Input]:

@@ -17,6 +17,8 @@ class FeatureSet:
         images: (N,) int64, the number of the image that each row shows.
         valid: (N, g, g) bool, the cells that cover the image; None: all.
         categories: (N,) int64, the category of each row, counted from 0; None: one category.
+        groups: (N,) int64, the group of each row: what is compared without an image is compared without its group.
+            None: every image is its own.
         textures: F of texture images (K, C, g, g), for methods that use them.
     """
 
@@ -25,6 +27,12 @@ class FeatureSet:
     valid: Tensor | None = None
     categories: Tensor | None = None
     textures: Tensor | None = None
+    groups: Tensor | None = None
+
+    @property
+    def origins(self) -> Tensor:
+        """(N,) what is excluded together: `groups`, or images where there are none."""
+        return self.images if self.groups is None else self.groups
 
     @classmethod
     def of(cls, features: Tensor, **others: Tensor | None) -> FeatureSet:

@@ -102,9 +102,9 @@ class MemoryBank(nn.Module):
     def end_training(self) -> None:
         """Drops the data that only training needs: the banks, and which image each prototype comes from."""
         self.banks: list[Bank] = []
-        self._categories = self.images = torch.zeros(0, dtype=torch.long)  # of the rows that `fit` saw
-        self._added_sources: Tensor | None = None  # (M / 4,), the image that each of `added` comes from
-        self._added_images = self.images  # of the rows that `add_prototypes` saw
+        self._categories = self._origins = self.images = torch.zeros(0, dtype=torch.long)  # of the rows that `fit` saw
+        self._added_sources: Tensor | None = None  # (M / 4,), the group that each of `added` comes from
+        self._added_origins = self.images  # of the rows that `add_prototypes` saw
 
     @torch.no_grad()
     def fit(self, data: FeatureSet, rng: Generator) -> None:
@@ -113,7 +113,8 @@ class MemoryBank(nn.Module):
         The buffers then hold those of the first category.
         """
         rows = torch.zeros(len(data.features), dtype=torch.long)
-        self._categories, self.images = rows if data.categories is None else data.categories, data.images
+        self._categories = rows if data.categories is None else data.categories
+        self.images, self._origins = data.images, data.origins
         self.banks = []
         for category in self._categories.unique().tolist():
             self.banks.append(self._fit(data, (self._categories == category).nonzero()[:, 0], rng))
@@ -167,7 +168,7 @@ class MemoryBank(nn.Module):
         self.added[: len(chosen)] = tokens[chosen]
         others = torch.cat([self.prototypes, tokens[chosen]])
         self.added_spacing[: len(chosen)] = nearest_others(tokens[chosen], others, SPACED)[0].mean(1)
-        self._added_images = data.images
+        self._added_origins = data.origins
         self._added_sources = torch.full((len(self.added),), -1)
         self._added_sources[: len(chosen)] = source_images[chosen]
 
@@ -243,7 +244,7 @@ class MemoryBank(nn.Module):
                 "leave-one-out needs to know which training image each prototype comes from; a network knows it until "
                 "its training has ended, a loaded one never does"
             )
-        images, inverse = self.images[rows].unique(dim=0, return_inverse=True)
+        images, inverse = self._origins[rows].unique(dim=0, return_inverse=True)
         own = (bank.source_images == images[..., None]).any(1)  # many tokens exclude the same images
         return (own & ~own.all(1, keepdim=True))[inverse]
 
@@ -251,7 +252,7 @@ class MemoryBank(nn.Module):
         """(T,) rows → (T, M / 4) bool, the prototypes that their images have added."""
         if self._added_sources is None:
             raise RuntimeError("held-out images can be excluded only once `add_prototypes` has seen them")
-        return self._added_sources == self._added_images[rows][:, None]
+        return self._added_sources == self._added_origins[rows][:, None]
 
     def _search_chunk(
         self,
@@ -331,7 +332,7 @@ def _tokens(data: FeatureSet, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if data.valid is not None:
         inside = data.valid[rows].flatten()
         tokens, of = tokens[inside], of[inside]
-    return tokens, data.images[of], of
+    return tokens, data.origins[of], of
 
 
 def _chunks(tokens: Tensor) -> tuple[Tensor, ...]:

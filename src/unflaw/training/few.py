@@ -105,7 +105,7 @@ def fit_few(network: Method, cache: Cache) -> Calibration:
     alone = len(paths) == 1
     images = cache.image_numbers if alone else numbers
     rng = step_rng(network.config.training.seed, 2**31)
-    network.fit_memory(replace(feature_set(cache, network), images=images), rng)
+    network.fit_memory(replace(feature_set(cache, network), images=images, groups=None), rng)
     rows = list(range(len(cache)))
     fit_normalization(network, cache, 0, rows)
     network.patch_weight.fill_(1)  # few images do not tell how they differ as wholes

@@ -20,6 +20,7 @@ from unflaw import registry
 from unflaw._version import __version__
 from unflaw.calibration.crossfit import cross_fit, find_outliers, fit_normalization, leave_one_out, score_held_out
 from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
+from unflaw.calibration.reserve import reserve_of, score_rises
 from unflaw.config import Config, Weights
 from unflaw.datasets.samples import SHORT, content_keys, digest
 from unflaw.errors import TrainingError
@@ -30,6 +31,7 @@ from unflaw.io.progress import Progress, silent
 from unflaw.io.words import count
 from unflaw.methods import Method, create
 from unflaw.methods.decoder import DisplayDecoder
+from unflaw.methods.feature_set import Context
 from unflaw.methods.synthesis import texture_images
 from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 from unflaw.training.canvas import fit_canvas
@@ -42,6 +44,7 @@ from unflaw.training.splits import (
     build_drift_reference,
     resolve_data,
     split_calibration,
+    with_groups,
     without_copies,
 )
 
@@ -86,7 +89,7 @@ def fit(
     started, settings = time.perf_counter(), config.training
 
     # Select: decide which images take part. Of copies, one counts: a training image must not calibrate as well.
-    found, validation, category_of = resolve_data(data)
+    found, validation, category_of, named = resolve_data(data)
     images, validation, copies = without_copies(found, validation, category_of, content_keys(category_of))
     canvas = ""
     if patch_of(backbone) is None:  # positions of plain transformers were resampled for the canvas of the configuration
@@ -126,6 +129,13 @@ def fit(
         embedded = network.embed(torch.from_numpy(np.stack(textures))) if textures else None
     cached = time.perf_counter()
 
+    # Group: near-copies of an image that calibrates must not train.
+    grouped = ""
+    if not few:
+        cache, grouped = with_groups(cache, config.calibration.groups, named)
+    if held:
+        held, _ = with_groups(held, config.calibration.groups, named)
+
     if few:
         fitted = _fit_few(network, cache, held)
     else:
@@ -145,6 +155,7 @@ def fit(
         "digest": digest(dict.fromkeys(cache.paths), contents),
         "seen": sorted(content[:SHORT] for content in contents.values()),
         **({"canvas": canvas} if canvas else {}),
+        **({"groups": grouped} if grouped else {}),
         **({"few": describe_few(len(set(cache.paths)), asked)} if few else {}),
         "skipped": copies + cache.skipped + (held.skipped if held else []),
         **fitted.record,
@@ -204,7 +215,9 @@ def fit_cached(
     rng = step_rng(settings.seed, 2**31)
 
     # Split: without a validation part some images are held out, unless all are cross-fitted.
-    training, calibrating = split_calibration(cache, validation, 0.0 if options.folds else options.holdout, budget)
+    training, calibrating = split_calibration(
+        cache, validation, 0.0 if options.folds else options.holdout, budget, settings.seed
+    )
     own_validation = {} if validation is None else validation.rows()
     # A memory can leave single images out; anything else has to be learned anew without them.
     refitted = network.memory is None or any(p.requires_grad for p in network.parameters())
@@ -236,17 +249,24 @@ def fit_cached(
         random = name not in own_validation  # a random part of the good images
         far_images = find_outliers(network, training, rows, held, random=random)
         learned_too = True  # the network has learned from the images that calibrate
+        altered, context = training.take(rows, budget), Context(training_rows=torch.tensor(rows))
         if name in out_of_fold:
             scores = out_of_fold[name]
         elif held is not None:
             scores, learned_too = score_held_out(network, held, options, rng, random=random)
+            altered, context = held, Context(added_rows=torch.arange(len(held)) if learned_too else None)
+            if random and learned_too and len(set(held.groups)) < options.fewest:
+                scores.extend(leave_one_out(network, training, rows, options, budget))
         else:
             scores = leave_one_out(network, training, rows, options, budget)
+        reserve = 0.0
+        if options.reserve and random:  # images of a validation part are of other sessions already
+            reserve = options.reserve * reserve_of(score_rises(network, altered, context))
         if far_images is None:  # no memory to be far from: by their scores
             far_images = outliers(dict(zip(scores.paths, scores.scores, strict=True)))
             among = among if name in out_of_fold else HELD_OUT
         strangest += [entry | ({"category": name} if name else {}) for entry in far_images]
-        calibration = scores.calibrate(options, out_of_fold=learned_too)
+        calibration = scores.calibrate(options, out_of_fold=learned_too, reserve=reserve)
         reference = build_drift_reference(training, rows, held, settings.seed)
         categories[name] = Category(calibration, network.with_category(network.category_state()), reference)
 

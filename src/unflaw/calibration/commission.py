@@ -1,0 +1,68 @@
+"""Commissioning: the first good parts of a new session set the threshold (ours). No torch.
+
+Other light, focus or position move the scores of all images, good and defective ones, by about the same. So the scores
+that calibrated before are moved to the median of the new ones and calibrate together with them: few new images are
+enough to find the median, and the shape of the distribution stays known. What follows is an estimate, for it assumes
+that the shape stayed. The new images alone certify 1 / (n + 1).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from unflaw.calibration.thresholds import Calibration, CalibrationScores
+from unflaw.errors import TrainingError
+from unflaw.io.words import count
+
+FEWEST = 5  # minimum number of images
+
+
+def move(before: Calibration, found: CalibrationScores, share: float) -> tuple[Calibration, list[str]]:
+    """Moves a calibration to a new session, and leaves presumed defects out.
+
+    Args:
+        before: Present calibration.
+        found: Scores and maps of the images of the new session; those presumed defective are removed from it.
+        share: Largest share of defects expected among them, in [0, 1). The highest scores, up to this share, are
+            presumed defects if the moved threshold calls them so.
+
+    Returns:
+        `before` with moved scores and thresholds, without reserve, and the paths of presumed defects.
+
+    Raises:
+        TrainingError: Fewer than `FEWEST` images.
+    """
+    if len(found.scores) < FEWEST:
+        raise TrainingError(f"{count(len(found.scores), 'image')} cannot commission; give {FEWEST} at least")
+    scores = np.array(found.scores)
+    shift = float(np.median(scores) - np.median(before.scores))
+    threshold = before.threshold - before.reserve + shift
+    most = math.ceil(share * len(scores)) if share else 0
+    out = [int(i) for i in np.argsort(-scores)[:most] if scores[i] > threshold]
+    paths = [found.paths[i] for i in out]
+    found.leave_out(out)
+    by = float(np.median(found.medians)) - before.low  # maps move by another amount than scores
+    review = before.review_threshold
+    return before.model_copy(
+        update={
+            "scores": tuple(score + shift for score in before.scores),
+            "threshold": threshold,
+            "review_threshold": None if review is None else review + shift,
+            "pixel_threshold": before.pixel_threshold + by,
+            "low": before.low + by,
+            "reserve": 0.0,
+        }
+    ), paths
+
+
+def describe_commissioning(new: int, before: Calibration, after: Calibration, suspects: int) -> str:
+    """Says in one sentence what rate follows."""
+    left = f", {suspects} left out as presumed defects," if suspects else ""
+    of_old = float(np.median(after.scores) - np.median(before.scores))
+    moved = f"scores moved by {of_old:+.3g}"
+    return (
+        f"{new} images of this session{left} and the {len(before.scores)} that calibrated before, moved to them "
+        f"({moved}), give a false-alarm rate of about {after.rate:.2%}; the new ones alone certify {1 / (new + 1):.2%}"
+    )

@@ -1,0 +1,65 @@
+"""Earlier versions of a detector file, so that a calibration, commissioning or teaching can be undone. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+
+from unflaw.errors import DetectorError, WriteError
+from unflaw.io.files import target_of
+
+KEPT = 5  # versions beside the present one
+
+
+def versions_of(path: Path) -> list[Path]:
+    """Earlier versions of a file, the latest first."""
+    target = target_of(path)
+    return sorted(_folder(target).glob(f"*{target.suffix}"), reverse=True)
+
+
+def keep_version(path: Path) -> None:
+    """Keeps the present file as a version before it is replaced; the oldest of more than `KEPT` are removed.
+
+    Raises:
+        WriteError: It cannot be kept.
+    """
+    target = target_of(path)
+    when = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
+    kept = _folder(target) / f"{when}{target.suffix}"
+    try:
+        kept.parent.mkdir(exist_ok=True)
+        try:
+            os.link(target, kept)  # `write_atomically` gives the name to a new file, and this one stays
+        except OSError:  # a file system without links
+            shutil.copy2(target, kept)
+    except OSError as error:
+        raise WriteError(kept, error) from error
+    for old in versions_of(target)[KEPT:]:
+        with suppress(OSError):
+            old.unlink()
+
+
+def undo(path: Path) -> Path:
+    """Puts the latest earlier version in the place of a file; returns where it was. The file itself is lost.
+
+    Raises:
+        DetectorError: There is no earlier version.
+        WriteError: It cannot be moved.
+    """
+    target, earlier = target_of(path), versions_of(path)
+    if not earlier:
+        raise DetectorError(f"{path}: has no earlier version; {_folder(target)} keeps those that commands replace")
+    try:
+        earlier[0].replace(target)
+    except OSError as error:
+        raise WriteError(path, error) from error
+    with suppress(OSError):
+        _folder(target).rmdir()  # if it is empty
+    return earlier[0]
+
+
+def _folder(target: Path) -> Path:
+    return target.with_name(f"{target.name}.versions")
