@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from unflaw.io.detector_file import FORMAT, first_fault, read_metadata
 from unflaw.io.files import check_name, write_atomically
 from unflaw.io.progress import Progress, silent
 from unflaw.methods import Method, create
+from unflaw.methods.base import fits
 from unflaw.methods.decoder import DisplayDecoder
 from unflaw.methods.graph import Graph
 from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 from unflaw.training.fit import Fitted, fit
 from unflaw.training.loop import seeded
 from unflaw.training.splits import Category, Data
+from unflaw.training.teach import teach
 
 
 class Detector(BasePredictor):
@@ -241,6 +244,57 @@ class Detector(BasePredictor):
         done = self.record_["calibrations"][-1]
         return describe_commissioning(done["good"], before, after, len(done["suspects"]))
 
+    def teach(
+        self, good: Iterable[ImageLike], *, category: str | None = None, progress: Progress = silent
+    ) -> tuple[int, list[tuple[str, str]]]:
+        """Adds reviewed good images to the memory, without training.
+
+        Scores can only fall, so the thresholds and the promised rate stay; these images do not calibrate. `record_`
+        gets an entry in "taught", and their digests join "seen", so that they cannot calibrate later, either.
+
+        Args:
+            good: Good images, such as those that were called defective; as in `inspect_many`.
+            category: Name, for a detector with several categories.
+            progress: See `fit`.
+
+        Returns:
+            Number of prototypes added, and path and reason of each image that could not be read.
+
+        Raises:
+            TrainingError: The method has no memory, no image can be read, all are known, or the memory is full.
+        """
+        name = self.category(category)
+        network = self.categories_[name].network
+        done = teach(network, self.config, list(inputs(good, "good image")), self.record_, name, progress)
+        if name == "":
+            self.network = network
+        self.record_ = done.record
+        return done.prototypes, done.skipped
+
+    def set_threshold(self, threshold: float, *, category: str | None = None) -> Calibration:
+        """Sets the threshold to a score that a person has chosen; see `Calibration.at`.
+
+        `record_["calibrations"]` gets an entry. Returns the new calibration.
+
+        Raises:
+            DetectorError: See `select`. ValueError: Not finite.
+        """
+        name = self.category(category)
+        own = self.categories_[name]
+        after = own.calibration.at(threshold)
+        self.categories_[name] = own._replace(calibration=after)
+        entry = {
+            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **({"category": name} if name else {}),
+            "by_hand": True,
+            "kept": len(after.scores),
+            "threshold": threshold,
+            "described": after.describe(),
+            "numbers": after.numbers(),
+        }
+        self.record_ = {**self.record_, "calibrations": [*self.record_.get("calibrations", []), entry]}
+        return after
+
     def _recalibrate(
         self,
         good: list[Input],
@@ -337,6 +391,10 @@ class Detector(BasePredictor):
         try:
             if len(parts) > 3:
                 raise RuntimeError(f"unknown parts {sorted(set(parts) - {'network', 'display', 'categories'})}")
+            for name, buffer in detector.network.named_buffers():
+                if name in parts["network"] and fits(name, parts["network"][name].shape, buffer.shape):
+                    owner, _, last = name.rpartition(".")  # what was taught has added rows
+                    setattr(detector.network.get_submodule(owner), last, parts["network"][name])
             detector.network.load_state_dict(parts["network"], assign=True)
             if parts["display"]:
                 with seeded(0):
@@ -369,7 +427,7 @@ def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None
     with torch.device("meta"):
         wanted = {f"network.{name}": tuple(t.shape) for name, t in create(config, Weights.LATER).state_dict().items()}
     for name, shape in wanted.items():
-        if shapes.get(name) != shape:
+        if not fits(name, shapes.get(name, ()), shape):
             raise ValueError(f"its tensors do not fit its configuration: {name} is {shapes.get(name)}, not {shape}")
 
 

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from unflaw.calibration import conformal
 from unflaw.calibration.commission import move
-from unflaw.calibration.thresholds import CONTRADICTION, CalibrationScores, calibrate
+from unflaw.calibration.scores import CalibrationScores
+from unflaw.calibration.thresholds import CONTRADICTION, calibrate
 from unflaw.cli import app
 from unflaw.config import CalibrationOptions
 from unflaw.detector import Detector

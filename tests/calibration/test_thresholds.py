@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from unflaw.calibration.thresholds import Calibration, CalibrationScores, calibrate, calibrations
+from unflaw.calibration.scores import CalibrationScores
+from unflaw.calibration.thresholds import Calibration, calibrate, calibrations
 from unflaw.config import Config, make_config
 from unflaw.postprocessing.regions import flagged
 from unflaw.postprocessing.results import Region
@@ -163,6 +164,23 @@ def test_a_threshold_that_defects_set_certifies_no_false_alarm_rate():
         assert "certified" not in made.describe().replace("miss rate 33.33% or less, certified by 2 labelled", "")
 
 
+def test_a_threshold_by_hand_has_the_rate_that_follows():
+    scores = [float(i) for i in range(99)]
+    made = calibrate(scores, scores, 0.0, 0.02, review_rate=0.05, reserve=3.0).at(89.5)
+    assert (made.threshold, made.rate, made.reserve, made.review_threshold) == (89.5, 0.1, 0.0, None)
+    assert not made.certified and made.numbers()["asked_rate"] is None
+    assert (
+        made.describe()
+        == "threshold set by hand: false-alarm rate about 10.00%, from 99 good images outside of training"
+    )
+    higher = made.at(200.0)
+    assert (higher.rate, higher.verdict(150.0)) == (0.01, "good")
+    kept = calibrate(scores, scores, 0.0, 0.02, review_rate=0.05).at(150.0)
+    assert (kept.verdict(100.0), kept.review_rate) == ("review", 0.05)
+    with pytest.raises(ValueError, match="a threshold is a score"):
+        made.at(math.nan)
+
+
 def test_the_numbers_say_what_the_sentence_does():
     scores = [float(i) for i in range(99)]
     made = calibrate(scores, scores, 0.0, 0.02, review_rate=0.05)
@@ -179,6 +197,7 @@ def test_the_numbers_say_what_the_sentence_does():
         "n_defects": 0,
         "n_images": None,
         "review_only": False,
+        "by_hand": False,
         "reserve": 0.0,
     }
     few = calibrate(scores[:5], scores[:5], 0.0, 0.01, out_of_fold=True).numbers()

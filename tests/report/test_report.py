@@ -1,4 +1,5 @@
 import builtins
+import json
 import re
 import shutil
 import subprocess
@@ -116,6 +117,44 @@ def test_page_escapes_what_it_is_given(evaluation: Evaluation, render: Callable[
     assert "URA-Net on &lt;screw&gt;" in page
     assert "&lt;b&gt;bold" in page
     assert "cut off &lt;half way&gt;" in page
+
+
+def test_a_slider_says_what_another_threshold_would_do(evaluation: Evaluation, render: Callable[..., str]) -> None:
+    page = render(evaluation, model=Path("my parts.safetensors"))
+    (found,) = re.findall(r'<script type="application/json">(.*?)</script>', page)
+    known = json.loads(found)
+    assert known["good"] == [row["score"] for row in evaluation.rows if not row["label"]]
+    assert known["defective"] == [row["score"] for row in evaluation.rows if row["label"]]
+    assert known["threshold"] == 2.5 and known["low"] <= 2.5 <= known["high"]
+    assert known["model"] == "'my parts.safetensors'"
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        shown = browser.new_page()
+        shown.set_content(page)
+        counts, command = shown.locator(".slider output").all_text_contents()
+        assert counts.startswith("Threshold 2.500: false alarms 1 of 2 (50.0 %), missed 1 of 2 (50.0 %)")
+        assert command == "unflaw threshold 'my parts.safetensors' 2.50000"
+        shown.locator(".slider input").evaluate("(range, to) => { range.value = to; range.oninput(); }", known["low"])
+        counts, command = shown.locator(".slider output").all_text_contents()
+        above = sum(score > known["low"] for score in known["good"])
+        assert f"false alarms {above} of 2" in counts and command.split()[-1] == f"{known['low']:.6g}".ljust(7, "0")
+        browser.close()
+
+
+def test_a_broken_promise_stands_at_the_top(evaluation: Evaluation, render: Callable[..., str]) -> None:
+    evaluation.metrics["promise"] = "PROMISE BROKEN: 8 of 20"
+    assert re.search(r'class="alarm">PROMISE BROKEN: 8 of 20<', render(evaluation).split("<main>")[0])
+
+
+def test_a_scale_of_its_own_shows_what_is_below_the_threshold() -> None:
+    values = np.array([[0.0, 1.0], [0.5, 0.2]])
+    scale = Scale(0.0, 4.0)
+    assert scale(values).max() < 0.5 and scale.up_to(values)(values).max() == 1.0
+    assert scale.up_to(values * 8) == scale
 
 
 def test_page_states_the_numbers(evaluation: Evaluation, render: Callable[..., str]) -> None:

@@ -12,7 +12,8 @@ import math
 
 import numpy as np
 
-from unflaw.calibration.thresholds import Calibration, CalibrationScores
+from unflaw.calibration.scores import CalibrationScores
+from unflaw.calibration.thresholds import Calibration
 from unflaw.errors import TrainingError
 from unflaw.io.words import count
 

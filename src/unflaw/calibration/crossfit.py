@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unflaw.calibration.outliers import MOST, outliers
-from unflaw.calibration.thresholds import CalibrationScores
+from unflaw.calibration.scores import CalibrationScores
 from unflaw.config import CalibrationOptions
 from unflaw.errors import TrainingError
 from unflaw.features.cache import Cache, cells

@@ -11,7 +11,8 @@ import numpy as np
 from unflaw.calibration.commission import move
 from unflaw.calibration.drift import Reference
 from unflaw.calibration.outliers import ALL, outliers
-from unflaw.calibration.thresholds import Calibration, CalibrationScores
+from unflaw.calibration.scores import CalibrationScores
+from unflaw.calibration.thresholds import Calibration
 from unflaw.config import CalibrationOptions
 from unflaw.datasets.samples import SHORT, digest, distinct, sha256_if_readable
 from unflaw.errors import ImageError, TrainingError

@@ -7,15 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from unflaw.calibration import conformal
-from unflaw.config import CalibrationOptions
-from unflaw.imaging.tiling import Box
 from unflaw.io.brief import brief
 from unflaw.io.words import count
-from unflaw.postprocessing.regions import region_level
 from unflaw.postprocessing.results import Region, Scale, Verdict
 
 CONTRADICTION = 0.005  # chance of the false alarms of an evaluation, below which they contradict the promise
@@ -53,6 +49,7 @@ class Calibration(BaseModel):
             then approximate; see `crossfit` for what is proved.
         images: Number of images in the groups; None: each image stands for itself. p-values and rates count groups: at
             most the stated share of groups has any such image, and so of images of new groups.
+        by_hand: True: a person has set `threshold`; `rate` is then what follows, not what was asked for.
         review_only: True: there are too few images to call anything defective; what scores above `threshold` is for
             review.
     """
@@ -75,6 +72,7 @@ class Calibration(BaseModel):
     out_of_fold: bool = False
     images: int | None = None
     reserve: float = 0.0
+    by_hand: bool = False
     review_only: bool = False
 
     @property
@@ -87,7 +85,7 @@ class Calibration(BaseModel):
 
         The rate of a threshold that labelled defects set is measured, not certified.
         """
-        return self.rate <= self.asked_rate and not (self.estimated or self.out_of_fold or self.defects)
+        return self.rate <= self.asked_rate and not (self.estimated or self.out_of_fold or self.defects or self.by_hand)
 
     @property
     def estimated(self) -> bool:
@@ -133,6 +131,32 @@ class Calibration(BaseModel):
         limit = self.threshold if self.review_only or self.review_threshold is None else self.review_threshold
         return "review" if score > limit else "good"
 
+    def at(self, threshold: float) -> Calibration:
+        """This calibration with a threshold that a person has chosen, without reserve; its rate is what follows.
+
+        Raises:
+            ValueError: The threshold is not finite.
+        """
+        if not math.isfinite(threshold):
+            raise ValueError(f"a threshold is a score, such as {self.threshold:.4g}, not {threshold:g}")
+        n = len(self.scores)
+        k = 1 + n - bisect.bisect_right(self.scores, threshold)
+        review = self.review_threshold if self.review_threshold is None else min(self.review_threshold, threshold)
+        band = review is not None and review < threshold
+        changed: dict[str, Any] = {
+            "threshold": threshold,
+            "rate": min(k, n) / (n + 1),
+            "by_hand": True,
+            "asked_rate": min(k, n) / (n + 1),
+            "reserve": 0.0,
+            "tail": None,
+            "defects": (),
+            "miss_rate": None,
+            "review_threshold": review if band else None,
+            "review_rate": self.review_rate if band else None,
+        }
+        return self.model_copy(update=changed)
+
     def describe(self) -> str:
         """Describes the rates in one sentence."""
         review = "" if self.review_rate is None else f"; with those for review {self.review_rate:.2%}"
@@ -167,7 +191,7 @@ class Calibration(BaseModel):
             "rate", "certified", "estimated", "out_of_fold", "review_rate", "review_only" and "miss_rate".
         """
         return {
-            "asked_rate": None if self.defects else self.asked_rate,
+            "asked_rate": None if self.defects or self.by_hand else self.asked_rate,
             "rate": self.rate,
             "n": len(self.scores),
             "n_images": self.images,
@@ -179,6 +203,7 @@ class Calibration(BaseModel):
             "miss_rate": self.miss_rate,
             "n_defects": len(self.defects),
             "review_only": self.review_only,
+            "by_hand": self.by_hand,
             "reserve": self.reserve,
         }
 
@@ -239,117 +264,10 @@ class Calibration(BaseModel):
             fit = f"goodness of fit p = {self.tail.goodness:.2g}"
             return f"false-alarm rate {self.rate:.2%}, estimated from the tail of the scores ({fit}); {smallest}"
         if self.rate <= self.asked_rate:
-            return f"false-alarm rate about {self.rate:.2%}, from {images}"
+            by_hand = "threshold set by hand: " if self.by_hand else ""
+            return f"{by_hand}false-alarm rate about {self.rate:.2%}, from {images}"
         would = f"{conformal.needed(self.asked_rate)} {'' if self.images is None else 'groups '}would"
         return f"{smallest}, not the {self.asked_rate:.2%} asked for; {would}"
-
-
-class CalibrationScores:
-    """Out-of-sample scores of good images, used for calibration.
-
-    Args:
-        minimum_area: Smallest area of a region, as a share of the image.
-
-    Attributes:
-        scores: Image scores.
-        paths: Paths of the images, as far as they are known.
-        groups: Number of the group of each image, as far as there are groups.
-        peaks: `region_level` of each anomaly map.
-        medians: Median of each anomaly map.
-        max_uncertainty: Largest value of each uncertainty map; empty if there are none.
-    """
-
-    def __init__(self, minimum_area: float = 0.0) -> None:
-        self.minimum_area = minimum_area
-        self.scores: list[float] = []
-        self.paths: list[str] = []
-        self.groups: list[int] = []
-        self.peaks: list[float] = []
-        self.medians: list[float] = []
-        self.max_uncertainty: list[float] = []
-
-    def add(
-        self,
-        score: float,
-        anomaly_map: np.ndarray,
-        valid: Box,
-        uncertainty: np.ndarray | None = None,
-        counted: np.ndarray | None = None,
-    ) -> None:
-        """Adds an image: its score, its maps (h, w), their box that it covers, and a mask (h, w) of what counts."""
-        x0, y0, x1, y1 = valid
-        inside = np.s_[y0:y1, x0:x1] if counted is None else counted
-        self.scores.append(score)
-        self.peaks.append(region_level(anomaly_map, valid, self.minimum_area, counted))
-        self.medians.append(float(np.median(anomaly_map[inside])))
-        if uncertainty is not None:
-            self.max_uncertainty.append(float(uncertainty[inside].max()))
-
-    def leave_out(self, numbers: Sequence[int]) -> None:
-        """Removes images by their numbers, in the order in which they were added."""
-        for name, values in vars(self).items():
-            if isinstance(values, list):
-                setattr(self, name, [value for i, value in enumerate(values) if i not in set(numbers)])
-
-    def extend(self, others: CalibrationScores) -> None:
-        """Adds the scores of other images, whose groups have other numbers."""
-        for name, values in vars(others).items():
-            if isinstance(values, list):
-                getattr(self, name).extend(values)
-
-    def merge(self, before: Calibration) -> None:
-        """Adds the scores of another calibration; call it after all images are added.
-
-        Of its maps only thresholds are known, and the number of maps that may exceed them. Those get the highest value
-        of all images here, so the rate of a new pixel threshold holds; a rate below that of `before` is approximate.
-        """
-        n = len(before.scores)
-        above = min(conformal.rank(n, before.rate), n) - 1
-        uncertain = min(conformal.rank(n, before.review_rate or before.rate), n) - 1
-        self.scores += before.scores
-        self.peaks += _merged_values(before.pixel_threshold, n, above, self.peaks)
-        self.medians += [before.low] * n
-        if before.uncertainty_threshold is not None:
-            self.max_uncertainty += _merged_values(before.uncertainty_threshold, n, uncertain, self.max_uncertainty)
-
-    def calibrate(self, options: CalibrationOptions, *, rate: float | None = None, **more: Any) -> Calibration:
-        """Calls `calibrate` with the options, another rate if one is given, and further arguments.
-
-        Of each group of images the highest values count.
-        """
-        numbers, images = self._groups(), len(self.scores)
-        grouped = len(set(numbers)) < images
-        found = calibrate(
-            _highest(self.scores, numbers),
-            _highest(self.peaks, numbers),
-            float(np.median(self.medians)) if self.medians else 0.0,
-            options.false_alarm_rate if rate is None else rate,
-            review_rate=options.review_rate,
-            max_uncertainty=_highest(self.max_uncertainty, numbers),
-            review_uncertain=options.review_uncertain,
-            minimum_area=self.minimum_area,
-            extrapolate_tail=options.extrapolate_tail,
-            **more,
-        )
-        return found.model_copy(update={"images": images}) if grouped else found
-
-    def _groups(self) -> list[int]:
-        """Group of each score; what has none, such as scores of a calibration before, is a group of its own."""
-        further = max(self.groups, default=-1) + 1
-        return [*self.groups, *range(further, further + len(self.scores) - len(self.groups))]
-
-
-def _highest(values: Sequence[float], groups: Sequence[int]) -> list[float]:
-    """The highest value of each group, in the order in which groups appear."""
-    found: dict[int, float] = {}
-    for value, group in zip(values, groups, strict=False):  # not all maps have an uncertainty
-        found[group] = max(value, found.get(group, -math.inf))
-    return list(found.values())
-
-
-def _merged_values(threshold: float, n: int, above: int, seen: Sequence[float]) -> list[float]:
-    """n values: the threshold, and `above` times the highest value."""
-    return [threshold] * (n - above) + [max([threshold, *seen])] * above
 
 
 def calibrations(metadata: Mapping[str, Any]) -> dict[str, Calibration]:

@@ -3,10 +3,10 @@
 import os
 import sys
 
-from unflaw.cli import learning, inspecting, runtime, station, research  # isort: skip - the order of the help
+from unflaw.cli import learning, calibrating, inspecting, runtime, station, research  # isort: skip - the order of the help
 from unflaw.cli.common import app
 
-__all__ = ["app", "inspecting", "learning", "main", "research", "runtime", "station"]
+__all__ = ["app", "calibrating", "inspecting", "learning", "main", "research", "runtime", "station"]
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ Several = Annotated[
     list[Path],
     typer.Option("--data", help=f"{_KINDS} May be repeated. A folder of categories means all of them."),
 ]
+TAIL = "Estimate thresholds for rates that the images cannot certify, from the tail of their scores."
 METHODS = f"Method: {', '.join(registry.names())}."
 
 WeightFile = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,11 @@ from unflaw.cli.common import (
     writable,
 )
 
+OwnScale = Annotated[
+    bool,
+    typer.Option("--own-scale", help="Heat maps up to the highest value of each image: evidence below the threshold."),
+]
+
 
 @app.command()
 def evaluate(
@@ -36,6 +42,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for the metrics.")] = None,
     report: Annotated[Path | None, typer.Option(help="HTML file for a report.")] = None,
     category: Category = None,
+    own_scale: OwnScale = False,
 ) -> None:
     """Evaluate a detector on labelled test images. For several data sets, report each and the mean.
 
@@ -43,7 +50,7 @@ def evaluate(
 
     Example:  unflaw evaluate screw.safetensors --data mvtec_ad/screw --json screw.json --report screw.html
     """
-    run_evaluation(model, data, json_file, report, category)
+    run_evaluation(model, data, json_file, report, category, own_scale=own_scale)
 
 
 def run_evaluation(
@@ -53,6 +60,7 @@ def run_evaluation(
     report: Path | None,
     category: str | None = None,
     notes: Sequence[str] = (),
+    own_scale: bool = False,
 ) -> None:
     with errors():
         for path in (json_file, report):
@@ -83,7 +91,9 @@ def run_evaluation(
             from unflaw.report import write_report
 
             scales = {name: detector.select(metrics[name].get("category")).scale for name in metrics}
-            write_report(found, report, title=", ".join(found), scale=scales, notes=notes)
+            write_report(
+                found, report, title=", ".join(found), scale=scales, notes=notes, model=model, own_scale=own_scale
+            )
         typer.echo(table(metrics, mean) if len(found) > 1 else lines(next(iter(metrics.values()))))
 
 
@@ -94,6 +104,7 @@ def predict(
     inputs: Annotated[list[Path] | None, typer.Argument(help="Images and folders of images.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and panels.")] = None,
     images: Annotated[bool, typer.Option("--images", help="Write a panel for each image.")] = False,
+    own_scale: OwnScale = False,
     drift_rate: Annotated[float, typer.Option(help="False-alarm rate of the drift alarm.")] = 0.01,
     category: Category = None,
     group_by: Annotated[
@@ -208,7 +219,7 @@ def predict(
                     paths,
                     out,
                     category=category,
-                    draw=panel if images else None,
+                    draw=partial(panel, own_scale=own_scale) if images else None,
                     drift_rate=drift_rate,
                     sinks=[*sinks, unread := Unread()],
                     progress=watched,

@@ -1,47 +1,39 @@
-"""Commands that make detectors: train, calibrate, demo."""
+"""Commands that make detectors: train, fleet, demo."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from unflaw.cli.common import (
     METHODS,
+    TAIL,
     BackboneNames,
-    Category,
     Several,
     Size,
-    TrainedFile,
     WeightFile,
     app,
     detector_file,
     errors,
-    images_in,
     levels_of,
-    load_trained,
     progress_bars,
     report_dataset_problems,
     report_problems,
     said,
     setting_of,
     weights_of,
-    writable,
 )
 from unflaw.io.words import count
 from unflaw.parallel.launch import launch, launched, watch_parent
 
-if TYPE_CHECKING:
-    from unflaw.detector import Detector
-
 # names of Fabric → `training.precision`
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 _KNOWN = {"accelerator": ("auto", "cpu", "gpu"), "strategy": ("auto", "ddp")}
-_TAIL = "Estimate thresholds for rates that the images cannot certify, from the tail of their scores."
 
 Setting = Annotated[list[str] | None, typer.Option("--set", help="Setting as NAME=VALUE, such as training.steps=200.")]
 
@@ -62,7 +54,7 @@ def train(
     fit: Annotated[str | None, typer.Option(help="Resizing: stretch, or pad to keep the aspect ratio.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed; same seed, same machine: same detector.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requested false-alarm rate, such as 0.01.")] = None,
-    tail: Annotated[bool, typer.Option("--extrapolate-tail", help=_TAIL)] = False,
+    tail: Annotated[bool, typer.Option("--extrapolate-tail", help=TAIL)] = False,
     groups: Annotated[
         str | None, typer.Option(help="Images that belong together: a pattern of their paths, auto, or none.")
     ] = None,
@@ -240,132 +232,6 @@ def fleet(
             typer.echo(said(f"error: {name}: {reason}"), err=True)
         if failed:
             raise typer.Exit(3)
-
-
-@app.command()
-def calibrate(
-    model: TrainedFile,
-    good: Annotated[list[Path], typer.Option(help="Good images, or folders of them, that were not used in training.")],
-    out: Annotated[Path | None, typer.Option(help="Output detector file; default: replace MODEL.")] = None,
-    defect: Annotated[list[Path] | None, typer.Option(help="Defective images, or folders of them.")] = None,
-    rate: Annotated[float | None, typer.Option(min=0, max=1, help="Requested false-alarm rate, such as 0.01.")] = None,
-    miss_rate: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Maximum share of missed defects, certified by --defect.")
-    ] = None,
-    cost_ratio: Annotated[
-        float | None, typer.Option(min=0, help="Cost of a missed defect relative to a false alarm; needs --defect.")
-    ] = None,
-    review_rate: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of good images not called good; 0: no review.")
-    ] = None,
-    minimum_area: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Smallest area of a region, as a share of the image.")
-    ] = None,
-    tail: Annotated[bool, typer.Option("--extrapolate-tail", help=_TAIL)] = False,
-    append: Annotated[bool, typer.Option("--append", help="Also use the scores of the previous calibration.")] = False,
-    category: Category = None,
-) -> None:
-    """Recalibrate a detector without training, on new good images and, if any, labelled defects.
-
-    Example:  unflaw calibrate parts.safetensors --good parts/today --defect parts/rejects --miss-rate 0.05
-    """
-    with errors(), ExitStack() as held:
-        if len([option for option in (rate, miss_rate, cost_ratio) if option is not None]) > 1:
-            raise ValueError("--rate, --miss-rate and --cost-ratio each set the threshold; give one of them")
-        if any(option in (0, 1) for option in (rate, miss_rate)) or 1 in (review_rate, minimum_area):
-            raise ValueError("a rate must lie between 0 and 1, such as 0.01")
-        if defect and miss_rate is None and cost_ratio is None:
-            raise ValueError("--defect needs --miss-rate or --cost-ratio; `unflaw evaluate` measures on defects")
-        if not defect and (miss_rate is not None or cost_ratio is not None):
-            raise ValueError("a miss rate and a cost ratio need labelled defects; name them with --defect")
-        from unflaw.calibration.outliers import describe_outliers
-        from unflaw.io.files import holding
-
-        writable(model) if out is None else detector_file(out)
-        held.enter_context(holding(out or model))  # otherwise the entry of a concurrent calibration could be lost
-        detector = load_trained(model)
-        asked = {"review_rate": review_rate, "minimum_area": minimum_area, "extrapolate_tail": tail or None}
-        with progress_bars() as progress:
-            found = detector.calibrate(
-                images_in(good),
-                images_in(defect) if defect else [],
-                rate=rate,
-                miss_rate=miss_rate,
-                cost_ratio=cost_ratio,
-                category=category,
-                append=append,
-                progress=progress,
-                **{name: value for name, value in asked.items() if value is not None},
-            )
-        _replace(detector, model, out)
-        done = detector.record_["calibrations"][-1]
-        report_problems(f"skipped {reason}" for _, reason in done["skipped"])
-        report_problems(describe_outliers(done, "calibrate"))
-        typer.echo(f"{out or model}: {found.describe()}; threshold {found.threshold:.4g}")
-
-
-@app.command()
-def commission(
-    model: TrainedFile,
-    images: Annotated[list[Path], typer.Argument(help="First images of the new session, or folders of them.")],
-    out: Annotated[Path | None, typer.Option(help="Output detector file; default: replace MODEL.")] = None,
-    share: Annotated[
-        float, typer.Option(min=0, max=1, help="Largest share of defects expected among them; 0: all were reviewed.")
-    ] = 0.05,
-    category: Category = None,
-) -> None:
-    """Set the threshold by the first 30 to 100 parts of a new session: another line, camera, light or day.
-
-    They are presumed good. The calibration moves to them, and nothing is trained. `unflaw undo` takes it back.
-
-    Example:  unflaw commission parts.safetensors line2/first
-    """
-    with errors(), ExitStack() as held:
-        if share == 1:
-            raise ValueError("--share 1: not all images can be defects; give a share such as 0.05")
-        from unflaw.io.files import holding
-
-        writable(model) if out is None else detector_file(out)
-        held.enter_context(holding(out or model))
-        detector = load_trained(model)
-        with progress_bars() as progress:
-            said_ = detector.commission(images_in(images), share=share, category=category, progress=progress)
-        _replace(detector, model, out)
-        done = detector.record_["calibrations"][-1]
-        report_problems(f"skipped {reason}" for _, reason in done["skipped"])
-        report_problems(f"{path}: presumed defective and left out; look at it" for path in done["suspects"])
-        typer.echo(f"{out or model}: {said_}; threshold {done['threshold']:.4g}")
-
-
-@app.command()
-def undo(model: TrainedFile) -> None:
-    """Take the last calibration, commissioning or teaching of a detector back, up to five of them.
-
-    Example:  unflaw undo parts.safetensors
-    """
-    with errors():
-        from unflaw.io.detector_file import read_metadata
-        from unflaw.io.files import holding
-        from unflaw.io.versions import undo as undo_
-        from unflaw.io.versions import versions_of
-
-        writable(model)
-        with holding(model):
-            kept = undo_(model)
-        done = read_metadata(model)["record"].get("calibrations", [])
-        last = f"calibrated {done[-1]['when']}" if done else "as it was trained"
-        typer.echo(
-            f"{model}: back to the version of {kept.stem}, {last}; {count(len(versions_of(model)), 'earlier one')}"
-        )
-
-
-def _replace(detector: Detector, model: Path, out: Path | None) -> None:
-    """Saves a changed detector; the version that it replaces is kept for `undo`."""
-    from unflaw.io.versions import keep_version
-
-    if (out or model).exists():
-        keep_version(out or model)
-    detector.save(out or model)
 
 
 @app.command()

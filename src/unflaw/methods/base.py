@@ -68,6 +68,9 @@ class Inspection:
     layers: dict[str, Tensor] = field(default_factory=dict)
 
 
+TAUGHT = ("added", "added_spacing")  # buffers of memories that `Method.teach` lengthens
+
+
 class Method(nn.Module, ABC):
     """A method on frozen features.
 
@@ -277,13 +280,24 @@ class Method(nn.Module, ABC):
         for name in self.category_buffers:
             owner, _, buffer = name.rpartition(".")
             part, tensor = view.get_submodule(owner), state.get(name)
-            if tensor is None or tensor.shape != getattr(part, buffer).shape:
+            if tensor is None or not fits(buffer, tensor.shape, getattr(part, buffer).shape):
                 found = "missing" if tensor is None else tuple(tensor.shape)
                 raise RuntimeError(f"{name} is {found}, not {tuple(getattr(part, buffer).shape)}")
             setattr(part, buffer, tensor)
         for bank in view._memory_banks().values():
             bank.end_training()
         return view.eval()
+
+    def teach(self, data: FeatureSet, rng: Generator) -> int:
+        """Adds images that a person calls good to the memories; see `MemoryBank.teach`.
+
+        Returns:
+            Number of prototypes added to all memories; 0 also where there is none.
+
+        Raises:
+            ValueError: A memory is full.
+        """
+        return sum(memory.teach(data, rng) for memory in (self.memory, self.regional_memory) if memory is not None)
 
     def add_prototypes(self, data: FeatureSet, rng: Generator) -> bool:
         """After `fit_normalization`: adds prototypes out of the images that calibrate the selected category.
@@ -381,6 +395,13 @@ def _sharing(module: Module) -> Module:
         if not isinstance(part, FeatureExtractor | PixelExtractor):
             made._modules[name] = _sharing(part)
     return made
+
+
+def fits(name: str, shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """True if a buffer of a category has the wanted shape; prototypes that were taught add rows."""
+    if name.rpartition(".")[2] not in TAUGHT or len(shape) != len(wanted):
+        return tuple(shape) == tuple(wanted)
+    return tuple(shape[1:]) == tuple(wanted[1:]) and wanted[0] <= shape[0] <= 4 * wanted[0]
 
 
 def _joined(found: Sequence[Inspection], name: str) -> Tensor | None:

@@ -173,6 +173,34 @@ class MemoryBank(nn.Module):
         self._added_sources[: len(chosen)] = source_images[chosen]
 
     @torch.no_grad()
+    def teach(self, data: FeatureSet, rng: Generator) -> int:
+        """Adds what is unlike the memory in images that a person calls good (ours); `added` grows.
+
+        Tokens further away than training images usually are from each other (`radius`) are new; a coreset of them,
+        at most M / 8, is added. Distances can only fall.
+
+        Returns:
+            Number of prototypes added.
+
+        Raises:
+            ValueError: The memory has been taught as much as it can hold, M prototypes in all.
+        """
+        tokens, _, _ = _tokens(data, torch.arange(len(data.features)))
+        distance = torch.cat([self.retrieve(part).extended for part in tokens.split(2**13)])
+        unknown = distance.argsort(descending=True)[: int((distance > self.radius).sum())][: 16 * len(self.prototypes)]
+        size = min(len(unknown), max(1, len(self.prototypes) // 8))
+        if not size:
+            return 0
+        if len(self.added) + size > len(self.prototypes):
+            raise ValueError("the memory has been taught all it can hold; train again with these images")
+        chosen = tokens[unknown[greedy_coreset(tokens[unknown], size, rng)]]
+        others = torch.cat([self.prototypes, self.added, chosen])
+        spacing = nearest_others(chosen, others, SPACED)[0].mean(1)
+        self.added = torch.cat([self.added, chosen])
+        self.added_spacing = torch.cat([self.added_spacing, spacing])
+        return len(chosen)
+
+    @torch.no_grad()
     def retrieve_cached(self, features: Tensor, budget: float) -> dict[str, Tensor]:
         """Output of `forward` for the features that `fit` saw, each image without its own prototypes.
 
@@ -370,6 +398,10 @@ class RegionalMemoryBank(nn.Module):
     def add_prototypes(self, data: FeatureSet, rng: Generator) -> None:
         """Calls `MemoryBank.add_prototypes` with the regions of features F."""
         self.memory.add_prototypes(self._regional(data), rng)
+
+    def teach(self, data: FeatureSet, rng: Generator) -> int:
+        """Calls `MemoryBank.teach` with the regions of features F."""
+        return self.memory.teach(self._regional(data), rng)
 
     def forward(self, features: Tensor, context: Context = NEW_IMAGES) -> Tensor:
         """F (N, C, g, g) → distance to the nearest known region as it is scored, (N, 1, ⌈g/2⌉, ⌈g/2⌉)."""

@@ -115,6 +115,11 @@ class Scale:
     low: float
     threshold: float
 
+    def up_to(self, anomaly_map: np.ndarray) -> Scale:
+        """A scale on which the highest value of a map is shown as 1, where that is below the threshold's 0.5."""
+        highest = float(anomaly_map.max())
+        return self if highest >= self.threshold else Scale(self.low, (self.low + highest) / 2)
+
     def __call__(self, anomaly_map: np.ndarray) -> np.ndarray:
         """Scale raw map values to [0, 1] for display."""
         return np.clip(0.5 * (anomaly_map - self.low) / max(self.threshold - self.low, 1e-12), 0, 1)

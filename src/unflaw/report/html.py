@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,8 @@ def write_report(
     title: str,
     scale: Scale | Mapping[str, Scale],
     notes: Sequence[str] = (),
+    model: Path | None = None,
+    own_scale: bool = False,
 ) -> None:
     """Write an evaluation as one self-contained HTML page, atomically.
 
@@ -68,6 +71,8 @@ def write_report(
         title: Heading, such as "URA-Net on screw".
         scale: Fixed scale of the detector for all heat maps, or those of the categories.
         notes: Sentences below the summary, such as "Synthetic defects on real textures".
+        model: Detector file, for the command that sets a threshold.
+        own_scale: Colour each heat map on a scale of its own (`Scale.up_to`), which shows evidence below the threshold.
 
     Raises:
         ImportError: Jinja2 is not installed.
@@ -75,7 +80,9 @@ def write_report(
     """
     named = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
     scales = scale if isinstance(scale, Mapping) else dict.fromkeys(named, scale)
-    sections = [_section(name, found, scales[name]) for name, found in named.items()]
+    sections = [_section(name, found, scales[name], own_scale) for name, found in named.items()]
+    for section in sections:
+        section["slider"] = _slider(section, model) if section["rows"] else None
     template = templates().get_template("report.html.j2")
     page = template.render(
         title=title,
@@ -84,6 +91,7 @@ def write_report(
         meanings={name: _METRICS[name] for name in defined(section["metrics"] for section in sections)},
         sections=sections,
         mean=mean_metrics(named),
+        own_scale=own_scale,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # file names may not be valid UTF-8
@@ -107,7 +115,26 @@ def templates() -> Environment:
     return environment
 
 
-def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
+def _slider(section: Mapping[str, Any], model: Path | None) -> dict[str, Any] | None:
+    """Scores of good and defective images, thresholds, and ends of the slider; None without a threshold."""
+    metrics, rows = section["metrics"], section["rows"]
+    threshold, category = metrics.get("threshold"), metrics.get("category")
+    if threshold is None:
+        return None
+    scores = [row["score"] for row in rows]
+    return {
+        "good": [row["score"] for row in rows if not row["label"]],
+        "defective": [row["score"] for row in rows if row["label"]],
+        "threshold": threshold,
+        "review": metrics.get("review_threshold"),
+        "low": min(*scores, threshold),
+        "high": max(*scores, threshold),
+        "model": "MODEL" if model is None else shlex.quote(str(model)),
+        "category": f" --category {shlex.quote(category)}" if category else "",
+    }
+
+
+def _section(name: str, evaluation: Evaluation, scale: Scale, own_scale: bool = False) -> dict[str, Any]:
     """Return the variables of the template for one category."""
     metrics, curves = evaluation.metrics, evaluation.curves
     rows = [row | {"outcome": _outcome(row["verdict"], row["label"])} for row in evaluation.rows]
@@ -119,7 +146,10 @@ def _section(name: str, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
         "defect_columns": list(dict.fromkeys(column for values in per_defect for column in values)),
         "scores": _histogram(rows, metrics.get("threshold"), metrics.get("review_threshold")) if rows else None,
         "curves": [(_points(*curves[name], about[-1]), *about) for name, about in _CURVES.items() if name in curves],
-        "cards": [(shown, views(shown.result, scale, shown.mask)) for shown in evaluation.shown],
+        "cards": [
+            (shown, views(shown.result, scale.up_to(shown.result.map) if own_scale else scale, shown.mask))
+            for shown in evaluation.shown
+        ],
         "scale": scale,
         "colour_bar": heat_map(np.linspace(scale.low, 2 * scale.threshold - scale.low, 256)[None], scale),
         "rows": rows,

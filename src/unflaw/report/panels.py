@@ -112,7 +112,9 @@ def views(result: Result, scale: Scale, mask: np.ndarray | None = None) -> dict[
     return shown
 
 
-def panel(result: Result, scale: Scale, mask: np.ndarray | None = None, tile: int = 256) -> Image.Image:
+def panel(
+    result: Result, scale: Scale, mask: np.ndarray | None = None, tile: int = 256, own_scale: bool = False
+) -> Image.Image:
     """Draw all `views` of a result in a row with captions, under its name, verdict, score and p-value.
 
     Args:
@@ -120,8 +122,9 @@ def panel(result: Result, scale: Scale, mask: np.ndarray | None = None, tile: in
         scale: Fixed scale of the detector.
         mask: True defect (size, size) on the same canvas, if known.
         tile: Longer side of each image, pixels.
+        own_scale: Colour the heat map on a scale of its own (`Scale.up_to`).
     """
-    shown = views(result, scale, mask)
+    shown = views(result, scale.up_to(result.map) if own_scale else scale, mask)
     width, height = _fitted(shown["Image"].shape, tile)
     step = max(width, 90) + _MARGIN  # a narrow image still leaves room for its caption
     row = Image.new("RGB", (max(260, _MARGIN + step * len(shown)), _HEADER + height + _CAPTION + _MARGIN), "white")

@@ -25,6 +25,7 @@ from unflaw.imaging.transforms import ModelInput
 from unflaw.io.detector_file import before, read_metadata, read_weights
 from unflaw.io.files import holding, write_atomically
 from unflaw.methods.graph import Graph
+from unflaw.methods.memory_bank import FAR
 
 Target = Literal["onnx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -51,12 +52,24 @@ class ByCategory(nn.Module):
         self.whole = whole
         self.owned = {name: f"owned_{i}" for i, name in enumerate(categories[0])}
         for name, buffer in self.owned.items():
-            self.register_buffer(buffer, torch.stack([category[name] for category in categories]))
+            self.register_buffer(buffer, stacked([category[name] for category in categories]))
 
     def forward(self, images: Tensor, category: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
         """Run `Graph.forward` for a category, given by its number, () int64."""
         own = {f"network.{name}": getattr(self, buffer)[category] for name, buffer in self.owned.items()}
         return functional_call(self.whole, own, (images, cells))
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Stacks tensors; shorter ones, of categories that were taught less, are padded with prototypes far away."""
+    longest = max(len(tensor) if tensor.ndim else 0 for tensor in tensors)
+    padded = [
+        torch.cat([tensor, tensor.new_full((longest - len(tensor), *tensor.shape[1:]), FAR)])
+        if tensor.ndim and len(tensor) < longest
+        else tensor
+        for tensor in tensors
+    ]
+    return torch.stack(padded)
 
 
 def export(

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unflaw.calibration.crossfit import feature_set, fit_normalization, score_cached
-from unflaw.calibration.thresholds import Calibration, CalibrationScores
+from unflaw.calibration.scores import CalibrationScores
+from unflaw.calibration.thresholds import Calibration
 from unflaw.config import Config
 from unflaw.features.cache import Cache, Part, Source, read_parts
 from unflaw.features.extractor import Extractor
