@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from tests.conftest import textured
 from tests.report.test_report import make_result
 from typer.testing import CliRunner
 
@@ -31,6 +32,25 @@ def inspected(score: float, path: Path, calibration=CALIBRATION):
     p_value, estimated = calibration.p_value(score), calibration.estimated_p_value(score)
     verdict = calibration.verdict(score)
     return make_result(False, str(path), score=score, p_value=p_value, p_estimated=estimated, verdict=verdict)
+
+
+@pytest.mark.parametrize("drifted", [False, True])
+def test_a_batch_with_a_drift_alarm_goes_to_review(saved, tmp_path, drifted):
+    rng = np.random.default_rng(8)
+    (tmp_path / "new").mkdir()
+    for i in range(24):
+        image = textured(rng) * (0.5 if drifted else 1.0)
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"new/{i}.png")
+    command = ["predict", str(saved), str(tmp_path / "new"), "--out", str(tmp_path / "out"), "--review-on-drift"]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0, run.output
+    lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert json.loads((tmp_path / "out/drift.json").read_text())["alarm"] is drifted
+    assert all(line["verdict"] == "review" for line in lines) is drifted
+    assert all("verdict_without_drift" in line for line in lines) is drifted
+    assert ("24 images sent to review" in run.output) is drifted
+    assert ("0 good, 24 for review, 0 defective" in run.output) is drifted
+    assert ("the light or the focus has changed" in run.output and "unflaw commission" in run.output) is drifted
 
 
 def test_the_part_is_a_folder_or_what_a_pattern_says():

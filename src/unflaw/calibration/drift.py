@@ -65,6 +65,24 @@ class Drift:
         found = ", ".join(_WORDS[name][way > 0] for name, way in self.moved.items())
         return f"drift: these images differ from the training images: {found} ({chance})"
 
+    def advise(self, model: str = "MODEL") -> str:
+        """Says what an alarm means for the verdicts, and what to do; empty without an alarm.
+
+        Args:
+            model: Detector file, for the command.
+        """
+        if not self.alarm:
+            return ""
+        if set(self.moved) & {"place", "all together"}:
+            means = "parts lie elsewhere, many are defective, or it is another product"
+        else:
+            means = "the light or the focus has changed"
+        return (
+            f"{means}: the promised false-alarm rate does not hold for these images. The same product in a new "
+            f"session: `unflaw commission {model} DIR` with its first good images sets the threshold anew; another "
+            "product: train a detector for it; many defects: look at them"
+        )
+
     def to_json(self) -> dict[str, Any]:
         kept = {"p_value": self.p_value, "rate": self.rate, "images": self.images, "moved": self.moved}
         return {"alarm": self.alarm, **kept}

@@ -207,6 +207,20 @@ class Calibration(BaseModel):
             "reserve": self.reserve,
         }
 
+    def advise(self, model: str) -> str:
+        """Command that makes the promise better, with what it needs; empty if the asked rate is certified.
+
+        Args:
+            model: Detector file, for the command.
+        """
+        if self.certified or self.defects or self.by_hand:
+            return ""
+        more = max(conformal.needed(self.asked_rate), 30)
+        return (
+            f"for a certified rate: `unflaw calibrate {model} --good DIR` with {more} good images of other days, which "
+            "it was not trained on"
+        )
+
     def describe_achievable_rate(self) -> str:
         """Describes in one sentence the smallest rate that this number of images can certify."""
         found = conformal.certifiable(len(self.scores))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +29,10 @@ from unflaw.cli.common import (
     said,
     writable,
 )
+
+if TYPE_CHECKING:
+    from unflaw.inference.aggregation import ReviewOnDrift
+    from unflaw.inference.base import BasePredictor
 
 OwnScale = Annotated[
     bool,
@@ -106,6 +111,9 @@ def predict(
     images: Annotated[bool, typer.Option("--images", help="Write a panel for each image.")] = False,
     own_scale: OwnScale = False,
     drift_rate: Annotated[float, typer.Option(help="False-alarm rate of the drift alarm.")] = 0.01,
+    review_on_drift: Annotated[
+        bool, typer.Option("--review-on-drift", help="Send all images to review if the batch raises a drift alarm.")
+    ] = False,
     category: Category = None,
     group_by: Annotated[
         str | None,
@@ -198,15 +206,16 @@ def predict(
         with holding(out):
             earlier = Earlier(out)
             detector = load_detector(model)
-            calibration, sinks = detector.select(category), list[Sink]()
-            if group_by is not None:
-                sinks.append(Parts(out / PARTS, paths, group_by, calibration, combine))
-            if fdr is not None:
-                sinks.append(Discoveries(fdr, calibration))
-            if coco is not None:
-                sinks.append(Coco(coco))
-            if labelme:
-                sinks.append(LabelMe(out / LABELS))
+            calibration = detector.select(category)
+            guard = _guard(detector, model, category, drift_rate) if review_on_drift else None
+            chosen: list[Sink | None] = [
+                None if group_by is None else Parts(out / PARTS, paths, group_by, calibration, combine),
+                guard,
+                None if fdr is None else Discoveries(fdr, calibration),
+                None if coco is None else Coco(coco),
+                LabelMe(out / LABELS) if labelme else None,
+            ]
+            sinks = [sink for sink in chosen if sink is not None]
             with progress_bars() as progress:
 
                 def watched(stage: str, done: int, total: int, loss: float | None = None) -> None:
@@ -228,6 +237,8 @@ def predict(
                 sink.close() for sink in sinks
             ]  # finish all files before printing: the reader of stdout may be gone
             cleared = earlier.clear()
+        if guard is not None:
+            counts = guard.counts(counts)
         report_problems(f"skipped {reason}" for reason in unread.reasons)
         summary = f"{counts['good']} good, {counts['review']} for review, {counts['defect']} defective"
         typer.echo(said(f"{out / 'results.jsonl'}: {summary}, {counts['error']} not readable"))
@@ -235,6 +246,8 @@ def predict(
             typer.echo(said(sentence))
         if drift is not None:
             typer.echo(drift.describe())
+            if drift.alarm:
+                typer.echo(said(drift.advise(shlex.quote(str(model)))))
         report_problems(cleared)
         if exit_code and counts["defect"]:
             raise typer.Exit(4)
@@ -242,6 +255,16 @@ def predict(
             raise typer.Exit(3)
         if exit_code and counts["review"]:
             raise typer.Exit(5)
+
+
+def _guard(detector: BasePredictor, model: Path, category: str | None, rate: float) -> ReviewOnDrift:
+    """The sink of `--review-on-drift`. Raises ValueError if the detector has no drift reference."""
+    from unflaw.inference.aggregation import ReviewOnDrift
+
+    reference = detector.references.get(detector.category(category))
+    if reference is None:
+        raise ValueError(f"--review-on-drift: {model} has no drift reference; train it again")
+    return ReviewOnDrift(reference, rate)
 
 
 @app.command()
@@ -264,6 +287,11 @@ def info(model: ModelFile) -> None:
             of = f"category {name}" if name else "calibration"
             typer.echo(said(f"{of}: {calibration.describe()}; threshold {calibration.threshold:.4g}"))
             typer.echo(said(f"{of}: {calibration.describe_achievable_rate()}"))
+            if advice := calibration.advise(shlex.quote(str(model))):
+                typer.echo(said(f"{of}: {advice}"))
+        for key in ("few", "canvas", "groups"):
+            if key in record:
+                typer.echo(said(record[key]))
         typer.echo(json.dumps({"record": record, "config": metadata["config"]}, indent=2))
 
 

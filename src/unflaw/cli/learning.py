@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
@@ -153,6 +154,8 @@ def train(
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}
         certified = described.get("") or "".join(f"\n{name}: {guarantee}" for name, guarantee in described.items())
         typer.echo(f"{out}: trained in {detector.record_['seconds']['total']:.0f} s; {certified}")
+        if "" in described and (advice := detector.categories_[""].calibration.advise(shlex.quote(str(out)))):
+            typer.echo(said(advice))
 
 
 @app.command()

@@ -7,11 +7,14 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from unflaw.calibration import conformal
+from unflaw.calibration.drift import Reference, check_rate
 from unflaw.calibration.thresholds import Calibration
 from unflaw.errors import ImageError
 from unflaw.io.files import write_atomically
@@ -181,6 +184,58 @@ class Unread(Sink):
         return f"{count(len(self.reasons), 'image')} could not be read"
 
 
+def _amend_results(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Changes the lines of a results file that have a p-value, in order."""
+
+    def write(temporary: Path) -> None:
+        with file.open(encoding="utf-8") as old, temporary.open("wb") as new:
+            for text in old:
+                line = json.loads(text)
+                if "p_value" in line:
+                    line |= change(line)
+                new.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
+
+    write_atomically(file, write)
+
+
+class ReviewOnDrift(Sink):
+    """Sends every image of a batch to review if the batch raises a drift alarm.
+
+    Lines then have the verdict "review", and the one before as "verdict_without_drift".
+
+    Attributes:
+        alarmed: True if there was an alarm; known at the end of the batch.
+
+    Raises:
+        ValueError: See `drift.Reference.test`.
+    """
+
+    def __init__(self, reference: Reference, rate: float) -> None:
+        check_rate(rate)
+        self.reference, self.rate, self.alarmed = reference, rate, False
+        self._described: list[np.ndarray] = []
+
+    def add(self, path: Path, outcome: Result | ImageError) -> None:
+        if isinstance(outcome, Result) and outcome.described is not None:
+            self._described.append(outcome.described)
+
+    def amend(self, file: Path) -> None:
+        self.alarmed = bool(self._described) and self.reference.test(self._described, self.rate).alarm
+        if self.alarmed:
+            _amend_results(file, lambda line: {"verdict": "review", "verdict_without_drift": line["verdict"]})
+
+    def counts(self, counts: Counter[str]) -> Counter[str]:
+        """Numbers of images by verdict and "error" after an alarm, if there was one."""
+        if not self.alarmed:
+            return counts
+        return Counter(review=counts.total() - counts["error"], error=counts["error"])
+
+    def close(self) -> str:
+        if self.alarmed:
+            return f"drift alarm: {count(len(self._described), 'image')} sent to review"
+        return "no drift alarm: verdicts stay"
+
+
 class Discoveries(Sink):
     """Adds "discovery" to every line of a results file that has a p-value, at a false discovery rate in (0, 1).
 
@@ -197,16 +252,8 @@ class Discoveries(Sink):
             self._p_values.append(outcome.p_value)
 
     def amend(self, file: Path) -> None:
-        def write(temporary: Path) -> None:
-            marks = iter(conformal.discoveries(self._p_values, self.rate))
-            with file.open(encoding="utf-8") as old, temporary.open("wb") as new:
-                for text in old:
-                    line = json.loads(text)
-                    if "p_value" in line:
-                        line["discovery"] = next(marks)
-                    new.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
-
-        write_atomically(file, write)
+        marks = iter(conformal.discoveries(self._p_values, self.rate))
+        _amend_results(file, lambda line: {"discovery": next(marks)})
 
     def close(self) -> str:
         found, m = sum(conformal.discoveries(self._p_values, self.rate)), len(self._p_values)
