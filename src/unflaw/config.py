@@ -119,6 +119,12 @@ class CalibrationOptions(Settings):
         description="images that stay together: auto finds bursts and near-copies; none; or a pattern of their paths",
     )
     folds: int = Field(0, ge=0, description="number of folds for cross-fitting on all images, 2 or more; 0: a hold-out")
+    drop_outliers: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="share of the good images, the strangest, that are left out as presumed defective",
+    )
     fewest: int = Field(
         20, ge=0, description="with fewer groups held out, training images calibrate, too, leave-one-out in the memory"
     )

@@ -22,10 +22,11 @@ hardly changes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -39,6 +40,7 @@ from unflaw.imaging.tiling import Window
 from unflaw.io.words import count
 from unflaw.methods import Method
 from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
+from unflaw.methods.memory_bank import coarser
 from unflaw.methods.statistics import top_fraction_mean
 from unflaw.postprocessing.stitching import TileStitcher
 
@@ -111,60 +113,82 @@ def score_cached(
 
 
 @torch.inference_mode()
-def memory_distances(network: Method, cache: Cache, rows: Sequence[int], *, exclude_own: bool) -> dict[str, float]:
-    """Distance of each image to the memory of its category, by path.
+def memory_distances(
+    network: Method, cache: Cache, rows: Sequence[int], *, exclude_own: bool
+) -> dict[str, tuple[float, ...]]:
+    """Patch score and, with a regional memory, regional score of each image, of distances to memories alone, by path.
 
-    It averages the largest distances as the image score does (`scoring.top_fractions`), at every second cell in both
-    directions, which takes a quarter of the time. It uses no trained part of the network, so training images and others
-    are comparable.
+    They use no trained part of the network, so training images and others are comparable. Patches are compared at every
+    second cell in both directions, which takes a quarter of the time.
 
     Args:
         network: Network of the category, its memory not extended.
         cache: Cache of the images.
         rows: Rows of the images, with all their windows.
-        exclude_own: Exclude the image's own prototypes; the cache is then the one that `Method.fit_memory` saw.
+        exclude_own: Exclude prototypes of the own group; the cache is then the one that `Method.fit_memory` saw.
 
     Returns:
-        Distances of the images with any such cell that counts; empty if the method has no memory.
+        Scores of the images with any such cell that counts; empty if the method has no memory.
     """
-    memory = network.memory
-    found: dict[str, float] = {}
+    memory, regional, scoring = network.memory, network.regional_memory, network.config.scoring
+    found: dict[str, tuple[float, ...]] = {}
     if memory is None:
         return found
     for part in torch.tensor(rows).split(8):
         chosen, context = part.tolist(), Context(training_rows=part if exclude_own else None)
-        distance = memory(cache.features[part][..., ::2, ::2].float(), context).distance[:, 0]
-        inside = cache.cells(network.features.shape, chosen)
-        inside = None if inside is None else inside[..., ::2, ::2]
-        scores = top_fraction_mean(distance, network.config.scoring.top_fractions, inside, network.window).mean(1)
-        for row, score in zip(chosen, scores.tolist(), strict=True):  # an image scores as its highest window does
-            if math.isfinite(score):
+        features, inside = cache.features[part].float(), cache.cells(network.features.shape, chosen)
+        thin = None if inside is None else inside[..., ::2, ::2]
+        distance = memory(features[..., ::2, ::2], context).scored[:, 0]
+        columns = [top_fraction_mean(distance, scoring.top_fractions, thin, network.window).mean(1)]
+        if regional is not None:
+            coarse = None if inside is None else coarser(inside)
+            distance = regional(features, replace(context, valid=inside))[:, 0]
+            columns.append(top_fraction_mean(distance, (scoring.regional_top_fraction,), coarse, 1)[:, 0])
+        for row, scores in zip(chosen, torch.stack(columns, 1).tolist(), strict=True):
+            if all(map(math.isfinite, scores)):  # an image scores as its highest window does
                 path = str(cache.paths[row])
-                found[path] = max(score, found.get(path, score))
+                found[path] = tuple(map(max, scores, found.get(path, scores)))
     return found
+
+
+def strangeness(distances: Mapping[str, tuple[float, ...]], patch_weight: float) -> dict[str, float]:
+    """Weighs patch and regional scores as the image score does, each in robust deviations above the median."""
+    if not distances:
+        return {}
+    values = np.array(list(distances.values()))
+    values -= np.median(values, 0)
+    spread = 1.4826 * np.median(np.abs(values), 0)
+    values /= np.where(spread > 0, spread, values.std(0).clip(1e-12))
+    weights = [patch_weight, 1 - patch_weight] if values.shape[1] > 1 else [1.0]
+    return dict(zip(distances, (values @ weights).tolist(), strict=True))
 
 
 def find_outliers(
     network: Method, train: Cache, rows: Sequence[int], held: Cache | None, *, random: bool
-) -> list[dict[str, Any]] | None:
-    """Finds good images of the selected category that lie far from its memory; see `outliers.outliers`.
+) -> tuple[list[dict[str, Any]], list[str]] | None:
+    """Finds good images of the selected category that are strange to its memory; see `outliers.outliers`.
 
     Args:
-        network: See `memory_distances`.
+        network: See `memory_distances`; after `fit_normalization`, which finds the weight of patches.
         train: Training images.
         rows: Rows of the category in `train`.
         held: Calibration images, if any.
         random: True: `held` is a random part of the good images. False: they are compared among themselves only.
 
     Returns:
-        Outliers, the furthest first; None if the method has no memory.
+        Outliers, the furthest first, and the paths of the strangest tenth of all images, whether they are outliers or
+        not; None if the method has no memory.
     """
     trained = memory_distances(network, train, rows, exclude_own=True)
     others = {} if held is None else memory_distances(network, held, range(len(held)), exclude_own=False)
     if not trained:
         return None
-    found = outliers(trained | others) if random else outliers(trained) + outliers(others)
-    return sorted(found, key=lambda entry: -entry["deviations"])[:MOST]
+    weight = float(network.patch_weight)
+    together = [trained | others] if random else [trained, others]
+    scored = [strangeness(part, weight) for part in together]
+    found = [entry for part in scored for entry in outliers(part)]
+    ranked = sorted(scored[0], key=lambda path: -scored[0][path])
+    return sorted(found, key=lambda entry: -entry["deviations"])[:MOST], ranked[: math.ceil(len(ranked) / 10)]
 
 
 def score_held_out(

@@ -15,7 +15,7 @@ from unflaw.io.words import count
 
 DEVIATIONS = 7.0  # robust deviations above the median from which an image is an outlier; see docs/reliability.md
 FEWEST = 8  # minimum number of images for a median and a deviation
-MOST = 5  # maximum number of images that are named
+MOST = 20  # maximum number of images that are named
 ALL, HELD_OUT = "good images", "good images held out of training"  # among which outliers are looked for
 
 

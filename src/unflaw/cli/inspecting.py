@@ -289,7 +289,7 @@ def info(model: ModelFile) -> None:
             typer.echo(said(f"{of}: {calibration.describe_achievable_rate()}"))
             if advice := calibration.advise(shlex.quote(str(model))):
                 typer.echo(said(f"{of}: {advice}"))
-        for key in ("few", "canvas", "groups"):
+        for key in ("few", "canvas", "groups", "drop"):
             if key in record:
                 typer.echo(said(record[key]))
         typer.echo(json.dumps({"record": record, "config": metadata["config"]}, indent=2))

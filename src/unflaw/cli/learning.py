@@ -59,6 +59,9 @@ def train(
     groups: Annotated[
         str | None, typer.Option(help="Images that belong together: a pattern of their paths, auto, or none.")
     ] = None,
+    drop_outliers: Annotated[
+        float | None, typer.Option(min=0, max=0.49, help="Share of the images to leave out, the strangest ones.")
+    ] = None,
     textures: Annotated[Path | None, typer.Option(help="Folder of texture images for artificial anomalies.")] = None,
     setting: Setting = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from OUT.checkpoint after an interruption.")] = False,
@@ -87,6 +90,7 @@ def train(
         "training.textures": str(textures) if textures else None,
         "calibration.false_alarm_rate": rate,
         "calibration.groups": groups,
+        "calibration.drop_outliers": drop_outliers,
         "calibration.extrapolate_tail": tail or None,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -148,7 +152,7 @@ def train(
                 return
             detector.save(out)
             checkpoint.unlink(missing_ok=True)  # only now: if the disk is full, --resume needs it
-        report_problems(detector.record_[key] for key in ("few", "canvas", "groups") if key in detector.record_)
+        report_problems(detector.record_[key] for key in ("few", "canvas", "groups", "drop") if key in detector.record_)
         report_problems(f"skipped {reason}" for _, reason in detector.record_["skipped"])
         report_problems(describe_outliers(detector.record_))
         described = {name: known.calibration.describe() for name, known in detector.categories_.items()}

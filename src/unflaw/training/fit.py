@@ -35,6 +35,7 @@ from unflaw.methods.feature_set import Context
 from unflaw.methods.synthesis import texture_images
 from unflaw.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 from unflaw.training.canvas import fit_canvas
+from unflaw.training.cleaning import describe_dropped, drop_strangest
 from unflaw.training.decoder import fit_display
 from unflaw.training.few import describe_few, few_config, fit_few, read_views
 from unflaw.training.loop import seeded, step_rng, train
@@ -129,6 +130,11 @@ def fit(
         embedded = network.embed(torch.from_numpy(np.stack(textures))) if textures else None
     cached = time.perf_counter()
 
+    # Clean: on request, the strangest images are presumed defective.
+    dropped, images_read = list[str](), cache.count
+    if (share := config.calibration.drop_outliers) and not few:
+        cache, dropped = drop_strangest(network, cache, share, settings.seed, settings.cache_gb * 2**30)
+
     # Group: near-copies of an image that calibrates must not train.
     grouped = ""
     if not few:
@@ -157,6 +163,7 @@ def fit(
         **({"canvas": canvas} if canvas else {}),
         **({"groups": grouped} if grouped else {}),
         **({"few": describe_few(len(set(cache.paths)), asked)} if few else {}),
+        **({"dropped": dropped, "drop": describe_dropped(dropped, images_read)} if dropped else {}),
         "skipped": copies + cache.skipped + (held.skipped if held else []),
         **fitted.record,
         "seconds": {
@@ -208,7 +215,8 @@ def fit_cached(
     Returns:
         The result. Its record has the "history" of losses, the number of images "held_out", numbers by "categories" if
         they have names, "strangest", outliers from `outliers.outliers` with their category, and "strangest_among", the
-        images among which outliers were searched: all good images, or the held-out ones if there is no memory.
+        images among which outliers were searched: all good images, or the held-out ones if there is no memory; and
+        "strangest_tenth", paths of the tenth of each category that is strangest to its memory.
     """
     config, options = network.config, network.config.calibration
     settings, budget = config.training, config.training.cache_gb * 2**30
@@ -241,13 +249,17 @@ def fit_cached(
     out_of_fold = {}
     if refitted and len(calibrating) < len(training.rows()):
         out_of_fold = cross_fit(train_fold, training, options, calibrating.keys(), budget)
-    categories, strangest, among = {}, list[dict[str, Any]](), ALL
+    categories, strangest, ranking, among = {}, list[dict[str, Any]](), list[str](), ALL
     for number, (name, rows) in enumerate(training.rows().items()):
         # before prototypes of calibration images are added, which would lower their scores
         fit_normalization(network, training, number, rows)
         held = calibrating.get(name)
         random = name not in own_validation  # a random part of the good images
-        far_images = find_outliers(network, training, rows, held, random=random)
+        strange = find_outliers(network, training, rows, held, random=random)
+        far_images = None
+        if strange is not None:
+            far_images, first = strange
+            ranking += first
         learned_too = True  # the network has learned from the images that calibrate
         altered, context = training.take(rows, budget), Context(training_rows=torch.tensor(rows))
         if name in out_of_fold:
@@ -282,6 +294,7 @@ def fit_cached(
         "held_out": sum(held.count for held in calibrating.values()),
         "strangest": strangest,
         "strangest_among": among,
+        "strangest_tenth": ranking,
         **({} if "" in counts else {"categories": counts}),
     }
     return Fitted(network, display, categories, record)
