@@ -26,7 +26,8 @@ from unflaw.calibration.conformal import chance_of_alarms
 from unflaw.calibration.thresholds import CONTRADICTION, Calibration
 from unflaw.datasets import load_dataset
 from unflaw.detector import Detector
-from unflaw.imaging.transforms import load_windows
+from unflaw.imaging.reading import read
+from unflaw.imaging.transforms import prepare
 from unflaw.methods.layers import gaussian_blur
 
 COPIES, BASE = 5, 40  # near-copies of each image, and number of images in "bursts"
@@ -160,8 +161,8 @@ def sessions(path: Path, asked: argparse.Namespace) -> Iterator[list[str]]:
     yield ["as trained", "–", "–", *against(before, scores(detector, good), scores(detector, bad))]
 
     def seen(files: Sequence[Path], drift: Callable[[Array], Array]) -> list[Array]:
-        windows = (load_windows(file, detector.config.preparation, str(file)).windows[0] for file in files)
-        return [drift(window.pixels.transpose(1, 2, 0)).clip(0, 1).astype(np.float32) for window in windows]
+        prepared = (prepare(read(file), detector.config.preparation).pixels.transpose(1, 2, 0) for file in files)
+        return [drift(image).clip(0, 1).astype(np.float32) for image in prepared]
 
     for name, drift in SESSIONS.items():
         new_pool, new_good, new_bad = (seen(files, drift) for files in (pool, good, bad))

@@ -123,7 +123,7 @@ class CalibrationOptions(Settings):
         0.0,
         ge=0,
         lt=0.5,
-        description="share of the good images, the strangest, that are left out as presumed defective",
+        description="share of the good images, the strangest, left out as presumed defective",
     )
     fewest: int = Field(
         20, ge=0, description="with fewer groups held out, training images calibrate, too, leave-one-out in the memory"

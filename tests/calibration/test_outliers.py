@@ -35,7 +35,8 @@ def test_images_far_above_the_others_are_named():
         {"path": "90.0", "score": 90.0, "deviations": pytest.approx(80 / (1.4826 * 5), abs=0.05)}
     ]
     assert named([*usual, 90.0, -500.0, 200.0]) == ["22", "20"]  # the furthest first, and no low score
-    assert named([*usual, *[1000.0 + i for i in range(9)]]) == [str(28 - i) for i in range(MOST)]
+    many = [*map(float, range(100)), *[10_000.0 + i for i in range(MOST + 4)]]
+    assert named(many) == [str(99 + MOST + 4 - i) for i in range(MOST)]
 
 
 @given(st.lists(st.floats(-1e6, 1e6), max_size=30), st.floats(-1e3, 1e3), st.floats(0.1, 1e3))
