@@ -78,6 +78,10 @@ def against(calibration: Calibration, good: Array, bad: Array) -> list[str]:
     ]
 
 
+def without_reserve(calibration: Calibration) -> Calibration:
+    return calibration.model_copy(update={"threshold": calibration.threshold - calibration.reserve, "reserve": 0.0})
+
+
 def parts(path: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """Training images, good test images and defective ones."""
     data = load_dataset(path)
@@ -91,10 +95,9 @@ def comes(path: Path, asked: argparse.Namespace) -> Iterator[list[str]]:
     found = detector.calibration_
     assert found is not None
     good_scores, bad_scores = scores(detector, good), scores(detector, bad)
-    without = found.model_copy(update={"threshold": found.threshold - found.reserve, "reserve": 0.0})
     size = f"{len(train)} / {found.images or len(found.scores)} / {len(found.scores)}"
     yield [size, "yes", *against(found, good_scores, bad_scores)]
-    yield [size, "no", *against(without, good_scores, bad_scores)]
+    yield [size, "no", *against(without_reserve(found), good_scores, bad_scores)]
 
 
 def bursts(path: Path, asked: argparse.Namespace) -> Iterator[list[str]]:
@@ -106,20 +109,15 @@ def bursts(path: Path, asked: argparse.Namespace) -> Iterator[list[str]]:
             for j, copy in enumerate(near_copies(Image.open(file).convert("RGB"), rng)):
                 copy.save(Path(folder) / f"{i:03d}{j}.png")
         for groups in ("none", "auto", r"(\d{3})\d\.png"):
-            for reserve in (0.0, 1.0):
-                settings = {"calibration__groups": groups, "calibration__reserve": reserve}
-                detector = made(asked, "nearest_neighbor", **settings).fit(folder)
-                found = detector.calibration_
-                assert found is not None
-                named = groups if groups in ("none", "auto") else "named"
-                cells = against(found, scores(detector, good), scores(detector, bad))
-                yield [
-                    f"{len(chosen)} × {COPIES + 1}",
-                    named,
-                    "yes" if reserve else "no",
-                    str(len(found.scores)),
-                    *cells,
-                ]
+            detector = made(asked, "nearest_neighbor", calibration__groups=groups).fit(folder)
+            found = detector.calibration_
+            assert found is not None
+            named = groups if groups in ("none", "auto") else "named"
+            good_scores, bad_scores = scores(detector, good), scores(detector, bad)
+            size = f"{len(chosen)} × {COPIES + 1}"
+            for reserve, calibration in (("no", without_reserve(found)), ("yes", found)):
+                cells = against(calibration, good_scores, bad_scores)
+                yield [size, named, reserve, str(len(found.scores)), *cells]
 
 
 def near_copies(image: Image.Image, rng: np.random.Generator) -> Iterator[Image.Image]:

@@ -122,7 +122,7 @@ def commission(
         typer.echo(f"{out or model}: {said_}; threshold {done['threshold']:.4g}")
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # a score may be negative
 def threshold(
     model: TrainedFile,
     value: Annotated[float, typer.Argument(help="Score above which an image is defective.")],

@@ -11,7 +11,7 @@ for (const box of document.querySelectorAll(".slider")) {
     const missed = known.defective.length - found - defective;
     counts.textContent = `Threshold ${t.toPrecision(4)}: false alarms ${share(alarms, known.good.length)}, `
       + `missed ${share(missed, known.defective.length)}, for review ${good} good and ${defective} defective`;
-    command.textContent = `unflaw threshold ${known.model}${known.category} ${t < 0 ? "-- " : ""}${t.toPrecision(6)}`;
+    command.textContent = `unflaw threshold ${known.model}${known.category} ${t.toPrecision(6)}`;
   };
   known.start = range.value;
   range.oninput = show;

@@ -16,6 +16,7 @@ from unflaw.datasets.samples import sha256 as file_digest
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.imaging.reading import read
 from unflaw.inference.base import BasePredictor
+from unflaw.io.versions import keep_version
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
 from unflaw.station.log import Entry, Filter, Log, legible, sha256
@@ -111,7 +112,8 @@ class Served:
     ) -> RecalibrationDone:
         """Recalibrate with the decisions of the log, and replace the detector file atomically.
 
-        A second copy of the detector is calibrated. Inspections go on meanwhile, with the old thresholds.
+        A second copy of the detector is calibrated. Inspections go on meanwhile, with the old thresholds. The replaced
+        version is kept for `unflaw undo`.
 
         Args:
             append, rate, miss_rate: As in `Detector.calibrate`; decided defects are used only with a `miss_rate`.
@@ -151,6 +153,7 @@ class Served:
             after = fresh.calibrate(
                 good_paths, defect_paths, rate=rate, miss_rate=miss_rate, category=category or None, append=append
             )
+            keep_version(self.path)
             fresh.save(self.path)
             before = self.detector.calibrations[category]
             self._loaded = fresh, file_digest(self.path)
