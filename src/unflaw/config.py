@@ -126,7 +126,7 @@ class CalibrationOptions(Settings):
         description="share of the good images, the strangest, left out as presumed defective",
     )
     fewest: int = Field(
-        20, ge=0, description="with fewer groups held out, training images calibrate, too, leave-one-out in the memory"
+        20, ge=0, description="with fewer groups held out, all images calibrate, out of five folds of memories"
     )
     false_alarm_rate: float = Field(0.01, gt=0, lt=1, description="requested share of good images called defective")
     review_rate: float = Field(0.05, ge=0, lt=1, description="share of good images not called good; 0: no review")

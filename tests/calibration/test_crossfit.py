@@ -29,6 +29,19 @@ def test_good_images_raise_about_as_many_alarms_as_asked_for(tiny, method, folds
     assert 0.05 - 4 * deviation < alarms / (trials * fresh) < 0.1 + 4 * deviation
 
 
+def test_few_images_all_calibrate_by_memories_that_did_not_see_them(tiny):
+    changes = {"calibration.fewest": 20, "calibration.holdout": 0.2}
+    made, rng = unfitted(tiny, "nearest_neighbor", **changes), torch.Generator().manual_seed(0)
+    n, fresh, trials, alarms = 19, 20, 100, 0
+    for _ in range(trials):
+        learn(made, good_ones(n, rng))
+        alarms += sum(made.calibration_.verdict(score) == "defect" for score in scores_of(made, good_ones(fresh, rng)))
+    calibration = made.calibration_
+    assert (len(calibration.scores), calibration.rate, calibration.out_of_fold) == (n, 0.1, True)
+    deviation = math.sqrt(0.1 * 0.9 * (1 / (n + 2) + 1 / fresh) / trials)
+    assert 0.05 - 4 * deviation < alarms / (trials * fresh) < 0.1 + 4 * deviation
+
+
 def test_what_an_image_taught_the_memory_is_left_out(tiny):
     made, rng = unfitted(tiny, "nearest_neighbor", **{"calibration.folds": 5}), torch.Generator().manual_seed(0)
     cache = good_ones(12, rng)

@@ -10,6 +10,8 @@ did not learn from it. Then small sets lose no training images.
   the statistics of `Method.fit_normalization`.
 * Images of a validation part may resemble each other more than new ones, so leave-one-out is not enough. They are
   scored first and added to the memory afterwards. That can only lower scores, so their rate is certified.
+* With few groups held out (`calibration.fewest`), all images calibrate, out of folds of memories
+  (`cross_fit_memory`).
 * Any other method is trained K more times, each time without one fold. If all K networks scored a new image, P(p ≤ α)
   would be at most 2α + (1 − K/n) / (K + 1) (Vovk 2015; Barber et al. 2021, CV+). But one network that learned from all
   images scores it. A rate of about α is not proved: it assumes that more training images do not raise the scores of new
@@ -21,6 +23,7 @@ hardly changes them.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -39,11 +42,12 @@ from unflaw.features.cache import Cache, cells
 from unflaw.imaging.tiling import Window
 from unflaw.io.words import count
 from unflaw.methods import Method
-from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet
+from unflaw.methods.feature_set import NEW_IMAGES, Context, FeatureSet, joined
 from unflaw.methods.memory_bank import coarser
 from unflaw.methods.statistics import top_fraction_mean
 from unflaw.postprocessing.stitching import TileStitcher
 
+MEMORY_FOLDS = 5
 NORMALIZED_ON = 64  # maximum number of training images for `Method.fit_normalization`
 
 
@@ -222,6 +226,40 @@ def leave_one_out(
     """Leave-one-out scores of the images in some rows, for a method that trains nothing."""
     own, context = train.take(rows, budget), Context(training_rows=torch.tensor(rows))
     return score_cached(network, own, CalibrationScores(options.minimum_area), context)
+
+
+@torch.no_grad()
+def cross_fit_memory(
+    network: Method, caches: Sequence[Cache], options: CalibrationOptions, budget: float, rng: Generator
+) -> CalibrationScores:
+    """Out-of-fold scores of all images of one category, with memories anew for each of `MEMORY_FOLDS` folds of groups.
+
+    Leave-one-out in one memory would be cheaper, but a coreset keeps few prototypes that are not an image's own, so
+    that scores are too high. What is trained stays as it is, and has seen these images.
+
+    Args:
+        network: Trained network of the category; not changed.
+        caches: Its images, such as those of training and those held out; each group in one of them.
+        options: `minimum_area`.
+        budget: See `Cache.take`.
+        rng: Random stream for the choice of prototypes.
+    """
+    found = CalibrationScores(options.minimum_area)
+    folds = min(MEMORY_FOLDS, sum(len(set(cache.groups)) for cache in caches))
+    rows = [range(len(cache)) for cache in caches]
+    for fold in range(folds):
+        left = [_fold(cache, own, fold, folds) for cache, own in zip(caches, rows, strict=True)]
+        judge = copy.deepcopy(network)
+        parts = [
+            feature_set(cache.take([row for row in own if row not in set(out)], budget), judge)
+            for cache, own, out in zip(caches, rows, left, strict=True)
+            if len(out) < len(cache)
+        ]
+        judge.fit_memories(joined(parts), rng)
+        for cache, out in zip(caches, left, strict=True):
+            if out:
+                score_cached(judge, cache.take(out, budget), found)
+    return found
 
 
 def cross_fit(

@@ -62,12 +62,6 @@ class CalibrationScores:
             if isinstance(values, list):
                 setattr(self, name, [value for i, value in enumerate(values) if i not in set(numbers)])
 
-    def extend(self, others: CalibrationScores) -> None:
-        """Adds the scores of other images, whose groups have other numbers."""
-        for name, values in vars(others).items():
-            if isinstance(values, list):
-                getattr(self, name).extend(values)
-
     def merge(self, before: Calibration) -> None:
         """Adds the scores of another calibration; call it after all images are added.
 

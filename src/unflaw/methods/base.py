@@ -151,9 +151,7 @@ class Method(nn.Module, ABC):
         Returns:
             Further tensors to cache, one row per row of `data`; `loss` gets them by name beside "features".
         """
-        for memory in (self.memory, self.regional_memory):
-            if memory is not None:
-                memory.fit(data, rng)
+        self.fit_memories(data, rng)
         return {}
 
     def loss(self, batch: Batch, rng: Generator) -> dict[str, Tensor]:
@@ -287,6 +285,12 @@ class Method(nn.Module, ABC):
         for bank in view._memory_banks().values():
             bank.end_training()
         return view.eval()
+
+    def fit_memories(self, data: FeatureSet, rng: Generator) -> None:
+        """Fits the memories, and nothing else, to the features of images."""
+        for memory in (self.memory, self.regional_memory):
+            if memory is not None:
+                memory.fit(data, rng)
 
     def teach(self, data: FeatureSet, rng: Generator) -> int:
         """Adds images that a person calls good to the memories; see `MemoryBank.teach`.

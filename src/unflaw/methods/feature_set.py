@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,17 @@ class FeatureSet:
     def of(cls, features: Tensor, **others: Tensor | None) -> FeatureSet:
         """A set in which every row is an image of its own."""
         return cls(features, torch.arange(len(features)), **others)
+
+
+def joined(parts: Sequence[FeatureSet]) -> FeatureSet:
+    """Several sets of one category as one; images and groups of different sets are different."""
+    images, groups, first = [], [], 0
+    for part in parts:
+        images.append(part.images + first)
+        groups.append(part.origins + first)
+        first += int(max(part.images.max(), part.origins.max())) + 1
+    valid = None if parts[0].valid is None else torch.cat([part.valid for part in parts if part.valid is not None])
+    return FeatureSet(torch.cat([part.features for part in parts]), torch.cat(images), valid, groups=torch.cat(groups))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from unflaw import registry
 from unflaw._version import __version__
-from unflaw.calibration.crossfit import cross_fit, find_outliers, fit_normalization, leave_one_out, score_held_out
+from unflaw.calibration.crossfit import (
+    cross_fit,
+    cross_fit_memory,
+    find_outliers,
+    fit_normalization,
+    leave_one_out,
+    score_held_out,
+)
 from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
 from unflaw.calibration.reserve import reserve_of, score_rises
 from unflaw.config import Config, Weights
@@ -268,7 +275,8 @@ def fit_cached(
             scores, learned_too = score_held_out(network, held, options, rng, random=random)
             altered, context = held, Context(added_rows=torch.arange(len(held)) if learned_too else None)
             if random and learned_too and len(set(held.groups)) < options.fewest:
-                scores.extend(leave_one_out(network, training, rows, options, budget))
+                own = training.take(rows, budget)
+                scores = cross_fit_memory(network, [own, held], options, budget, step_rng(settings.seed, 2**31 + 3))
         else:
             scores = leave_one_out(network, training, rows, options, budget)
         reserve = 0.0
