@@ -1,5 +1,7 @@
 """Groups of good images: named, found, and what they do to a calibration."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +10,7 @@ from tests.conftest import SIDE, textured
 from unflaw.calibration.groups import AUTO, describe_groups, find_groups, name_groups
 from unflaw.detector import Detector
 from unflaw.errors import TrainingError
+from unflaw.training.splits import check_groups
 
 SHIFT = 3
 
@@ -94,6 +97,25 @@ def test_what_is_said_of_groups():
     assert describe_groups(True, 5, 5) == ""
     assert describe_groups(True, 5, 9).startswith("9 good images in 5 groups as named")
     assert "make 5 groups" in describe_groups(False, 5, 9)
+
+
+def test_a_group_trains_or_validates():
+    train, validation = [Path("a1.png"), Path("b1.png")], [Path("c1.png"), Path("b2.png")]
+    check_groups(train, validation, AUTO, {})
+    check_groups(train, validation[:1], "^[a-z]", {})
+    with pytest.raises(TrainingError, match=r"b2\.png: is of the group 'b' in the validation part, and b1\.png"):
+        check_groups(train, validation, "^[a-z]", {})
+
+
+def test_many_images_take_seconds_and_the_order_of_the_files_does_not_matter():
+    rng = np.random.default_rng(5)
+    thumbnails = rng.integers(0, 255, (600, 32, 32), dtype=np.uint8)
+    thumbnails[1::2] = np.clip(thumbnails[::2].astype(int) + rng.integers(-9, 9, (300, 32, 32)), 0, 255)
+    names = [f"{i}.png" for i in range(600)]
+    found, order = find_groups(thumbnails, names), rng.permutation(600)
+    assert (found[::2] == found[1::2]).all() and len(set(found.tolist())) > 250
+    again = find_groups(thumbnails[order], [names[i] for i in order])
+    assert (again[:, None] == again).tolist() == (found[order][:, None] == found[order]).tolist()
 
 
 @pytest.mark.slow

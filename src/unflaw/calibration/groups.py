@@ -93,9 +93,10 @@ def find_groups(thumbnails: np.ndarray, paths: Sequence[Input]) -> np.ndarray:
     spectra = _spectra(np.asarray(thumbnails)[order])
     close = max(1, min(CLOSE, n // SHARE))
     start, longest = 0, max(CLOSE + 1, n // SHARE)
+    near = _near_in_sequence(spectra, close)
     for i in range(n - 1):
-        last = range(i, max(start - 1, i - 2), -1)  # one image between may differ
-        if i + 1 - start < longest and any(_among_nearest(spectra, j, i + 1, close) for j in last):
+        before = i > start and near[1][i - 1]  # one image between may differ
+        if i + 1 - start < longest and (near[0][i] or before):
             root[top(i + 1)] = top(i)
         else:
             start = i + 1
@@ -156,17 +157,24 @@ def _spectra(thumbnails: np.ndarray) -> np.ndarray:
     return np.sqrt(amplitudes).reshape(n, -1).astype(np.float32)
 
 
-def _squared(spectra: np.ndarray, i: int) -> np.ndarray:
-    return ((spectra - spectra[i]) ** 2).sum(1)
+def _near_in_sequence(spectra: np.ndarray, close: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which images have the next one, and the next but one, among the `close` most similar to one of the two.
 
-
-def _among_nearest(spectra: np.ndarray, i: int, j: int, close: int) -> bool:
-    """True if one of two images is among the `close` most similar others of the other one."""
-    for a, b in ((i, j), (j, i)):
-        apart = _squared(spectra, a)
-        if int((apart < apart[b]).sum()) <= close:  # the image itself is among them
-            return True
-    return False
+    Returns:
+        Two bool arrays, (n − 1,) and (n − 2,).
+    """
+    n, squares = len(spectra), (spectra**2).sum(1)
+    near = np.zeros((2, n), bool)
+    for block in np.array_split(np.arange(n), max(1, n // 512)):
+        apart = squares - 2 * spectra[block] @ spectra.T  # without the constant of the row
+        apart[np.arange(len(block)), block] = -np.inf  # each image is the most similar to itself
+        for step in (1, 2):
+            for other, first in ((block + step, block), (block - step, block - step)):
+                inside = (other >= 0) & (other < n)
+                rows = np.flatnonzero(inside)
+                target = apart[rows, other[inside]]
+                near[step - 1, first[inside]] |= (apart[rows] < target[:, None]).sum(1) <= close
+    return near[0, : n - 1], near[1, : max(0, n - 2)]
 
 
 def _closed_sets(spectra: np.ndarray) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from unflaw.calibration.crossfit import (
     score_held_out,
 )
 from unflaw.calibration.outliers import ALL, HELD_OUT, outliers
-from unflaw.calibration.reserve import reserve_of, score_rises
+from unflaw.calibration.reserve import WINDOWS, reserve_of, score_rises
 from unflaw.config import Config, Weights
 from unflaw.datasets.samples import SHORT, content_keys, digest
 from unflaw.errors import TrainingError
@@ -50,6 +51,7 @@ from unflaw.training.splits import (
     Category,
     Data,
     build_drift_reference,
+    check_groups,
     resolve_data,
     split_calibration,
     with_groups,
@@ -99,6 +101,7 @@ def fit(
     # Select: decide which images take part. Of copies, one counts: a training image must not calibrate as well.
     found, validation, category_of, named = resolve_data(data)
     images, validation, copies = without_copies(found, validation, category_of, content_keys(category_of))
+    check_groups(images, validation, config.calibration.groups, named)
     canvas = ""
     if patch_of(backbone) is None:  # positions of plain transformers were resampled for the canvas of the configuration
         config, canvas = fit_canvas(config, images)
@@ -200,6 +203,17 @@ def _fit_few(network: Method, cache: Cache, validation: Cache | None) -> Fitted:
     return Fitted(network, None, {name: category}, record)
 
 
+def _session_rise(network: Method, training: Cache, rows: list[int], held: Cache | None, *, joined: bool) -> float:
+    """Reserve from held-out images, which may have joined the memory, or without them from some training images."""
+    if held is not None:
+        context = Context(added_rows=torch.arange(len(held)) if joined else None)
+        return reserve_of(score_rises(network, held, context))
+    heads = training.heads(rows)[: WINDOWS + 1]
+    some = [row for row in rows if row < heads[-1]] or rows  # whole images, since all windows of one are adjacent
+    context = Context(training_rows=torch.tensor(some))
+    return reserve_of(score_rises(network, training.take(some, math.inf), context))
+
+
 def fit_cached(
     network: Method,
     cache: Cache,
@@ -268,12 +282,10 @@ def fit_cached(
             far_images, first = strange
             ranking += first
         learned_too = True  # the network has learned from the images that calibrate
-        altered, context = training.take(rows, budget), Context(training_rows=torch.tensor(rows))
         if name in out_of_fold:
             scores = out_of_fold[name]
         elif held is not None:
             scores, learned_too = score_held_out(network, held, options, rng, random=random)
-            altered, context = held, Context(added_rows=torch.arange(len(held)) if learned_too else None)
             if random and learned_too and len(set(held.groups)) < options.fewest:
                 own = training.take(rows, budget)
                 scores = cross_fit_memory(network, [own, held], options, budget, step_rng(settings.seed, 2**31 + 3))
@@ -281,7 +293,7 @@ def fit_cached(
             scores = leave_one_out(network, training, rows, options, budget)
         reserve = 0.0
         if options.reserve and random:  # images of a validation part are of other sessions already
-            reserve = options.reserve * reserve_of(score_rises(network, altered, context))
+            reserve = options.reserve * _session_rise(network, training, rows, held, joined=learned_too)
         if far_images is None:  # no memory to be far from: by their scores
             far_images = outliers(dict(zip(scores.paths, scores.scores, strict=True)))
             among = among if name in out_of_fold else HELD_OUT

@@ -146,6 +146,18 @@ def with_groups(cache: Cache, pattern: str, named: Mapping[Input, str]) -> tuple
     return replace(cache, groups=numbers), "\n".join(said)
 
 
+def check_groups(train: Sequence[Input], validation: Sequence[Input], pattern: str, named: Mapping[Input, str]) -> None:
+    """Raises: TrainingError: A named group is in the training and in the validation part; see also `name_groups`."""
+    names = name_groups([*train, *validation], named, pattern)
+    learned = dict(zip(names or [], train, strict=False))
+    for path, name in zip(validation, (names or [])[len(train) :], strict=False):
+        if name in learned:
+            raise TrainingError(
+                f"{path}: is of the group {name!r} in the validation part, and {learned[name]} of the same group is in "
+                "the training part; leave each group in one"
+            )
+
+
 def split_calibration(
     cache: Cache, validation: Cache | None, share: float, budget: float, seed: int = 0
 ) -> tuple[Cache, dict[str, Cache]]:
