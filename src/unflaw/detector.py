@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from unflaw.inference.base import BasePredictor, Outputs
 from unflaw.io.detector_file import FORMAT, first_fault, read_metadata
 from unflaw.io.files import check_name, write_atomically
 from unflaw.io.progress import Progress, silent
+from unflaw.io.versions import keep_version
 from unflaw.methods import Method, create
 from unflaw.methods.base import fits
 from unflaw.methods.decoder import DisplayDecoder
@@ -330,8 +332,12 @@ class Detector(BasePredictor):
         self.record_ = made.record
         return made.calibration
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, keep: bool = False) -> None:
         """Writes the detector with its backbone to a `.safetensors` file, atomically.
+
+        Args:
+            path: File to write.
+            keep: Keep the file that it replaces as an earlier version, for `versions.undo`, unless it is this detector.
 
         Raises:
             DetectorError: Not fitted, or `path` is neither a `.safetensors` file nor the one that it was loaded from.
@@ -346,7 +352,10 @@ class Detector(BasePredictor):
         for i, (name, category) in enumerate(self.categories_.items()):
             tensors |= {f"{_place(name, i)}.{buffer}": t for buffer, t in category.network.category_state().items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(Path(path), lambda file: save_file(tensors, file, {"unflaw": json.dumps(self.metadata())}))
+        metadata = {"unflaw": json.dumps(self.metadata())}
+        write = partial(save_file, tensors, metadata=metadata)
+        keep = keep and not _is_same(Path(path), metadata["unflaw"])
+        write_atomically(Path(path), write, keep_version if keep else lambda replaced: None)
 
     def metadata(self) -> dict[str, Any]:
         """Metadata of the detector file: format, configuration, calibrations, drift references and record."""
@@ -429,6 +438,20 @@ def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None
     for name, shape in wanted.items():
         if not fits(name, shapes.get(name, ()), shape):
             raise ValueError(f"its tensors do not fit its configuration: {name} is {shapes.get(name)}, not {shape}")
+
+
+def _is_same(path: Path, metadata: str) -> bool:
+    """True if a file has the same metadata but for times, as after the same command again."""
+
+    def undated(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: undated(inner) for name, inner in value.items() if name != "when"}
+        return [undated(inner) for inner in value] if isinstance(value, list) else value
+
+    try:
+        return bool(undated(read_metadata(path)) == undated(json.loads(metadata)))
+    except DetectorError:
+        return False
 
 
 def _place(category: str, number: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,9 +22,6 @@ from unflaw.cli.common import (
     writable,
 )
 from unflaw.io.words import count
-
-if TYPE_CHECKING:
-    from unflaw.detector import Detector
 
 
 @app.command()
@@ -82,7 +79,7 @@ def calibrate(
                 progress=progress,
                 **{name: value for name, value in asked.items() if value is not None},
             )
-        _replace(detector, model, out)
+        detector.save(out or model, keep=True)
         done = detector.record_["calibrations"][-1]
         report_problems(f"skipped {reason}" for _, reason in done["skipped"])
         report_problems(describe_outliers(done, "calibrate"))
@@ -115,7 +112,7 @@ def commission(
         detector = load_trained(model)
         with progress_bars() as progress:
             said_ = detector.commission(images_in(images), share=share, category=category, progress=progress)
-        _replace(detector, model, out)
+        detector.save(out or model, keep=True)
         done = detector.record_["calibrations"][-1]
         report_problems(f"skipped {reason}" for _, reason in done["skipped"])
         report_problems(f"{path}: presumed defective and left out; look at it" for path in done["suspects"])
@@ -140,7 +137,7 @@ def threshold(
         held.enter_context(holding(out or model))
         detector = load_trained(model)
         found = detector.set_threshold(value, category=category)
-        _replace(detector, model, out)
+        detector.save(out or model, keep=True)
         typer.echo(f"{out or model}: {found.describe()}; threshold {found.threshold:.4g}")
 
 
@@ -165,7 +162,7 @@ def teach(
         detector = load_trained(model)
         with progress_bars() as progress:
             added, skipped = detector.teach(images_in(good), category=category, progress=progress)
-        _replace(detector, model, out)
+        detector.save(out or model, keep=True)
         report_problems(f"skipped {reason}" for _, reason in skipped)
         images = count(detector.record_["taught"][-1]["good"], "good image")
         new = count(added, "new prototype") if added else "nothing that it did not know"
@@ -192,12 +189,3 @@ def undo(model: TrainedFile) -> None:
         typer.echo(
             f"{model}: back to the version of {kept.stem}, {last}; {count(len(versions_of(model)), 'earlier one')}"
         )
-
-
-def _replace(detector: Detector, model: Path, out: Path | None) -> None:
-    """Saves a changed detector; the version that it replaces is kept for `undo`."""
-    from unflaw.io.versions import keep_version
-
-    if (out or model).exists():
-        keep_version(out or model)
-    detector.save(out or model)

@@ -33,11 +33,18 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # a sy
 _UNKNOWN = "another process"
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Path], object], before: Callable[[Path], object] = lambda path: None
+) -> None:
     """Write to a temporary name beside `path`, flush it to disk and rename it, so that `path` is never incomplete.
 
     A replaced file keeps its permissions. A symbolic link stays, and its target is replaced. A killed process leaves
     the hidden `.<name>.part`, which the next write removes. A pipe or a device is written directly.
+
+    Args:
+        path: File to write.
+        write: Writes the temporary file.
+        before: Called with `path` once that is complete, before it takes the name.
 
     Raises:
         WriteError: The file cannot be written; `path` is unchanged.
@@ -50,6 +57,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         mode = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
         temporary.chmod(mode)  # some libraries replace the file that they write, with other permissions
+        before(path)
         _rename(temporary, target)
 
 

@@ -21,22 +21,26 @@ def versions_of(path: Path) -> list[Path]:
 
 
 def keep_version(path: Path) -> None:
-    """Keeps the present file as a version before it is replaced; the oldest of more than `KEPT` are removed.
+    """Keeps the present file, if there is one, as a version; the oldest of more than `KEPT` are removed.
+
+    Its name is the time when it was written, so that a run that is killed here and starts over keeps it once.
 
     Raises:
-        WriteError: It cannot be kept.
+        OSError: It cannot be kept.
     """
     target = target_of(path)
-    when = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
-    kept = _folder(target) / f"{when}{target.suffix}"
-    try:
+    if not target.exists():
+        return
+    when = datetime.fromtimestamp(target.stat().st_mtime, timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
+    kept, number = _folder(target) / f"{when}{target.suffix}", 1
+    while kept.exists() and not kept.samefile(target):  # a file system with coarse times
+        kept, number = _folder(target) / f"{when}.{number}{target.suffix}", number + 1
+    if not kept.exists():
         kept.parent.mkdir(exist_ok=True)
         try:
             os.link(target, kept)  # `write_atomically` gives the name to a new file, and this one stays
         except OSError:  # a file system without links
             shutil.copy2(target, kept)
-    except OSError as error:
-        raise WriteError(kept, error) from error
     for old in versions_of(target)[KEPT:]:
         with suppress(OSError):
             old.unlink()
@@ -50,6 +54,8 @@ def undo(path: Path) -> Path:
         WriteError: It cannot be moved.
     """
     target, earlier = target_of(path), versions_of(path)
+    while earlier and earlier[0].samefile(target):  # kept by a run that was killed before it wrote
+        earlier.pop(0).unlink()
     if not earlier:
         raise DetectorError(f"{path}: has no earlier version; {_folder(target)} keeps those that commands replace")
     try:

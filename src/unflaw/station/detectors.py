@@ -16,7 +16,6 @@ from unflaw.datasets.samples import sha256 as file_digest
 from unflaw.errors import DetectorError, TrainingError
 from unflaw.imaging.reading import read
 from unflaw.inference.base import BasePredictor
-from unflaw.io.versions import keep_version
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Result
 from unflaw.station.log import Entry, Filter, Log, legible, sha256
@@ -153,8 +152,7 @@ class Served:
             after = fresh.calibrate(
                 good_paths, defect_paths, rate=rate, miss_rate=miss_rate, category=category or None, append=append
             )
-            keep_version(self.path)
-            fresh.save(self.path)
+            fresh.save(self.path, keep=True)
             before = self.detector.calibrations[category]
             self._loaded = fresh, file_digest(self.path)
         return RecalibrationDone(
