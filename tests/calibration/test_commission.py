@@ -13,8 +13,7 @@ from unflaw.calibration.thresholds import CONTRADICTION, calibrate
 from unflaw.cli import app
 from unflaw.config import CalibrationOptions
 from unflaw.detector import Detector
-from unflaw.errors import TrainingError
-from unflaw.io.files import write_atomically
+from unflaw.errors import DetectorError, TrainingError
 from unflaw.io.versions import KEPT, keep_version, undo, versions_of
 
 
@@ -70,19 +69,22 @@ def test_a_broken_promise_is_said_with_its_cure():
     assert chance < CONTRADICTION and said.startswith("PROMISE BROKEN: 8 of 20") and "unflaw commission" in said
 
 
-def test_versions_are_kept_and_taken_back(tmp_path):
+@pytest.mark.slow
+def test_versions_are_kept_and_taken_back(saved, tmp_path):
     path = tmp_path / "parts.safetensors"
+    path.write_bytes(saved.read_bytes())
+    detector = Detector.load(path)
     for number in range(KEPT + 2):
-        write_atomically(path, lambda file, text=f"version {number}": file.write_text(text), keep_version)
-    keep_version(path)  # a run that is killed before it writes
-    write_atomically(path, lambda file: file.write_text("last"), keep_version)
+        detector.set_threshold(float(number))
+        detector.save(path, keep=True)
+        detector.save(path, keep=True)  # the same again
     assert len(versions_of(path)) == KEPT
-    for number in range(KEPT + 1, 1, -1):
+    for number in range(KEPT, 0, -1):
         undo(path)
-        assert path.read_text() == f"version {number}"
-    assert list(tmp_path.iterdir()) == [path]
-    keep_version(path)  # a version that is the file itself is none
-    with pytest.raises(Exception, match="has no earlier version"):
+        assert Detector.load(path).calibration_.threshold == number
+    assert versions_of(path) == []
+    keep_version(path)  # what a run leaves that is killed before it writes: the file itself
+    with pytest.raises(DetectorError, match="has no earlier version"):
         undo(path)
 
 
@@ -114,3 +116,41 @@ def test_the_command_moves_the_threshold_and_undo_restores_the_file(saved, tmp_p
     assert Detector.load(model).calibration_ == before.calibration_
     run = CliRunner().invoke(app, ["undo", str(model)])
     assert run.exit_code == 2 and "has no earlier version" in run.output
+
+
+@pytest.mark.slow
+def test_undo_loses_nothing(saved, tiny, weights, parts, tmp_path):
+    model = tmp_path / "parts.safetensors"
+    model.write_bytes(saved.read_bytes())
+    run = CliRunner().invoke
+    assert run(app, ["threshold", str(model), "2"]).exit_code == 0
+    by_hand = model.read_bytes()
+    (version,) = versions_of(model)
+    whole = version.read_bytes()
+    version.write_bytes(whole[:1000])  # damaged
+    found = run(app, ["undo", str(model)])
+    assert found.exit_code == 2 and str(version) in found.output.replace("\n", "") and model.read_bytes() == by_hand
+    version.write_bytes(whole)
+    Detector(config=tiny("nearest_neighbor"), weights=weights).fit(parts).save(model)  # another training
+    trained = model.read_bytes()
+    found = run(app, ["undo", str(model)])
+    assert found.exit_code == 2 and "of another training" in found.output and model.read_bytes() == trained
+    model.write_bytes(by_hand)
+    found = run(app, ["undo", str(model)])
+    assert found.exit_code == 0 and model.read_bytes() == whole
+    assert (tmp_path / "parts.safetensors.versions/undone.safetensors").read_bytes() == by_hand
+
+
+@pytest.mark.slow
+def test_commissioning_warns_of_what_is_no_mild_change(saved, parts, tmp_path):
+    model = tmp_path / "parts.safetensors"
+    model.write_bytes(saved.read_bytes())
+    found = CliRunner().invoke(app, ["commission", str(model), str(parts / "test"), "--share", "0.1"])
+    assert found.exit_code == 0 and "would be called defective and count as good" in found.output, found.output
+    model.write_bytes(saved.read_bytes())
+    rng = np.random.default_rng(1)
+    (tmp_path / "other").mkdir()
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / f"other/{i}.png")
+    found = CliRunner().invoke(app, ["commission", str(model), str(tmp_path / "other")])
+    assert found.exit_code == 0 and "deviations: images so different may hide defects" in found.output, found.output

@@ -18,6 +18,7 @@ from unflaw.errors import TrainingError
 from unflaw.io.words import count
 
 FEWEST = 5  # minimum number of images
+FAR = 7.0  # robust deviations of scores; a session that moves them further is no mild change
 
 
 def move(before: Calibration, found: CalibrationScores, share: float) -> tuple[Calibration, list[str]]:
@@ -56,6 +57,33 @@ def move(before: Calibration, found: CalibrationScores, share: float) -> tuple[C
             "reserve": 0.0,
         }
     ), paths
+
+
+def warnings(before: Calibration, moved: Calibration, found: CalibrationScores) -> list[str]:
+    """Says what does not fit a new session of the same product.
+
+    Args:
+        before: Calibration before commissioning.
+        moved: The same, moved (`move`).
+        found: Scores of the images that are kept.
+    """
+    said = []
+    above = [path for path, score in zip(found.paths, found.scores, strict=True) if score > moved.threshold]
+    if above:
+        said.append(
+            f"{count(len(above), 'image')} more than the stated share of defects would be called defective and count "
+            "as good, so they raise the threshold; look at them, and without the defective ones commission again "
+            "after `unflaw undo`:" + "".join(f"\n  {path}" for path in above[:20])
+        )
+    scores = np.array(before.scores)
+    spread = 1.4826 * float(np.median(np.abs(scores - np.median(scores))))
+    by = float(np.median(moved.scores) - np.median(scores))
+    if spread > 0 and abs(by) > FAR * spread:
+        said.append(
+            f"scores moved by {by / spread:.0f} deviations: images so different may hide defects; restore light, focus "
+            "and place, or train again with images of this session"
+        )
+    return said
 
 
 def describe_commissioning(new: int, before: Calibration, after: Calibration, suspects: int) -> str:

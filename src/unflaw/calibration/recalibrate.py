@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unflaw.calibration.commission import move
+from unflaw.calibration.commission import move, warnings
 from unflaw.calibration.drift import Reference
 from unflaw.calibration.outliers import ALL, outliers
 from unflaw.calibration.scores import CalibrationScores
@@ -83,14 +83,16 @@ def recalibrate(
     if known := [path for short, path in digests.items() if short in known_already]:
         raise TrainingError(
             f"{known[0]}: this image{_more(known)} calibrated the detector before and would count twice; leave out "
-            "such images, or calibrate with them alone, without append"
+            f"such images, or {'take that back first with `unflaw undo`' if moved else 'calibrate without append'}"
         )
     found, missable, described = _scores(inspect, good, defects, skipped, options.minimum_area, progress)
     if not found.scores:
         raise TrainingError("; ".join(["there are no good images to calibrate with", *(why for _, why in skipped)]))
-    strangest, suspects = outliers(dict(zip(found.paths, found.scores, strict=True))), list[str]()
+    strangest, suspects, warned = outliers(dict(zip(found.paths, found.scores, strict=True))), list[str](), list[str]()
     if suspected is not None:
-        before, suspects = move(before, found, suspected)
+        present = before
+        before, suspects = move(present, found, suspected)
+        warned = warnings(present, before, found)
     new = len(found.scores)
     if append or moved:
         found.merge(before)
@@ -107,7 +109,7 @@ def recalibrate(
         "defects": len(missable),
         "skipped": skipped,
         "kept": len(found.scores) - new,
-        **({"commissioned": True, "suspects": suspects} if moved else {}),
+        **({"commissioned": True, "suspects": suspects, "warnings": warned} if moved else {}),
         "digest": digest([path for part in paths for path in part], contents),
         "images": sorted(short for short, path in digests.items() if str(path) not in left_out),
         "threshold": after.threshold,

@@ -279,7 +279,8 @@ class Calibration(BaseModel):
             return f"false-alarm rate {self.rate:.2%}, estimated from the tail of the scores ({fit}); {smallest}"
         if self.rate <= self.asked_rate:
             by_hand = "threshold set by hand: " if self.by_hand else ""
-            return f"{by_hand}false-alarm rate about {self.rate:.2%}, from {images}"
+            about = "at most about" if self.by_hand and self.threshold >= self.scores[-1] else "about"
+            return f"{by_hand}false-alarm rate {about} {self.rate:.2%}, from {images}"
         would = f"{conformal.needed(self.asked_rate)} {'' if self.images is None else 'groups '}would"
         return f"{smallest}, not the {self.asked_rate:.2%} asked for; {would}"
 

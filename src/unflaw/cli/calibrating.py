@@ -116,6 +116,7 @@ def commission(
         done = detector.record_["calibrations"][-1]
         report_problems(f"skipped {reason}" for _, reason in done["skipped"])
         report_problems(f"{path}: presumed defective and left out; look at it" for path in done["suspects"])
+        report_problems(done["warnings"])
         typer.echo(f"{out or model}: {said_}; threshold {done['threshold']:.4g}")
 
 
@@ -183,9 +184,9 @@ def undo(model: TrainedFile) -> None:
 
         writable(model)
         with holding(model):
-            kept = undo_(model)
-        done = read_metadata(model)["record"].get("calibrations", [])
-        last = f"calibrated {done[-1]['when']}" if done else "as it was trained"
-        typer.echo(
-            f"{model}: back to the version of {kept.stem}, {last}; {count(len(versions_of(model)), 'earlier one')}"
-        )
+            _, undone = undo_(model)
+        done = read_metadata(model).get("record", {})
+        last = max([entry["when"] for name in ("calibrations", "taught") for entry in done.get(name, [])], default="")
+        what = f"as it was changed {last}" if last else "as it was trained"
+        further = count(len(versions_of(model)), "earlier version")
+        typer.echo(f"{model}: {what}; {further}; the file before is kept as {undone}")

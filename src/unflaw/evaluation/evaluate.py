@@ -102,7 +102,9 @@ def evaluate(
         "missed": verdicts["good", True],
         "review_good": verdicts["review", False],
         "review_defective": verdicts["review", True],
-        "promise": promise if n_good and not (calibration.defects or calibration.review_only) else None,
+        "promise": promise
+        if n_good and not (calibration.defects or calibration.review_only or calibration.by_hand)
+        else None,
         "promise_p_value": chance,
         "risk": risks,
         "skipped": skipped,

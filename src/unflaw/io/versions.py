@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from unflaw.errors import DetectorError, WriteError
+from unflaw.io.detector_file import read_metadata
 from unflaw.io.files import target_of
 
 KEPT = 5  # versions beside the present one
@@ -17,7 +18,7 @@ KEPT = 5  # versions beside the present one
 def versions_of(path: Path) -> list[Path]:
     """Earlier versions of a file, the latest first."""
     target = target_of(path)
-    return sorted(_folder(target).glob(f"*{target.suffix}"), reverse=True)
+    return sorted(_folder(target).glob(f"[0-9]*{target.suffix}"), reverse=True)
 
 
 def keep_version(path: Path) -> None:
@@ -46,25 +47,39 @@ def keep_version(path: Path) -> None:
             old.unlink()
 
 
-def undo(path: Path) -> Path:
-    """Puts the latest earlier version in the place of a file; returns where it was. The file itself is lost.
+def undo(path: Path) -> tuple[Path, Path]:
+    """Puts the latest earlier version in the place of a file, which is kept beside the versions until the next undo.
+
+    Returns:
+        Where the version was, and where the file is now.
 
     Raises:
-        DetectorError: There is no earlier version.
+        DetectorError: There is no such file or no earlier version, or that is damaged or of another training.
         WriteError: It cannot be moved.
     """
     target, earlier = target_of(path), versions_of(path)
+    present = read_metadata(path).get("record", {})
     while earlier and earlier[0].samefile(target):  # kept by a run that was killed before it wrote
         earlier.pop(0).unlink()
     if not earlier:
         raise DetectorError(f"{path}: has no earlier version; {_folder(target)} keeps those that commands replace")
+    before = read_metadata(earlier[0]).get("record", {})  # raises if it is damaged
+    if any(present.get(fact) != before.get(fact) for fact in ("trained", "seconds", "digest")):
+        raise DetectorError(
+            f"{path}: its earlier version {earlier[0]} is of another training, and this file would be lost; move it by "
+            "hand if it is wanted"
+        )
+    undone = _folder(target) / f"undone{target.suffix}"
     try:
+        undone.unlink(missing_ok=True)
+        try:
+            os.link(target, undone)
+        except OSError:  # a file system without links
+            shutil.copy2(target, undone)
         earlier[0].replace(target)
     except OSError as error:
         raise WriteError(path, error) from error
-    with suppress(OSError):
-        _folder(target).rmdir()  # if it is empty
-    return earlier[0]
+    return earlier[0], undone
 
 
 def _folder(target: Path) -> Path:

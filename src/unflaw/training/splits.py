@@ -189,6 +189,11 @@ def split_calibration(
             left = sum(group not in out for group in groups)
             if left < 2:
                 of = f"{name}: " if name else ""
+                if len(set(groups)) < 3 <= len(heads):
+                    found = count(len(set(groups)), "group")
+                    raise TrainingError(
+                        f"{of}all good images make {found}; 3 are needed to train and calibrate, so name smaller ones"
+                    )
                 raise TrainingError(
                     f"{of}calibration.holdout leaves {count(left, 'image')} to train on; lower it"
                     + ("" if len(set(groups)) == len(heads) else ", or name smaller groups")

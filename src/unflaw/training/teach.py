@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from unflaw.calibration.crossfit import feature_set
 from unflaw.config import Config
-from unflaw.datasets.samples import SHORT
+from unflaw.datasets.samples import SHORT, sha256_if_readable
 from unflaw.errors import TrainingError
 from unflaw.features.cache import build_cache
 from unflaw.imaging.inputs import Input
@@ -51,9 +51,17 @@ def teach(
     """
     if network.memory is None:
         raise TrainingError(f"{config.method} has no memory to teach; train again with these images")
-    given = list(dict.fromkeys(good))
-    if not given:
+    every = list(dict.fromkeys(good))
+    if not every:
         raise TrainingError("there are no good images to teach")
+    known = set(record.get("seen", []))
+    digests_of = {path: sha256_if_readable(path) or "" for path in every}
+    given = [path for path in every if digests_of[path][:SHORT] not in known]
+    again = [(str(path), f"{path}: the detector knows this image already") for path in every if path not in set(given)]
+    if not given:
+        raise TrainingError(
+            f"{every[0]}: the detector knows this image and all others already; there is nothing to teach"
+        )
     budget = config.training.cache_gb * 2**30
     cache = build_cache(network.features, given, config.preparation, budget, fit=False, progress=progress)
     before = list(record.get("taught", []))
@@ -70,4 +78,4 @@ def teach(
         "images": digests,
     }
     seen = sorted({*record.get("seen", []), *digests})
-    return Taught(added, cache.skipped, {**record, "taught": [*before, entry], "seen": seen})
+    return Taught(added, again + cache.skipped, {**record, "taught": [*before, entry], "seen": seen})
