@@ -3,9 +3,10 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import onnx
 import pytest
-from tests.conftest import OWN
+from tests.conftest import OWN, textured
 
 from unflaw import load
 from unflaw.detector import Detector
@@ -70,7 +71,7 @@ def test_categories_have_their_own_memories_in_one_graph(parts, weights, tiny, t
     square = list_images(parts / "test/square")
     detector = Detector(config=tiny("nearest_neighbor", **{"preparation.fit": "pad"}), weights=weights)
     detector.fit({"plain": parts / "train/good", "odd": list_images(parts / "test")})
-    detector.teach(square[:1], category="plain")  # its memory is longer now
+    detector.teach([textured(np.random.default_rng(5))], category="plain")  # its memory is longer now
     path = export(detector, tmp_path / "both.onnx")
     both = load(path)
     assert list(both.calibrations) == ["plain", "odd"]

@@ -347,7 +347,7 @@ def test_a_file_that_changed_or_cannot_be_written_is_not_replaced(saved, tmp_pat
         client.put(f"/inspections/{number}/review", json={"decision": "good", "by": "Ada"})
         before = client.get("/station").json()["detectors"][0]
 
-        def fail(*_):
+        def fail(*_, **__):
             raise PermissionError(13, "not allowed", str(model))
 
         with monkeypatch.context() as patched:
