@@ -7,7 +7,7 @@ from tests.conftest import textured
 from typer.testing import CliRunner
 
 from unflaw.calibration import conformal
-from unflaw.calibration.commission import move
+from unflaw.calibration.commission import move, warnings
 from unflaw.calibration.scores import CalibrationScores
 from unflaw.calibration.thresholds import CONTRADICTION, calibrate
 from unflaw.cli import app
@@ -43,6 +43,20 @@ def test_false_alarms_after_a_shift_are_about_those_promised(n, share, shift):
     promised = float(np.mean(rates))
     assert 0.3 * promised < alarms / total < 2 * promised
     assert found / total > 0.95
+
+
+def test_the_same_session_moves_nothing_though_groups_calibrated():
+    """Scores of groups are the highest of each, and lie above those of images."""
+    rng = np.random.default_rng(3)
+    found = session(rng.gumbel(size=200))
+    found.groups = [i // 10 for i in range(200)]
+    before = found.calibrate(CalibrationOptions())
+    assert (len(before.scores), before.images) == (20, 200) and np.median(before.scores) > before.centre + 1
+    new = session(rng.gumbel(size=100))
+    moved, _ = move(before, new, 0.0)
+    assert moved.threshold == pytest.approx(before.threshold, abs=0.5)
+    assert moved.centre == pytest.approx(np.median(new.scores)) == pytest.approx(before.centre, abs=0.5)
+    assert not warnings(before, moved, new)
 
 
 def test_few_images_cannot_commission():

@@ -39,7 +39,8 @@ def move(before: Calibration, found: CalibrationScores, share: float) -> tuple[C
     if len(found.scores) < FEWEST:
         raise TrainingError(f"{count(len(found.scores), 'image')} cannot commission; give {FEWEST} at least")
     scores = np.array(found.scores)
-    shift = float(np.median(scores) - np.median(before.scores))
+    median = float(np.median(scores))
+    shift = median - before.centre  # of images: the highest scores of groups lie above them
     threshold = before.threshold - before.reserve + shift
     most = math.ceil(share * len(scores)) if share else 0
     out = [int(i) for i in np.argsort(-scores)[:most] if scores[i] > threshold]
@@ -50,6 +51,7 @@ def move(before: Calibration, found: CalibrationScores, share: float) -> tuple[C
     return before.model_copy(
         update={
             "scores": tuple(score + shift for score in before.scores),
+            "median": median,
             "threshold": threshold,
             "review_threshold": None if review is None else review + shift,
             "pixel_threshold": before.pixel_threshold + by,
@@ -77,7 +79,7 @@ def warnings(before: Calibration, moved: Calibration, found: CalibrationScores) 
         )
     scores = np.array(before.scores)
     spread = 1.4826 * float(np.median(np.abs(scores - np.median(scores))))
-    by = float(np.median(moved.scores) - np.median(scores))
+    by = moved.centre - before.centre
     if spread > 0 and abs(by) > FAR * spread:
         said.append(
             f"scores moved by {by / spread:.0f} deviations: images so different may hide defects; restore light, focus "
@@ -89,8 +91,7 @@ def warnings(before: Calibration, moved: Calibration, found: CalibrationScores) 
 def describe_commissioning(new: int, before: Calibration, after: Calibration, suspects: int) -> str:
     """Says in one sentence what rate follows."""
     left = f", {suspects} left out as presumed defects," if suspects else ""
-    of_old = float(np.median(after.scores) - np.median(before.scores))
-    moved = f"scores moved by {of_old:+.3g}"
+    moved = f"scores moved by {after.centre - before.centre:+.3g}"
     return (
         f"{new} images of this session{left} and the {len(before.scores)} that calibrated before, moved to them "
         f"({moved}), give a false-alarm rate of about {after.rate:.2%}; the new ones alone certify {1 / (new + 1):.2%}"

@@ -98,6 +98,8 @@ def recalibrate(
         found.merge(before)
     by_defects: dict[str, Any] = {"defects": missable, "miss_rate": miss_rate, "cost_ratio": cost_ratio}
     after = found.calibrate(options, rate=rate, out_of_fold=moved or (append and before.out_of_fold), **by_defects)
+    if moved:
+        after = after.model_copy(update={"median": before.median})
     if described and reference is not None:  # drift is measured against the new images
         described += list(reference.described) if append else []
         reference = Reference(np.random.default_rng(0).permutation(described))

@@ -96,7 +96,9 @@ class CalibrationScores:
             extrapolate_tail=options.extrapolate_tail,
             **more,
         )
-        return found.model_copy(update={"images": images}) if grouped else found
+        return (
+            found.model_copy(update={"images": images, "median": float(np.median(self.scores))}) if grouped else found
+        )
 
     def _groups(self) -> list[int]:
         """Group of each score; what has none, such as scores of a calibration before, is a group of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from unflaw.io.brief import brief
 from unflaw.io.words import count
 from unflaw.postprocessing.results import Region, Scale, Verdict
 
-CONTRADICTION = 0.005  # chance of the false alarms of an evaluation, below which they contradict the promise
+CONTRADICTION = 0.005  # chance of the false alarms of an evaluation below which they contradict the promise
 
 
 @brief
@@ -30,6 +31,8 @@ class Calibration(BaseModel):
         rate: False-alarm rate of `threshold`: at most the requested one, or the smallest that n images can certify.
             It is smaller than that only as an estimate from `tail`.
         threshold: Images that score above it are defective. The reserve is part of it.
+        median: Median score of the images, where `scores` are the highest of groups or of two sessions; None: that of
+            `scores`.
         reserve: What was added to the threshold that the images give, in units of the score: an estimate for other
             sessions, see `reserve`. Images that score in between are for review, if there is review.
         pixel_threshold: Threshold of the anomaly map. At most a share `rate` of good images, or the smallest certified
@@ -71,6 +74,7 @@ class Calibration(BaseModel):
     tail: conformal.Tail | None = None
     out_of_fold: bool = False
     images: int | None = None
+    median: float | None = None
     reserve: float = 0.0
     by_hand: bool = False
     review_only: bool = False
@@ -91,6 +95,11 @@ class Calibration(BaseModel):
     def estimated(self) -> bool:
         """True if `threshold` is estimated from the tail."""
         return self.tail is not None and self.rate < self.smallest
+
+    @property
+    def centre(self) -> float:
+        """Median score of the images that calibrate."""
+        return statistics.median(self.scores) if self.median is None else self.median
 
     @property
     def smallest(self) -> float:
@@ -233,7 +242,7 @@ class Calibration(BaseModel):
         )
 
     def _reserved(self) -> str:
-        """What the reserve means, for `describe`; empty if there is none."""
+        """The part of `describe` on the reserve; empty if there is none."""
         if not self.reserve:
             return ""
         between = "" if self.review_threshold is None else "; scores within it are for review"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from unflaw.cli.common import (
     writable,
 )
 from unflaw.io.words import count
+
+if TYPE_CHECKING:
+    from unflaw.detector import Detector
 
 
 @app.command()
@@ -61,11 +64,8 @@ def calibrate(
         if not defect and (miss_rate is not None or cost_ratio is not None):
             raise ValueError("a miss rate and a cost ratio need labelled defects; name them with --defect")
         from unflaw.calibration.outliers import describe_outliers
-        from unflaw.io.files import holding
 
-        writable(model) if out is None else detector_file(out)
-        held.enter_context(holding(out or model))  # otherwise the entry of a concurrent calibration could be lost
-        detector = load_trained(model)
+        detector = _opened(model, out, held)
         asked = {"review_rate": review_rate, "minimum_area": minimum_area, "extrapolate_tail": tail or None}
         with progress_bars() as progress:
             found = detector.calibrate(
@@ -105,11 +105,7 @@ def commission(
     with errors(), ExitStack() as held:
         if share == 1:
             raise ValueError("--share 1: not all images can be defects; give a share such as 0.05")
-        from unflaw.io.files import holding
-
-        writable(model) if out is None else detector_file(out)
-        held.enter_context(holding(out or model))
-        detector = load_trained(model)
+        detector = _opened(model, out, held)
         with progress_bars() as progress:
             said_ = detector.commission(images_in(images), share=share, category=category, progress=progress)
         detector.save(out or model, keep=True)
@@ -132,11 +128,7 @@ def threshold(
     Example:  unflaw threshold parts.safetensors 2.4
     """
     with errors(), ExitStack() as held:
-        from unflaw.io.files import holding
-
-        writable(model) if out is None else detector_file(out)
-        held.enter_context(holding(out or model))
-        detector = load_trained(model)
+        detector = _opened(model, out, held)
         found = detector.set_threshold(value, category=category)
         detector.save(out or model, keep=True)
         typer.echo(f"{out or model}: {found.describe()}; threshold {found.threshold:.4g}")
@@ -156,11 +148,7 @@ def teach(
     Example:  unflaw teach parts.safetensors --good reviewed/good
     """
     with errors(), ExitStack() as held:
-        from unflaw.io.files import holding
-
-        writable(model) if out is None else detector_file(out)
-        held.enter_context(holding(out or model))
-        detector = load_trained(model)
+        detector = _opened(model, out, held)
         with progress_bars() as progress:
             added, skipped = detector.teach(images_in(good), category=category, progress=progress)
         detector.save(out or model, keep=True)
@@ -190,3 +178,15 @@ def undo(model: TrainedFile) -> None:
         what = f"as it was changed {last}" if last else "as it was trained"
         further = count(len(versions_of(model)), "earlier version")
         typer.echo(f"{model}: {what}; {further}; the file before is kept as {undone}")
+
+
+def _opened(model: Path, out: Path | None, held: ExitStack) -> Detector:
+    """Loads a detector that is about to change, and holds the file that will be written until `held` is closed.
+
+    Otherwise what a concurrent command records could be lost.
+    """
+    from unflaw.io.files import holding
+
+    writable(model) if out is None else detector_file(out)
+    held.enter_context(holding(out or model))
+    return load_trained(model)
